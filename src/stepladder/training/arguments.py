@@ -1,0 +1,61 @@
+"""From a recipe to TRL's SFTConfig: what the recipe sets, and what follows from the ranks and the hardware."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stepladder.errors import RecipeError
+from stepladder.recipe.batch import accumulation_steps
+from stepladder.recipe.load import Recipe
+from stepladder.training.ranks import Launch
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+
+def build(recipe: Recipe, launch: Launch, precision: str, use_cpu: bool) -> SFTConfig:
+    """The training arguments. Creating them starts the process group.
+
+    Raises:
+        RecipeError: the global batch does not divide, or the libraries refuse a combination.
+    """
+    from trl import SFTConfig
+
+    values: dict[str, Any] = {
+        **recipe.owned_by("SFTConfig"),
+        "output_dir": str(recipe.output_dir),
+        "gradient_accumulation_steps": accumulation(recipe, launch.ranks),
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": use_cpu or recipe.get("use_cpu"),
+        # Rows come tokenized, with their labels: TRL's own options for that are answered before.
+        "completion_only_loss": None,
+        "assistant_only_loss": False,
+        "chat_template_path": None,
+        "model_init_kwargs": None,
+        # A NaN is shown, not replaced by the last loss that was a number.
+        "logging_nan_inf_filter": False,
+    }
+    try:
+        return SFTConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"TRL or Transformers refuse these keys: {str(error).strip()}", where=str(recipe.path)
+        ) from None
+
+
+def accumulation(recipe: Recipe, ranks: int) -> int:
+    """Gradient accumulation: from `global_batch_size` where it is set, else as TRL means it."""
+    total = recipe.get("global_batch_size")
+    if total is None:
+        return recipe.get("gradient_accumulation_steps")
+    where = recipe.where("global_batch_size")
+    steps = accumulation_steps(total, recipe.get("per_device_train_batch_size"), ranks, where)
+    if recipe.values.get("gradient_accumulation_steps", steps) != steps:
+        raise RecipeError(
+            f"gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} contradicts "
+            f"global_batch_size {total}, from which {steps} follows on {ranks} rank{'s' * (ranks > 1)}",
+            where=recipe.where("gradient_accumulation_steps"),
+            way_out="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
+        )
+    return steps

@@ -1,0 +1,137 @@
+"""The ranks of a run: how many were launched, on which devices, under which strategy.
+
+A launch that silently becomes something else is the costliest mistake (QLoRA collapsing to one
+rank: axolotl#3839; two ranks on one GPU: accelerate#1840), so all of it is asserted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+
+from stepladder.console import say
+from stepladder.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says; the strategy is named as its file in accelerate_configs/."""
+
+    ranks: int
+    rank: int
+    local_rank: int
+    local_ranks: int
+    strategy: str
+
+
+def launched() -> Launch:
+    """Read the environment that `accelerate launch`, torchrun or a plain `python` set. Imports nothing heavy."""
+    env = os.environ
+
+    def number(name: str, default: int) -> int:
+        return int(env.get(name) or default)
+
+    ranks = number("WORLD_SIZE", 1)
+    local_rank = number("LOCAL_RANK", 0)
+    return Launch(ranks, number("RANK", 0), local_rank, number("LOCAL_WORLD_SIZE", ranks), _strategy(ranks))
+
+
+def _strategy(ranks: int) -> str:
+    env = os.environ
+    if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        zero: dict = {}
+        if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            try:
+                with open(file) as stream:
+                    zero = json.load(stream).get("zero_optimization", {})
+            except (OSError, ValueError) as error:
+                raise LaunchError(
+                    f"DeepSpeed's configuration {file} cannot be read: {error}",
+                    why="the accelerate config names it relative to the folder you start from",
+                    way_out="start from the folder that holds ds_configs/",
+                ) from None
+        stage = zero.get("stage") or env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        offload = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
+        return f"zero{stage}" + ("_offload" if offload else "")
+    if env.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp" + ("_offload" if env.get("FSDP_OFFLOAD_PARAMS") == "true" else "")
+    return "ddp" if ranks > 1 else "single"
+
+
+def choose_device(launch: Launch) -> bool:
+    """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU.
+
+    One process and several GPUs: it takes the first and says so, since the alternative
+    (nn.DataParallel) is neither fast nor supported. On CPU, the cores are shared out evenly:
+    accelerate would give a single process one thread.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if launch.local_ranks > gpus:
+            raise LaunchError(
+                f"{launch.local_ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}",
+                why="two ranks on one GPU share its memory and slow each other down",
+                way_out=f"--num_processes {gpus}",
+            )
+        if launch.ranks == 1 and gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+            torch.cuda.device_count.cache_clear()  # type: ignore[attr-defined]
+            say(f"note: {gpus} GPUs are here and one process uses one; for all of them: accelerate launch")
+        return False
+    if launch.ranks == 1 and torch.backends.mps.is_available():
+        return False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // launch.local_ranks))
+    _keep_freed_memory()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+    return True
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: by default every activation is mapped and unmapped anew.
+
+    Those page faults take a third of a training step on CPU (docs/benchmarks.md).
+    """
+    import ctypes
+
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another libc has no mallopt, and no need of it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def assert_launch(launch: Launch, device: str) -> list[str]:
+    """Compare the ranks that run with those that were launched; every rank calls it once.
+
+    Returns:
+        The device of each rank, as `host:device`.
+
+    Raises:
+        LaunchError: fewer ranks joined than were launched, or two ranks have one GPU.
+    """
+    import torch
+    import torch.distributed as dist
+
+    here = f"{socket.gethostname()}:{device}"
+    devices: list[str] = [here]
+    joined = 1
+    if dist.is_available() and dist.is_initialized():
+        joined = dist.get_world_size()
+        devices = [""] * joined
+        dist.all_gather_object(devices, here)
+    if joined != launch.ranks:
+        raise LaunchError(
+            f"{launch.ranks} ranks were launched and {joined} joined",
+            why="the run would silently train on fewer ranks than you pay for",
+            way_out="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
+        )
+    if torch.cuda.is_available() and len(set(devices)) < len(devices):
+        twice = next(d for d in devices if devices.count(d) > 1)
+        raise LaunchError(f"two ranks run on {twice}", way_out="one process a GPU: --num_processes = GPUs")
+    return devices

@@ -1,0 +1,113 @@
+"""The end of a run: the model or adapter on disk, checked, with its tokenizer and a card."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from stepladder.errors import ModelError
+from stepladder.model import adapter
+from stepladder.run import Run
+from stepladder.settings import Settings
+from stepladder.training.trainer import Trainer
+
+
+def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors that a saved adapter must hold, by their names in the file; empty without an adapter.
+
+    Taken before training, when no strategy has sharded the tensors yet.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+def parameter_counts(model: Any) -> dict[str, int]:
+    """All and trainable parameters; packed 4-bit values and ZeRO-3's shards count as what they stand for."""
+    counts = {"all": 0, "trainable": 0}
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            # Two values in a byte, and several bytes in an element of the storage type.
+            count *= 2 * parameter.element_size()
+        counts["all"] += count
+        counts["trainable"] += count if parameter.requires_grad else 0
+    return counts
+
+
+def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Save what was trained into the run folder and check it; every rank calls it.
+
+    Raises:
+        ModelError: the saved adapter is not the trained one, or the model is not whole.
+    """
+    trainer.save_model(str(run.folder))
+    trainer.accelerator.wait_for_everyone()
+    if not run.is_writer:
+        return
+    # Transformers pickles its arguments beside the model. Nothing reads them, and a pickle can
+    # run code on the machine of whoever opens it.
+    (run.folder / "training_args.bin").unlink(missing_ok=True)
+    if shapes:
+        adapter.check_saved(run.folder, shapes)
+    else:
+        check_saved_model(run.folder, run.manifest["parameters"]["all"])
+    (run.folder / "README.md").write_text(card(run, recipe), encoding="utf-8")
+
+
+def check_saved_model(folder: Path, parameters: int) -> None:
+    """A full model saved from sharded ranks must hold as many parameters as the one that was trained.
+
+    Counted rather than compared by name: Transformers may rename and fuse tensors as it saves.
+    """
+    from safetensors import safe_open
+
+    found = 0
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    if found < parameters:
+        raise ModelError(
+            f"the saved model is not whole: {found:,} of {parameters:,} parameters",
+            where=str(folder),
+            way_out="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
+        )
+
+
+def card(run: Run, recipe: Settings) -> str:
+    """The model card: what it is made of, and how to use and repeat it."""
+    facts, totals = run.manifest, run.manifest["totals"]
+    base, peft = recipe.get("model_name_or_path"), recipe.get("use_peft")
+    method = ("QLoRA" if recipe.get("load_in_4bit") else "LoRA") if peft else "full fine-tuning"
+    front = {
+        "base_model": base,
+        "library_name": "peft" if peft else "transformers",
+        "tags": ["stepladder", "sft"],
+    }
+    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in facts["datasets"])
+    loss = facts.get("final", {}).get("loss")
+    return f"""---
+{head}
+---
+
+# {run.folder.name}
+
+{method} of `{base}` on {data}, made with Stepladder.
+
+| | |
+| --- | --- |
+| steps | {totals["steps"]} of {facts["global_batch_size"]} sequences |
+| last loss | {"unknown" if loss is None else f"{loss:.4f}"} |
+| trainable parameters | {facts["parameters"]["trainable"]:,} of {facts["parameters"]["all"]:,} |
+| strategy | {facts["strategy"]} on {facts["world_size"]} rank(s), {facts["precision"]} |
+
+Try it: `python scripts/generate.py --model {run.folder} --prompt "…"`
+
+Repeat it: `python scripts/sft.py --recipe {run.folder}/recipe.yaml --output_dir runs/again`
+(versions and data fingerprints are in `run.json`).
+"""
