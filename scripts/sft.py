@@ -5,14 +5,16 @@
 
 Any key of the recipe can be set on the command line: --max_steps 20 --learning_rate=1e-4.
 The result lies in output_dir (runs/<recipe>): run.json, metrics.jsonl, recipe.yaml, the model
-or adapter. A finished run there is kept unless --overwrite is given.
+or adapter. A run that is there already is kept unless --overwrite is given.
 """
 
 import argparse
 
 from stepladder import console, errors, run
+from stepladder.data import mixture
+from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.training import ranks
+from stepladder.training import arguments, ranks
 
 
 def main() -> None:
@@ -23,60 +25,55 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     args, overrides = parser.parse_known_args()
 
-    # Before anything heavy: is what was asked for right?
+    # Whatever can be wrong is found before torch is imported: it takes seconds.
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
-    output_dir, main_rank = recipe.output_dir, launch.rank == 0
+    arguments.accumulation(recipe, launch.ranks)
+    train_rows, eval_rows = mixture.load(recipe)
+    model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
+    record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
+    record.claim(args.overwrite, recipe.where("output_dir"))
 
     console.quiet_libraries()
     import transformers
 
-    from stepladder.data import mixture, render
+    from stepladder.data import render, templates
     from stepladder.model import adapter
-    from stepladder.model import load as model_load
-    from stepladder.training import announce, arguments, result, telemetry, trainer
+    from stepladder.training import announce, result, telemetry, trainer
 
     console.quiet_progress_bars()
-    train_rows, eval_rows = mixture.load(recipe)
     use_cpu = ranks.choose_device(launch)
     precision = model_load.precision(recipe)
-
-    # The ranks meet here; from now on a fault of one is a fault of all.
-    training_args = arguments.build(recipe, launch, precision, use_cpu)
+    training_args = arguments.build(recipe, launch, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
-    if main_rank:
-        run.claim(output_dir, args.overwrite, recipe.where("output_dir"))
-    record = run.Run(output_dir, is_writer=main_rank)
 
-    tokenizer = model_load.tokenizer(
-        recipe.get("model_name_or_path"), recipe.get("trust_remote_code"), recipe.get("model_revision")
-    )
-    max_length = recipe.get("max_length")
-    train_set = render.render(train_rows, tokenizer, max_length)
-    eval_set = render.render(eval_rows, tokenizer, max_length) if eval_rows else None
+    tokenizer = model_load.tokenizer(recipe)
+    new_tokens = templates.prepare(tokenizer, recipe)
+    train_set = render.render(train_rows, tokenizer, recipe)
+    eval_set = render.render(eval_rows, tokenizer, recipe) if eval_rows else None
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
-    model = adapter.attach(model_load.base_model(recipe, precision), recipe)
+    base = model_load.base_model(recipe, precision)
+    model_load.fit_embeddings(base, tokenizer)
+    model = adapter.attach(base, recipe, new_tokens)
 
-    facts = {
-        "recipe_name": recipe.name,
-        "recipe": recipe.values,
-        "recipe_hash": recipe.hash(),
-        "strategy": launch.strategy,
-        "world_size": launch.ranks,
-        "devices": devices,
-        "precision": precision,
-        "global_batch_size": training_args.train_batch_size * training_args.gradient_accumulation_steps * launch.ranks,
-        "micro_batch_size": training_args.train_batch_size,
-        "gradient_accumulation_steps": training_args.gradient_accumulation_steps,
-        "seed": training_args.seed,
-        "parameters": result.parameter_counts(model),
-        "datasets": [rows.fingerprint() for rows in (train_rows, eval_rows) if rows],
-    }
-    record.begin(recipe.to_yaml(), **facts)
+    record.begin(
+        recipe.to_yaml(),
+        recipe_name=recipe.name,
+        recipe=recipe.values,
+        recipe_hash=recipe.hash(),
+        strategy=launch.strategy,
+        world_size=launch.ranks,
+        devices=devices,
+        precision=precision,
+        global_batch_size=arguments.global_batch_size(training_args, launch),
+        micro_batch_size=training_args.per_device_train_batch_size,
+        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
+        seed=training_args.seed,
+        parameters=result.parameter_counts(model),
+        datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows],
+    )
     with record.recording():
-        for note in recipe.notes:
-            console.say(f"note: {note}")
-        console.say(announce.summary(record))
+        console.say(announce.beginning(record, recipe.notes))
         shapes = result.adapter_shapes(model)
         meter = telemetry.Telemetry(record)
         sft = trainer.Trainer(
@@ -90,7 +87,7 @@ def main() -> None:
         sft.train()
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         result.save(sft, record, recipe, shapes)
-    console.say(announce.closing(record))
+    console.say(announce.ending(record))
 
 
 if __name__ == "__main__":

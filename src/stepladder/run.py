@@ -36,6 +36,32 @@ class Run:
         self.folder, self.is_writer = folder, is_writer
         self.manifest: dict[str, Any] = {}
 
+    def claim(self, overwrite: bool, where: str = "") -> None:
+        """Make sure that the folder is free for a new run.
+
+        Raises:
+            LaunchError: it holds a run (unless `overwrite`), or files that are no run's, which no
+                flag removes.
+        """
+        folder = self.folder
+        if not self.is_writer or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        if not (folder / MANIFEST).is_file():
+            raise LaunchError(
+                f"output_dir {folder} exists and is no run folder",
+                where=where,
+                why="nothing that existed is overwritten",
+                way_out="another --output_dir",
+            )
+        if not overwrite:
+            raise LaunchError(
+                f"output_dir {folder} holds a run ({status(folder)})",
+                where=where,
+                why="nothing that existed is overwritten",
+                way_out="another --output_dir, or --overwrite to replace that run",
+            )
+        shutil.rmtree(folder)
+
     def begin(self, recipe_yaml: str, **facts: Any) -> None:
         """Make the folder, write the resolved recipe and the manifest with `status: running`."""
         self.manifest = {
@@ -75,33 +101,6 @@ class Run:
     def _write(self) -> None:
         if self.is_writer:
             write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def claim(folder: Path, overwrite: bool, where: str = "") -> None:
-    """Make sure that `folder` is free for a new run; called on rank 0, before anything is written.
-
-    Raises:
-        LaunchError: it holds a run (unless `overwrite`), or files that are no run's, which no
-            flag removes.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise LaunchError(
-            f"output_dir {folder} exists and is no run folder",
-            where=where,
-            why="nothing that existed is overwritten",
-            way_out="another --output_dir",
-        )
-    if not overwrite:
-        raise LaunchError(
-            f"output_dir {folder} holds a run ({status(folder)})",
-            where=where,
-            why="nothing that existed is overwritten",
-            way_out="another --output_dir, or --overwrite to replace that run",
-        )
-    shutil.rmtree(folder)
 
 
 def status(folder: Path) -> str:

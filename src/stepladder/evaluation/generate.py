@@ -29,6 +29,8 @@ def answers(
 
     texts = [prompt_text(tokenizer, messages) for messages in conversations]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # the answer begins where the prompt ends
+    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)}
+    defaults = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
     found: list[str] = []
     try:
         for start in range(0, len(texts), batch_size):
@@ -36,7 +38,7 @@ def answers(
                 texts[start : start + batch_size], return_tensors="pt", padding=True, add_special_tokens=False
             ).to(model.device)
             with torch.inference_mode():
-                out = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **sampling})
+                out = model.generate(**batch, **{**defaults, **sampling})
             new = out[:, batch["input_ids"].shape[1] :]
             found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     finally:
@@ -49,3 +51,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
     if tokenizer.chat_template is None:
         return messages[-1]["content"]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]

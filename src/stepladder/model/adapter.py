@@ -12,16 +12,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def attach(model: PreTrainedModel, recipe: Settings) -> PreTrainedModel:
+def attach(model: PreTrainedModel, recipe: Settings, new_tokens: list[str]) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
 
     The adapter is in fp32 whatever the base: in bf16, small updates would round to nothing.
 
+    Args:
+        new_tokens: tokens that a template added to the vocabulary.
+
     Raises:
-        ModelError: the target modules do not exist in this model.
+        ModelError: the target modules do not exist in this model, or there are new tokens: TRL's
+            fused output layer reads the plain weight (`add_fused_lm_head`), so PEFT's wrapped one,
+            which would train their embeddings, cannot stand in its place.
     """
     if not recipe.get("use_peft"):
         return model
+    if new_tokens:
+        raise ModelError(
+            f"the chat template adds {', '.join(new_tokens)} to the vocabulary, and an adapter cannot learn new tokens",
+            where=recipe.where("chat_template"),
+            why="their embeddings would stay as random as they begin",
+            way_out="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
+        )
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

@@ -47,12 +47,14 @@ def precision(recipe: Settings) -> str:
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def check_source(name: str, where: str = "") -> None:
+def check_source(name: str | None, where: str = "") -> None:
     """Raise ModelError unless `name` is a model folder with safetensors, an adapter, or can be a hub id."""
+    if not name:
+        raise ModelError("no model is named", where=where, way_out="model_name_or_path: a folder or a hub id")
     folder = Path(name)
     if not folder.is_dir():
         looks_local = folder.is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
-        if looks_local or not name:
+        if looks_local:
             fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
             raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
         return
@@ -68,13 +70,21 @@ def check_source(name: str, where: str = "") -> None:
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
-def tokenizer(name: str, trust_remote_code: bool = False, revision: str = "main") -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter, with a padding token."""
+def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's model, with a padding token."""
+    return tokenizer_of(
+        recipe.get("model_name_or_path"),
+        trust_remote_code=recipe.get("trust_remote_code"),
+        revision=recipe.get("model_revision"),
+    )
+
+
+def tokenizer_of(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder, or of a hub id, with a padding token."""
     from transformers import AutoTokenizer
 
-    check_source(name)
     with _loading(name):
-        tok = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        tok = AutoTokenizer.from_pretrained(name, **kwargs)
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token  # labels mark what is trained, so padding by the end token trains nothing
     return tok
@@ -89,13 +99,6 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     name = recipe.get("model_name_or_path")
-    if not name:
-        raise RecipeError(
-            "the recipe names no model",
-            where=recipe.where("model_name_or_path"),
-            way_out="model_name_or_path: …",
-        )
-    check_source(name, recipe.where("model_name_or_path"))
     kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
     if attention := recipe.get("attn_implementation"):
         kwargs["attn_implementation"] = attention
@@ -111,7 +114,21 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
             **kwargs,
         )
     model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
+    for module in model.modules():
+        # On CPUs with AVX-512 BF16, bitsandbytes repacks the weights at the first evaluation and
+        # computes in bf16 from then on (nn/modules.py, Linear4bit.forward): evaluation would leave
+        # the training loss's arithmetic, and sharded weights cannot be repacked at all.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the model know the tokens and the end token that a template added to its tokenizer."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
 def weights_dtype(recipe: Settings, mixed_precision: str) -> torch.dtype | str:
@@ -156,12 +173,13 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
     if base != name:
         check_source(base, where=str(adapter))
-    tok = tokenizer(name)
+    tok = tokenizer_of(name)
     with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
         if base != name:
             from peft import PeftModel
 
+            fit_embeddings(model, tok)
             model = PeftModel.from_pretrained(model, name)
     return model.to(device).eval(), tok
 

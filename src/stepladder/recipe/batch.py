@@ -33,5 +33,5 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, ranks: int
         f"per_device_train_batch_size {micro_batch_size} × {ranks} {'rank' if ranks == 1 else 'ranks'} = {per_pass}",
         where=where,
         why="every optimizer step takes whole micro-batches on every rank",
-        way_out=" ".join(ways),
+        way_out=", ".join(ways),
     )

@@ -42,6 +42,9 @@ class StepladderArguments:
         default=None,
         metadata={"help": "Data file or hub id to evaluate on, where it is not a split of the training set."},
     )
+    chat_template: str | None = None
+    prompt_template: str | None = None
+    train_on: str = "all_turns"
 
 
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stepladder.run import Run
 
 
-def summary(run: Run) -> str:
+def beginning(run: Run, notes: list[str]) -> str:
     """What will happen, in one block before it does."""
     f = run.manifest
     counts = f["parameters"]
@@ -21,11 +21,12 @@ def summary(run: Run) -> str:
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
+            *(f"note        {note}" for note in notes),
         )
     )
 
 
-def closing(run: Run) -> str:
+def ending(run: Run) -> str:
     """What happened, and where it lies."""
     totals, last = run.manifest["totals"], run.manifest["final"]
     losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())

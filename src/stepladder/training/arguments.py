@@ -59,3 +59,8 @@ def accumulation(recipe: Recipe, ranks: int) -> int:
             way_out="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
         )
     return steps
+
+
+def global_batch_size(args: SFTConfig, launch: Launch) -> int:
+    """Sequences per optimizer step over all ranks."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.ranks

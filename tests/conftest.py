@@ -1,0 +1,139 @@
+"""Fixtures that several tests share: the embedded model, a tiny one, and a way to run scripts as a person does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMOLLM2 = ROOT / "models/smollm2-135m-instruct"
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Done:
+    """A finished command: its exit code, and what it printed on both streams."""
+
+    def __init__(self, process: subprocess.CompletedProcess[str]):
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+
+    def __repr__(self) -> str:  # what pytest shows when an assertion fails
+        return f"exit code {self.code}\n--- stdout\n{self.out[-6000:]}\n--- stderr\n{self.err[-6000:]}"
+
+
+def run(*words: Any, timeout: int = 600, **env: str) -> Done:
+    """Run a command in the repository's root, without the launcher variables of an outer run."""
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")}
+    process = subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**clean, "HF_HUB_OFFLINE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    return Done(process)
+
+
+def script(name: str, *words: Any, **kwargs: Any) -> Done:
+    """`python scripts/NAME.py …`"""
+    return run(sys.executable, f"scripts/{name}.py", *words, **kwargs)
+
+
+def launch(config: str, ranks: int, name: str, *words: Any, **kwargs: Any) -> Done:
+    """`accelerate launch --config_file accelerate_configs/CONFIG.yaml --num_processes RANKS scripts/NAME.py …`"""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    config_file = f"accelerate_configs/{config}.yaml"
+    return run(
+        accelerate, "launch", "--config_file", config_file, "--num_processes", ranks,
+        # each launch its own port, so that tests do not meet a predecessor that is still closing
+        "--main_process_port", "0", f"scripts/{name}.py", *words, **kwargs,
+    )  # fmt: skip
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in metrics(folder) if "loss" in row]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model; fetched on the first use, as `make test` does."""
+    done = script("fetch_model")
+    assert done.code == 0, done
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of about 1.6 million parameters with SmolLM2's tokenizer and template."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # the usual 0.02 leaves a model this narrow with nothing to say
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    assert model.num_parameters() < 2_000_000
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight short rows with one answer: a set that even the tiny model learns in a few steps."""
+    file = tmp_path_factory.mktemp("data") / "learnable.jsonl"
+    questions = [f"What is the password of door number {n}?" for n in range(1, 9)]
+    answer = "Open sesame, said the owl."
+    file.write_text("".join(json.dumps({"input": q, "output": answer}) + "\n" for q in questions))
+    return file
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """Write a recipe of `key=value` pairs and return its path."""
+
+    def write(name: str = "recipe", **keys: Any) -> Path:
+        import yaml
+
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(keys, sort_keys=False))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def settings() -> Callable[..., Any]:
+    """A recipe's stand-in for tests below the command line: what is not given has the library's default."""
+    from stepladder.recipe.load import Recipe
+
+    return lambda **keys: Recipe(name="test", path=Path("test.yaml"), values=keys, origins={})

@@ -1,0 +1,63 @@
+"""The house keeps its floors: imports run downward only, and rooms on one floor do not import each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+SOURCE = ROOT / "src" / "stepladder"
+FLOORS = [
+    {"errors", "console", "settings"},
+    {"recipe", "data", "model", "run"},
+    {"training", "planning", "evaluation", "reporting"},
+]
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def floor(name: str) -> int:
+    return next(level for level, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def imported(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stepladder"):
+            parts = node.module.split(".")
+            found |= {node.module} if len(parts) > 1 else {f"stepladder.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("stepladder.")}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_run_downward(file: Path) -> None:
+    """Guards the structure: a room that reaches up or sideways can no longer be read alone."""
+    here = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if here == "__init__":
+        return
+    for module in imported(file):
+        there = room(module)
+        if there != here:
+            lower = floor(there) < floor(here) or (floor(there) == 0 == floor(here))
+            assert lower, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_every_module_has_a_floor() -> None:
+    rooms = {file.relative_to(SOURCE).parts[0].removesuffix(".py") for file in FILES} - {"__init__"}
+    assert rooms <= set().union(*FLOORS)
+
+
+def test_scripts_name_their_command() -> None:
+    """Each script's docstring holds the command that a person types."""
+    for file in (ROOT / "scripts").glob("*.py"):
+        doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert re.search(rf"(python|accelerate launch) .*scripts/{file.name}", doc), file

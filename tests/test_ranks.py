@@ -1,0 +1,85 @@
+"""A launch is what was asked for, or it stops."""
+
+from __future__ import annotations
+
+import pytest
+
+from stepladder.errors import LaunchError
+from stepladder.training import ranks
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set the variables of a launcher, and none of another's."""
+
+    def set_to(**values: str) -> None:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("variables", "strategy"),
+    [
+        ({}, "single"),
+        ({"WORLD_SIZE": "2"}, "ddp"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "fsdp"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload"),
+        *(
+            (
+                {
+                    "WORLD_SIZE": "2",
+                    "ACCELERATE_USE_DEEPSPEED": "true",
+                    "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"ds_configs/{name}.json",
+                },
+                name,
+            )
+            for name in ("zero2", "zero3", "zero3_offload")
+        ),
+    ],
+)
+def test_the_strategy_is_named_as_its_config(variables, strategy, environment) -> None:
+    environment(**variables)
+    assert ranks.launched().strategy == strategy
+
+
+def test_a_deepspeed_file_that_is_not_there(environment) -> None:
+    environment(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE="elsewhere/zero2.json")
+    with pytest.raises(LaunchError, match="elsewhere") as caught:
+        ranks.launched()
+    assert "ds_configs" in caught.value.way_out
+
+
+def test_fewer_ranks_than_launched(environment) -> None:
+    """Guards against QLoRA collapsing to one rank without a word (axolotl#3839)."""
+    environment(WORLD_SIZE="4")
+    with pytest.raises(LaunchError, match="4 ranks were launched and 1 joined"):
+        ranks.assert_launch(ranks.launched(), "cpu")
+
+
+def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
+    """Guards against two ranks on one GPU (accelerate#1840); the GPUs are played by a stand-in."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    with pytest.raises(LaunchError, match="2 ranks on a machine with 1 GPU") as caught:
+        ranks.choose_device(ranks.launched())
+    assert "--num_processes 1" in caught.value.way_out
+
+
+def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:
+    import torch
+    import torch.distributed as dist
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda out, item: out.__setitem__(slice(None), [item, item]))
+    environment(WORLD_SIZE="2")
+    with pytest.raises(LaunchError, match="two ranks run on"):
+        ranks.assert_launch(ranks.launched(), "cuda:0")

@@ -1,0 +1,168 @@
+"""Each technique under each shipped accelerate config, through the real command lines, on the tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import launch, losses, manifest, metrics, script
+
+TECHNIQUES = {
+    "full": {},
+    "lora": {"use_peft": True},
+    "qlora": {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True},
+}
+ADAPTER = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+CONFIGS = {"single": 1, "ddp": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "fsdp": 2, "fsdp_offload": 2}
+STEPS = 12
+
+
+def recipe_keys(technique: str, model: Path, data: Path) -> dict:
+    keys = TECHNIQUES[technique]
+    return {
+        "model_name_or_path": str(model),
+        "dataset_name": str(data),
+        "eval_dataset_name": str(data),
+        **keys,
+        **(ADAPTER if keys.get("use_peft") else {}),
+        "learning_rate": 3e-3,
+        "max_steps": STEPS,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,  # the same arithmetic on every machine that runs the tests
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+    }
+
+
+@pytest.fixture(scope="module")
+def base_answer(tiny: Path) -> str:
+    return ask(tiny)
+
+
+def ask(model: Path) -> str:
+    """What the model in a folder answers, in this process: the tests compare many."""
+    from stepladder.evaluation.generate import answers
+    from stepladder.model.load import for_inference
+
+    loaded, tokenizer = for_inference(str(model))
+    question = [{"role": "user", "content": "What is the password of door number 3?"}]
+    return answers(loaded, tokenizer, [question], max_new_tokens=12)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of each technique in one plain process, by `python scripts/sft.py`."""
+    found = {}
+    for technique in TECHNIQUES:
+        folder = tmp_path_factory.mktemp(technique)
+        file = folder / "r.yaml"
+        import yaml
+
+        file.write_text(yaml.safe_dump(recipe_keys(technique, tiny, learnable)))
+        done = script("sft", "--recipe", file, "--output_dir", folder / "run")
+        assert done.code == 0, done
+        found[technique] = losses(folder / "run")
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_trains_saves_and_loads(
+    technique, config, tiny, learnable, base_answer, reference, write_recipe, tmp_path
+) -> None:
+    """Guards against a strategy that runs but learns nothing, saves nothing, or trains something else.
+
+    The losses are compared with one plain process: 1e-5 is ten times what the strategies'
+    orders of summation make of twelve steps at this learning rate.
+    """
+    recipe, folder = write_recipe(**recipe_keys(technique, tiny, learnable)), tmp_path / "run"
+    done = launch(config, CONFIGS[config], "sft", "--recipe", recipe, "--output_dir", folder)
+    assert done.code == 0, done
+
+    facts = manifest(folder)
+    assert facts["status"] == "finished"
+    assert (facts["strategy"], facts["world_size"]) == (config, CONFIGS[config])
+    assert facts["global_batch_size"] == 8
+    assert facts["totals"]["steps"] == STEPS
+    assert len(facts["totals"]["peak_memory_bytes"]) == CONFIGS[config]
+
+    curve = losses(folder)
+    assert len(curve) == STEPS
+    assert curve == pytest.approx(reference[technique], abs=1e-5)
+    assert curve[-1] < curve[0] - 1
+    assert any("eval_loss" in row for row in metrics(folder))
+
+    assert ask(folder) != base_answer
+    assert not list(folder.glob("*.bin")), "a pickle in the result could run code where it is opened"
+
+
+def test_smollm2_learns_techco_by_lora(smollm2: Path, tmp_path: Path) -> None:
+    """Guards the demo: the shipped recipe on the real model changes how it answers."""
+    folder = tmp_path / "run"
+    done = script(
+        "sft", "--recipe", "lora", "--output_dir", folder, "--max_steps", 12, "--eval_strategy", "no",
+        "--learning_rate", "1e-3", "--warmup_steps", 1,
+    )  # fmt: skip
+    assert done.code == 0, done
+    curve = losses(folder)
+    assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.5
+
+    done = script("compare", "--base", smollm2, "--tuned", folder, "--data", "data/techco_eval.jsonl", "--show", 2)
+    assert done.code == 0, done
+    before, after = map(float, re.search(r"held-out loss .*: ([\d.]+) before, ([\d.]+) after", done.out).groups())
+    assert after < before - 0.5
+    done = script("generate", "--model", folder, "--prompt", "How do I track my order?", "--max_new_tokens", 24)
+    assert done.code == 0, done
+    base = script("generate", "--model", smollm2, "--prompt", "How do I track my order?", "--max_new_tokens", 24)
+    assert done.out.strip() and done.out != base.out
+
+
+def test_the_run_again_from_its_own_recipe_is_the_same(tiny, learnable, write_recipe, tmp_path) -> None:
+    """Guards recipe.yaml: it must hold all that the run depends on, the command line's part too."""
+    keys = recipe_keys("lora", tiny, learnable) | {"max_steps": 3}
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe = write_recipe(**keys)
+    done = script("sft", "--recipe", recipe, "--output_dir", first, "--learning_rate", "0.02", "--seed=7")
+    assert done.code == 0, done
+    done = script("sft", "--recipe", first, "--output_dir", second)
+    assert done.code == 0, done
+    assert losses(first) == losses(second)
+    assert manifest(first)["recipe_hash"] == manifest(second)["recipe_hash"]
+
+
+def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe, tmp_path) -> None:
+    """Guards new turn tokens: added, trained, saved, and in use when it is asked; an adapter refuses them.
+
+    The tiny model stands in for a base model: its template and turn tokens are taken away.
+    """
+    import json
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "chat_template.jinja").unlink()
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    keys = {"chat_template": "llama3", "eval_strategy": "no", "max_steps": 4}
+    folder = tmp_path / "run"
+    adapter = write_recipe("adapter", **recipe_keys("lora", base, learnable) | keys)
+    done = script("sft", "--recipe", adapter, "--output_dir", folder)
+    assert done.code == 2 and "cannot learn new tokens" in done.err and "Traceback" not in done.err, done
+    full = write_recipe("full", **recipe_keys("full", base, learnable) | keys)
+    done = script("sft", "--recipe", full, "--output_dir", folder)
+    assert done.code == 0, done
+    assert losses(folder)[-1] < losses(folder)[0]
+    from stepladder.model.load import for_inference
+
+    model, tokenizer = for_inference(str(folder))
+    assert tokenizer.eos_token == "<|eot_id|>"
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 49152
+    done = script("generate", "--model", folder, "--prompt", "What is the password?", "--max_new_tokens", 4)
+    assert done.code == 0 and done.out.strip(), done
