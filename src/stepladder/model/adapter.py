@@ -60,9 +60,9 @@ def attach(model: PreTrainedModel, recipe: Settings, new_tokens: list[str]) -> P
 
 
 def targets(recipe: Settings) -> str | list[str] | None:
-    """`all-linear` is a word to PEFT, a list of one to TRL's parser."""
+    """`all-linear` is a word to PEFT; any other text would be a pattern over whole module names."""
     modules = recipe.get("lora_target_modules")
-    return modules[0] if isinstance(modules, list) and len(modules) == 1 else modules
+    return modules[0] if modules == ["all-linear"] else modules
 
 
 def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
