@@ -39,7 +39,7 @@ def main() -> None:
 
     from stepladder.data import render, templates
     from stepladder.model import adapter
-    from stepladder.training import announce, result, telemetry, trainer
+    from stepladder.training import announce, progress, result, telemetry, trainer
 
     console.quiet_progress_bars()
     use_cpu = ranks.choose_device(launch)
@@ -82,7 +82,7 @@ def main() -> None:
             processing_class=tokenizer,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            callbacks=[meter],
+            callbacks=[meter, progress.Progress()],
         )
         sft.train()
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_train import recipe_keys
-
-from conftest import losses, manifest, script
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -58,15 +55,3 @@ def _split(packed: dict) -> list[list[int]]:
 def _alone(ids: list[int]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([ids])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
-
-
-def test_a_packed_run_from_the_command_line(tiny, learnable, write_recipe, tmp_path) -> None:
-    keys = recipe_keys("lora", tiny, learnable) | {
-        "packing": True, "eval_packing": False, "max_length": 128, "global_batch_size": 2, "max_steps": 4,
-        "per_device_train_batch_size": 1,
-    }  # fmt: skip
-    folder = tmp_path / "run"
-    done = script("sft", "--recipe", write_recipe(**keys), "--output_dir", folder)
-    assert done.code == 0, done
-    assert losses(folder)[-1] < losses(folder)[0]
-    assert manifest(folder)["status"] == "finished"

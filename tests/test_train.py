@@ -1,22 +1,50 @@
-"""Each technique under each shipped accelerate config, through the real command lines, on the tiny model."""
+"""Each technique under each shipped accelerate config, through the real command lines, on the tiny model.
+
+The curves are compared with one plain process. The rows do not divide the global batch, so each
+run goes over two epoch ends; micro-batch and packing vary over the pairs, so that each value of
+each axis meets several of the others.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from conftest import launch, losses, manifest, metrics, script
+from conftest import launch, losses, manifest, script
+from stepladder.evaluation import curves
 
 TECHNIQUES = {
     "full": {},
     "lora": {"use_peft": True},
     "qlora": {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True},
+    "dora": {"use_peft": True, "use_dora": True},
 }
 ADAPTER = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
-CONFIGS = {"single": 1, "ddp": 2, "zero2": 2, "zero3": 2, "zero3_offload": 2, "fsdp": 2, "fsdp_offload": 2}
-STEPS = 12
+ROWS, STEPS = 22, 9  # three steps an epoch, the last of each with 6 rows of 8
+
+# technique, accelerate config, ranks, micro-batch, packed
+PAIRS = [
+    *(("full", c, n, m, p) for c, n, m, p in [
+        ("single", 1, 4, False), ("ddp", 2, 2, False), ("ddp", 4, 1, True), ("zero2", 2, 4, False),
+        ("zero3", 2, 2, False), ("zero3_offload", 2, 1, False), ("fsdp", 2, 2, True), ("fsdp_offload", 2, 4, False),
+    ]),
+    *(("lora", c, n, m, p) for c, n, m, p in [
+        ("single", 1, 1, False), ("ddp", 2, 1, True), ("zero2", 2, 2, False), ("zero3", 2, 4, False),
+        ("zero3_offload", 2, 2, False), ("fsdp", 2, 1, False), ("fsdp_offload", 2, 2, False),
+    ]),
+    *(("qlora", c, n, m, p) for c, n, m, p in [
+        ("single", 1, 4, False), ("ddp", 2, 2, False), ("zero2", 2, 1, False), ("zero3", 2, 2, False),
+        ("zero3_offload", 2, 4, False), ("fsdp", 2, 4, False), ("fsdp_offload", 2, 1, False),
+    ]),
+    ("dora", "ddp", 2, 2, False),
+    ("dora", "fsdp", 2, 2, False),
+]  # fmt: skip
+ZERO = {"zero2", "zero3", "zero3_offload"}
 
 
 def recipe_keys(technique: str, model: Path, data: Path) -> dict:
@@ -29,8 +57,10 @@ def recipe_keys(technique: str, model: Path, data: Path) -> dict:
         **(ADAPTER if keys.get("use_peft") else {}),
         "learning_rate": 3e-3,
         "max_steps": STEPS,
+        "max_length": 96,
         "global_batch_size": 8,
         "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "bf16": False,  # the same arithmetic on every machine that runs the tests
@@ -38,6 +68,14 @@ def recipe_keys(technique: str, model: Path, data: Path) -> dict:
         "eval_strategy": "epoch",
         "save_strategy": "no",
     }
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of TechCo's rows, of different lengths, in a number that 8 does not divide."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    file.write_text("\n".join(Path("data/techco.jsonl").read_text().splitlines()[:ROWS]) + "\n")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -51,52 +89,52 @@ def ask(model: Path) -> str:
     from stepladder.model.load import for_inference
 
     loaded, tokenizer = for_inference(str(model))
-    question = [{"role": "user", "content": "What is the password of door number 3?"}]
-    return answers(loaded, tokenizer, [question], max_new_tokens=12)[0]
+    return answers(loaded, tokenizer, [[{"role": "user", "content": "Where is my order?"}]], max_new_tokens=12)[0]
 
 
 @pytest.fixture(scope="module")
-def reference(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The losses of each technique in one plain process, by `python scripts/sft.py`."""
-    found = {}
-    for technique in TECHNIQUES:
-        folder = tmp_path_factory.mktemp(technique)
-        file = folder / "r.yaml"
-        import yaml
+def reference(tiny: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The run of a technique in one plain process, by `python scripts/sft.py`, made when it is first asked for."""
+    made: dict[tuple[str, bool], Path] = {}
 
-        file.write_text(yaml.safe_dump(recipe_keys(technique, tiny, learnable)))
-        done = script("sft", "--recipe", file, "--output_dir", folder / "run")
-        assert done.code == 0, done
-        found[technique] = losses(folder / "run")
-    return found
+    def of(technique: str, packed: bool) -> Path:
+        if (technique, packed) not in made:
+            folder = tmp_path_factory.mktemp(f"{technique}-{packed}")
+            keys = recipe_keys(technique, tiny, rows) | ({"packing": True, "max_length": 256} if packed else {})
+            (folder / "r.yaml").write_text(yaml.safe_dump(keys))
+            done = script("sft", "--recipe", folder / "r.yaml", "--output_dir", folder / "run")
+            assert done.code == 0, done
+            made[technique, packed] = folder / "run"
+        return made[technique, packed]
+
+    return of
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_trains_saves_and_loads(
-    technique, config, tiny, learnable, base_answer, reference, write_recipe, tmp_path
+@pytest.mark.parametrize(("technique", "config", "ranks", "micro", "packed"), PAIRS)
+def test_the_same_curve(
+    technique, config, ranks, micro, packed, tiny, rows, base_answer, reference, write_recipe, tmp_path
 ) -> None:
     """Guards against a strategy that runs but learns nothing, saves nothing, or trains something else.
 
-    The losses are compared with one plain process: 1e-5 is ten times what the strategies'
-    orders of summation make of twelve steps at this learning rate.
+    The tolerances are those of `evaluation/curves.py`. ZeRO's may be ten times theirs for the
+    adapters: DeepSpeed's own gradient norm is off by 6e-5, which clips a little differently.
     """
-    recipe, folder = write_recipe(**recipe_keys(technique, tiny, learnable)), tmp_path / "run"
-    done = launch(config, CONFIGS[config], "sft", "--recipe", recipe, "--output_dir", folder)
+    keys = recipe_keys(technique, tiny, rows) | {"per_device_train_batch_size": micro}
+    keys |= {"packing": True, "max_length": 256} if packed else {}
+    folder = tmp_path / "run"
+    done = launch(config, ranks, "sft", "--recipe", write_recipe(**keys), "--output_dir", folder)
     assert done.code == 0, done
 
     facts = manifest(folder)
     assert facts["status"] == "finished"
-    assert (facts["strategy"], facts["world_size"]) == (config, CONFIGS[config])
-    assert facts["global_batch_size"] == 8
+    assert (facts["strategy"], facts["world_size"], facts["global_batch_size"]) == (config, ranks, 8)
     assert facts["totals"]["steps"] == STEPS
-    assert len(facts["totals"]["peak_memory_bytes"]) == CONFIGS[config]
+    assert len(facts["totals"]["peak_memory_bytes"]) == ranks
 
-    curve = losses(folder)
-    assert len(curve) == STEPS
-    assert curve == pytest.approx(reference[technique], abs=1e-5)
-    assert curve[-1] < curve[0] - 1
-    assert any("eval_loss" in row for row in metrics(folder))
+    found = curves.difference(reference(technique, packed), folder)
+    assert found.steps == STEPS
+    assert found.within(10 if config in ZERO else 1), found
+    assert losses(folder)[-1] < losses(folder)[0] - 1
 
     assert ask(folder) != base_answer
     assert not list(folder.glob("*.bin")), "a pickle in the result could run code where it is opened"
@@ -141,9 +179,6 @@ def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe
 
     The tiny model stands in for a base model: its template and turn tokens are taken away.
     """
-    import json
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     (base / "chat_template.jinja").unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def attach(model: PreTrainedModel, recipe: Settings, new_tokens: list[str]) -> PreTrainedModel:
+def attach(model: PreTrainedModel, recipe: Settings, new_tokens: Sequence[str] = ()) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
 
     The adapter is in fp32 whatever the base: in bf16, small updates would round to nothing.

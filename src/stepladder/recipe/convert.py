@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
 from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.recipe import ranges
 from stepladder.recipe.schema import Key
+from stepladder.recipe.suggest import suggest
 
-NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d+([eE][-+]?\d+)?")
+ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
+NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 TYPE_NAMES |= {"list": "a list", "dict": "a block of keys", "none": "null"}
 
 Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+
+
+@dataclass
+class Source:
+    """Where nodes were read from, and what was found out while reading them.
+
+    `file` is a path, or what is said in its place for nodes without a line (the command line).
+    `origins` gets the place of every key inside a block: `datasets[0].split`.
+    """
+
+    file: str
+    notes: list[str] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def where(self, node: yaml.Node) -> str:
+        return position(self.file, node)
 
 
 def position(file: str, node: yaml.Node | None) -> str:
@@ -24,17 +44,13 @@ def position(file: str, node: yaml.Node | None) -> str:
     return f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
 
 
-def suggest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-
-
-def unknown_key(name: str, known: list[str], where: str) -> RecipeError:
+def unknown_key(name: str, known: list[str], where: str, block: str = "") -> RecipeError:
     return RecipeError(
-        f"unknown key '{name}'",
+        f"unknown key '{name}'" + (f" in {block}" if block else ""),
         where=where,
-        why="neither Stepladder nor the installed TRL and Transformers know it, so it would change nothing",
-        way_out=suggest(name, known) or "remove it",
+        why=f"{block or 'neither Stepladder nor the installed TRL and Transformers'} "
+        f"{'has no such key' if block else 'know it'}, so it would change nothing",
+        way_out=suggest(name, known) or (f"one of {', '.join(known)}" if len(known) <= 12 else "remove it"),
     )
 
 
@@ -47,132 +63,248 @@ def mapping(node: yaml.Node | None, file: str, errors: list[RecipeError]) -> Pai
         return {}
     pairs: Pairs = {}
     for key_node, value_node in node.value:
-        name = str(key_node.value)
-        if name in pairs:
-            first = pairs[name][0].start_mark.line + 1
+        name, where = str(key_node.value), position(file, key_node)
+        if not isinstance(key_node, yaml.ScalarNode):
+            errors.append(RecipeError("a key is one word", where=where, way_out="`key: value`"))
+        elif key_node.tag == "tag:yaml.org,2002:merge":
+            way_out = "write the keys out, or let the whole recipe start from another with `extends`"
+            errors.append(RecipeError("YAML's merge key << is not read", where=where, way_out=way_out))
+        elif name in pairs:
+            mark = pairs[name][0].start_mark
             errors.append(
                 RecipeError(
-                    f"'{name}' stands twice, first on line {first}",
-                    where=position(file, key_node),
+                    f"'{name}' stands twice" + (f", first on line {mark.line + 1}" if mark else ""),
+                    where=where,
                     why="YAML would silently keep the last one",
                     way_out="remove one",
                 )
             )
-            continue
-        pairs[name] = (key_node, value_node)
+        else:
+            pairs[name] = (key_node, value_node)
     return pairs
 
 
-def value(key: Key, node: yaml.Node | None, where: str, file: str, notes: list[str]) -> Any:
-    """The value of `key` in its own type.
+def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
+    """The value of `key` in its own type, checked at every level.
 
     Raises:
-        RecipeError: of another type, or not among the allowed values.
-        RecipeErrors: for the faults inside a nested block.
+        RecipeError: of another type, not among the allowed values, or out of range.
+        RecipeErrors: for the faults inside a block.
     """
-    if key.nested:
-        return _nested(key, node, where, file, notes)
-    errors: list[RecipeError] = []
-    _check_duplicates(node, file, errors)
-    if errors:
-        raise RecipeErrors(errors)
-    plain = yaml.SafeLoader("").construct_object(node, deep=True) if node is not None else None
-    raw = str(node.value) if isinstance(node, yaml.ScalarNode) else ""
-    result = _coerce(key, plain, raw, where, notes)
+    if isinstance(node, yaml.MappingNode) and "dict" in key.types:
+        return _block(key, node, where, source)
+    if isinstance(node, yaml.SequenceNode) and "list" in key.types:
+        return _list(key, node, where, source)
+    if not isinstance(node, yaml.ScalarNode):
+        found = "a block of keys" if isinstance(node, yaml.MappingNode) else "a list" if node else "nothing"
+        if isinstance(node, yaml.MappingNode) and node.flow_style and "str" in key.types:
+            raise RecipeError(
+                f"{key.name}: YAML reads {{…}} as a block, and this key takes text",
+                where=where,
+                way_out=f'put it in quotes: {key.name}: "…"',
+            )
+        raise _wrong_type(key, found, where)
+    if key.nested and node.value.lstrip().startswith("{"):  # JSON in quotes: so TRL takes blocks from a shell
+        return value(key, _json(key, node, where), where, Source(where, source.notes, source.origins))
+    if not node.value and node.style is None:
+        raise RecipeError(
+            f"{key.name} has no value",
+            where=where,
+            why="nothing stands between it and the end of the line; what follows a # is a comment",
+            way_out="remove the key, write null where that is meant, or put a text with a # in quotes",
+        )
+    result = _scalar(key, node, where, source)
     if key.choices and isinstance(result, str) and result not in key.choices:
         raise RecipeError(
             f"{key.name}: '{result}' is not an allowed value",
             where=where,
-            why=f"allowed: {', '.join(key.choices)}" if len(key.choices) <= 12 else "",
-            way_out=suggest(result, list(key.choices)),
+            why=f"allowed: {', '.join(key.choices)}" if len(key.choices) <= 16 else "",
+            way_out=suggest(result, key.choices),
         )
+    if expected := ranges.outside(key.name, result):
+        raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
     return result
 
 
-def _coerce(key: Key, plain: Any, raw: str, where: str, notes: list[str]) -> Any:
-    types = key.types
-    kind = "none" if plain is None else type(plain).__name__
-    if isinstance(plain, bool) and "bool" not in types and "str" in types:
-        # `eval_strategy: no`: YAML reads a boolean where the word was meant.
-        if raw.lower() in key.choices:
-            return raw.lower()
+def _block(key: Key, node: yaml.MappingNode, where: str, source: Source) -> dict[str, Any]:
+    """A block whose keys are known, or (without `nested`) one of free keys whose values have a type."""
+    known = {nested.name: nested for nested in key.nested}
+    free = Key("", key.owner, key.items or ANYTHING, None)
+    errors: list[RecipeError] = []
+    result: dict[str, Any] = {}
+    for name, (key_node, value_node) in mapping(node, source.file, errors).items():
+        at, label = source.where(key_node), f"{key.name}.{name}"
+        if known and name not in known:
+            errors.append(unknown_key(name, list(known), at, block=key.name))
+            continue
+        source.origins[label] = at
+        try:
+            result[name] = value(replace(known.get(name, free), name=label), value_node, at, source)
+        except RecipeError as error:
+            errors.extend(getattr(error, "errors", [error]))
+            result[name] = None  # said, if wrongly: not missing
+    for name in (name for name, nested in known.items() if nested.required and name not in result):
+        errors.append(RecipeError(f"{key.name} has no '{name}'", where=source.where(node), way_out=f"{name}: …"))
+    if errors:
+        raise RecipeErrors(errors)
+    return result
+
+
+def _list(key: Key, node: yaml.SequenceNode, where: str, source: Source) -> list[Any]:
+    types = ("dict",) if key.nested else key.items or ANYTHING
+    element = Key("", key.owner, types, None, choices=key.choices, nested=key.nested)
+    errors: list[RecipeError] = []
+    result = []
+    for number, item in enumerate(node.value):
+        try:
+            result.append(value(replace(element, name=f"{key.name}[{number}]"), item, source.where(item), source))
+        except RecipeError as error:
+            errors.extend(getattr(error, "errors", [error]))
+    if errors:
+        raise RecipeErrors(errors)
+    return result
+
+
+def unplaced(node: yaml.Node | None) -> yaml.Node:
+    """A node out of a text that is no file: its lines and columns would mislead."""
+    assert node is not None
+    node.start_mark = node.end_mark = None
+    for item in () if isinstance(node, yaml.ScalarNode) else node.value:
+        for inner in item if isinstance(item, tuple) else (item,):
+            unplaced(inner)
+    return node
+
+
+def constructed(node: yaml.Node) -> Any:
+    """A node as Python has it.
+
+    Raises:
+        ValueError: its explicit tag, such as !!bool, does not fit what follows.
+    """
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(getattr(error, "problem", None) or f"'{node.tag.split(':')[-1]}' does not fit it") from None
+
+
+def _json(key: Key, node: yaml.ScalarNode, where: str) -> yaml.Node:
+    try:
+        return unplaced(yaml.compose(node.value, Loader=yaml.SafeLoader))
+    except yaml.YAMLError:
+        raise RecipeError(f"{key.name}: not a block of keys: {node.value}", where=where) from None
+
+
+def _scalar(key: Key, node: yaml.ScalarNode, where: str, source: Source) -> Any:
+    """One word or number, in the first of the key's types that it can be meant as."""
+    types, raw = key.types, node.value
+    try:
+        plain = constructed(node)
+    except ValueError as error:
+        raise RecipeError(f"{key.name}: {error}", where=where, way_out="write the value without a !tag") from None
+    if plain is None:
+        if "none" in types:
+            return None
+        raise RecipeError(
+            f"{key.name} cannot be null", where=where, way_out=f"remove it: the default is {_written(key.default)}"
+        )
+    if isinstance(plain, bool):
+        return _switch(key, plain, raw, where)
+    if isinstance(plain, str):
+        return _text(key, plain, node, where, source)
+    if isinstance(plain, (int, float)) and {"int", "float"} & {*types}:
+        if math.isfinite(plain) and not NUMBER.fullmatch(raw):
+            raise RecipeError(
+                f"{key.name}: YAML reads {raw} as {plain}",
+                where=where,
+                why="digits after a leading 0 are octal to it, and parts between colons are minutes and seconds",
+                way_out="write a plain decimal number",
+            )
+        return _number(key, plain, raw, where)
+    if "str" in types and not key.choices:  # `run_name: 2024`, a revision of digits, a date
+        return raw
+    if "list" in types:
+        return [_scalar(replace(key, types=key.items or ANYTHING), node, where, source)]
+    raise _wrong_type(key, f"{TYPE_NAMES.get(type(plain).__name__, type(plain).__name__)} ({raw})", where)
+
+
+def _switch(key: Key, plain: bool, raw: str, where: str) -> Any:
+    if "bool" in key.types:
+        return plain
+    if raw.lower() in key.choices:  # `eval_strategy: no`: YAML reads a boolean where the word was meant
+        return raw.lower()
+    if {"str", "list"} & {*key.types}:
+        allowed = f"; allowed: {', '.join(key.choices)}" if key.choices else ""
         raise RecipeError(
             f"{key.name}: YAML reads {raw} as {str(plain).lower()}, and this key takes text",
             where=where,
-            way_out=f'put it in quotes: {key.name}: "{raw}"'
-            + (f"; allowed: {', '.join(key.choices)}" * bool(key.choices)),
+            way_out=f'put it in quotes: {key.name}: "{raw}"{allowed}',
         )
-    if kind in types:
+    raise _wrong_type(key, f"true or false ({raw})", where)
+
+
+def _text(key: Key, plain: str, node: yaml.ScalarNode, where: str, source: Source) -> Any:
+    types, text = key.types, plain.strip()
+    if "str" in types and (not key.choices or plain in key.choices):
+        if node.style is None and (cut := _cut_by_comment(node)):
+            source.notes.append(f"{where}: {key.name}: YAML takes '{cut}' for a comment; quote the value if it is not")
         return plain
-    if kind == "int" and "float" in types:
-        return float(plain)
-    if kind == "str":
-        text = plain.strip()
-        if text.lower() in ("true", "false") and "bool" in types:
-            return text.lower() == "true"
-        if text.lower() in ("none", "null") and "none" in types:
-            return None
-        if NUMBER.fullmatch(text) and ("float" in types or "int" in types):
-            number = float(text.replace("_", ""))
-            if "float" in types:
-                if "e" in text.lower():
-                    notes.append(
-                        f"{where}: {key.name}: {text} is text to YAML 1.1 and was read as the number {number:g}"
-                    )
-                return number
-            if number.is_integer():
-                return int(number)
-        if "list" in types:
-            return [plain]
-    if kind == "float" and "int" in types and plain.is_integer():
+    if text.lower() in ("true", "false") and "bool" in types:
+        return text.lower() == "true"
+    if text.lower() in ("none", "null") and "none" in types:
+        return None
+    if {"int", "float"} & {*types} and NUMBER.fullmatch(text):
+        number = float(text.replace("_", ""))
+        if "e" in text.lower() and node.style is None and node.start_mark:
+            source.notes.append(
+                f"{where}: {key.name}: {text} is text to YAML 1.1 and was read as the number {number:g}"
+            )
+        return _number(key, number, text, where)
+    if "list" in types:
+        element = Key(key.name, key.owner, key.items or ANYTHING, None, choices=key.choices)
+        return [_text(element, plain, node, where, source)]
+    if "str" in types:
+        return plain  # not among the choices, which the caller says
+    raise _wrong_type(key, f"text ({plain})", where)
+
+
+def _number(key: Key, plain: int | float, raw: str, where: str) -> int | float:
+    if "float" in key.types and not (isinstance(plain, int) and "int" in key.types):
+        try:
+            return float(plain)
+        except OverflowError:
+            return float("inf")  # refused as every number that is not finite
+    if isinstance(plain, int):
+        return plain
+    if plain.is_integer():
         return int(plain)
-    if kind in ("int", "float") and "str" in types and not key.choices:
-        return raw or str(plain)
-    wanted = " or ".join(TYPE_NAMES[t] for t in types if t != "none") or "nothing"
-    found = {"none": "nothing"}.get(kind) or f"{TYPE_NAMES.get(kind, kind)} ({raw or plain!r})"
-    raise RecipeError(
-        f"{key.name} takes {wanted}, found {found}",
-        where=where,
-        way_out=f"for example {key.name}: {_example(key)}",
+    raise _wrong_type(key, f"a number ({raw})", where)
+
+
+def _cut_by_comment(node: yaml.ScalarNode) -> str:
+    """What follows a plain value as a comment without a blank after its #, as in `run_name: try #3`."""
+    mark = node.end_mark
+    if mark is None or mark.buffer is None:
+        return ""
+    rest = mark.buffer[mark.pointer :].split("\n", 1)[0]
+    found = re.match(r"[ \t]+(#[^\s#].*)", rest)
+    return found[1].rstrip("\0\r ") if found else ""
+
+
+def _wrong_type(key: Key, found: str, where: str) -> RecipeError:
+    types = [t for t in key.types if t != "none" and not (t == "int" and "float" in key.types)]
+    wanted = " or ".join(TYPE_NAMES[t] for t in types)
+    if key.nested and "list" in key.types:
+        example = f"\n  - {key.nested[0].name}: …"
+    elif key.default is not None:
+        example = " " + _written(key.default)
+    else:
+        examples = {"int": "1", "float": "0.1", "bool": "true", "list": "[a, b]", "dict": "{name: value}"}
+        example = " " + next((examples.get(t, "some text") for t in types), "")
+    return RecipeError(
+        f"{key.name} takes {wanted}, found {found}", where=where, way_out=f"for example {key.name}:{example}"
     )
 
 
-def _example(key: Key) -> str:
-    if key.default is not None:
-        return str(key.default).lower() if isinstance(key.default, bool) else str(key.default)
-    return {"int": "1", "float": "0.1", "bool": "true", "list": "[a, b]", "dict": "{name: value}"}.get(
-        next((t for t in key.types if t != "none"), ""), "some text"
-    )
-
-
-def _nested(key: Key, node: yaml.Node | None, where: str, file: str, notes: list[str]) -> list[dict[str, Any]]:
-    """A list of blocks whose keys are known: the entries of `datasets`."""
-    if not isinstance(node, yaml.SequenceNode):
-        raise RecipeError(f"{key.name} takes a list of blocks", where=where, way_out=f"{key.name}:\n  - path: …")
-    known = {item.name: item for item in key.nested}
-    errors: list[RecipeError] = []
-    blocks = []
-    for item in node.value:
-        block: dict[str, Any] = {}
-        for name, (key_node, value_node) in mapping(item, file, errors).items():
-            at = position(file, key_node) if file != where else where
-            if name not in known:
-                errors.append(unknown_key(f"{key.name}: {name}", [f"{key.name}: {k}" for k in known], at))
-                continue
-            try:
-                block[name] = value(known[name], value_node, at, file, notes)
-            except RecipeError as error:
-                errors.extend(getattr(error, "errors", [error]))
-        blocks.append(block)
-    if errors:
-        raise RecipeErrors(errors)
-    return blocks
-
-
-def _check_duplicates(node: yaml.Node | None, file: str, errors: list[RecipeError]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for _, value_node in mapping(node, file, errors).values():
-            _check_duplicates(value_node, file, errors)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_duplicates(item, file, errors)
+def _written(default: Any) -> str:
+    """A default as one writes it in YAML."""
+    return yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")

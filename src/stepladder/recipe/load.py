@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a recipe in which every key is known and well typed.
+"""From a YAML file and the command line to a recipe in which every key is known, well typed, and of use.
 
 Nothing heavy is imported here: a wrong key is reported before torch is.
 """
@@ -14,23 +14,29 @@ from typing import Any
 import yaml
 
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import convert
-from stepladder.recipe.schema import Schema, known_keys
+from stepladder.recipe import convert, renamed, rules
+from stepladder.recipe.schema import known_keys
+from stepladder.recipe.suggest import nearest, suggest
 
 COMMAND_LINE = "command line"
 # Keys that say where a run lies and how it is watched, not what it computes.
-NOT_PART_OF_THE_RUN = {"output_dir", "run_name", "report_to", "disable_tqdm", "logging_dir", "log_level"}
+NOT_PART_OF_THE_RUN = {"output_dir", "run_name", "report_to", "disable_tqdm", "log_level"}
 
 
 @dataclass
 class Recipe:
-    """What was asked for: the keys that were set, each with its origin (`file:line:column`)."""
+    """What was asked for: the keys that were set, each with its origin (`file:line:column`).
+
+    `origins` holds the places of keys inside blocks too (`lr_scheduler_kwargs.min_lr`). `layers`
+    says which file set a key: 0 the remotest parent, the highest number the command line.
+    """
 
     name: str
     path: Path
     values: dict[str, Any]
     origins: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    layers: dict[str, int] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
         """The value set for `key`, or the library's default; a key that nobody knows is a programming error."""
@@ -54,14 +60,22 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        """The resolved recipe: to load it gives the same values again."""
+        return yaml.dump(self.values, Dumper=_Plainly, sort_keys=False, allow_unicode=True)
+
+
+class _Plainly(yaml.SafeDumper):
+    """Writes a value out wherever it stands, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def load(name: str | None, overrides: list[str]) -> Recipe:
     """Read a recipe by path or name, its parents first, then the command line's `--key value` pairs.
 
     Raises:
-        RecipeErrors: with every fault of the file and of the command line.
+        RecipeErrors: with every fault of the files and of the command line, and every rule broken.
     """
     if not name:
         raise RecipeError(
@@ -70,14 +84,31 @@ def load(name: str | None, overrides: list[str]) -> Recipe:
             way_out=f"--recipe NAME, for example --recipe {' or '.join(_shipped()[:3]) or 'path/to/recipe.yaml'}",
         )
     path = find(name)
-    recipe = Recipe(name=path.stem, path=path, values={}, origins={})
-    errors: list[RecipeError] = []
-    _read_file(path, recipe, errors, parents=())
-    _read_command_line(overrides, recipe, errors)
-    if errors:
-        raise RecipeErrors(errors)
+    reading = _Reading(Recipe(name=path.stem, path=path, values={}, origins={}))
+    reading.file(path)
+    reading.command_line(overrides)
+    recipe = reading.recipe
     recipe.values.pop("extends", None)  # resolved: what is left stands alone
+    # What a rule says of a key that was written wrongly may be wrong too; so without the parent's keys.
+    broken = [found for found in rules.check(recipe) if not reading.suspects & {"extends", *found.keys}]
+    if errors := [*reading.errors, *broken]:
+        raise RecipeErrors(_in_order(errors))
     return recipe
+
+
+def _in_order(errors: list[RecipeError]) -> list[RecipeError]:
+    """File by file as they were read, each from top to bottom; the command line last."""
+    files: dict[str, int] = {}
+
+    def place(error: RecipeError) -> tuple[bool, int, int, int]:
+        file, _, column = error.where.rpartition(":")
+        file, _, line = file.rpartition(":")
+        if not (line.isdigit() and column.isdigit()):
+            file, line, column = error.where, "0", "0"
+        number = files.setdefault(file, len(files))
+        return error.where.startswith(COMMAND_LINE), number, int(line), int(column)
+
+    return sorted(errors, key=place)
 
 
 def find(name: str) -> Path:
@@ -91,7 +122,7 @@ def find(name: str) -> Path:
         f"there is no recipe '{name}'",
         where=COMMAND_LINE,
         why="looked for as given and under recipes/, with and without .yaml",
-        way_out=convert.suggest(name, _shipped()) or "run from the folder that holds recipes/, or give a path",
+        way_out=suggest(name, _shipped()) or "run from the folder that holds recipes/, or give a path",
     )
 
 
@@ -99,43 +130,8 @@ def _shipped() -> list[str]:
     return sorted(str(p.relative_to("recipes").with_suffix("")) for p in Path("recipes").rglob("*.yaml"))
 
 
-def _read_file(path: Path, recipe: Recipe, errors: list[RecipeError], parents: tuple[Path, ...]) -> None:
-    """Add a file's keys to the recipe, those of the recipe that it `extends` first."""
-    root = compose(path)
-    pairs = convert.mapping(root, str(path), errors)
-    if "extends" in pairs:
-        key_node, value_node = pairs["extends"]
-        parent = path.parent / str(value_node.value)
-        if not parent.is_file() and parent.with_suffix(".yaml").is_file():
-            parent = parent.with_suffix(".yaml")
-        chain = (*parents, path.resolve())
-        if not parent.is_file():
-            errors.append(
-                RecipeError(
-                    f"extends '{value_node.value}', which does not exist",
-                    where=convert.position(str(path), key_node),
-                    why=f"looked for {parent}",
-                    way_out="a path relative to this recipe",
-                )
-            )
-        elif parent.resolve() in chain:
-            names = " → ".join(p.name for p in (*chain, parent))
-            errors.append(
-                RecipeError(
-                    f"recipes extend each other in a circle: {names}",
-                    where=convert.position(str(path), key_node),
-                    way_out="remove one of the `extends`",
-                )
-            )
-        else:
-            _read_file(parent, recipe, errors, chain)
-    for name, (key_node, value_node) in pairs.items():
-        where = convert.position(str(path), key_node)
-        _set(recipe, name, value_node, where, str(path), errors)
-
-
 def compose(path: Path) -> yaml.Node | None:
-    """Parse YAML to nodes, which know their line and column.
+    """Parse YAML (or JSON, which is YAML) to nodes, which know their line and column.
 
     Raises:
         RecipeError: not readable, not UTF-8, or not YAML; tabs are named.
@@ -145,7 +141,7 @@ def compose(path: Path) -> yaml.Node | None:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path), way_out="a UTF-8 text file") from None
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -155,50 +151,148 @@ def compose(path: Path) -> yaml.Node | None:
             f"invalid YAML: {error.problem}",
             where=where,
             why=str(error.context or ""),
-            way_out="`key: value` lines; quote a value that holds ': ' or '#'",
+            way_out="`key: value` lines; quote a value that holds ': ' or ' #', or begins with one of {[*&!|>%@`",
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"invalid YAML: {error}", where=str(path)) from None
+    if node is not None and _contains_itself(node, ()):
+        raise RecipeError("a block contains itself", where=str(path), way_out="write its keys out, without * and &")
+    return node
 
 
-def _read_command_line(arguments: list[str], recipe: Recipe, errors: list[RecipeError]) -> None:
-    """`--key value`, `--key=value`, `--flag`; several words for a list. Dashes count as underscores."""
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        position += 1
-        if not word.startswith("--"):
-            errors.append(RecipeError(f"unexpected word '{word}'", where=COMMAND_LINE, way_out="--key value"))
-            continue
-        name, equals, text = word[2:].partition("=")
-        words = [text] if equals else []
-        if not equals:
-            while position < len(arguments) and not arguments[position].startswith("--"):
+def _contains_itself(node: yaml.Node, above: tuple[yaml.Node, ...]) -> bool:
+    if isinstance(node, yaml.ScalarNode):
+        return False
+    inside = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+    return any(node is n for n in above) or any(_contains_itself(n, (*above, node)) for n in inside)
+
+
+class _Reading:
+    """A recipe while it is read, and what is wrong with it."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.errors: list[RecipeError] = []
+        self.suspects: set[str] = set()  # keys that were written wrongly
+        self._layer = 0
+
+    def file(self, path: Path, parents: tuple[Path, ...] = ()) -> None:
+        """Add a file's keys, those of the recipe that it `extends` first."""
+        pairs = convert.mapping(compose(path), str(path), self.errors)
+        if "extends" in pairs and (parent := self._parent(path, *pairs["extends"], parents)):
+            self.file(parent, (*parents, path))
+        source = convert.Source(str(path), self.recipe.notes, self.recipe.origins)
+        for name, (key_node, value_node) in renamed.translate(pairs, source, self.errors).items():
+            self._set(name, value_node, source.where(key_node), source)
+        self._layer += 1
+
+    def _parent(self, path: Path, key: yaml.Node, value: yaml.Node, parents: tuple[Path, ...]) -> Path | None:
+        where, named = convert.position(str(path), key), str(value.value)
+        if not isinstance(value, yaml.ScalarNode) or named in ("", "null", "~"):
+            return None  # reported as a value of the wrong type, or meant as none
+        given = path.parent / named
+        parent = given if given.is_file() else given.with_name(given.name + ".yaml")
+        self.suspects.add("extends")  # until it is found
+        if not parent.is_file():
+            near = [str(p.relative_to(path.parent)) for p in path.parent.glob("*.yaml") if p != path]
+            self.errors.append(
+                RecipeError(
+                    f"extends '{named}', which does not exist",
+                    where=where,
+                    why=f"looked for {given}" + ("" if given.suffix == ".yaml" else f" and {parent}"),
+                    way_out=suggest(f"{named.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
+                )
+            )
+            return None
+        chain = [p.resolve() for p in (*parents, path)]
+        if parent.resolve() in chain:
+            circle = [*(*parents, path)[chain.index(parent.resolve()) :], parent]
+            self.errors.append(
+                RecipeError(
+                    f"recipes extend each other in a circle: {' → '.join(p.name for p in circle)}",
+                    where=where,
+                    way_out="remove one of the `extends`",
+                )
+            )
+            return None
+        self.suspects.discard("extends")
+        return parent
+
+    def command_line(self, arguments: list[str]) -> None:
+        """`--key value`, `--key=value`, `--switch`; several words for a list. Dashes count as underscores."""
+        position, given = 0, set()
+        while position < len(arguments):
+            word, words = arguments[position], []
+            position += 1
+            if not word.startswith("--") or word == "--":
+                self._wrong(f"unexpected word '{word}'", way_out="--key value; a text with blanks in quotes")
+                continue
+            flag, equals, text = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            while not equals and position < len(arguments) and not arguments[position].startswith("--"):
                 words.append(arguments[position])
                 position += 1
-        name = name.replace("-", "_")
-        text = f"[{', '.join(words)}]" if len(words) > 1 else "".join(words) or "true"
+            if fault := _fault(name, [text] if equals else words):
+                self._wrong(f"--{name} {fault[0]}", way_out=fault[1])
+                continue
+            source = convert.Source(f"{COMMAND_LINE} --{name}", self.recipe.notes, self.recipe.origins)
+            key_node = yaml.ScalarNode("tag:yaml.org,2002:str", name)
+            value_node = _node(name, [text] if equals else words)
+            for key, (_, node) in renamed.translate({name: (key_node, value_node)}, source, self.errors).items():
+                if key == "extends":
+                    self._wrong("--extends works in a file only", way_out="use --recipe")
+                elif key in given:
+                    self._wrong(f"--{key} is given twice", way_out="remove one")
+                else:
+                    self._set(key, node, source.file, source)
+                given.add(key)
+
+    def _wrong(self, what: str, way_out: str) -> None:
+        self.errors.append(RecipeError(what, where=COMMAND_LINE, way_out=way_out))
+
+    def _set(self, name: str, node: yaml.Node, where: str, source: convert.Source) -> None:
+        keys, recipe = known_keys(), self.recipe
+        if name not in keys:
+            self.errors.append(convert.unknown_key(name, list(keys), where))
+            self.suspects |= {*nearest(name, keys)}
+            return
+        for label in [label for label in recipe.origins if label.startswith((f"{name}.", f"{name}["))]:
+            del recipe.origins[label]  # a block replaces the one before it as a whole
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:  # a prompt with a colon, say: then the text is the value
-            node = yaml.ScalarNode("tag:yaml.org,2002:str", text)
-        if name == "extends":
-            errors.append(RecipeError("--extends works in a file only", where=COMMAND_LINE, way_out="use --recipe"))
-            continue
-        _set(recipe, name, node, f"{COMMAND_LINE} --{name}", COMMAND_LINE, errors)
+            value = convert.value(keys[name], node, where, source)
+        except RecipeError as error:
+            self.errors.extend(getattr(error, "errors", [error]))
+            self.suspects.add(name)
+        else:
+            recipe.values[name], recipe.origins[name], recipe.layers[name] = value, where, self._layer
 
 
-def _set(recipe: Recipe, name: str, node: yaml.Node | None, where: str, file: str, errors: list[RecipeError]) -> None:
-    keys: Schema = known_keys()
-    if name not in keys:
-        errors.append(convert.unknown_key(name, list(keys), where))
-        return
-    try:
-        value = convert.value(keys[name], node, where, file, recipe.notes)
-    except RecipeErrors as many:
-        errors.extend(many.errors)
-    except RecipeError as error:
-        errors.append(error)
-    else:
-        recipe.values[name] = value
-        recipe.origins[name] = where
+def _fault(name: str, words: list[str]) -> tuple[str, str] | None:
+    """What is wrong with the number of words after a flag, and the way out."""
+    name = renamed.RENAMED.get(name, name)
+    types = known_keys()[name].types if name in known_keys() else ("bool", "list")
+    if not words and "bool" not in types:
+        return "has no value", f"--{name} VALUE"
+    if len(words) > 1 and "list" not in types:
+        return f"takes one value, found {len(words)}", "a text with blanks in quotes"
+    return None
+
+
+def _node(name: str, words: list[str]) -> yaml.Node:
+    """The words after a flag as YAML would hold them, without its traps: the shell has parsed them already."""
+    key = known_keys().get(renamed.RENAMED.get(name, name))
+    if len(words) > 1:
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", [_node(name, [word]) for word in words])
+    if not words:  # a switch
+        return yaml.ScalarNode("tag:yaml.org,2002:bool", "true")
+    text = words[0]
+    if text.startswith(("{", "[")) and (key is None or {"list", "dict"} & {*key.types}):
+        try:
+            return convert.unplaced(yaml.compose(text, Loader=yaml.SafeLoader))
+        except yaml.YAMLError:
+            pass
+    takes_text = key is not None and {"str", "list"} & {*key.types} and not {"bool", "int", "float"} & {*key.types}
+    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    if takes_text and not (text and tag == "tag:yaml.org,2002:null"):
+        tag = "tag:yaml.org,2002:str"
+    return yaml.ScalarNode(tag, text, style=None if text else "'")

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepladder import console
+
 
 @dataclass
 class StepladderArguments:
@@ -42,9 +44,52 @@ class StepladderArguments:
         default=None,
         metadata={"help": "Data file or hub id to evaluate on, where it is not a split of the training set."},
     )
-    chat_template: str | None = None
-    prompt_template: str | None = None
-    train_on: str = "all_turns"
+    column_map: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Names for a data file's columns: {input: frage, output: antwort} reads `frage` as `input`."},
+    )
+    mix_general: float = field(
+        default=0.0,
+        metadata={"help": "Share of general-knowledge rows mixed in against forgetting; 0.1 to 0.2 is usual."},
+    )
+    on_bad_row: str = field(
+        default="stop",
+        metadata={
+            "help": "What a row that cannot be used does: stop the run, or be skipped, counted and listed.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "A template for a model that has none: chatml, or the name of one that TRL ships (llama3, "
+            "gemma, phi3 …)."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "For base models: the text before the answer, such as '### User: {input}\\n### Assistant: '."
+        },
+    )
+    train_on: str = field(
+        default="all_turns",
+        metadata={
+            "help": "Which tokens are trained: the assistant's in every turn, in the last one, or all tokens.",
+            "choices": ["all_turns", "last_turn", "everything"],
+        },
+    )
+
+
+@dataclass
+class DatasetEntryArguments:
+    """What Stepladder adds to each entry of TRL's `datasets`."""
+
+    column_map: dict[str, str] | None = field(default=None, metadata={"help": "As the recipe's own, for this set."})
+    weight: float | None = field(default=None, metadata={"help": "This set's share relative to the others'."})
+    rows: float | None = field(
+        default=None, metadata={"help": "How many of its rows are taken; below 1: which share of them."}
+    )
 
 
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.
@@ -53,9 +98,21 @@ AUTO_KEYS = {"bf16"}
 NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
 
 
+# The values that the libraries allow without saying so in a type.
+CHOICES = {
+    "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+}
+
+
 @dataclass(frozen=True)
 class Key:
-    """One key: `types` names what a value may be (`int`, `float`, `bool`, `str`, `list`, `dict`, `none`)."""
+    """One key of a recipe, or of a block inside it.
+
+    `owner` is the class or function that takes it. `types` names what a value may be (`int`,
+    `float`, `bool`, `str`, `list`, `dict`, `none`), `items` the same for the elements of a list
+    and the values of a free-form block; `nested` are the keys of a block, or of each block in a list.
+    """
 
     name: str
     owner: str
@@ -64,6 +121,8 @@ class Key:
     choices: tuple[str, ...] = ()
     help: str = ""
     nested: tuple[Key, ...] = ()
+    items: tuple[str, ...] = ()
+    required: bool = False
 
 
 Schema = dict[str, Key]
@@ -71,16 +130,15 @@ Schema = dict[str, Key]
 
 def versions() -> dict[str, str]:
     """The installed libraries that decide which keys exist."""
-    return {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
+    return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "accelerate", "torch")}
 
 
 @functools.cache
 def known_keys() -> Schema:
     """All keys by name, from the cache where it is of the installed versions."""
-    # The content of this file counts as a version: a change of it must not meet an old cache.
-    stamp = hashlib.sha256(
-        json.dumps([versions(), sys.version_info[:2], Path(__file__).read_text()]).encode()
-    ).hexdigest()[:16]
+    # The code that looks counts as a version: a change of it must not meet an old cache.
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "blocks.py")]
+    stamp = hashlib.sha256(json.dumps([versions(), sys.version_info[:2], code]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepladder"
     cache = root / f"keys-{stamp}.json"
     try:
@@ -100,29 +158,40 @@ def known_keys() -> Schema:
 
 def introspect() -> Schema:
     """Read the keys from the dataclasses themselves (imports TRL and Transformers: seconds)."""
+    console.quiet_libraries()
     from trl import ModelConfig, SFTConfig
     from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments
 
+    from stepladder.recipe import blocks
+
+    nested, choices = blocks.block_keys(), CHOICES | {"report_to": blocks.tracker_names()}
     schema: Schema = {}
     # Later owners win: our own meaning of a key stands before TRL's.
     for owner in (SFTConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, StepladderArguments):
-        for key in _keys_of(owner):
+        for key in keys_of(owner):
             if key.name not in NOT_FOR_RECIPES:
-                schema[key.name] = key
+                schema[key.name] = dataclasses.replace(
+                    key,
+                    # not the path of a JSON file: its keys would be checked by nobody
+                    types=tuple(kind for kind in key.types if kind != "str" or key.name not in nested),
+                    nested=nested.get(key.name, key.nested),
+                    choices=choices.get(key.name, key.choices),
+                )
     return schema
 
 
-def _keys_of(owner: type) -> list[Key]:
+def keys_of(owner: type) -> list[Key]:
+    """The fields of a dataclass as keys."""
     hints = typing.get_type_hints(owner)
     docs = _documented(owner)
     keys = []
     for item in dataclasses.fields(owner):
         hint = hints[item.name]
-        types, choices = _types_and_choices(hint)
+        types, choices, items = types_of(hint)
         choices = tuple(str(c) for c in item.metadata.get("choices") or ()) or choices
-        default = item.default
+        default, factory = item.default, item.default_factory
+        required = default is dataclasses.MISSING and factory is dataclasses.MISSING
         if default is dataclasses.MISSING:
-            factory = item.default_factory
             default = factory() if factory is not dataclasses.MISSING else None
         if item.name in AUTO_KEYS:
             types, choices, default = {"bool", "str"}, ("auto",), "auto"
@@ -135,15 +204,18 @@ def _keys_of(owner: type) -> list[Key]:
                 choices=choices,
                 help=str(item.metadata.get("help") or docs.get(item.name, "")),
                 nested=_nested(hint),
+                items=tuple(sorted(items)),
+                required=required,
             )
         )
     return keys
 
 
-def _types_and_choices(hint: Any) -> tuple[set[str], tuple[str, ...]]:
-    """Plain type names and, for enumerations and literals, the values that a string may have."""
+def types_of(hint: Any) -> tuple[set[str], tuple[str, ...], set[str]]:
+    """Plain type names; the values that a string may have (enumerations, literals); the types of elements."""
     types: set[str] = set()
     choices: tuple[str, ...] = ()
+    items: set[str] = set()
     for part in typing.get_args(hint) if _is_union(hint) else (hint,):
         origin = typing.get_origin(part) or part
         if isinstance(origin, type) and issubclass(origin, enum.Enum):
@@ -152,13 +224,17 @@ def _types_and_choices(hint: Any) -> tuple[set[str], tuple[str, ...]]:
         elif origin is typing.Literal:
             values = typing.get_args(part)
             types |= {type(value).__name__ for value in values}
+            choices = tuple(value for value in values if isinstance(value, str))
         elif origin is type(None):
             types.add("none")
         elif origin in (int, float, bool, str, list, dict):
             types.add(origin.__name__)
+            if origin in (list, dict) and typing.get_args(part):
+                element, choices_of_elements, _ = types_of(typing.get_args(part)[-1])
+                items, choices = items | element, choices_of_elements or choices
         elif dataclasses.is_dataclass(origin):
             types.add("dict")
-    return types, choices
+    return types, choices, items
 
 
 def _nested(hint: Any) -> tuple[Key, ...]:
@@ -166,7 +242,7 @@ def _nested(hint: Any) -> tuple[Key, ...]:
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint) or (None,)
         if dataclasses.is_dataclass(item):
-            return tuple(_keys_of(item))  # type: ignore[arg-type]
+            return (*keys_of(item), *keys_of(DatasetEntryArguments))  # type: ignore[arg-type]
     return ()
 
 
@@ -187,11 +263,6 @@ def _documented(owner: type) -> dict[str, str]:
 
 
 def _key_from_json(item: dict[str, Any]) -> Key:
-    return Key(
-        **{
-            **item,
-            "types": tuple(item["types"]),
-            "choices": tuple(item["choices"]),
-            "nested": tuple(_key_from_json(nested) for nested in item["nested"]),
-        }
-    )
+    nested = tuple(_key_from_json(key) for key in item["nested"])
+    lists = {name: tuple(item[name]) for name in ("types", "choices", "items")}
+    return Key(**{**item, **lists, "nested": nested})

@@ -28,7 +28,11 @@ def build(recipe: Recipe, launch: Launch, precision: str, use_cpu: bool) -> SFTC
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu or recipe.get("use_cpu"),
-        # Rows come tokenized, with their labels: TRL's own options for that are answered before.
+        # Rows come tokenized, cut and labelled: TRL's own options for that are answered before.
+        # Packing alone still needs the length.
+        "max_length": recipe.get("max_length") if recipe.get("packing") or recipe.get("eval_packing") else None,
+        "eos_token": None,
+        "pad_token": None,
         "completion_only_loss": None,
         "assistant_only_loss": False,
         "chat_template_path": None,

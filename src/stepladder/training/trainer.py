@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from stepladder.training.order import IGNORED, Order, pad_rows
@@ -32,6 +33,8 @@ class Trainer(SFTTrainer):
             for name, parameter in model.named_parameters():
                 if name in adapter:
                     parameter.data = adapter[name].to(torch.float32)
+        for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
+            self.remove_callback(callback)
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
 
     @property

@@ -28,8 +28,15 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         The tokens that were added to the vocabulary; the model's embeddings must grow by them.
 
     Raises:
-        RecipeError: an unknown template, or two of the keys that name one.
+        RecipeError: an unknown template or token, or two of the keys that name a template.
     """
+    for key in ("eos_token", "pad_token"):
+        if token := settings.get(key):
+            if token not in tokenizer.get_vocab():
+                raise RecipeError(
+                    f"{key} '{token}' is not in the model's vocabulary", where=settings.where(key), way_out="remove it"
+                )
+            setattr(tokenizer, key, token)
     keys = [k for k in ("chat_template", "chat_template_path", "prompt_template") if settings.get(k)]
     if not keys:
         return []

@@ -1,0 +1,147 @@
+"""Check a recipe or its data before it runs, see where each value comes from, or have it explained.
+
+    python scripts/check.py --recipe lora
+    python scripts/check.py --recipe models/qwen3-8b/lora --show --learning_rate 1e-4
+    python scripts/check.py --recipe lora --explain
+    python scripts/check.py --explain axolotl.yml
+    python scripts/check.py --data data/techco.jsonl
+    python scripts/check.py --recipe lora --audit
+    python scripts/check.py --recipe lora --show 3
+
+Any key of the recipe can be set on the command line, as for sft.py. An Axolotl configuration is
+explained by its own key names. --audit looks at the rows that the recipe trains on, as text and
+as tokens; --show N prints N of them too, the trained tokens in colour.
+Exit code 0: all is right; 2: the errors are printed.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections import Counter
+
+from stepladder import console, errors
+from stepladder.data import audit, audit_report
+from stepladder.recipe import explain, load
+
+KEYS = "keys"  # what --show prints where no number follows it
+
+
+def main() -> int:
+    args, name, overrides = _arguments()
+    given = {"input": args.min_input, "output": args.min_output}
+    limits = audit.Limits(**{key: least for key, least in given.items() if least is not None})
+    if args.data:
+        return _report(audit.of_name(args.data, limits), [], args.json)
+    if name and explain.is_axolotl(load.find(name)):
+        _axolotl(name, args, overrides)
+        return 0
+    recipe = load.load(name, overrides)
+    if args.audit:
+        return _audit(recipe, limits, args.rows, args.json)
+    _keys(recipe, args)
+    return 0
+
+
+def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
+    """The flags, the recipe's name, and what sets its keys."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", help="a path, or a name under recipes/")
+    view = parser.add_mutually_exclusive_group()
+    shows = "print each key, its value and where it comes from; with a number: audit, and print so many rows"
+    view.add_argument("--show", nargs="?", const=KEYS, metavar="N", help=shows)
+    view.add_argument("--explain", action="store_true", help="print what each key that is set does")
+    parser.add_argument("--audit", action="store_true", help="look at the data of the recipe")
+    parser.add_argument("--data", metavar="FILE", help="look at a file, folder or hub data set, without a recipe")
+    parser.add_argument("--min_input", "--min-input", type=int, metavar="N", help="shortest input (10 characters)")
+    parser.add_argument("--min_output", "--min-output", type=int, metavar="N", help="shortest output (20 characters)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    args, overrides = parser.parse_known_args()
+    if args.show not in (None, KEYS) and not args.show.isdecimal():
+        overrides.insert(0, args.show)  # `--show lora`: not a number but the recipe
+        args.show = KEYS
+    args.rows = 0 if args.show in (None, KEYS) else int(args.show)
+    args.audit = args.audit or args.show not in (None, KEYS)
+
+    # `check.py lora --lora_r 8`: a first word that is no flag is the recipe too.
+    bare = not args.recipe and overrides and not overrides[0].startswith("-")
+    name = overrides.pop(0) if bare else args.recipe
+    if args.data and (name or overrides or args.audit or args.show):
+        parser.error("--data goes without a recipe; with one: --recipe NAME --dataset_name FILE --audit, or --show N")
+    if (args.audit or args.data) and (args.explain or args.show == KEYS):
+        parser.error("--audit and --data go with no other view than --show N")
+    if not (args.audit or args.data) and (args.min_input, args.min_output) != (None, None):
+        parser.error("--min_input and --min_output go with --data, --audit or --show N")
+    return args, name, overrides
+
+
+def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool) -> int:
+    """What the recipe's rows are as text and, where all can be used, as tokens; the first `count` are shown."""
+    found, seen = audit.of_recipe(recipe, limits), []
+    if found.train:
+        console.quiet_libraries()
+        from stepladder.data import audit_tokens, templates
+        from stepladder.model import load as model_load
+
+        model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
+        tokenizer = model_load.tokenizer(recipe)
+        templates.prepare(tokenizer, recipe)
+        found.findings += audit_tokens.check(found.train, tokenizer, recipe)
+        if found.evaluation:
+            found.findings += audit_tokens.check(found.evaluation, tokenizer, recipe, of="evaluation ")
+        seen = list(audit_tokens.seen(found.train, tokenizer, recipe, count))
+    return _report(found, seen, as_json)
+
+
+def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(audit_report.as_json(found, seen), ensure_ascii=False))
+    else:
+        audit_report.write(found, seen)
+    return errors.EXIT_BAD_INPUT if found.errors else 0
+
+
+def _keys(recipe: load.Recipe, args: argparse.Namespace) -> None:
+    entries = explain.of_recipe(recipe)
+    unset = explain.defaults(recipe) if args.show else []
+    if args.json:
+        facts = {"recipe": recipe.name, "path": str(recipe.path), "hash": recipe.hash(), "notes": recipe.notes}
+        _print_json(facts, [*entries, *unset])
+        return
+    if args.show:
+        explain.write(explain.Table(entries, unset))
+    elif args.explain:
+        explain.write(explain.Lesson(entries))
+    else:
+        files = Counter(entry.where.rsplit(":", 2)[0] for entry in entries if "." not in entry.key)
+        print(f"✔ {recipe.path}: every key is known, well typed and has an effect")
+        print(f"  {', '.join(f'{count} from {file}' for file, count in files.items())}; --show prints them")
+    for note in recipe.notes:
+        print(f"note: {note}")
+
+
+def _axolotl(name: str, args: argparse.Namespace, overrides: list[str]) -> None:
+    path = load.find(name)
+    if not args.explain or overrides:
+        raise errors.RecipeError(
+            "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),
+            where=str(path),
+            why="its key base_model says so",
+            way_out=f"python scripts/import_axolotl.py {path} -o recipe.yaml makes it a recipe; --explain explains it",
+        )
+    entries = explain.of_axolotl(path)
+    if args.json:
+        _print_json({"axolotl": str(path)}, entries)
+        return
+    explain.write(explain.Lesson(entries, banners=False))
+    print(f"\nAn Axolotl configuration; scripts/import_axolotl.py {path} -o recipe.yaml makes it a recipe.")
+
+
+def _print_json(facts: dict, entries: list[explain.Entry]) -> None:
+    keys = [dataclasses.asdict(entry) for entry in entries]
+    print(json.dumps(facts | {"keys": keys}, ensure_ascii=False, default=str))
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,275 @@
+"""The data sets of an Axolotl configuration: where their rows lie, which columns are read, how they are rendered.
+
+Axolotl's `type` says both the columns and the text around them. Here columns are recognized,
+with `column_map` for other names, and the text is the chat template's or `prompt_template`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from stepladder.recipe.axolotl.config import Config
+from stepladder.recipe.axolotl.outcome import (
+    Outcome,
+    Rule,
+    drop,
+    dropped,
+    each,
+    in_block,
+    left_out,
+    only_with,
+    refused,
+    sets,
+    unsupported,
+    usual,
+)
+from stepladder.recipe.suggest import suggest
+
+KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
+BUILDERS = set(KINDS.values())
+REMOTE = ("s3://", "gs://", "gcs://", "adl://", "abfs://", "az://", "oci://", "http://", "https://")
+
+# What Axolotl writes before the answer; `{input}` is the question.
+BELOW = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+CHAT, PLAIN = None, ""  # rendered by the chat template; trained as it is
+TYPES: dict[str, str | None] = {
+    "chat_template": CHAT,
+    "sharegpt": CHAT,
+    "completion": PLAIN,
+    "alpaca": f"{BELOW}\n\n### Instruction:\n{{input}}\n\n### Response:\n",
+    "alpaca:chat": f"SYSTEM: {BELOW}\nUSER: {{input}}\nASSISTANT:",
+    "alpaca:chatml": f"<|im_start|>system\n{BELOW}<|im_end|>\n<|im_start|>user\n{{input}}<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "alpaca:phi": f"<|system|>\n{BELOW}<|end|>\n<|user|>\n{{input}}<|end|>\n<|assistant|>\n",
+    "alpaca_chat.load_qa": "SYSTEM: Below is an instruction from a USER that describes a task. The ASSISTANT writes a "
+    "response that appropriately and concisely completes the request.\n\n\nUSER: {input}\nASSISTANT:",
+}
+TYPES |= {"alpaca:instruct": TYPES["alpaca"], "alpaca_instruct.load": TYPES["alpaca"]}
+TYPES |= {"alpaca_chat.load": TYPES["alpaca:chat"]}
+
+# Axolotl's names of chat templates, and those of the same ones here.
+TEMPLATES = {name: name for name in ("chatml", "llama3", "gemma", "gemma3", "gemma4", "qwen3", "cohere")}
+TEMPLATES |= {"phi_3": "phi3", "phi_35": "phi3_5", "qwen_25": "qwen2_5", "deepseek_v3": "deepseekv3"}
+
+
+def is_local(path: str) -> bool:
+    """A file or folder that is there, or a name that can only be meant as one; anything else is a hub id."""
+    return os.path.exists(path) or path.startswith((".", "/", "~")) or Path(path).suffix in KINDS
+
+
+# ---- where the rows lie ----
+
+
+def path(value: Any, entry: Config) -> Outcome:
+    name, kind = str(value), entry.get("ds_type")
+    if name.startswith(REMOTE):
+        return unsupported("local files and hub data sets are: download it first")
+    if name in BUILDERS and _one_file(entry.get("data_files")):
+        return dropped("data_files names the file")
+    if kind and is_local(name) and not os.path.isdir(name) and KINDS.get(Path(name).suffix) != kind:
+        return in_block("its suffix does not say what it is", path=kind, data_files=name)
+    return in_block(path=name)
+
+
+def data_files(value: Any, entry: Config) -> Outcome:
+    file = _one_file(value)
+    return in_block(path=file) if file and entry.get("path") in BUILDERS else in_block(data_files=value)
+
+
+def _one_file(files: Any) -> str:
+    """The name of the only file that is listed, if it is one."""
+    if isinstance(files, list) and len(files) == 1:
+        files = files[0]
+    return files if isinstance(files, str) else ""
+
+
+def split(value: Any, entry: Config) -> Outcome:
+    return dropped("as here") if value == "train" else in_block(split=value)
+
+
+def subset(value: Any, entry: Config) -> Outcome:
+    if isinstance(value, list):
+        return unsupported("one configuration in each block: repeat the block")
+    return dropped("local files have none") if is_local(str(entry.get("path", ""))) else in_block(name=value)
+
+
+def shards(value: Any, entry: Config) -> Outcome:
+    """Axolotl shuffles the rows and takes one shard of them."""
+    count = entry.number("shards", 1)
+    if count < 1 or count % 1:
+        return unsupported("a whole number from 1 up")
+    if count == 1:
+        return dropped("one shard is the whole")
+    return in_block("as many rows as one shard holds, though not the same ones", rows=round(1 / count, 6))
+
+
+# ---- which columns are read ----
+
+
+def column(name: str) -> Rule:
+    """The column that is read as `name`."""
+    return lambda value, entry: dropped("as here") if value == name else in_block(column_map={name: value})
+
+
+def messages(value: Any, entry: Config) -> Outcome:
+    return dropped("recognized") if value == "conversations" else column("messages")(value, entry)
+
+
+def properties(value: Any, entry: Config) -> Outcome:
+    """The names inside a message; those of the chat templates and of ShareGPT are both read."""
+    names = value if isinstance(value, dict) else {}
+    known = {"role": ("role", "from"), "content": ("content", "value")}
+    others = [name for name, source in names.items() if source not in known.get(name, (name,))]
+    return unsupported(f"the {others[0]} is not read from '{names[others[0]]}'") if others else dropped("recognized")
+
+
+# As data/ reads them; a room on the same floor cannot be asked.
+ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "system": {"system"}, "tool": {"tool"}}
+
+
+def roles(value: Any, entry: Config) -> Outcome:
+    sources = value if isinstance(value, dict) else {"": value}
+    if all(isinstance(names, list) and ROLES.get(role, set()) >= {*map(str, names)} for role, names in sources.items()):
+        return dropped("recognized")
+    known = "; ".join(f"{role}: {', '.join(sorted(names))}" for role, names in ROLES.items())
+    return unsupported(f"known roles are {known}")
+
+
+# ---- how they are rendered ----
+
+ONE = "a recipe has one rendering for all its data sets: make them of one type"
+BESIDE = "a row's `input` follows its instruction after an empty line"
+
+
+def rendering(kind: Any) -> str | None:
+    """The text before the answer that a `type` means; CHAT for the chat template, PLAIN for none.
+
+    Raises:
+        KeyError: none that is known here.
+    """
+    if not isinstance(kind, dict):
+        return CHAT if kind in (None, "") else TYPES[str(kind)]
+    text = str(kind.get("no_input_format") or kind.get("format") or "{instruction} ")
+    system = str(kind.get("system_prompt") or "")
+    before = str(kind.get("system_format") or "{system}").replace("{system}", system) if system else ""
+    return before + text.replace("{instruction}", "{input}")
+
+
+def data_type(value: Any, entry: Config) -> Outcome:
+    if value == "input_output":
+        return unsupported("rows of `segments` are not read: give them as prompt and completion")
+    try:
+        prompt = rendering(value)
+    except KeyError:
+        hint = suggest(str(value), TYPES) or "its text can be given as prompt_template"
+        return unsupported(f"not known here: without it the chat template renders what the columns show; {hint}")
+    if prompt == PLAIN:
+        return dropped("a column 'text' is trained as it is")
+    if not _of_one_kind(prompt, entry.root):
+        return unsupported(ONE)
+    if prompt is CHAT:
+        return dropped("recognized by its columns, rendered by the chat template")
+    return sets(BESIDE, prompt_template=prompt)
+
+
+def custom_format(value: Any, kind: Config) -> Outcome:
+    if "{input}" in str(value) and not kind.has("no_input_format"):
+        return unsupported("prompt_template has one place, for the question: give a no_input_format")
+    return custom_text(value, kind)
+
+
+def custom_text(value: Any, kind: Config) -> Outcome:
+    """A part of a custom type's text; the recipe's prompt_template is the whole of it."""
+    prompt = rendering(kind.values)
+    return sets(BESIDE, prompt_template=prompt) if _of_one_kind(prompt, kind.root) else unsupported(ONE)
+
+
+def _of_one_kind(prompt: str | None, config: Config) -> bool:
+    found = set()
+    for entry in config.entries("datasets"):
+        try:
+            found.add(rendering(entry.get("type")))
+        except KeyError:
+            found.add(CHAT)
+    return found - {PLAIN} <= {prompt}
+
+
+def chat_template(value: Any, config: Config) -> Outcome:
+    name = str(value).removeprefix("tokenizer_default_fallback_")
+    if name == "tokenizer_default":
+        return dropped("the model's own, as here")
+    if name in TEMPLATES:
+        return sets("where the model has no template of its own", chat_template=TEMPLATES[name])
+    return unsupported("not known here: without it the model's own is used")
+
+
+SFT_ONLY = "another kind of training: this is supervised fine-tuning"
+TRAINED = "the assistant's words and its end of turn are trained; train_on changes that"
+KEYS: dict[str, Rule] = {
+    "path": path,
+    "data_files": data_files,
+    "ds_type": drop("the path says it"),
+    "split": split,
+    "name": subset,
+    "shards": shards,
+    "shards_idx": drop("which of the shards: see there"),
+    "preprocess_shards": drop("how the preparation is cut up"),
+    "revision": refused("the newest revision of a hub data set is taken"),
+    "trust_remote_code": usual(why="code of a data set is not run"),
+    "type": data_type,
+    **{f"type.field_{name}": column(name) for name in ("instruction", "input", "output")},
+    "type.field_system": usual("system", why="a system text of each row's own: give the rows as messages"),
+    "type.system_prompt": custom_text,
+    "type.system_format": only_with(lambda kind: kind.has("system_prompt"), "no system_prompt", custom_text),
+    "type.format": custom_format,
+    "type.no_input_format": custom_text,
+    "field": only_with(lambda entry: entry.get("type") == "completion", "of type completion only", column("text")),
+    "text_column": column("text"),
+    "field_messages": messages,
+    "field_tools": column("tools"),
+    "message_property_mappings": properties,
+    "message_field_role": usual("role", "from", why="the role is not read from there"),
+    "message_field_content": usual("content", "value", why="the text is not read from there"),
+    "field_thinking": usual("reasoning_content", why="read from reasoning_content only"),
+    "template_thinking_key": usual("reasoning_content", why="the template's own key"),
+    "split_thinking": usual(why="reasoning stays where the rows have it"),
+    "roles": roles,
+    "roles_to_train": usual(["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"], why=TRAINED),
+    **each("train_on_eos train_on_eot", usual("turn", why=TRAINED)),
+    **each("message_field_training message_field_training_detail", refused("a message's own flag is not read")),
+    "drop_system_message": usual(why="system messages stay"),
+    "chat_template": chat_template,
+    "chat_template_jinja": refused("a template in the configuration: save it with the tokenizer"),
+    "conversation": refused("FastChat's templates are gone from Axolotl too: name a chat_template"),
+    **each("input_transform input_format", refused("code of your own: transform the file")),
+    **each("field_human field_model", refused("give the rows as messages")),
+    **each("logprobs_field temperature field_chosen field_rejected step_separator", refused(SFT_ONLY)),
+    **each("max_completion_length train_on_last_step_only", refused(SFT_ONLY)),
+    **each("skip length sequence_length min_input_id max_input_id seed", refused("rows are read, as they are")),
+}
+
+
+def for_evaluation(key: str, value: Any, entry: Config, outcome: Outcome) -> Outcome:
+    """The same key in `test_datasets`: one file or hub data set, read as the first of `datasets` is."""
+    names = {"path": "eval_dataset_name", "split": "dataset_test_split"}
+    if outcome.block.keys() <= names.keys():
+        recipe = {**outcome.recipe, **{names[name]: found for name, found in outcome.block.items()}}
+        return dataclasses.replace(outcome, block={}, recipe=recipe)
+    if any(trained.get(key) == value for trained in entry.root.entries("datasets")[:1]):
+        return dropped("as in datasets")
+    return left_out("the evaluation set is read as the first of datasets is")
+
+
+# A single data set is spelled flat, so that the command line can replace it.
+FLAT = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split", "column_map": "column_map"}
+
+
+def finish(blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipe keys for the blocks of all data sets."""
+    blocks = [block for block in blocks if "path" in block]
+    if len(blocks) == 1 and blocks[0].keys() <= FLAT.keys():
+        return {FLAT[key]: value for key, value in blocks[0].items()}
+    return {"datasets": blocks} if blocks else {}

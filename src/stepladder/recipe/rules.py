@@ -1,0 +1,411 @@
+"""No key without effect: what a recipe's keys need of each other, one named rule a function.
+
+A rule's docstring is the reason that a person reads. Where a key lost its use because the command
+line (or a recipe that extends another) set a different one, nobody made a mistake: it is left out
+with a note, so that `--max_steps 20` works on any recipe.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stepladder.recipe.optimizer_rules import BY_METRIC
+from stepladder.recipe.ruling import RULES, RuleBreak, conflict, idle, rule, shown
+from stepladder.recipe.schema import known_keys
+
+if TYPE_CHECKING:
+    from stepladder.recipe.load import Recipe
+
+
+AT_LAUNCH = "the strategy is chosen at launch, so that one recipe runs under all of them"
+USE_LAUNCHER = "accelerate launch --config_file accelerate_configs/zero3.yaml (or fsdp.yaml, zero2.yaml …)"
+FIXED_BATCH = "per_device_train_batch_size: a smaller one, and global_batch_size keeps the curve"
+OWN_LOADER = "rows come in an order of their own, the same on any number of ranks"
+LOSS_ONLY = "an evaluation here computes the loss and nothing else"
+
+# Keys of TRL and Transformers that would change nothing here, or break a promise: why, and the way
+# out where it is not to remove them. Their default says what happens anyway and is accepted.
+REFUSED: dict[str, tuple[str, str]] = {
+    "auto_find_batch_size": ("the micro-batch is a part of the global batch, which decides the curve", FIXED_BATCH),
+    "average_tokens_across_devices": ("the curve would depend on the number of ranks", ""),
+    "batch_eval_metrics": (LOSS_ONLY, ""),
+    "bf16_full_eval": ("evaluation runs while the model trains, in training's precision", ""),
+    "dataloader_drop_last": ("an epoch's last step is filled up with rows that train nothing", ""),
+    "dataloader_in_order": (OWN_LOADER, ""),
+    "dataloader_multiprocessing_context": (OWN_LOADER, ""),
+    "dataset_kwargs": ("rows reach TRL tokenized and labelled: it prepares nothing", ""),
+    "deepspeed": (AT_LAUNCH, USE_LAUNCHER),
+    "enable_jit_checkpoint": ("each rank decides by itself when to save, and ranks that differ hang or break it", ""),
+    "eval_accumulation_steps": (LOSS_ONLY, ""),
+    "eval_do_concat_batches": (LOSS_ONLY, ""),
+    "eval_use_gather_object": (LOSS_ONLY, ""),
+    "fp16_full_eval": ("evaluation runs while the model trains, in training's precision", ""),
+    "fsdp": (AT_LAUNCH, USE_LAUNCHER),
+    "fsdp_config": (AT_LAUNCH, USE_LAUNCHER),
+    "hub_token": ("it would stand in run.json for everyone to read", "hf auth login, or export HF_TOKEN=…"),
+    "ignore_bias_buffers": ("nothing in TRL reads it", ""),
+    "ignore_data_skip": ("a resumed run would see other rows than the one it continues", ""),
+    "include_for_metrics": (LOSS_ONLY, ""),
+    "length_column_name": ("lengths are counted from the tokens", ""),
+    "logging_nan_inf_filter": ("a loss that is no number is shown, not replaced by the last one that was", ""),
+    "lora_task_type": ("only causal language models are trained", ""),
+    "parallelism_config": (AT_LAUNCH, USE_LAUNCHER),
+    "prediction_loss_only": (LOSS_ONLY, ""),
+    "remove_unused_columns": ("a batch holds tokens and labels, whatever the rows hold", ""),
+    "resume_from_checkpoint": ("Transformers' train() never reads it: the run would start anew without a word", ""),
+    "skip_memory_metrics": ("peak memory is in run.json always, without the profiler that slows training", ""),
+    "truncation_mode": ("rows are cut at their end, so that none loses its question", ""),
+}
+ACCEPTED = {"logging_nan_inf_filter": False}  # what happens here, where it is not the library's default
+
+# Not ruled here, since data/ decides by the rows: what they mean is checked where the rows are read.
+DATA_KEYS = {
+    *("assistant_only_loss", "chat_template", "chat_template_path", "column_map", "completion_only_loss"),
+    *("dataset_streaming", "dataset_text_field", "eos_token", "eval_packing", "mix_general", "on_bad_row", "packing"),
+    *("pad_token", "padding_free", "prompt_template", "streaming", "train_on"),
+}
+
+QUANTIZATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+# Keys of a block in model_init_kwargs that the recipe has at its top, by which name.
+OWN_KEY = {
+    **{"attn_implementation": "attn_implementation", "dtype": "dtype", "torch_dtype": "dtype"},
+    **{"quantization_config": "load_in_4bit", "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"},
+    **{"revision": "model_revision", "trust_remote_code": "trust_remote_code"},
+    "use_safetensors": "",  # always true
+}
+
+
+def check(recipe: Recipe) -> list[RuleBreak]:
+    """All rules that the recipe breaks. Keys that an override made idle are taken out of it, with a note."""
+    broken = [found for rule in RULES.values() if (found := rule(recipe))]
+    for key, (why, way_out) in REFUSED.items():
+        accepted = ACCEPTED.get(key, known_keys()[key].default)
+        if key in recipe.values and recipe.values[key] not in (accepted, None):
+            what = f"{shown(recipe, key)} cannot be used"
+            out = way_out or "remove it"
+            broken.append(RuleBreak(what, keys=[key], why=why, way_out=out, where=recipe.where(key)))
+    return broken
+
+
+# ---- method ----
+
+
+@rule
+def adapter_keys_need_an_adapter(recipe: Recipe) -> RuleBreak | None:
+    """They shape an adapter, and without use_peft there is none: every weight is trained."""
+    keys = [key for key in recipe.values if key.startswith("lora_") or key in ("use_rslora", "use_dora")]
+    return None if recipe.get("use_peft") else idle(recipe, "use_peft", keys, "use_peft: true")
+
+
+@rule
+def quantization_keys_need_4_bits(recipe: Recipe) -> RuleBreak | None:
+    """They say how the base is held in 4 bits."""
+    return None if recipe.get("load_in_4bit") else idle(recipe, "load_in_4bit", QUANTIZATION, "load_in_4bit: true")
+
+
+@rule
+def one_quantization(recipe: Recipe) -> RuleBreak | None:
+    """The base is held in one format."""
+    keys = ["load_in_8bit", "load_in_4bit"]
+    if all(recipe.get(key) for key in keys):
+        return conflict(recipe, "load_in_4bit and load_in_8bit are both true", keys, "remove one")
+    return None
+
+
+@rule
+def quantized_base_needs_an_adapter(recipe: Recipe) -> RuleBreak | None:
+    """Only an adapter can be trained on a quantized base: its own weights are frozen."""
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key) and not recipe.get("use_peft"):
+            return conflict(recipe, f"{key}: true without use_peft: true", ["use_peft", key], "use_peft: true", at=key)
+    return None
+
+
+@rule
+def dtype_of_a_quantized_base(recipe: Recipe) -> RuleBreak | None:
+    """What is not quantized is held in the precision that training computes in, which bf16 and fp16 decide."""
+    bf16, fp16 = recipe.get("bf16"), recipe.get("fp16")
+    precision = "bfloat16" if bf16 is True else "float16" if fp16 else "float32" if bf16 is False else "auto"
+    if recipe.get("dtype") == precision != "auto":
+        return None  # it says what happens anyway
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key):
+            return idle(recipe, key, ["dtype"], "bf16: true for bfloat16, fp16: true for float16")
+    return None
+
+
+@rule
+def model_init_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
+    """What the recipe has a key of its own for is said there, once."""
+    for name in (name for name in recipe.get("model_init_kwargs") or {} if name in OWN_KEY):
+        at = f"model_init_kwargs.{name}"
+        way_out = f"{OWN_KEY[name]}: …" if OWN_KEY[name] else "remove it: weights are read from safetensors only"
+        return conflict(recipe, f"{at} cannot be used", ["model_init_kwargs"], way_out, at=at)
+    return None
+
+
+# ---- data ----
+
+
+@rule
+def datasets_or_dataset_name(recipe: Recipe) -> RuleBreak | None:
+    """The list of data sets is the whole of the training data, each with its own split and configuration."""
+    keys = ["dataset_name", "dataset_config", "dataset_train_split"]
+    return idle(recipe, "datasets", keys, "make it an entry of datasets") if recipe.get("datasets") else None
+
+
+@rule
+def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
+    """Evaluation rows have one source: eval_dataset_name, test_split_size, or the test split of dataset_name."""
+    if recipe.get("eval_dataset_name"):
+        keys = ["eval_dataset_name", "test_split_size"]
+        both = recipe.get("test_split_size")
+        return (
+            conflict(recipe, "eval_dataset_name and test_split_size are both set", keys, "remove one") if both else None
+        )
+    for key in ("test_split_size", "datasets"):
+        if recipe.get(key):
+            return idle(recipe, key, ["dataset_test_split"])
+    return None
+
+
+@rule
+def packing_strategy_needs_packing(recipe: Recipe) -> RuleBreak | None:
+    """Every row is a sequence of its own."""
+    packs = recipe.get("packing") or recipe.get("eval_packing")
+    return None if packs else idle(recipe, "packing", ["packing_strategy"], "packing: true")
+
+
+@rule
+def packing_needs_a_length(recipe: Recipe) -> RuleBreak | None:
+    """Rows are packed into sequences of max_length tokens."""
+    if recipe.get("packing") and recipe.get("max_length") is None:
+        return conflict(recipe, "packing: true with max_length: null", ["packing", "max_length"], "max_length: 2048")
+    return None
+
+
+# ---- rows ----
+
+
+@rule
+def accelerator_config_leaves_the_rows_alone(recipe: Recipe) -> RuleBreak | None:
+    """Which rows a step trains is settled by the global batch and the seed alone."""
+    config = recipe.get("accelerator_config") or {}
+    for name, used in {
+        "even_batches": config.get("even_batches") is False,
+        "gradient_accumulation_kwargs.num_steps": (config.get("gradient_accumulation_kwargs") or {}).get("num_steps"),
+        "split_batches": config.get("split_batches"),
+        "use_seedable_sampler": config.get("use_seedable_sampler") is False,
+    }.items():
+        if used:
+            at, way_out = f"accelerator_config.{name}", "remove it; global_batch_size sets the global batch"
+            return conflict(recipe, f"{at} cannot be used", ["accelerator_config"], way_out, at=at)
+    return None
+
+
+@rule
+def rows_stay_on_their_rank(recipe: Recipe) -> RuleBreak | None:
+    """Rows that are dealt out by length would make the curve depend on the number of ranks."""
+    key = "train_sampling_strategy"
+    if recipe.get(key) == "batch_rebalance":
+        return conflict(recipe, f"{shown(recipe, key)} cannot be used", [key], f"{key}: group_by_length")
+    return None
+
+
+# ---- training ----
+
+
+@rule
+def max_steps_or_epochs(recipe: Recipe) -> RuleBreak | None:
+    """A positive max_steps ends the run, however many epochs that is."""
+    return idle(recipe, "max_steps", ["num_train_epochs"], "max_steps: -1") if recipe.get("max_steps") > 0 else None
+
+
+@rule
+def one_mixed_precision(recipe: Recipe) -> RuleBreak | None:
+    """Training computes in one format."""
+    if recipe.get("fp16") and recipe.get("bf16") is True:
+        return conflict(recipe, "bf16 and fp16 are both true", ["bf16", "fp16"], "bf16: false, or fp16: false")
+    return None
+
+
+@rule
+def smoothing_needs_the_plain_loss(recipe: Recipe) -> RuleBreak | None:
+    """TRL smooths the labels of the plain loss only."""
+    smooths = recipe.get("loss_type") != "dft"
+    return None if smooths else idle(recipe, "loss_type", ["label_smoothing_factor"], "loss_type: nll")
+
+
+@rule
+def one_name_for_checkpointing(recipe: Recipe) -> RuleBreak | None:
+    """It is Transformers' older name for activation_checkpointing, which wins."""
+    for end in ("", "_kwargs"):
+        if recipe.get(f"activation_checkpointing{end}") is not None:
+            found = idle(recipe, f"activation_checkpointing{end}", [f"gradient_checkpointing{end}"])
+            if found:
+                return found
+    return None
+
+
+@rule
+def checkpointing_arguments_need_checkpointing(recipe: Recipe) -> RuleBreak | None:
+    """No activation is recomputed."""
+    newer = recipe.get("activation_checkpointing") is not None
+    key = "activation_checkpointing" if newer else "gradient_checkpointing"
+    keys = ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"]
+    return None if recipe.get(key) else idle(recipe, key, keys, f"{key}: true")
+
+
+@rule
+def selective_checkpointing_is_not_reentrant(recipe: Recipe) -> RuleBreak | None:
+    """Selective checkpointing keeps some activations, which reentrant checkpointing cannot."""
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        block = recipe.get(key) or {}
+        if block.get("selective") and block.get("use_reentrant"):
+            what = f"{key}: selective and use_reentrant are both true"
+            return conflict(recipe, what, [key], "use_reentrant: false", at=f"{key}.use_reentrant")
+    return None
+
+
+@rule
+def compile_keys_need_compilation(recipe: Recipe) -> RuleBreak | None:
+    """It would be switched on for them, without a word, by Transformers."""
+    keys = ["torch_compile_backend", "torch_compile_mode"]
+    return None if recipe.get("torch_compile") else idle(recipe, "torch_compile", keys, "torch_compile: true")
+
+
+@rule
+def liger_config_needs_liger(recipe: Recipe) -> RuleBreak | None:
+    """It chooses among Liger's kernels."""
+    if recipe.get("use_liger_kernel"):
+        return None
+    return idle(recipe, "use_liger_kernel", ["liger_kernel_config"], "use_liger_kernel: true")
+
+
+@rule
+def liger_leaves_the_loss_alone(recipe: Recipe) -> RuleBreak | None:
+    """TRL computes the loss without logits itself, and refuses Liger's."""
+    at = "liger_kernel_config.fused_linear_cross_entropy"
+    if (recipe.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
+        return conflict(recipe, f"{at}: true", ["liger_kernel_config"], "remove it", at=at)
+    return None
+
+
+@rule
+def loader_keys_need_workers(recipe: Recipe) -> RuleBreak | None:
+    """Without worker processes the rows are read in the training process itself."""
+    if recipe.get("dataloader_num_workers"):
+        return None
+    return idle(recipe, "dataloader_num_workers", WORKERS, "dataloader_num_workers: 2")
+
+
+# ---- evaluation, saving, monitoring ----
+
+
+@rule
+def evaluation_keys_need_evaluation(recipe: Recipe) -> RuleBreak | None:
+    """Nothing is evaluated."""
+    if recipe.get("eval_strategy") != "no":
+        return None
+    # Many recipes carry these along; where the data lies may stay when evaluation is switched off in so many words.
+    carried = ["per_device_eval_batch_size", "dataset_test_split"]
+    carried += ["eval_dataset_name"] if "eval_strategy" in recipe.values else []
+    idle(recipe, "eval_strategy", carried, harmless=True)
+    keys = ["eval_dataset_name", "eval_steps", "eval_delay", "eval_on_start"]
+    return idle(recipe, "eval_strategy", keys, "eval_strategy: epoch, or steps")
+
+
+@rule
+def eval_steps_need_steps(recipe: Recipe) -> RuleBreak | None:
+    """Evaluation runs at the end of each epoch."""
+    by_epoch = recipe.get("eval_strategy") == "epoch"
+    return idle(recipe, "eval_strategy", ["eval_steps"], "eval_strategy: steps") if by_epoch else None
+
+
+@rule
+def save_steps_need_steps(recipe: Recipe) -> RuleBreak | None:
+    """Checkpoints are not saved by steps."""
+    by_steps = recipe.get("save_strategy") == "steps"
+    return None if by_steps else idle(recipe, "save_strategy", ["save_steps"], "save_strategy: steps")
+
+
+@rule
+def checkpoint_keys_need_checkpoints(recipe: Recipe) -> RuleBreak | None:
+    """No checkpoint is saved on the way; the result is saved at the end in any case."""
+    saves = recipe.get("save_strategy") != "no"
+    keys = ["save_total_limit", "save_only_model"]
+    return None if saves else idle(recipe, "save_strategy", keys, "save_strategy: steps")
+
+
+@rule
+def logging_steps_need_steps(recipe: Recipe) -> RuleBreak | None:
+    """The loss is not logged by steps."""
+    by_steps = recipe.get("logging_strategy") == "steps"
+    return None if by_steps else idle(recipe, "logging_strategy", ["logging_steps"], "logging_strategy: steps")
+
+
+@rule
+def best_model_is_evaluated_and_saved(recipe: Recipe) -> RuleBreak | None:
+    """The best checkpoint is chosen among those that were both evaluated and saved."""
+    evaluates, saves = recipe.get("eval_strategy"), recipe.get("save_strategy")
+    if not recipe.get("load_best_model_at_end") and saves != "best":
+        return None
+    keys = ["eval_strategy", "save_strategy", "load_best_model_at_end"]
+    key = "load_best_model_at_end" if recipe.get("load_best_model_at_end") else "save_strategy"
+    if evaluates == "no":
+        return conflict(recipe, f"{shown(recipe, key)} without evaluation", keys, "eval_strategy: epoch", at=key)
+    if saves == "best":
+        if recipe.get("metric_for_best_model") is None:
+            return conflict(recipe, "save_strategy: best without a metric", keys, "metric_for_best_model: loss", at=key)
+        return None
+    if saves != evaluates:
+        what = f"load_best_model_at_end with eval_strategy: {evaluates} and save_strategy: {saves}"
+        return conflict(recipe, what, keys, f"save_strategy: {evaluates}", at=key)
+    every = recipe.get("eval_steps") or recipe.get("logging_steps")
+    times = recipe.get("save_steps") / every
+    if evaluates == "steps" and (abs(times - round(times)) > 1e-6 or (recipe.get("save_steps") < 1) != (every < 1)):
+        what = f"load_best_model_at_end with save_steps {recipe.get('save_steps'):g} and eval_steps {every:g}"
+        return conflict(
+            recipe, what, [*keys, "save_steps", "eval_steps"], "save_steps: a multiple of eval_steps", at=key
+        )
+    return None
+
+
+@rule
+def metric_keys_need_a_choice(recipe: Recipe) -> RuleBreak | None:
+    """No checkpoint is chosen by a metric, and no schedule follows one."""
+    chooses = recipe.get("load_best_model_at_end") or recipe.get("save_strategy") == "best"
+    if chooses or recipe.get("lr_scheduler_type") in BY_METRIC:
+        return None
+    keys = ["metric_for_best_model", "greater_is_better"]
+    return idle(recipe, "load_best_model_at_end", keys, "load_best_model_at_end: true")
+
+
+@rule
+def tracker_keys_need_a_tracker(recipe: Recipe) -> RuleBreak | None:
+    """No service is told of the run that would show them."""
+    if _trackers(recipe) - {"none"}:
+        return None
+    return idle(recipe, "report_to", ["run_name"], "report_to: wandb")
+
+
+@rule
+def trackio_keys_need_trackio(recipe: Recipe) -> RuleBreak | None:
+    """Only Trackio reads them."""
+    keys = ["project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"]
+    return None if _trackers(recipe) & {"trackio", "all"} else idle(recipe, "report_to", keys, "report_to: trackio")
+
+
+@rule
+def hub_keys_need_a_push(recipe: Recipe) -> RuleBreak | None:
+    """Nothing is pushed to the hub."""
+    keys = ["hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"]
+    if not _trackers(recipe) & {"trackio", "all"}:  # whose space is as private as the model
+        keys.append("hub_private_repo")
+    return None if recipe.get("push_to_hub") else idle(recipe, "push_to_hub", keys, "push_to_hub: true")
+
+
+def _trackers(recipe: Recipe) -> set[str]:
+    names: Any = recipe.get("report_to") or []
+    return {names} if isinstance(names, str) else {*names}
