@@ -11,7 +11,7 @@ or adapter. A run that is there already is kept unless --overwrite is given.
 import argparse
 
 from stepladder import console, errors, run
-from stepladder.data import mixture
+from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.training import arguments, ranks
@@ -29,6 +29,7 @@ def main() -> None:
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
     arguments.accumulation(recipe, launch.ranks)
+    arguments.check_streaming(recipe)
     train_rows, eval_rows = mixture.load(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
@@ -37,7 +38,7 @@ def main() -> None:
     console.quiet_libraries()
     import transformers
 
-    from stepladder.data import render, templates
+    from stepladder.data import audit, audit_tokens, render, templates
     from stepladder.model import adapter
     from stepladder.training import announce, progress, result, telemetry, trainer
 
@@ -49,7 +50,11 @@ def main() -> None:
 
     tokenizer = model_load.tokenizer(recipe)
     new_tokens = templates.prepare(tokenizer, recipe)
-    train_set = render.render(train_rows, tokenizer, recipe)
+    if isinstance(train_rows, stream.Stream):
+        train_set, extra = render.render_stream(train_rows, tokenizer, recipe), [trainer.StreamEpoch(train_rows)]
+    else:
+        train_set, extra = render.render(train_rows, tokenizer, recipe), []
+        audit.stop_on_errors(audit_tokens.check_ends(train_set, train_rows, tokenizer))
     eval_set = render.render(eval_rows, tokenizer, recipe) if eval_rows else None
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
@@ -73,7 +78,7 @@ def main() -> None:
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows],
     )
     with record.recording():
-        console.say(announce.beginning(record, recipe.notes))
+        console.say(announce.beginning(record, [*recipe.notes, *train_rows.notes]))
         shapes = result.adapter_shapes(model)
         meter = telemetry.Telemetry(record)
         sft = trainer.Trainer(
@@ -82,7 +87,7 @@ def main() -> None:
             processing_class=tokenizer,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            callbacks=[meter, progress.Progress()],
+            callbacks=[meter, progress.Progress(), *extra],
         )
         sft.train()
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))

@@ -1,125 +1,264 @@
-"""The rows that a recipe asks for, from local files or the hub, in an order that no world size changes."""
+"""The rows that a recipe asks for: sets mixed, general knowledge added, a part held out.
+
+Everything is decided by the rows and the seed: no world size, process or order of arrival changes it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder.data import formats, read
+from stepladder.data import formats
+from stepladder.data.read import nearest
+from stepladder.data.rows import Rows, collect
+from stepladder.data.source import Source, has_split, is_local
+from stepladder.data.stream import Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
+GENERAL = Path("data/general.jsonl")
+
 
 @dataclass
-class Rows:
-    """Examples with the place each came from, and the fingerprint of their content."""
+class Entry:
+    """A set and how much of it is taken: all, or what one of the three keys says.
 
-    name: str
-    examples: list[formats.Example]
-    where: list[str]
+    `fraction` and `weight` are shares of the mixture; `rows` is a number of this set's rows, below 1 a share of them.
+    """
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def fingerprint(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(json.dumps(example, sort_keys=True, ensure_ascii=False).encode())
-        return {"name": self.name, "rows": len(self), "sha256": digest.hexdigest()}
+    source: Source
+    fraction: float | None = None
+    weight: float | None = None
+    rows: float | None = None
 
 
-def load(recipe: Settings) -> tuple[Rows, Rows | None]:
+def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
     """The training rows and, where the recipe evaluates, the evaluation rows.
 
+    Training rows come as a Stream where the recipe streams; evaluation rows are always held.
+
     Raises:
-        DataError: a file, row or column that cannot be used; the recipe names no data.
+        DataError: a file, row or column that cannot be used; shares that cannot be had; no data named.
     """
-    wants_eval = recipe.get("eval_strategy") != "no"
-    train = _training_rows(recipe)
-    evaluation = None
-    if name := recipe.get("eval_dataset_name"):
-        evaluation = from_name(name, None, recipe.get("dataset_test_split") if not read.is_local(name) else "train")
-    elif share := recipe.get("test_split_size"):
-        train, evaluation = _split(train, share, recipe.get("seed"))
-    elif wants_eval and recipe.get("dataset_name") and not read.is_local(recipe.get("dataset_name")):
-        evaluation = from_name(
-            recipe.get("dataset_name"), recipe.get("dataset_config"), recipe.get("dataset_test_split")
-        )
-    if wants_eval and evaluation is None:
+    sets = entries(settings)
+    evaluation = _evaluation(settings)
+    held_out = settings.get("test_split_size")
+    if not evaluation and not held_out and settings.get("eval_strategy") != "no":
         raise DataError(
-            f"eval_strategy is '{recipe.get('eval_strategy')}' and there is nothing to evaluate on",
-            where=recipe.where("eval_strategy"),
+            f"eval_strategy is '{settings.get('eval_strategy')}' and there is nothing to evaluate on",
+            where=settings.where("eval_strategy"),
             way_out='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
         )
-    return train, evaluation
+    if settings.get("streaming") or settings.get("dataset_streaming"):
+        return stream(settings), evaluation
+    parts = [collect(entry.source, settings.get("on_bad_row") == "skip") for entry in sets]
+    parts = _taken(parts, sets, settings)
+    if held_out:
+        parts, apart = _split(parts, held_out, settings)
+        evaluation = Rows.join(apart)
+    if share := settings.get("mix_general"):
+        parts.append(_general(sum(map(len, parts)), share, settings))
+    return Rows.join(parts), evaluation
 
 
-def _training_rows(recipe: Settings) -> Rows:
-    if blocks := recipe.get("datasets"):
-        parts = [_block(block, recipe) for block in blocks]
-        return Rows(
-            name=" + ".join(part.name for part in parts),
-            examples=[example for part in parts for example in part.examples],
-            where=[where for part in parts for where in part.where],
-        )
-    name = recipe.get("dataset_name")
-    if not name:
-        raise DataError(
-            "the recipe names no data",
-            where=recipe.where("dataset_name"),
-            way_out="dataset_name: data/techco.jsonl, or datasets: …",
-        )
-    return from_name(name, recipe.get("dataset_config"), recipe.get("dataset_train_split"))
+def stream(settings: Settings) -> Stream:
+    """The training rows of a recipe with `streaming` or `dataset_streaming`, read when they are needed.
 
-
-def _block(block: dict[str, Any], recipe: Settings) -> Rows:
-    """One entry of `datasets`; `path: json` with `data_files` is how TRL names a local file."""
-    name = block["path"]
-    if name == "json" and isinstance(block.get("data_files"), str):
-        name = block["data_files"]
-    rows = from_name(name, block.get("name"), block.get("split", "train"))
-    return rows
-
-
-def from_name(name: str, config: str | None = None, split: str = "train") -> Rows:
-    """The rows of one file or hub data set."""
-    if read.is_local(name):
-        pairs = list(read.read(Path(name)))
-    else:
-        pairs = [(f"{name}[{split}] row {i}", row) for i, row in enumerate(_from_hub(name, config, split), start=1)]
-    return Rows(
-        name=name,
-        examples=[formats.to_example(row, where) for where, row in pairs],
-        where=[where for where, _ in pairs],
+    Raises:
+        DataError: a key that needs to know how many rows there are.
+    """
+    sets = entries(settings)
+    for key, instead in (
+        ("test_split_size", "eval_dataset_name: FILE"),
+        ("mix_general", f"a set of its own: path: {GENERAL}, with a weight"),
+    ):
+        if settings.get(key):
+            raise _uncountable(key, settings.where(key), instead)
+    for number, entry in enumerate(sets):
+        if entry.fraction is not None:
+            raise _uncountable("fraction", settings.where(f"datasets[{number}].fraction"), "weight")
+        if entry.rows is not None and entry.rows < 1:
+            raise _uncountable("a share in rows", settings.where(f"datasets[{number}].rows"), "rows: a number")
+    return Stream(
+        name=" + ".join(entry.source.label for entry in sets),
+        sources=[entry.source for entry in sets],
+        counts=[None if entry.rows is None else int(entry.rows) for entry in sets],
+        weights=_shares(sets, "weight", settings),
+        seed=settings.get("seed"),
+        skip_bad_rows=settings.get("on_bad_row") == "skip",
     )
 
 
-def _from_hub(name: str, config: str | None, split: str) -> Any:
-    import datasets
+def _uncountable(key: str, where: str, instead: str) -> DataError:
+    why = "how many rows a stream has is not known before its end"
+    return DataError(f"{key} does not go with streaming", where=where, why=why, way_out=instead)
 
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub's errors are of a dozen classes, all of them the user's to read
+
+def from_name(name: str, config: str | None = None, split: str = "train") -> Rows:
+    """The rows of one file, folder or hub data set."""
+    return collect(Source(name, config, split))
+
+
+def entries(settings: Settings) -> list[Entry]:
+    """What the recipe trains on: `datasets`, or the one set of `dataset_name`.
+
+    Raises:
+        DataError: no set is named; a `column_map` with a name that no shape has.
+    """
+    if blocks := settings.get("datasets"):
+        return [
+            Entry(_source(block, f"datasets[{n}].", settings), *map(block.get, ("fraction", "weight", "rows")))
+            for n, block in enumerate(blocks)
+        ]
+    name = settings.get("dataset_name")
+    if not name:
         raise DataError(
-            f"the data set '{name}' (split {split}) could not be loaded",
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            way_out="a local file needs its suffix (.jsonl); a hub id needs the network, or its cache",
-        ) from None
+            "the recipe names no data",
+            where=settings.where("dataset_name"),
+            way_out="dataset_name: data/techco.jsonl, or datasets: …",
+        )
+    block = {"path": name, "name": settings.get("dataset_config"), "split": settings.get("dataset_train_split")}
+    return [Entry(_source(block, "", settings, "dataset_name"))]
 
 
-def _split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Set aside a share of the rows, chosen by the seed alone."""
-    count = round(len(rows) * share) if share < 1 else int(share)
-    if not 0 < count < len(rows):
-        raise DataError(f"test_split_size {share} of {len(rows)} rows leaves one side empty")
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str = "path") -> Source:
+    """A set from the keys of an entry of `datasets`; the recipe's own `column_map` holds where it has none.
 
-    def pick(wanted: bool) -> Rows:
-        chosen = [i for i in range(len(rows)) if (i in held_out) == wanted]
-        return Rows(rows.name, [rows.examples[i] for i in chosen], [rows.where[i] for i in chosen])
+    `place` is what stands before its keys in the recipe (`datasets[0].`), `named_by` the key that names the set.
+    """
+    column_map = block.get("column_map") or settings.get("column_map")
+    for column in column_map or {}:
+        if column not in formats.COLUMNS:
+            raise DataError(
+                f"column_map maps to '{column}', which no shape has",
+                where=settings.where(f"{place}column_map" if block.get("column_map") else "column_map"),
+                why=f"known: {'; '.join(map(str, formats.SHAPES))}",
+                way_out=nearest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
+            )
+    return Source(
+        path=block["path"],
+        name=block.get("name"),
+        split=block.get("split") or "train",
+        data_dir=block.get("data_dir"),
+        data_files=block.get("data_files"),
+        columns=block.get("columns"),
+        column_map=column_map,
+        streaming=bool(settings.get("streaming") or settings.get("dataset_streaming")),
+        where=settings.where(place + named_by),
+    )
 
-    return pick(False), pick(True)
+
+def _evaluation(settings: Settings) -> Rows | None:
+    """`eval_dataset_name`, or the test split of the hub data set or folder that is trained on."""
+    split = settings.get("dataset_test_split")
+    if name := settings.get("eval_dataset_name"):
+        if is_local(name) and not has_split(Path(name), split):
+            split = "train"  # a file has no other
+        block, key = {"path": name, "split": split}, "eval_dataset_name"
+    else:
+        name, key = settings.get("dataset_name"), "dataset_name"
+        if settings.get("datasets") or settings.get("test_split_size") or settings.get("eval_strategy") == "no":
+            return None
+        if not name or (is_local(name) and not has_split(Path(name), split)):
+            return None
+        block = {"path": name, "name": settings.get("dataset_config"), "split": split}
+    return collect(_source(block, "", settings, key), settings.get("on_bad_row") == "skip")
+
+
+def _shares(sets: list[Entry], key: str, settings: Settings) -> list[float] | None:
+    """`fraction` or `weight` of all sets, or None where none has it.
+
+    Raises:
+        DataError: some have it and some not, or it stands beside the other key or `rows`.
+    """
+    shares = [getattr(entry, key) for entry in sets]
+    if all(share is None for share in shares):
+        return None
+    for number, (entry, share) in enumerate(zip(sets, shares, strict=True)):
+        if share is None:
+            raise DataError(
+                f"'{key}' is missing for {entry.source.label}",
+                where=settings.where(f"datasets[{number}].path"),
+                why="other sets have it, and a share is one of a whole",
+                way_out=f"{key}: … for all sets or for none",
+            )
+        for other in {"fraction", "weight", "rows"} - {key}:
+            if getattr(entry, other) is not None:
+                where = settings.where(f"datasets[{number}].{other}")
+                raise DataError(f"'{other}' beside '{key}'", where=where, way_out="one of them for all sets")
+    return shares
+
+
+def _taken(parts: list[Rows], sets: list[Entry], settings: Settings) -> list[Rows]:
+    """What the shares and counts leave of each set. No row is taken twice: the scarcest set limits the others.
+
+    By `fraction` these are a set's first rows, as TRL documents it; by `weight` and `rows` they are drawn.
+    """
+    counts = [_count(entry.rows, len(part)) for part, entry in zip(parts, sets, strict=True)]
+    fractions, weights = _shares(sets, "fraction", settings), _shares(sets, "weight", settings)
+    if shares := fractions or weights:
+        total = min(len(part) * sum(shares) / share for part, share in zip(parts, shares, strict=True))
+        counts = [round(share / sum(shares) * total) for share in shares]
+    taken = []
+    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if not 0 < count <= len(part):
+            raise DataError(
+                f"{count:,} rows of {part.name}, which has {len(part):,}",
+                where=settings.where(f"datasets[{number}].rows"),
+                way_out=f"from 1 to {len(part)}; none is repeated",
+            )
+        if count < len(part):
+            part.notes.append(f"{count:,} of the {len(part):,} rows of {part.name} are taken")
+            part = part.take(range(count) if fractions else _drawn(len(part), count, settings, str(number)))
+        taken.append(part)
+    return taken
+
+
+def _count(rows: float | None, total: int) -> int:
+    """All rows, a number of them, or a share of them (below 1)."""
+    if rows is None:
+        return total
+    return round(total * rows) if rows < 1 else int(rows)
+
+
+def _drawn(total: int, count: int, settings: Settings, purpose: str) -> list[int]:
+    """Positions drawn by the recipe's seed, in their order; another `purpose` draws others."""
+    return sorted(random.Random(f"{settings.get('seed')}:{purpose}").sample(range(total), count))
+
+
+def _split(parts: list[Rows], size: float, settings: Settings) -> tuple[list[Rows], list[Rows]]:
+    """Hold out a share (below 1) or number of all rows, drawn by the seed."""
+    total = sum(map(len, parts))
+    count = _count(size, total)
+    if not 0 < count < total:
+        raise DataError(
+            f"test_split_size {size} of {total} rows leaves one side empty",
+            where=settings.where("test_split_size"),
+            way_out="a share between 0 and 1, or a number of rows",
+        )
+    held_out = set(_drawn(total, count, settings, "test"))
+    train, apart, begin = [], [], 0
+    for part in parts:
+        train.append(part.take(i for i in range(len(part)) if begin + i not in held_out))
+        apart.append(part.take(i for i in range(len(part)) if begin + i in held_out))
+        begin += len(part)
+    return train, apart
+
+
+def _general(rows: int, share: float, settings: Settings) -> Rows:
+    """So many general-knowledge rows that they are `share` of the whole, none of them twice."""
+    where = settings.where("mix_general")
+    general = collect(Source(str(GENERAL), where=where))
+    count = round(share / (1 - share) * rows)
+    if not 0 < count <= len(general):
+        largest = math.floor(1000 * len(general) / (rows + len(general))) / 1000
+        raise DataError(
+            f"mix_general {share} of {rows:,} rows needs {count:,} general rows, and {GENERAL} has {len(general):,}",
+            where=where,
+            why="none is repeated",
+            way_out=f"mix_general: {largest} at most, or more rows in {GENERAL}",
+        )
+    return general.take(_drawn(len(general), count, settings, "general"))

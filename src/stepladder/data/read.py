@@ -1,78 +1,75 @@
-"""Files to rows, each row with the place it came from (`file:line`)."""
+"""One local file to its rows, packed or not."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import difflib
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stepladder.data.readers import JSON_FORM, READERS, Found, parquet
 from stepladder.errors import DataError
 
-Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json")
+COMPRESSED = (".gz", ".zst")
 
 
-def is_local(name: str) -> bool:
-    """A file that is there, or a name that can only be meant as one; anything else is a hub id."""
-    return Path(name).exists() or Path(name).suffix in SUFFIXES
-
-
-def read(path: Path) -> Iterator[tuple[str, Row]]:
-    """The rows of a local file, in their order.
+def read(path: Path) -> Iterator[Found]:
+    """The rows of one local file, in their order.
 
     Raises:
-        DataError: no such file, an unknown kind, invalid JSON (with its line), or no row at all.
+        DataError: no such file, an unknown kind, a file that cannot be read to its end, or no row at all.
     """
-    if not path.exists():
-        raise DataError(f"there is no data file {path}", way_out="paths are relative to the folder you start from")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: files of the kind '{path.suffix}' are not read", way_out=f"one of {SUFFIXES}")
-    empty = True
-    for item in _read_json(path) if path.suffix == ".json" else _read_jsonl(path):
-        empty = False
-        yield item
-    if empty:
-        raise DataError(f"{path} holds no rows", way_out='one JSON object a line: {"input": "…", "output": "…"}')
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"not UTF-8 at byte {error.start + 1}", where=where, way_out="save it as UTF-8"
-                ) from None
-            if text:
-                yield where, _object(text, where)
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", 1)
-        raise DataError(f"invalid JSON: {error}", where=f"{path}:{line}", way_out="a list of objects") from None
-    if not isinstance(rows, list):
-        raise DataError("a JSON data file is a list of objects", where=str(path), way_out="[{…}, {…}], or JSONL")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError("not an object", where=f"{path}: row {number}", way_out='{"input": "…", "output": "…"}')
-        yield f"{path}: row {number}", row
-
-
-def _object(text: str, where: str) -> Row:
-    try:
-        row = json.loads(text)
-    except ValueError as error:
+    if not os.path.exists(path):
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        way_out = nearest(str(path), siblings) or "paths are relative to the folder you start from"
+        raise DataError(f"there is no data file {path}", way_out=way_out)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, though it has a file's name", way_out="name the file in it")
+    reader = READERS.get(kind(path))
+    if reader is None or (reader is parquet and path.suffix.lower() in COMPRESSED):
         raise DataError(
-            f"invalid JSON: {error}",
-            where=where,
-            way_out='one JSON object a line: {"input": "…", "output": "…"}',
+            f"{path}: files of the kind '{path.suffix}' are not read",
+            way_out=f"one of {', '.join(READERS)}; all but .parquet may end in .gz or .zst too",
+        )
+    where = ""
+    try:
+        if path.stat().st_size:
+            with _open(path) as stream:
+                for where, row in reader(stream, str(path)):
+                    yield where, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"the file cannot be read to its end: {error}",
+            where=where or str(path),
+            why="this is the last row before the fault" if where else "",
+            way_out="it is damaged or cut short: copy, download or pack it again",
         ) from None
-    if not isinstance(row, dict):
-        raise DataError("not a JSON object", where=where, way_out='{"input": "…", "output": "…"}')
-    return row
+    if not where:
+        raise DataError(f"{path} holds no rows", way_out=JSON_FORM)
+
+
+def kind(path: Path) -> str:
+    """The suffix that says how a file is read: `.jsonl` for `rows.jsonl.gz`."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
+
+
+def _open(path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        import pyarrow  # datasets needs it anyway, and it notices a stream that ends early
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -9,15 +9,17 @@ the version that TRL ships for training.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from stepladder.data.mixture import Rows
+from stepladder.data.rows import Rows
+from stepladder.data.stream import Stream
 from stepladder.errors import DataError, ModelError
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that trains nothing
@@ -38,8 +40,37 @@ def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | 
     """
     from datasets import Dataset
 
-    max_length = settings.get("max_length") if settings else None
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "row": []}
+    for number, (ids, labels) in enumerate(_cut(rows, tokenizer, settings)):
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        columns["row"].append(number)
+    return Dataset.from_dict(columns)
+
+
+def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
+    """As `render`, for sets larger than memory: rows are read and tokenized when they are needed.
+
+    Each pass is that of `stream.epoch`.
+    """
+    from datasets import Features, IterableDataset, List, Value
+
+    def rows() -> Iterator[dict[str, Any]]:
+        reading = stream.read(stream.epoch)
+        number = 0
+        while batch := list(itertools.islice(reading, BATCH)):
+            held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])
+            for ids, labels in _cut(held, tokenizer, settings):
+                yield {"input_ids": ids, "labels": labels, "row": number}
+                number += 1
+
+    columns = {"input_ids": List(Value("int64")), "labels": List(Value("int64")), "row": Value("int64")}
+    return IterableDataset.from_generator(rows, features=Features(columns))
+
+
+def _cut(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None) -> Iterator[Tokens]:
+    """Tokens and labels within `max_length`; a row of which nothing is trained is refused."""
+    max_length = settings.get("max_length") if settings else None
     for number, (ids, labels) in enumerate(tokenize(rows, tokenizer, mode(settings))):
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORED for label in labels):
@@ -49,10 +80,7 @@ def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | 
                 why=f"its first {max_length} tokens hold no word of the assistant's" if max_length else "",
                 way_out="raise max_length, shorten the question, or remove the row",
             )
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        columns["row"].append(number)
-    return Dataset.from_dict(columns)
+        yield ids, labels
 
 
 def mode(settings: Settings | None) -> str:

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 
+def check_streaming(recipe: Recipe) -> None:
+    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps."""
+    for key in ("streaming", "dataset_streaming"):
+        if recipe.get(key) and recipe.get("max_steps") < 1:
+            raise RecipeError(
+                f"{key} needs max_steps",
+                where=recipe.where(key),
+                why="how long an epoch is cannot be known before its end",
+                way_out="max_steps: 1000, say",
+            )
+
+
 def build(recipe: Recipe, launch: Launch, precision: str, use_cpu: bool) -> SFTConfig:
     """The training arguments. Creating them starts the process group.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
+from stepladder.data.stream import Stream
 from stepladder.training.order import IGNORED, Order, pad_rows
 
 LENGTH_GROUP = 50  # global batches that are sorted by length together, as Transformers does
@@ -44,6 +45,8 @@ class Trainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
+        if not hasattr(self.train_dataset, "__len__"):  # a stream comes in its own order
+            return super().get_train_dataloader()
         rows = len(self.train_dataset)
         dataset = pad_rows(self.train_dataset, self.global_batch_size, self.processing_class.pad_token_id)
         lengths = None
@@ -91,3 +94,13 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card at every checkpoint: one is written at the end, from what the run has shown."""
+
+
+class StreamEpoch(TrainerCallback):
+    """Tells a stream whose epoch's order comes next."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stream.epoch = int(state.epoch or 0)

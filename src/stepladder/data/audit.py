@@ -1,0 +1,290 @@
+"""What is wrong or odd with rows before anything is trained on them: as text, without a tokenizer.
+
+Errors make a set unfit, warnings ask for a look, figures describe. What the rows become as
+tokens is the subject of audit_tokens; printing, of audit_report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from stepladder.data import formats, mixture, rows, suspects
+from stepladder.data.formats import Example
+from stepladder.data.readers import shown
+from stepladder.data.rows import Rows
+from stepladder.data.source import HEAD, Source
+from stepladder.data.stream import Stream
+from stepladder.errors import DataError
+from stepladder.settings import Settings
+
+ERROR, WARNING, FIGURE = "error", "warning", "figure"
+STREAMED = 10_000  # rows of a stream that are looked at
+CLASS_COLUMNS = ("category", "label", "class", "topic", "intent")
+MOST_CLASSES = 50  # more values than that are no classes
+IMBALANCE = 10  # how many times more frequent the commonest class may be than the rarest
+LANGUAGE_SAMPLE = 2000  # rows
+LANGUAGE_SURE = 40  # characters below which a language cannot be told
+
+# Near-duplicates: Jaccard similarity of the texts' 5-character pieces. 18 bands of 7 find 98.5 % of
+# the pairs at 0.8 as candidates; each candidate is then compared exactly.
+NEAR, PIECE, PERMUTATIONS, BANDS, CANDIDATES = 0.8, 5, 126, 18, 50
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation: the rows it concerns (`where`), and for copies the rows that these are `like`.
+
+    `name` is for programs; `figures` holds numbers (int: counts, characters, tokens; float: shares).
+    """
+
+    severity: str
+    name: str
+    what: str
+    where: list[str] = field(default_factory=list)
+    way_out: str = ""
+    like: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The shortest input and output, in characters."""
+
+    input: int = 10
+    output: int = 20
+
+
+@dataclass
+class Audit:
+    """A set's name, its rows (None where a recipe's cannot be used), and what was found."""
+
+    name: str
+    train: Rows | None
+    evaluation: Rows | None
+    findings: list[Finding]
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == ERROR]
+
+
+def stop_on_errors(findings: Iterable[Finding]) -> None:
+    """Raise the first error as DataError, with the number of others."""
+    errors = [finding for finding in findings if finding.severity == ERROR]
+    if errors:
+        first, others = errors[0], len(errors) - 1
+        why = f"rows: {', '.join(first.where[:5])}{', …' * (len(first.where) > 5)}" if first.where else ""
+        more = f"{others} more errors: scripts/check.py --recipe … --audit lists them"
+        raise DataError(first.what, why="; ".join([why] * bool(why) + [more] * bool(others)), way_out=first.way_out)
+
+
+def of_name(name: str, limits: Limits) -> Audit:
+    """A file, folder or hub data set by itself.
+
+    Raises:
+        DataError: it cannot be read at all.
+    """
+    found, findings = read(Source(name))
+    return Audit(name, found, None, findings + (check(found, limits) if found else []))
+
+
+def of_recipe(settings: Settings, limits: Limits) -> Audit:
+    """What a recipe trains and evaluates on. Bad rows are all listed, where training stops at the first.
+
+    Raises:
+        DataError: data that cannot be read; shares that cannot be had.
+    """
+    sets, findings = mixture.entries(settings), []
+    name = " + ".join(entry.source.label for entry in sets)
+    if not any(entry.source.streaming for entry in sets):
+        for entry in sets:
+            findings += read(entry.source, settings.get("on_bad_row") == "skip")[1]
+        if any(finding.severity == ERROR for finding in findings):
+            return Audit(name, None, None, findings)
+    train, evaluation = mixture.load(settings)
+    if isinstance(train, Stream):
+        pairs = list(itertools.islice(train, STREAMED))
+        train = Rows(train.name, [example for example, _ in pairs], [where for _, where in pairs])
+        findings.append(Finding(FIGURE, "streamed", "of the stream", figures={"rows looked at": len(train)}))
+    return Audit(name, train, evaluation, findings + check(train, limits, evaluation))
+
+
+def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Finding]]:
+    """The good rows of a set, and what is wrong with bad ones: errors, or warnings where they are skipped.
+
+    Raises:
+        DataError: not one row can be read.
+    """
+    good: list[tuple[Example, str]] = []
+    bad: list[DataError] = []
+    classes: dict[str, Counter[str]] = {column: Counter() for column in CLASS_COLUMNS}
+    found = source.rows()
+    head = list(itertools.islice(found, HEAD))
+    try:
+        shape = rows.usual_shape(head)
+    except DataError:  # of no row; each row then says so itself
+        shape = None
+    try:
+        for where, row in itertools.chain(head, found):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                good.append((formats.to_example(row, where, shape), where))
+                for column in classes.keys() & row.keys():
+                    classes[column][str(row[column])] += 1
+            except DataError as error:
+                bad.append(error)
+    except DataError as error:  # the file ends early; what came before it is looked at all the same
+        bad.append(error)
+        skip_bad_rows = False
+    severity = WARNING if skip_bad_rows and good else ERROR
+    findings = [
+        Finding(severity, "bad_row", error.what + f" ({error.why})" * bool(error.why), [error.where], error.way_out)
+        for error in bad
+    ]
+    findings += itertools.chain.from_iterable(_classes(column, counts) for column, counts in classes.items())
+    return Rows(source.label, [example for example, _ in good], [where for _, where in good]), findings
+
+
+def check(found: Rows, limits: Limits, evaluation: Rows | None = None) -> list[Finding]:
+    """What rows show as text; with evaluation rows, also whether they are trained on too."""
+    return [
+        *_too_short(found, limits),
+        *_copies(found, evaluation),
+        *_suspects(found, suspects.private, "private", "mask it, or remove the rows: what is trained can be recited"),
+        *_suspects(found, suspects.odd, "odd_characters", "repair the text where it comes from"),
+        *_lengths(found),
+        *_languages(found),
+    ]
+
+
+def said(example: Example, *roles: str) -> str:
+    """What these roles say in an example, tool calls included; a plain text is the assistant's."""
+    if "text" in example:
+        return str(example["text"]) if "assistant" in roles else ""
+    texts = []
+    for message in example["messages"]:
+        if message["role"] in roles:
+            calls = message.get("tool_calls")
+            texts.append(message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
+    return "\n".join(texts)
+
+
+def everything(example: Example) -> str:
+    return said(example, "system", "user", "tool", "assistant")
+
+
+def spread(values: Iterable[int]) -> dict[str, int]:
+    """Minimum, median, 95th percentile and maximum, each a value that is there (nearest rank)."""
+    ordered = sorted(values)
+    median, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
+    return {"min": ordered[0], "median": median, "p95": p95, "max": ordered[-1]}
+
+
+def _too_short(found: Rows, limits: Limits) -> Iterator[Finding]:
+    for role, label, least in (("user", "input", limits.input), ("assistant", "output", limits.output)):
+        for example, where in zip(found.examples, found.where, strict=True):
+            text = said(example, role)
+            if len(text) < least and not (role == "user" and "text" in example):
+                what = f"{label} too short: {shown(text, 40)} has {len(text)} characters, at least {least}"
+                yield Finding(ERROR, f"short_{label}", what, [where], f"write more, or --min_{label} {len(text)}")
+
+
+def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
+    """Rows that are (nearly) others, and evaluation rows that are (nearly) trained on."""
+    own = len(found)
+    apart = evaluation or Rows("", [], [])
+    texts = [" ".join(everything(example).lower().split()) for example in found.examples + apart.examples]
+    places = found.where + apart.where
+    exact, near = _pairs(texts, own)
+    for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
+        inside = [(i, j) for i, j in pairs if i < own]
+        across = [(i, j) for i, j in pairs if i >= own]
+        for label, what, way_out, these in (
+            (name, f"{word} copies of other rows", "remove them, unless they are meant to weigh more", inside),
+            (f"eval_{name}", f"{word} copies of trained rows in {apart.name}", "remove them from one set", across),
+        ):
+            if these:
+                where, like = [places[i] for i, _ in these], [places[j] for _, j in these]
+                yield Finding(WARNING, label, f"{what}: {len(these):,}", where, way_out, like)
+
+
+def _pairs(texts: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(later, earlier) positions of equal texts, and of nearly equal ones, one pair for each later text.
+
+    The first `own` texts are compared with each other, the rest with those only. What is a near copy
+    stands for nothing itself: its own copies are those of the first.
+    """
+    from rensa import RMinHash, RMinHashLSH
+
+    first: dict[str, int] = {}
+    exact, near = [], []
+    index = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
+    for i, text in enumerate(texts):
+        if text in first:
+            exact.append((i, first[text]))
+            continue
+        if i < own:
+            first[text] = i
+        pieces = _pieces(text)
+        sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch.update(list(pieces))
+        for j in sorted(index.query(sketch))[:CANDIDATES]:
+            other = _pieces(texts[j])
+            if len(pieces & other) >= NEAR * len(pieces | other):
+                near.append((i, j))
+                break
+        else:
+            if i < own:
+                index.insert(i, sketch)
+    return exact, near
+
+
+def _pieces(text: str) -> set[str]:
+    return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
+
+
+def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, way_out: str) -> Iterator[Finding]:
+    places: dict[str, list[str]] = {}
+    for example, where in zip(found.examples, found.where, strict=True):
+        for kind in look(everything(example)):
+            places.setdefault(kind, []).append(where)
+    for kind, where_all in places.items():
+        what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
+        yield Finding(WARNING, name, what, where_all, way_out)
+
+
+def _lengths(found: Rows) -> Iterator[Finding]:
+    for label, role in (("input", "user"), ("output", "assistant")):
+        lengths = [len(said(example, role)) for example in found.examples]
+        if any(lengths):
+            yield Finding(FIGURE, f"{label}_characters", f"{label} characters", figures=spread(lengths))
+
+
+def _languages(found: Rows) -> Iterator[Finding]:
+    """Shares of the languages, of a sample spread over the set. Short texts and numbers tell none."""
+    from py3langid import classify
+
+    sample = found.examples[:: math.ceil(len(found) / LANGUAGE_SAMPLE)]
+    texts = [text for text in map(everything, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE]
+    counts = Counter(classify(text[:1000])[0] for text in texts)
+    if counts:
+        shares = {language: round(count / len(texts), 4) for language, count in counts.most_common()}
+        yield Finding(FIGURE, "languages", "languages", figures=shares)
+
+
+def _classes(column: str, counts: Counter[str]) -> Iterator[Finding]:
+    if not 2 <= len(counts) <= min(MOST_CLASSES, counts.total() // 2):
+        return
+    ranked = counts.most_common()
+    yield Finding(FIGURE, "classes", column, figures=dict(ranked))
+    (most, many), (least, few) = ranked[0], ranked[-1]
+    if many > IMBALANCE * few:
+        what = f"{column} is out of balance: {many:,} rows of '{most}', {few:,} of '{least}'"
+        yield Finding(WARNING, "imbalance", what, way_out=f"more rows of '{least}', or fewer of '{most}'")
