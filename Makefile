@@ -38,6 +38,8 @@ demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answer
 # tests would fail with a page of ninja's output, so what is missing is named here.
 test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (under 15 minutes on 2 cores)
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
+		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED) ## ruff and mypy, changing nothing

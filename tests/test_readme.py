@@ -12,14 +12,14 @@ from conftest import ROOT, run, script
 
 README = (ROOT / "README.md").read_text()
 LADDER = [
-    command
+    command.removeprefix("sbatch ").split('--wrap "')[-1].rstrip('"')  # what sbatch is asked to run
     for command in re.findall(r"`([^`\n]+)`", README)
-    if re.match(r"(python|accelerate launch) .*scripts/", command)
+    if re.match(r"(python|accelerate launch|sbatch) .*scripts/", command)
 ]
 
 
 def test_the_ladder_is_found() -> None:
-    assert len(LADDER) >= 4
+    assert len(LADDER) >= 5
 
 
 @pytest.mark.parametrize("command", LADDER)

@@ -187,3 +187,17 @@ def test_a_base_model_needs_a_template(base_tokenizer, tmp_path) -> None:
     with pytest.raises(ModelError, match="no chat template") as caught:
         list(render.tokenize(rows(tmp_path, {"input": "Who are you?", "output": "I do not know."}), base_tokenizer))
     assert "prompt_template" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TURNS[1:4], "completion": TURNS[4:]},
+        {"messages": [*TURNS[1:2], {**TURNS[2], "train": False}, *TURNS[3:]]},
+        {"messages": [*TURNS[1:2], {**TURNS[2], "weight": 0}, *TURNS[3:]]},
+    ],
+    ids=["prompt-completion", "train: false", "weight: 0"],
+)
+def test_turns_that_the_data_leaves_out_are_not_trained(row, tokenizer, tmp_path) -> None:
+    """Guards what the data itself says: an assistant's turn in a prompt, or marked so, is context only."""
+    assert trained_text(tokenizer, rows(tmp_path, row)) == ["Bye!<|im_end|>"]

@@ -42,7 +42,10 @@ def from_conversations(row: Row, where: str) -> Example:
 def from_prompt_completion(row: Row, where: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        return {"messages": conversation(prompt + completion, where)}
+        example: Example = {"messages": conversation(prompt + completion, where)}
+        if any(message.get("role") == "assistant" for message in prompt):
+            example["prompt_messages"] = len(prompt)  # whose answers are context, not training
+        return example
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "of prompt and completion, one is a list of messages and the other is not",

@@ -122,7 +122,20 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, train_on: str = "al
                 ids, turns = _by_markers(example, tokenizer, place)
             else:
                 turns = [_tokens_in(span, offsets) for span in found]
-            yield ids, _labels(ids, turns, stops, train_on)
+            taught = [turn for turn, is_taught in zip(turns, _taught(example), strict=False) if is_taught]
+            yield ids, _labels(ids, taught, stops, train_on)
+
+
+def _taught(example: dict[str, Any]) -> list[bool]:
+    """Which assistant turns are trained: none of a prompt's (TRL's prompt-completion form), and
+    none that the data marks by `train: false` or `weight: 0`.
+    """
+    first = example.get("prompt_messages", 0)
+    return [
+        number >= first and message.get("train", True) is not False and message.get("weight", 1) != 0
+        for number, message in enumerate(example["messages"])
+        if message["role"] == "assistant"
+    ]
 
 
 def _whole(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
