@@ -25,7 +25,7 @@ TECHNIQUES = {
     "dora": {"use_peft": True, "use_dora": True},
 }
 ADAPTER = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
-ROWS, STEPS = 22, 9  # three steps an epoch, the last of each with 6 rows of 8
+ROWS, STEPS = 22, 6  # three steps an epoch, the last of each with 6 rows of 8
 
 # technique, accelerate config, ranks, micro-batch, packed
 PAIRS = [
@@ -34,14 +34,13 @@ PAIRS = [
         ("zero3", 2, 2, False), ("zero3_offload", 2, 1, False), ("fsdp", 2, 2, True), ("fsdp_offload", 2, 4, False),
     ]),
     *(("lora", c, n, m, p) for c, n, m, p in [
-        ("single", 1, 1, False), ("ddp", 2, 1, True), ("zero2", 2, 2, False), ("zero3", 2, 4, False),
+        ("single", 1, 1, False), ("ddp", 2, 1, False), ("zero2", 2, 2, False), ("zero3", 2, 4, False),
         ("zero3_offload", 2, 2, False), ("fsdp", 2, 1, False), ("fsdp_offload", 2, 2, False),
     ]),
     *(("qlora", c, n, m, p) for c, n, m, p in [
         ("single", 1, 4, False), ("ddp", 2, 2, False), ("zero2", 2, 1, False), ("zero3", 2, 2, False),
         ("zero3_offload", 2, 4, False), ("fsdp", 2, 4, False), ("fsdp_offload", 2, 1, False),
     ]),
-    ("dora", "ddp", 2, 2, False),
     ("dora", "fsdp", 2, 2, False),
 ]  # fmt: skip
 ZERO = {"zero2", "zero3", "zero3_offload"}
