@@ -134,6 +134,6 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def settings() -> Callable[..., Any]:
     """A recipe's stand-in for tests below the command line: what is not given has the library's default."""
-    from stepladder.recipe.load import Recipe
+    from stepladder.recipe.recipe import Recipe
 
     return lambda **keys: Recipe(name="test", path=Path("test.yaml"), values=keys, origins={})

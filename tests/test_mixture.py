@@ -332,3 +332,12 @@ def test_what_a_stream_cannot_do(key: str, load: Load, make: Callable[..., str])
     block = {"path": make("a", 10), **({"fraction": 1.0} if key == "fraction" else {})}
     with pytest.raises(DataError, match=f"{key} does not go with streaming"):
         load(datasets=[block], streaming=True, **({} if key == "fraction" else {key: 0.2}))
+
+
+def test_the_text_column_may_have_another_name(tmp_path: Path) -> None:
+    """Guards TRL's `dataset_text_field`, which would otherwise be a key without effect."""
+    (tmp_path / "poems.jsonl").write_text('{"poem": "Roses are red, violets are blue."}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset_name: {tmp_path / 'poems.jsonl'}\ndataset_text_field: poem\n")
+    train, _ = mixture.load(load_recipe(str(recipe), []))
+    assert train.examples == [{"text": "Roses are red, violets are blue."}]

@@ -130,6 +130,8 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
     `place` is what stands before its keys in the recipe (`datasets[0].`), `named_by` the key that names the set.
     """
     column_map = block.get("column_map") or settings.get("column_map")
+    if (text := settings.get("dataset_text_field")) != "text":
+        column_map = {"text": text, **(column_map or {})}
     for column in column_map or {}:
         if column not in formats.COLUMNS:
             raise DataError(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.ruling import RuleBreak, conflict, idle, rule
 from stepladder.recipe.schema import known_keys
-
-if TYPE_CHECKING:
-    from stepladder.recipe.load import Recipe
 
 # By what transformers/trainer_optimizer.py and optimization.py read; tests/test_rules.py holds them to it.
 READ_OPTIM_ARGS = (

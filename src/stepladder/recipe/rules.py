@@ -7,15 +7,12 @@ with a note, so that `--max_steps 20` works on any recipe.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepladder.recipe.optimizer_rules import BY_METRIC
+from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.ruling import RULES, RuleBreak, conflict, idle, rule, shown
 from stepladder.recipe.schema import known_keys
-
-if TYPE_CHECKING:
-    from stepladder.recipe.load import Recipe
-
 
 AT_LAUNCH = "the strategy is chosen at launch, so that one recipe runs under all of them"
 USE_LAUNCHER = "accelerate launch --config_file accelerate_configs/zero3.yaml (or fsdp.yaml, zero2.yaml …)"
@@ -58,11 +55,11 @@ REFUSED: dict[str, tuple[str, str]] = {
 }
 ACCEPTED = {"logging_nan_inf_filter": False}  # what happens here, where it is not the library's default
 
-# Not ruled here, since data/ decides by the rows: what they mean is checked where the rows are read.
+# Not ruled here: data/ reads them in a loop or only where they are set (`templates.prepare`,
+# `render.mode`), and padding_free is TRL's collator's.
 DATA_KEYS = {
-    *("assistant_only_loss", "chat_template", "chat_template_path", "column_map", "completion_only_loss"),
-    *("dataset_streaming", "dataset_text_field", "eos_token", "eval_packing", "mix_general", "on_bad_row", "packing"),
-    *("pad_token", "padding_free", "prompt_template", "streaming", "train_on"),
+    *("assistant_only_loss", "chat_template", "chat_template_path", "completion_only_loss", "eos_token"),
+    *("pad_token", "padding_free", "prompt_template"),
 }
 
 QUANTIZATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")

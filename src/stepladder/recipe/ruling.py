@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from stepladder.errors import RecipeError
-
-if TYPE_CHECKING:
-    from stepladder.recipe.load import Recipe
+from stepladder.recipe.recipe import Recipe
 
 
 class RuleBreak(RecipeError):

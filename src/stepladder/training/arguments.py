@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import RecipeError
 from stepladder.recipe.batch import accumulation_steps
-from stepladder.recipe.load import Recipe
+from stepladder.recipe.recipe import Recipe
 from stepladder.training.ranks import Launch
 
 if TYPE_CHECKING:

@@ -1,0 +1,64 @@
+"""A recipe that has been read: values by key, and where each was set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepladder.recipe.schema import known_keys
+
+# Keys that say where a run lies and how it is watched, not what it computes.
+NOT_PART_OF_THE_RUN = {"output_dir", "run_name", "report_to", "disable_tqdm", "log_level"}
+
+
+@dataclass
+class Recipe:
+    """What was asked for: the keys that were set, each with its origin (`file:line:column`).
+
+    `origins` holds the places of keys inside blocks too (`lr_scheduler_kwargs.min_lr`). `layers`
+    says which file set a key: 0 the remotest parent, the highest number the command line.
+    """
+
+    name: str
+    path: Path
+    values: dict[str, Any]
+    origins: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    layers: dict[str, int] = field(default_factory=dict)
+
+    def get(self, key: str) -> Any:
+        """The value set for `key`, or the library's default; a key that nobody knows is a programming error."""
+        return self.values[key] if key in self.values else known_keys()[key].default
+
+    def where(self, key: str) -> str:
+        return self.origins.get(key, f"{self.path} (default)")
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values.get("output_dir") or Path("runs") / self.name)
+
+    def owned_by(self, owner: str) -> dict[str, Any]:
+        """The keys set that belong to one of TRL's dataclasses, as its constructor takes them."""
+        keys = known_keys()
+        return {name: value for name, value in self.values.items() if keys[name].owner == owner}
+
+    def hash(self) -> str:
+        """The identity of what the recipe computes (SHA-256, 16 hexadecimal digits)."""
+        content = {k: v for k, v in sorted(self.values.items()) if k not in NOT_PART_OF_THE_RUN}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: to load it gives the same values again."""
+        return yaml.dump(self.values, Dumper=_Plainly, sort_keys=False, allow_unicode=True)
+
+
+class _Plainly(yaml.SafeDumper):
+    """Writes a value out wherever it stands, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
