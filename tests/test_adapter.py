@@ -1,0 +1,42 @@
+"""A saved adapter is the one that was trained, or the run says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from stepladder.errors import ModelError
+from stepladder.model import adapter
+
+A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"
+EXPECTED = {A: (2, 8), B: (8, 2)}
+GOOD = {A: torch.ones(2, 8), B: torch.ones(8, 2)}
+
+
+def test_a_good_adapter_passes(tmp_path) -> None:
+    save_file(GOOD, tmp_path / "adapter_model.safetensors")
+    adapter.check_saved(tmp_path, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "0 tensors, expected 2"),
+        ({A: GOOD[A]}, "1 tensors, expected 2"),
+        ({A: GOOD[A], B: torch.ones(0, 2)}, "not the one that was trained"),
+        ({A: GOOD[A], B: torch.full((8, 2), float("nan"))}, "not finite"),
+        ({A: GOOD[A], B: torch.zeros(8, 2)}, "nothing was learned"),
+    ],
+    ids=["empty", "half", "a shard", "NaN", "untrained"],
+)
+def test_a_wrong_adapter_is_refused(tensors, said, tmp_path) -> None:
+    """Guards against the empty adapters that sharded strategies have saved without a word (trl#4416)."""
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=said):
+        adapter.check_saved(tmp_path, EXPECTED)
+
+
+def test_no_file_at_all(tmp_path) -> None:
+    with pytest.raises(ModelError, match="no adapter was saved"):
+        adapter.check_saved(tmp_path, EXPECTED)
