@@ -29,8 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from stepladder.data import mixture, render  # noqa: E402
 from stepladder.model.embedded import DEFAULT_FOLDER  # noqa: E402
 
-TEMPLATE = "chatml"  # with generation markers for TRL; without them for us
-
 
 def write_rows(file: Path, count: int) -> None:
     """TechCo's rows over and over, each with its number, as TRL's prompt-completion messages."""
