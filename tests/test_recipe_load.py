@@ -16,7 +16,7 @@ from conftest import ROOT, script
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import load, ranges
 from stepladder.recipe.schema import Key, known_keys
-from stepladder.recipe.suggest import distance, nearest, suggest
+from stepladder.suggest import distance, nearest, suggest
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder.errors import RecipeErrors
-from stepladder.recipe import load, optimizer_rules, rules
+from stepladder.recipe import load, optimizer_rules, outcome_rules, rules
 from stepladder.recipe.ruling import RULES, RuleBreak
 from stepladder.recipe.schema import known_keys
 
@@ -65,6 +65,11 @@ TABLE = {
         "train_sampling_strategy: batch_rebalance",
         "train_sampling_strategy",
         "train_sampling_strategy: group_by_length",
+    ),
+    "one_template": (
+        "chat_template: chatml\nprompt_template: '{input}'",
+        "prompt_template",
+        "chat_template: chatml",
     ),
     "max_steps_or_epochs": (
         "max_steps: 20\nnum_train_epochs: 3",
@@ -227,7 +232,7 @@ def breaks(path: Path, text: str, *flags: str) -> list[RuleBreak]:
 
 def why(name: str) -> str:
     """The reason that a rule gives, by its function's docstring."""
-    module = optimizer_rules if hasattr(optimizer_rules, name) and name not in vars(rules) else rules
+    module = next(module for module in (rules, outcome_rules, optimizer_rules) if name in vars(module))
     tree = ast.parse(Path(inspect.getfile(module)).read_text())
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     return " ".join((ast.get_docstring(function) or "").split()).rstrip(".").lower()

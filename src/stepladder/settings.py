@@ -6,7 +6,12 @@ from typing import Any, Protocol
 
 
 class Settings(Protocol):
-    """A recipe is one; data/ and model/ take it without knowing how recipes are read."""
+    """A recipe is one; data/ and model/ take it without knowing how recipes are read.
+
+    `values` holds the keys that were set, `get` the default too.
+    """
+
+    values: dict[str, Any]
 
     def get(self, key: str) -> Any: ...
 

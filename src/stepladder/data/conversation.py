@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stepladder.data.read import nearest
 from stepladder.data.readers import is_unicode, shown
 from stepladder.errors import DataError
+from stepladder.suggest import suggest
 
 Message = dict[str, Any]
 
@@ -104,7 +104,7 @@ def _message(item: Any, where: str) -> Message:
             f"unknown role {shown(name)}",
             where=where,
             why=f"known: {', '.join(ROLES)}",
-            way_out=nearest(str(name), ROLES) or "rename it",
+            way_out=suggest(str(name), ROLES) or "rename it",
         )
     key = "content" if "content" in item or "value" not in item else "value"
     content = item.get(key)

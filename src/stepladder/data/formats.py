@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from stepladder.data.conversation import conversation, multimodal, put_system, text, tools_of
-from stepladder.data.read import nearest
 from stepladder.data.readers import Row, shown
 from stepladder.errors import DataError
+from stepladder.suggest import suggest
 
 Example = dict[str, Any]  # {"messages": [...], maybe "tools": [...]} for a chat template, or {"text": "..."}
 
@@ -136,7 +136,7 @@ def _mapping_for(columns: list[str]) -> str:
     pairs: dict[str, str] = {}
     for new in missing:
         names = [c for c in free if c.lower() in ANSWERS] if new in ANSWERS else []
-        names += [c for c in free if nearest(new, [c])]
+        names += [c for c in free if suggest(new, [c])]
         if not names and len(free) == len(missing) - len(pairs):
             names = free
         pairs[new] = names[0] if names else "COLUMN"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data import formats
-from stepladder.data.read import nearest
 from stepladder.data.rows import Rows, collect
 from stepladder.data.source import Source, has_split, is_local
 from stepladder.data.stream import Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 GENERAL = Path("data/general.jsonl")
 
@@ -138,7 +138,7 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
                 f"column_map maps to '{column}', which no shape has",
                 where=settings.where(f"{place}column_map" if block.get("column_map") else "column_map"),
                 why=f"known: {'; '.join(map(str, formats.SHAPES))}",
-                way_out=nearest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
+                way_out=suggest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
             )
     return Source(
         path=block["path"],

@@ -25,7 +25,7 @@ def read(path: Path) -> Iterator[Found]:
     """
     if not os.path.exists(path):
         siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        way_out = nearest(str(path), siblings) or "paths are relative to the folder you start from"
+        way_out = near_file(str(path), siblings) or "paths are relative to the folder you start from"
         raise DataError(f"there is no data file {path}", way_out=way_out)
     if path.is_dir():
         raise DataError(f"{path} is a folder, though it has a file's name", way_out="name the file in it")
@@ -70,6 +70,7 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+def near_file(name: str, known: Iterable[str]) -> str:
+    """As `suggest` for keys, but a suffix that is left out counts little against a file's name."""
+    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -87,8 +87,7 @@ def mode(settings: Settings | None) -> str:
     """`train_on`; TRL's `assistant_only_loss: false` or `completion_only_loss: false`, where set, mean everything."""
     if settings is None:
         return "all_turns"
-    values = getattr(settings, "values", {})
-    if any(values.get(key) is False for key in ("assistant_only_loss", "completion_only_loss")):
+    if any(settings.values.get(key) is False for key in ("assistant_only_loss", "completion_only_loss")):
         return "everything"
     return str(settings.get("train_on"))
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder.data.read import kind, nearest, read
+from stepladder.data.read import kind, near_file, read
 from stepladder.data.readers import READERS, Found, without_nulls
 from stepladder.errors import DataError
+from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
 HEAD = 100  # rows looked at to learn what a set is like
@@ -85,7 +86,7 @@ class Source:
             if seen and column not in seen:
                 raise self._error(
                     f"columns names '{column}', which is not in {self.label}",
-                    nearest(column, seen) or f"among {', '.join(sorted(seen))}",
+                    suggest(column, seen) or f"among {', '.join(sorted(seen))}",
                 )
         for where, row in itertools.chain(head, found):
             if isinstance(row, DataError):
@@ -99,7 +100,7 @@ class Source:
                         f"column_map names the column '{missing[0]}', which is not there",
                         where=where,
                         why=f"the columns are {', '.join(map(repr, row))}",
-                        way_out=nearest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}",
+                        way_out=suggest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}",
                     ),
                 )
                 continue
@@ -201,7 +202,7 @@ class Source:
             siblings = [str(p) for p in Path(self.path).parent.iterdir()] if Path(self.path).parent.is_dir() else []
             raise self._error(
                 f"the data set '{self.label}' (split {self.split}) could not be loaded",
-                nearest(self.path, siblings) or "a hub id needs the network, or its cache; a local path must exist",
+                near_file(self.path, siblings) or "a hub id needs the network, or its cache; a local path must exist",
                 why=(str(error).splitlines() or [type(error).__name__])[0],
             ) from None
 

@@ -26,12 +26,6 @@ def precision(recipe: Settings) -> str:
     import torch
 
     bf16, fp16 = recipe.get("bf16"), recipe.get("fp16")
-    if fp16 and bf16 is True:
-        raise RecipeError(
-            "bf16 and fp16 cannot both be true",
-            where=recipe.where("fp16"),
-            way_out="remove one (bf16 is the safer)",
-        )
     if fp16 and not torch.cuda.is_available():
         raise RecipeError(
             "fp16 training needs a GPU",

@@ -12,7 +12,7 @@ import yaml
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import ranges
 from stepladder.recipe.schema import Key
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")

@@ -28,7 +28,7 @@ from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import config as axolotl_config
 from stepladder.recipe.axolotl import keys
 from stepladder.recipe.schema import known_keys
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 AXOLOTL = "axolotl"
 DEFAULT, PARENT, RECIPE = "default", "parent", "recipe"

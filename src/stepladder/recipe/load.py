@@ -13,7 +13,7 @@ from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, renamed, rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
-from stepladder.recipe.suggest import nearest, suggest
+from stepladder.suggest import nearest, suggest
 
 COMMAND_LINE = "command line"
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Sampler
 
+from stepladder.data.render import IGNORED
+
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IGNORED = -100  # the label of a token that trains nothing
 
 
 def pad_rows(dataset: Dataset, multiple: int, pad_token_id: int) -> Dataset:

@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTTrainer
 
+from stepladder.data.render import IGNORED
 from stepladder.data.stream import Stream
-from stepladder.training.order import IGNORED, Order, pad_rows
+from stepladder.training.order import Order, pad_rows
 
 LENGTH_GROUP = 50  # global batches that are sorted by length together, as Transformers does
 

@@ -28,7 +28,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         The tokens that were added to the vocabulary; the model's embeddings must grow by them.
 
     Raises:
-        RecipeError: an unknown template or token, or two of the keys that name a template.
+        RecipeError: an unknown template or token.
     """
     for key in ("eos_token", "pad_token"):
         if token := settings.get(key):
@@ -40,10 +40,6 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
     keys = [k for k in ("chat_template", "chat_template_path", "prompt_template") if settings.get(k)]
     if not keys:
         return []
-    if len(keys) > 1:
-        raise RecipeError(
-            f"{' and '.join(keys)} both name a template", where=settings.where(keys[1]), way_out="keep one of them"
-        )
     (key,) = keys
     value, where = settings.get(key), settings.where(key)
     if key == "prompt_template":

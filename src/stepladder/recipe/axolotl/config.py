@@ -9,7 +9,7 @@ import yaml
 
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, load
-from stepladder.recipe.suggest import nearest
+from stepladder.suggest import nearest
 
 EMPTY: tuple[Any, ...] = (None, "", {})  # what Axolotl takes for a key that is not set
 

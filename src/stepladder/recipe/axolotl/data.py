@@ -26,7 +26,7 @@ from stepladder.recipe.axolotl.outcome import (
     unsupported,
     usual,
 )
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 BUILDERS = set(KINDS.values())

@@ -19,7 +19,7 @@ from stepladder.recipe.axolotl.defaults import DEFAULTS
 from stepladder.recipe.axolotl.keys import KEYS
 from stepladder.recipe.axolotl.outcome import Outcome, Rule, dropped, left_out, sets, unsupported
 from stepladder.recipe.axolotl.translation import Row, Translation
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 SECRET = re.compile(r"api_key|secret|password|(hf|hub)_token")
 

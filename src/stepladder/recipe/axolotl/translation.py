@@ -14,7 +14,7 @@ from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import data
 from stepladder.recipe.axolotl.outcome import UNSUPPORTED, Outcome, dropped, unsupported
 from stepladder.recipe.schema import Key, known_keys
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 YAML: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
 # The recipe's banners, and how the keys under each begin; the rest is training.

@@ -8,7 +8,7 @@ from typing import Any
 from stepladder.recipe.axolotl.config import Config
 from stepladder.recipe.axolotl.outcome import TRANSLATED, Outcome, Rule, dropped, left_out, sets, unsupported
 from stepladder.recipe.schema import known_keys
-from stepladder.recipe.suggest import suggest
+from stepladder.suggest import suggest
 
 OFF = dropped("off")
 
