@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test same-curve lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## put Stepladder and all it needs into .venv
 
@@ -41,6 +41,9 @@ test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (und
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
 	$(BIN)/python -m pytest
+
+same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
+	$(BIN)/python tests/same_curve.py
 
 lint: $(INSTALLED) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .

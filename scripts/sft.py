@@ -14,7 +14,7 @@ from stepladder import console, errors, run
 from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.training import arguments, ranks
+from stepladder.training import arguments, ranks, strategy
 
 
 def main() -> None:
@@ -28,34 +28,35 @@ def main() -> None:
     # Whatever can be wrong is found before torch is imported: it takes seconds.
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
-    arguments.accumulation(recipe, launch.ranks)
+    step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
-    train_rows, eval_rows = mixture.load(recipe)
+    notes = recipe.notes + strategy.check(recipe, launch)
+    reads = launch.local_rank == 0  # one rank a node reads and prepares the rows; the others open what it made
+    train_rows, eval_rows = mixture.load(recipe) if reads else mixture.unread(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
     record.claim(args.overwrite, recipe.where("output_dir"))
 
     console.quiet_libraries()
+    use_cpu = ranks.choose_device(launch)
     import transformers
 
-    from stepladder.data import audit, audit_tokens, render, templates
+    from stepladder.data import prepare, templates
     from stepladder.model import adapter
     from stepladder.training import announce, progress, result, telemetry, trainer
 
     console.quiet_progress_bars()
-    use_cpu = ranks.choose_device(launch)
     precision = model_load.precision(recipe)
-    training_args = arguments.build(recipe, launch, precision, use_cpu)  # the ranks meet here
+    training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
 
     tokenizer = model_load.tokenizer(recipe)
     new_tokens = templates.prepare(tokenizer, recipe)
-    if isinstance(train_rows, stream.Stream):
-        train_set, extra = render.render_stream(train_rows, tokenizer, recipe), [trainer.StreamEpoch(train_rows)]
-    else:
-        train_set, extra = render.render(train_rows, tokenizer, recipe), []
-        audit.stop_on_errors(audit_tokens.check_ends(train_set, train_rows, tokenizer))
-    eval_set = render.render(eval_rows, tokenizer, recipe) if eval_rows else None
+    folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, recipe))
+    train_set, eval_set = prepare.opened(folder)
+    extra = []
+    if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
+        train_set, extra = prepare.streamed(train_rows, tokenizer, recipe), [trainer.StreamEpoch(train_rows)]
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
@@ -70,19 +71,20 @@ def main() -> None:
         world_size=launch.ranks,
         devices=devices,
         precision=precision,
-        global_batch_size=arguments.global_batch_size(training_args, launch),
-        micro_batch_size=training_args.per_device_train_batch_size,
-        gradient_accumulation_steps=training_args.gradient_accumulation_steps,
+        global_batch_size=step.rows,
+        micro_batch_size=step.micro,
+        gradient_accumulation_steps=step.accumulation,
         seed=training_args.seed,
         parameters=result.parameter_counts(model),
-        datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows],
+        datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
     with record.recording():
-        console.say(announce.beginning(record, [*recipe.notes, *train_rows.notes]))
+        console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
         meter = telemetry.Telemetry(record)
         sft = trainer.Trainer(
             model=model,
+            layout=step,
             args=training_args,
             processing_class=tokenizer,
             train_dataset=train_set,

@@ -198,9 +198,9 @@ COUNTING = {
 }
 
 
-def test_tokens_by_hand(write: Callable[..., Path], tiny: Path, write_recipe: Callable[..., Path]) -> None:
+def test_tokens_by_hand(write: Callable[..., Path], smollm2: Path, write_recipe: Callable[..., Path]) -> None:
     """Guards the figures and the view token by token, through the command line."""
-    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name=str(write([COUNTING])), eval_strategy="no")
+    recipe = write_recipe(model_name_or_path=str(smollm2), dataset_name=str(write([COUNTING])), eval_strategy="no")
     done = check(recipe, "--show", 5, "--json")
     assert done.code == 0, done
     facts = json.loads(done.out)
@@ -222,11 +222,11 @@ def test_tokens_by_hand(write: Callable[..., Path], tiny: Path, write_recipe: Ca
     assert "\x1b[1;32mone two three four five six\x1b[0m" in colour.out and "⟦" not in colour.out, colour
 
 
-def test_max_length_that_cuts(write: Callable[..., Path], tiny: Path, write_recipe: Callable[..., Path]) -> None:
+def test_max_length_that_cuts(write: Callable[..., Path], smollm2: Path, write_recipe: Callable[..., Path]) -> None:
     """Guards the popular tools' silence: a row without its answer, and a set without one end of turn."""
     far = {**COUNTING, "messages": [{"role": "system", "content": "Be kind. " * 20}, *COUNTING["messages"][1:]]}
     file = write([COUNTING, far])
-    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name=str(file), max_length=30, eval_strategy="no")
+    recipe = write_recipe(model_name_or_path=str(smollm2), dataset_name=str(file), max_length=30, eval_strategy="no")
     done = check(recipe, "--audit")
     assert done.code == 2 and f"  - {file}:2: max_length 30 cuts off the whole answer" in done.out, done
     assert "⚠ 1 of 2 rows (50.0%) are cut" in done.out and "learn to stop" not in done.out, done
@@ -267,9 +267,9 @@ def test_a_script_that_the_tokenizer_hardly_knows(tokenizer: Any, settings: Call
     assert found["more_tokens_than_characters"].where == ["r:1"]
 
 
-def test_a_row_cannot_steer_the_terminal(write: Callable[..., Path], tiny: Path, write_recipe: Any) -> None:
+def test_a_row_cannot_steer_the_terminal(write: Callable[..., Path], smollm2: Path, write_recipe: Any) -> None:
     row = {"input": "What about\x1b[2J my shoes?", "output": "[red]Look[/red] under \x1b]0;shoes\x07 in your settings."}
-    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name=str(write([row])), eval_strategy="no")
+    recipe = write_recipe(model_name_or_path=str(smollm2), dataset_name=str(write([row])), eval_strategy="no")
     done = check(recipe, "--show", 1)
     assert done.code == 0 and "\x1b" not in done.out and "[red]Look[/red] under ␛]0;shoes␇" in done.out, done
 

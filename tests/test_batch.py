@@ -1,42 +1,39 @@
-"""The global batch is the same on any number of ranks, or the error names what would work."""
+"""The global batch is the same on any number of ranks, whatever the micro-batch."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 
 from stepladder.errors import RecipeError
-from stepladder.recipe.batch import accumulation_steps
+from stepladder.recipe.batch import layout
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_adds_up(ranks: int, micro: int) -> None:
-    assert accumulation_steps(64, micro, ranks) * micro * ranks == 64
+@pytest.mark.parametrize("total", range(4, 26))
+def test_each_step_holds_each_row_once(total: int) -> None:
+    """Guards the curve where nothing divides: no row lost, none twice, no micro-batch over its size."""
+    for micro, ranks, rows in itertools.product((1, 2, 3, 5), (1, 2, 3, 4), (total, total - 1, 1)):
+        step = layout(total, micro, ranks)
+        laid = list(step.spread(range(rows), empty=-1))
+        assert len(laid) == step.places
+        assert [item for item in laid if item >= 0] == list(range(rows))
+        assert step.accumulation * micro * ranks - total < micro * ranks, "a whole round of micro-batches is empty"
+        filled = [sum(item >= 0 for item in laid[at : at + micro]) for at in range(0, len(laid), micro)]
+        assert max(filled) - min(filled) <= 1, "one rank would wait for another"
 
 
-def test_names_the_nearest_values_that_work() -> None:
+def test_no_empty_places_where_it_divides() -> None:
+    assert all(layout(64, micro, ranks).places == 64 for micro in (1, 2, 4) for ranks in (1, 2, 4, 8))
+
+
+def test_fewer_rows_than_ranks_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
-        accumulation_steps(22, 4, 2)
-    assert "16 or 24" in caught.value.way_out
-    assert "per_device_train_batch_size: 1 or 11" in caught.value.way_out
-
-
-def test_every_suggestion_works() -> None:
-    """Guards the way out: a suggested value that fails again would be worse than none."""
-    for total in range(1, 40):
-        for micro in range(1, 9):
-            for ranks in (1, 2, 3, 4):
-                try:
-                    accumulation_steps(total, micro, ranks)
-                except RecipeError as error:
-                    batch, _, micros = error.way_out.partition(", or per_device_train_batch_size: ")
-                    for value in batch.removeprefix("global_batch_size: ").split(" or "):
-                        accumulation_steps(int(value), micro, ranks)
-                    for value in filter(None, micros.split(" or ")):
-                        accumulation_steps(total, int(value), ranks)
+        layout(2, 1, 4)
+    assert "global_batch_size: 4" in caught.value.way_out and "--num_processes 2" in caught.value.way_out
 
 
 @pytest.mark.parametrize(("total", "micro"), [(0, 1), (8, 0), (-8, 2)])
 def test_refuses_sizes_below_one(total: int, micro: int) -> None:
     with pytest.raises(RecipeError):
-        accumulation_steps(total, micro, 1)
+        layout(total, micro, 1)

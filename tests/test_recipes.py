@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT
 from stepladder.recipe import load
-from stepladder.recipe.batch import accumulation_steps
+from stepladder.recipe.batch import layout
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 MODELS = [path for path in RECIPES if path.parent.parent.name == "models"]
@@ -94,7 +94,8 @@ def test_a_recipe_shows_its_own_command(path: Path) -> None:
         assert (ranks > 1) == (config.stem != "single") or path.parent.name == "recipes"
     recipe = load.load(str(path), [])
     if total := recipe.get("global_batch_size"):
-        accumulation_steps(total, recipe.get("per_device_train_batch_size"), ranks)  # raises where it does not divide
+        step = layout(total, recipe.get("per_device_train_batch_size"), ranks)
+        assert step.places == total, "a shipped command wastes no place"
 
 
 @pytest.mark.parametrize("path", MODELS, ids=name_of)

@@ -7,6 +7,7 @@ complete checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -34,6 +35,10 @@ class StepladderError(Exception):
         self.what, self.why, self.way_out, self.where = what, why, way_out, where
         self.this_rank_only = this_rank_only
         super().__init__(self.render())
+
+    def __reduce__(self) -> tuple:  # from a worker process it arrives as it was raised
+        made = functools.partial(type(self), self.what, why=self.why, way_out=self.way_out, where=self.where)
+        return functools.partial(made, this_rank_only=self.this_rank_only), ()
 
     def render(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what

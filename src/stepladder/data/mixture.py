@@ -52,7 +52,7 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
             where=settings.where("eval_strategy"),
             way_out='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
         )
-    if settings.get("streaming") or settings.get("dataset_streaming"):
+    if streams(settings):
         return stream(settings), evaluation
     parts = [collect(entry.source, settings.get("on_bad_row") == "skip") for entry in sets]
     parts = _taken(parts, sets, settings)
@@ -62,6 +62,15 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
     if share := settings.get("mix_general"):
         parts.append(_general(sum(map(len, parts)), share, settings))
     return Rows.join(parts), evaluation
+
+
+def unread(settings: Settings) -> tuple[Stream | None, None]:
+    """What a rank has that reads no rows itself: a stream, which each rank reads as it trains."""
+    return stream(settings) if streams(settings) else None, None
+
+
+def streams(settings: Settings) -> bool:
+    return bool(settings.get("streaming") or settings.get("dataset_streaming"))
 
 
 def stream(settings: Settings) -> Stream:
@@ -148,7 +157,7 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
         data_files=block.get("data_files"),
         columns=block.get("columns"),
         column_map=column_map,
-        streaming=bool(settings.get("streaming") or settings.get("dataset_streaming")),
+        streaming=streams(settings),
         where=settings.where(place + named_by),
     )
 

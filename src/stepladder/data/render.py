@@ -29,23 +29,23 @@ Span = tuple[int, int]  # characters of a text, end excluded
 Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
 
 
-def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None = None) -> Dataset:
+def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None = None, first: int = 0) -> Dataset:
     """Tokenize rows into `input_ids` and `labels` (lists of int, equally long, at most `max_length`).
 
-    `row` is the position of the row in `rows`, by which a training step can be traced back.
+    `rows` holds the number of the row, counted from `first`, by which a training step can be traced back.
 
     Raises:
         DataError: the template refuses a row, or nothing of it is trained within `max_length`.
         ModelError: conversations and a tokenizer without a chat template.
     """
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "row": []}
-    for number, (ids, labels) in enumerate(_cut(rows, tokenizer, settings)):
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "rows": []}
+    for number, (ids, labels) in enumerate(_cut(rows, tokenizer, settings), first):
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
-        columns["row"].append(number)
-    return Dataset.from_dict(columns)
+        columns["rows"].append([number])
+    return Dataset.from_dict(columns, features=Features(_features()))
 
 
 def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
@@ -53,7 +53,7 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
 
     Each pass is that of `stream.epoch`.
     """
-    from datasets import Features, IterableDataset, List, Value
+    from datasets import Features, IterableDataset
 
     def rows() -> Iterator[dict[str, Any]]:
         reading = stream.read(stream.epoch)
@@ -61,11 +61,16 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
         while batch := list(itertools.islice(reading, BATCH)):
             held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])
             for ids, labels in _cut(held, tokenizer, settings):
-                yield {"input_ids": ids, "labels": labels, "row": number}
+                yield {"input_ids": ids, "labels": labels, "rows": [number]}
                 number += 1
 
-    columns = {"input_ids": List(Value("int64")), "labels": List(Value("int64")), "row": Value("int64")}
-    return IterableDataset.from_generator(rows, features=Features(columns))
+    return IterableDataset.from_generator(rows, features=Features(_features()))
+
+
+def _features() -> dict[str, Any]:
+    from datasets import List, Value
+
+    return {name: List(Value("int32")) for name in ("input_ids", "labels", "rows")}
 
 
 def _cut(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None) -> Iterator[Tokens]:
@@ -109,7 +114,7 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, train_on: str = "al
             text, found = _text_and_spans(example, tokenizer, place)
             texts.append(text)
             spans.append(found)
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
         for example, place, ids, offsets, found in zip(
             examples, where, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
         ):

@@ -48,7 +48,7 @@ def held_out_loss(
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    items = render(rows, tokenizer).remove_columns("row").to_list()
+    items = render(rows, tokenizer).remove_columns("rows").to_list()
     # Rows of like length together: less padding, and the order does not matter to a sum.
     items.sort(key=lambda item: len(item["input_ids"]))
     total, count = 0.0, 0

@@ -1,37 +1,57 @@
-"""The global batch: micro-batch × accumulation × ranks, the same on any number of ranks."""
+"""The global batch and how it lies over micro-batches and ranks: the same rows a step on any number of ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from stepladder.errors import RecipeError
 
 
-def accumulation_steps(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> int:
-    """How many micro-batches each rank runs before an optimizer step.
+@dataclass(frozen=True)
+class Layout:
+    """One optimizer step: `rows` sequences in `accumulation` micro-batches of `micro` places on each of `ranks`.
 
-    Args:
-        global_batch_size: sequences per optimizer step over all ranks.
-        micro_batch_size: sequences per forward pass on one rank.
-        ranks: data-parallel ranks.
+    Where the micro-batches hold more places than there are rows, the rest is filled with empty
+    rows, which train nothing.
+    """
+
+    rows: int
+    micro: int
+    ranks: int
+    accumulation: int
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of a step, over all ranks; the ranks take them in turn."""
+        return self.accumulation * self.ranks
+
+    @property
+    def places(self) -> int:
+        return self.batches * self.micro
+
+    def spread(self, items: Sequence[int], empty: int) -> Iterator[int]:
+        """At most `rows` items over the micro-batches, as evenly as they go, each filled up with `empty`."""
+        for number in range(self.batches):
+            first, end = (len(items) * edge // self.batches for edge in (number, number + 1))
+            yield from items[first:end]
+            yield from [empty] * (self.micro - (end - first))
+
+
+def layout(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> Layout:
+    """The fewest micro-batches of `micro_batch_size` sequences that hold the global batch on `ranks` ranks.
 
     Raises:
-        RecipeError: the micro-batches of all ranks do not add up to the global batch.
+        RecipeError: a batch size below 1, or fewer sequences than ranks.
     """
-    per_pass = micro_batch_size * ranks
     if min(global_batch_size, micro_batch_size) < 1:
         raise RecipeError("batch sizes are whole numbers from 1 up", where=where)
-    steps, rest = divmod(global_batch_size, per_pass)
-    if rest == 0:
-        return steps
-    nearest = sorted({max(steps, 1) * per_pass, (steps + 1) * per_pass})
-    divisors = [m for m in range(1, global_batch_size + 1) if global_batch_size % (m * ranks) == 0]
-    fitting = sorted(divisors, key=lambda m: abs(m - micro_batch_size))[:2]
-    ways = [f"global_batch_size: {' or '.join(map(str, nearest))}"]
-    if fitting:
-        ways.append(f"or per_device_train_batch_size: {' or '.join(map(str, sorted(fitting)))}")
-    raise RecipeError(
-        f"global_batch_size {global_batch_size} is not a multiple of "
-        f"per_device_train_batch_size {micro_batch_size} × {ranks} {'rank' if ranks == 1 else 'ranks'} = {per_pass}",
-        where=where,
-        why="every optimizer step takes whole micro-batches on every rank",
-        way_out=", ".join(ways),
-    )
+    if global_batch_size < ranks:
+        raise RecipeError(
+            f"global_batch_size {global_batch_size} is smaller than the {ranks} ranks",
+            where=where,
+            why="some of them would have nothing to train at any step",
+            way_out=f"global_batch_size: {ranks}, or --num_processes {global_batch_size}",
+        )
+    accumulation = -(-global_batch_size // (micro_batch_size * ranks))
+    return Layout(global_batch_size, micro_batch_size, ranks, accumulation)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder import console
+from stepladder import cache, console
 
 
 @dataclass
@@ -139,10 +139,10 @@ def known_keys() -> Schema:
     # The code that looks counts as a version: a change of it must not meet an old cache.
     code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "blocks.py")]
     stamp = hashlib.sha256(json.dumps([versions(), sys.version_info[:2], code]).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepladder"
-    cache = root / f"keys-{stamp}.json"
+    root = cache.folder()
+    file = root / f"keys-{stamp}.json"
     try:
-        return {item["name"]: _key_from_json(item) for item in json.loads(cache.read_text())}
+        return {item["name"]: _key_from_json(item) for item in json.loads(file.read_text())}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     schema = introspect()
@@ -150,7 +150,7 @@ def known_keys() -> Schema:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=root, delete=False) as out:
             json.dump([dataclasses.asdict(key) for key in schema.values()], out)
-        os.replace(out.name, cache)
+        os.replace(out.name, file)
     except OSError:
         pass  # a read-only home only costs the next start a few seconds
     return schema

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from stepladder.run import Run
 
 
@@ -16,7 +18,7 @@ def beginning(run: Run, notes: list[str]) -> str:
             f"recipe      {f['recipe_name']} ({f['recipe_hash']}) → {run.folder}",
             f"ranks       {ranks} under {f['strategy']}: {', '.join(f['devices'])}",
             f"batch       {f['micro_batch_size']} micro-batch × {f['gradient_accumulation_steps']} accumulation "
-            f"× {ranks} = {f['global_batch_size']} global",
+            f"× {ranks} = {f['global_batch_size']} global{_unused(f)}",
             f"precision   {f['precision']}",
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
@@ -24,6 +26,13 @@ def beginning(run: Run, notes: list[str]) -> str:
             *(f"note        {note}" for note in notes),
         )
     )
+
+
+def _unused(f: dict[str, Any]) -> str:
+    """Places of a step that no row takes, which cost time and change nothing."""
+    places = f["micro_batch_size"] * f["gradient_accumulation_steps"] * f["world_size"]
+    empty = places - f["global_batch_size"]
+    return f", {empty} of {places} places empty (another per_device_train_batch_size may take none)" if empty else ""
 
 
 def ending(run: Run) -> str:

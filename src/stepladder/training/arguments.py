@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import RecipeError
-from stepladder.recipe.batch import accumulation_steps
+from stepladder.recipe import batch
+from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
-from stepladder.training.ranks import Launch
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -25,24 +25,24 @@ def check_streaming(recipe: Recipe) -> None:
             )
 
 
-def build(recipe: Recipe, launch: Launch, precision: str, use_cpu: bool) -> SFTConfig:
+def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTConfig:
     """The training arguments. Creating them starts the process group.
 
     Raises:
-        RecipeError: the global batch does not divide, or the libraries refuse a combination.
+        RecipeError: the libraries refuse a combination.
     """
     from trl import SFTConfig
 
     values: dict[str, Any] = {
         **recipe.owned_by("SFTConfig"),
         "output_dir": str(recipe.output_dir),
-        "gradient_accumulation_steps": accumulation(recipe, launch.ranks),
+        "gradient_accumulation_steps": step.accumulation,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu or recipe.get("use_cpu"),
-        # Rows come tokenized, cut and labelled: TRL's own options for that are answered before.
-        # Packing alone still needs the length.
-        "max_length": recipe.get("max_length") if recipe.get("packing") or recipe.get("eval_packing") else None,
+        # Rows come tokenized, cut, labelled and packed: TRL's own options for that are answered before.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
         "eos_token": None,
         "pad_token": None,
         "completion_only_loss": None,
@@ -60,23 +60,22 @@ def build(recipe: Recipe, launch: Launch, precision: str, use_cpu: bool) -> SFTC
         ) from None
 
 
-def accumulation(recipe: Recipe, ranks: int) -> int:
-    """Gradient accumulation: from `global_batch_size` where it is set, else as TRL means it."""
-    total = recipe.get("global_batch_size")
+def layout(recipe: Recipe, ranks: int) -> Layout:
+    """An optimizer step's rows on the ranks: from `global_batch_size` where it is set, else as TRL means it.
+
+    Raises:
+        RecipeError: the global batch is smaller than the ranks, or contradicts the accumulation.
+    """
+    total, micro = recipe.get("global_batch_size"), recipe.get("per_device_train_batch_size")
     if total is None:
-        return recipe.get("gradient_accumulation_steps")
-    where = recipe.where("global_batch_size")
-    steps = accumulation_steps(total, recipe.get("per_device_train_batch_size"), ranks, where)
-    if recipe.values.get("gradient_accumulation_steps", steps) != steps:
+        steps = recipe.get("gradient_accumulation_steps")
+        return Layout(micro * steps * ranks, micro, ranks, steps)
+    found = batch.layout(total, micro, ranks, recipe.where("global_batch_size"))
+    if recipe.values.get("gradient_accumulation_steps", found.accumulation) != found.accumulation:
         raise RecipeError(
             f"gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} contradicts "
-            f"global_batch_size {total}, from which {steps} follows on {ranks} rank{'s' * (ranks > 1)}",
+            f"global_batch_size {total}, from which {found.accumulation} follows on {ranks} rank{'s' * (ranks > 1)}",
             where=recipe.where("gradient_accumulation_steps"),
             way_out="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
         )
-    return steps
-
-
-def global_batch_size(args: SFTConfig, launch: Launch) -> int:
-    """Sequences per optimizer step over all ranks."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.ranks
+    return found

@@ -8,54 +8,60 @@ trained tokens of all ranks, so that they change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 
 from stepladder.data.render import IGNORED
+from stepladder.recipe.batch import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Row = dict[str, Any]
 
-def pad_rows(dataset: Dataset, multiple: int, pad_token_id: int) -> Dataset:
-    """`dataset` with empty rows at its end, so that its length is a multiple of `multiple`."""
+
+def empty_row(columns: Iterable[str], pad_token_id: int) -> Row:
+    """A row of one token that trains nothing."""
+    values: Row = {"input_ids": [pad_token_id], "labels": [IGNORED], "seq_lengths": [1], "rows": []}
+    return {name: values[name] for name in columns}
+
+
+def with_empty_row(dataset: Dataset, pad_token_id: int) -> Dataset:
+    """`dataset` with one row more, the empty one, at its end."""
     from datasets import Dataset, concatenate_datasets
 
-    missing = -len(dataset) % multiple
-    if not missing:
-        return dataset
-    empty: dict[str, Any] = {"input_ids": [pad_token_id], "labels": [IGNORED], "seq_lengths": [1], "row": -1}
-    columns = {name: [empty[name]] * missing for name in dataset.column_names}
+    columns = {name: [value] for name, value in empty_row(dataset.column_names, pad_token_id).items()}
     return concatenate_datasets([dataset, Dataset.from_dict(columns, features=dataset.features)])
 
 
 class Order(Sampler[int]):
-    """The order of the rows in each epoch: a permutation by seed and epoch, then the empty rows.
+    """The order of the rows in each epoch: a permutation by seed and epoch, laid out over the micro-batches.
 
     Args:
-        rows: how many rows hold data; the indices from here to `length` are empty rows.
-        length: all rows, a multiple of the global batch.
+        rows: how many rows hold data; the index `rows` is the empty row.
+        layout: of an optimizer step.
         seed: of the permutation; the epoch is added to it.
         strategy: Transformers' `train_sampling_strategy`: random, sequential or group_by_length.
         lengths: tokens of each row, for group_by_length.
-        group: rows that are sorted by length together: many global batches.
+        group: steps whose rows are sorted by length together.
     """
 
     def __init__(
-        self, rows: int, length: int, seed: int, strategy: str, lengths: list[int] | None = None, group: int = 1
+        self, rows: int, layout: Layout, seed: int, strategy: str, lengths: list[int] | None = None, group: int = 1
     ):
-        self.rows, self.length, self.seed, self.strategy = rows, length, seed, strategy
-        self.lengths, self.group = lengths, group
+        self.rows, self.layout, self.seed, self.strategy = rows, layout, seed, strategy
+        self.lengths, self.group = lengths, group * layout.rows
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return -(-self.rows // self.layout.rows) * self.layout.places
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.rows))
@@ -66,5 +72,18 @@ class Order(Sampler[int]):
             lengths = self.lengths
             groups = [order[start : start + self.group] for start in range(0, self.rows, self.group)]
             order = [i for rows in groups for i in sorted(rows, key=lambda i: -lengths[i])]
-        yield from order
-        yield from range(self.rows, self.length)
+        for start in range(0, self.rows, self.layout.rows):
+            yield from self.layout.spread(order[start : start + self.layout.rows], empty=self.rows)
+
+
+class StepStream(IterableDataset):
+    """The rows of a stream, laid out over the micro-batches as `Order` lays them out."""
+
+    def __init__(self, rows: Iterable[Row], layout: Layout, pad_token_id: int):
+        self.rows, self.layout, self.pad_token_id = rows, layout, pad_token_id
+
+    def __iter__(self) -> Iterator[Row]:
+        reading = iter(self.rows)
+        while step := list(itertools.islice(reading, self.layout.rows)):
+            held = [*step, empty_row(step[0], self.pad_token_id)]
+            yield from (held[at] for at in self.layout.spread(range(len(step)), empty=len(step)))

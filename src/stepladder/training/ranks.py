@@ -7,10 +7,13 @@ rank: axolotl#3839; two ranks on one GPU: accelerate#1840), so all of it is asse
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from stepladder.console import say
 from stepladder.errors import LaunchError
@@ -135,3 +138,19 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
         twice = next(d for d in devices if devices.count(d) > 1)
         raise LaunchError(f"two ranks run on {twice}", way_out="one process a GPU: --num_processes = GPUs")
     return devices
+
+
+def one_a_node(launch: Launch, work: Callable[[], Path]) -> Path:
+    """The folder that `work` returns, from the one rank of this node that does it; every rank calls it once.
+
+    The others wait however long it takes: in a group of their own, since NCCL gives up after
+    `ddp_timeout` (half an hour), which the preparation of a large set may outlast.
+    """
+    import torch.distributed as dist
+
+    if launch.ranks == 1:
+        return work()
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    folders = [Path()] * launch.ranks
+    dist.all_gather_object(folders, work() if launch.local_rank == 0 else Path(), group=group)
+    return folders[launch.rank - launch.local_rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,19 +12,23 @@ from trl import SFTTrainer
 
 from stepladder.data.render import IGNORED
 from stepladder.data.stream import Stream
-from stepladder.training.order import Order, pad_rows
+from stepladder.recipe.batch import Layout
+from stepladder.training import gradients
+from stepladder.training.order import Order, StepStream, with_empty_row
 
-LENGTH_GROUP = 50  # global batches that are sorted by length together, as Transformers does
+LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
 class Trainer(SFTTrainer):
     """TRL's trainer on rows that are tokenized already.
 
     It differs in what the same curve on every strategy needs: the adapter is in fp32, the rows
-    come in `Order`, and the evaluation loss is the mean over all tokens, each row counted once.
+    come in `Order`, the gradient norm is exact, and the evaluation loss is the mean over all
+    tokens, each row counted once.
     """
 
-    def __init__(self, model: Any, **kwargs: Any):
+    def __init__(self, model: Any, layout: Layout, **kwargs: Any):
+        self.layout = layout
         adapter = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -39,45 +44,52 @@ class Trainer(SFTTrainer):
             self.remove_callback(callback)
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
 
-    @property
-    def global_batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        if not hasattr(self.train_dataset, "__len__"):  # a stream comes in its own order
-            return super().get_train_dataloader()
-        rows = len(self.train_dataset)
-        dataset = pad_rows(self.train_dataset, self.global_batch_size, self.processing_class.pad_token_id)
-        lengths = None
-        if args.train_sampling_strategy == "group_by_length":
-            lengths = [len(ids) for ids in dataset["input_ids"]]
+        args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
+        if not hasattr(rows, "__len__"):
+            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.padding_free)
+        lengths = [len(ids) for ids in rows["input_ids"]] if args.train_sampling_strategy == "group_by_length" else None
         seed = args.seed if args.data_seed is None else args.data_seed
-        order = Order(
-            rows, len(dataset), seed, args.train_sampling_strategy, lengths, LENGTH_GROUP * self.global_batch_size
-        )
-        return self._loader(dataset, args.per_device_train_batch_size, order)
+        order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, lengths, group=LENGTH_GROUP)
+        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        batch = self.args.per_device_eval_batch_size
-        dataset = pad_rows(dataset, batch * self.args.world_size, self.processing_class.pad_token_id)
-        return self._loader(dataset, batch, None)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        micro, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+        layout = Layout(micro * ranks, micro, ranks, accumulation=1)
+        order = Order(len(rows), layout, seed=0, strategy="sequential")
+        # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
+        flat = self.args.padding_free or "seq_lengths" in rows.column_names
+        return self._loader(with_empty_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
-    def _loader(self, dataset: Any, batch_size: int, order: Order | None) -> DataLoader:
+    def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
         args = self.args
         loader = DataLoader(
-            dataset,
-            batch_size=batch_size,
+            rows,
+            batch_size=layout.micro,
             sampler=order,
-            collate_fn=self.data_collator,
+            collate_fn=dataclasses.replace(self.data_collator, padding_free=padding_free),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if not self._norm_on_cpu:
+            return super()._clip_grad_norm(model)
+        return gradients.clip(gradients.of(model), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._norm_on_cpu:  # max_grad_norm: 0 clips nothing
+            grad_norm = gradients.norm(gradients.of(model))
+        return super()._get_grad_norm(model, grad_norm)
+
+    @property
+    def _norm_on_cpu(self) -> bool:
+        """DeepSpeed has a norm of its own, which is exact."""
+        return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

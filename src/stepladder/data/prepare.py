@@ -1,0 +1,148 @@
+"""From rows to the tokens that training reads: once a node, cached by content, in several processes where it pays.
+
+One rank of each node reads, renders and packs the rows, and writes the result as an Arrow folder
+named by the content of all that it follows from; the node's other ranks open that folder, whose
+pages they share. A second run on the same rows finds it there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepladder import cache, console
+from stepladder.data import audit, audit_tokens, packing, render
+from stepladder.data.rows import Rows
+from stepladder.data.stream import Stream
+from stepladder.errors import DataError
+from stepladder.settings import Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+TRAIN, EVALUATION = "train", "evaluation"
+KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
+# A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
+ROWS_A_PROCESS = 20_000
+
+
+def prepared(
+    train: Rows | Stream | None, evaluation: Rows | None, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Path:
+    """The folder that holds the training and the evaluation set, made now unless the cache has it.
+
+    A stream is not in it: see `streamed`.
+
+    Raises:
+        DataError: a row that cannot be rendered or trains nothing; rows without any end of turn;
+            no place to write.
+        ModelError: conversations and a tokenizer without a chat template.
+    """
+    cached = cache.folder() / "prepared" / _identity(train, evaluation, tokenizer, settings)
+    with contextlib.suppress(OSError):
+        os.utime(cached)  # found, and in use from now on
+        return cached
+    packs, sets = settings.get("packing"), {}
+    if isinstance(train, Rows):
+        train_set = rendered(train, tokenizer, settings)
+        audit.stop_on_errors(audit_tokens.check_ends(train_set, train, tokenizer))
+        sets[TRAIN] = packing.packed(train_set, settings, packs)
+    if evaluation:
+        packs = packs if settings.get("eval_packing") is None else settings.get("eval_packing")
+        sets[EVALUATION] = packing.packed(rendered(evaluation, tokenizer, settings), settings, packs)
+    try:
+        return _write(sets, cached)
+    except OSError:  # a home folder may be read-only or full on a compute node: then for this job alone
+        apart = Path(tempfile.mkdtemp(prefix="stepladder-")) / cached.name
+        try:
+            return _write(sets, apart)
+        except OSError as error:
+            raise DataError(
+                "the prepared rows can be written nowhere",
+                where=f"{cached.parent}, {apart.parent}",
+                why=str(error),
+                way_out="XDG_CACHE_HOME=/a/folder/with/space",
+            ) from None
+
+
+def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
+    """The training and the evaluation set of a prepared folder, mapped into memory rather than read."""
+    from datasets import load_from_disk
+
+    train, evaluation = (
+        load_from_disk(str(part)) if (part := folder / name).is_dir() else None for name in (TRAIN, EVALUATION)
+    )
+    return train, evaluation
+
+
+def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
+    """The training set of a stream, which each rank renders and packs as it reads."""
+    return packing.packed(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
+
+
+def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
+    """As `render.render`, in `dataset_num_proc` processes, or in as many as pay."""
+    from datasets import concatenate_datasets
+
+    processes = settings.get("dataset_num_proc") or min(os.cpu_count() or 1, len(rows) // ROWS_A_PROCESS)
+    if processes < 2:
+        return render.render(rows, tokenizer, settings)
+    edges = [len(rows) * number // processes for number in range(processes + 1)]
+    with concurrent.futures.ProcessPoolExecutor(
+        processes,
+        # A fork would share the locks of the threads that PyTorch and the tokenizer have started.
+        multiprocessing.get_context("spawn"),
+        initializer=console.quiet_libraries,
+    ) as pool:
+        jobs = [
+            pool.submit(render.render, rows.take(range(first, end)), tokenizer, settings, first)
+            for first, end in itertools.pairwise(edges)
+        ]
+        return concatenate_datasets([job.result() for job in jobs])
+
+
+def _identity(
+    train: Rows | Stream | None, evaluation: Rows | None, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> str:
+    """SHA-256 of the rows, the tokenizer, the settings and the code that the prepared sets follow from."""
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("packing.py", "render.py")]
+    keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed")
+    parts = [
+        [rows.fingerprint()["sha256"] if isinstance(rows, Rows) else None for rows in (train, evaluation)],
+        [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)],
+        [render.mode(settings), *map(settings.get, keys)],
+        [code, *map(importlib.metadata.version, ("datasets", "tokenizers", "transformers", "trl"))],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _write(sets: dict[str, Dataset], folder: Path) -> Path:
+    """Save the sets beside and move them into place: whoever looks sees all of them or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for old in folder.parent.iterdir():
+        with contextlib.suppress(OSError):  # another job may be clearing it away too
+            if old.stat().st_mtime < time.time() - KEPT:
+                shutil.rmtree(old)
+    part = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        for name, dataset in sets.items():
+            dataset.save_to_disk(str(part / name))
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another job was faster, with the same content
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

@@ -1,0 +1,47 @@
+"""What a strategy cannot compute as one process does: refused before it starts, or said where the run begins.
+
+ZeRO cuts all weights, laid end to end, into equal slices, and an optimizer sees slices, not
+matrices. The figures are losses after 7 steps of the tiny model of tests/ (tests/test_train.py).
+"""
+
+from __future__ import annotations
+
+from stepladder.errors import RecipeError
+from stepladder.recipe.recipe import Recipe
+from stepladder.training.ranks import Launch
+
+# Their update of a weight follows from that weight alone, so that slices change nothing.
+ELEMENTWISE = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_anyprecision", "ademamix", "sgd", "adagrad", "rmsprop"),
+    *("lion_32bit", "paged_adamw_32bit", "paged_ademamix_32bit", "paged_lion_32bit", "rmsprop_bnb"),
+    *("rmsprop_bnb_32bit", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+}
+BLOCKS = ("_8bit", "_4bit")  # their state is quantized in blocks, which fall elsewhere in slices
+
+
+def check(recipe: Recipe, launch: Launch) -> list[str]:
+    """Notes on what will differ from one process by more than rounding.
+
+    Raises:
+        RecipeError: an optimizer that computes something else on the slices of ZeRO.
+    """
+    notes, optimizer, where = [], str(recipe.get("optim")), recipe.where("optim")
+    zero = launch.strategy.startswith("zero")
+    if zero and optimizer.endswith(BLOCKS) and not optimizer.startswith("galore"):
+        notes.append(
+            f"{where}: {optimizer} quantizes its state in other blocks under ZeRO: losses differ by about 1e-3"
+        )
+    elif zero and optimizer not in ELEMENTWISE:
+        raise RecipeError(
+            f"optim: {optimizer} cannot run under {launch.strategy}",
+            where=where,
+            why="it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
+            "the curve would be another one (adafactor's by 5e-2 within 7 steps)",
+            way_out="optim: adamw_torch_fused, or accelerate_configs/fsdp.yaml, which keeps the matrices",
+        )
+    if recipe.get("load_in_8bit") and launch.ranks > 1:
+        notes.append(
+            f"{recipe.where('load_in_8bit')}: load_in_8bit finds outliers batch by batch, so evaluation "
+            "losses depend on how the rows lie over the ranks (by about 2e-4); load_in_4bit does not"
+        )
+    return notes

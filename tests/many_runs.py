@@ -1,0 +1,79 @@
+"""Several runs of scripts/sft.py in one launch, each in processes of its own.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/many_runs.py JOBS.json
+
+Each rank imports the libraries once and forks for every run: the launcher, its environment and the
+script are the real ones, and ten seconds of imports a run are saved. JOBS.json is a list of
+`{"argv": [...], "port": N, "log": FILE}`; a run whose rank fails leaves `LOG.failed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    from stepladder import console
+    from stepladder.training import ranks
+
+    console.quiet_libraries()
+    import_all()
+    launch = ranks.launched()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        failed = Path(f"{job['log']}.failed")
+        if (child := os.fork()) == 0:
+            run(job, launch.rank)
+        while True:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                if status:
+                    failed.touch()
+                break
+            if failed.exists():  # another rank's part of this run ended: this one would wait for it for ever
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.02)
+
+
+def import_all() -> None:
+    """What sft.py imports; no thread is started by it, which a fork would lose."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import bitsandbytes  # noqa: F401
+    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    from stepladder.data import prepare, templates  # noqa: F401
+    from stepladder.model import adapter, load  # noqa: F401
+    from stepladder.training import arguments, result, trainer  # noqa: F401
+
+
+def run(job: dict, rank: int) -> None:
+    """This rank's part of one run, in the forked process; does not return."""
+    os.environ |= {"MASTER_PORT": str(job["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    log = os.open(job["log"] if rank == 0 else f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["scripts/sft.py", *job["argv"]]
+    code = 1
+    try:
+        runpy.run_path("scripts/sft.py", run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

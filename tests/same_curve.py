@@ -1,0 +1,329 @@
+"""Every method under every strategy, world size, micro-batch and packing, against one plain process.
+
+    python tests/same_curve.py                                # 240 runs, writes docs/compatibility.md
+    python tests/same_curve.py --only qlora --only zero3      # a part of them, printed
+
+Each launch is a real `accelerate launch` with a shipped config; the runs of one strategy share it
+(tests/many_runs.py). `make same-curve` is the first of these commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/compatibility.md"
+ADAPTER = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
+QUANTIZED = {"load_in_4bit": True, "use_bnb_nested_quant": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": ADAPTER,
+    "qlora": ADAPTER | QUANTIZED,
+    "dora": ADAPTER | {"use_dora": True},
+}
+# accelerate config and ranks
+STRATEGIES = [
+    *(("single", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2)),
+    *(("fsdp", 2), ("fsdp", 4), ("fsdp_offload", 2)),
+]
+MICRO = (1, 2, 4)
+PACKED = {"unpacked": {"max_length": 400}, "packed": {"max_length": 640, "packing": True}}
+ROWS, STEPS = 22, 30  # in batches of 8: three steps an epoch, the last of each with 6 rows
+# bf16 keeps 8 bits: one rounding is 2^-9 = 2e-3 of a value, and 30 updates of Adam, which moves each
+# weight by the learning rate whatever the size of its gradient, carry it on.
+LOW_PRECISION = 5e-2
+LOGITS = 1e-4  # of the saved results, loaded in one process
+
+
+def recipe_keys(method: str, model: Path, data: Path, packed: str = "unpacked", steps: int = STEPS) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(model),
+        "dataset_name": str(data),
+        "eval_dataset_name": str(data),
+        **METHODS[method],
+        **PACKED[packed],
+        "learning_rate": 3e-3,
+        "max_steps": steps,
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "gradient_checkpointing": False,
+        "bf16": False,  # the same arithmetic on every machine
+        "logging_steps": 1,
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+    }
+
+
+def write_rows(file: Path) -> Path:
+    """The first of TechCo's rows, of different lengths, in a number that the global batch does not divide."""
+    file.write_text("\n".join((ROOT / "data/techco.jsonl").read_text().splitlines()[:ROWS]) + "\n")
+    return file
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix."""
+
+    method: str
+    config: str
+    ranks: int
+    micro: int
+    packed: str
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, (self.method, self.config, self.ranks, self.micro, self.packed, self.precision)))
+
+    @property
+    def reference(self) -> Cell:
+        return Cell(self.method, "plain", 1, 2, self.packed, self.precision)
+
+
+def matrix() -> list[Cell]:
+    """All of fp32, and of bf16 the unpacked runs with micro-batches of 2."""
+    axes = itertools.product(METHODS, STRATEGIES, MICRO, PACKED)
+    cells = [Cell(method, config, ranks, micro, packed) for method, (config, ranks), micro, packed in axes]
+    low = itertools.product(METHODS, STRATEGIES)
+    return cells + [Cell(method, config, ranks, 2, "unpacked", "bf16") for method, (config, ranks) in low]
+
+
+def run_all(cells: list[Cell], model: Path, folder: Path, steps: int = STEPS) -> None:
+    """Run the cells, a launch for all of one strategy; each leaves its run folder and NAME.log."""
+    data = write_rows(folder / "rows.jsonl")
+    for (config, ranks), group in itertools.groupby(
+        sorted(cells, key=lambda cell: (cell.config, cell.ranks)), key=lambda cell: (cell.config, cell.ranks)
+    ):
+        jobs = []
+        for cell in group:
+            keys = recipe_keys(cell.method, model, data, cell.packed, steps)
+            keys |= {"per_device_train_batch_size": cell.micro, "bf16": cell.precision == "bf16"}
+            Path(f"{folder / cell.name}.yaml").write_text(yaml.safe_dump(keys))
+            argv = [
+                "--recipe",
+                str(folder / f"{cell.name}.yaml"),
+                "--output_dir",
+                str(folder / cell.name),
+                "--overwrite",
+            ]
+            jobs.append({"argv": argv, "port": free_port(), "log": str(folder / f"{cell.name}.log")})
+        began = time.perf_counter()
+        launch_many(config, ranks, jobs, folder / f"{config}-{ranks}.json")
+        print(f"{config} × {ranks}: {len(jobs)} runs in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def launch_many(config: str, ranks: int, jobs: list[dict[str, Any]], file: Path) -> None:
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable]
+    if config != "plain":
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        command = [accelerate, "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+        command += ["--num_processes", str(ranks), "--main_process_port", "0"]
+    # Sleeping threads: more ranks than cores would else wait for each other at full speed.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT / "src")}
+    with file.with_suffix(".out").open("w") as out:
+        subprocess.run([*command, "tests/many_runs.py", str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def judged(cell: Cell, folder: Path, steps: int = STEPS) -> dict[str, Any]:
+    """What a cell came to: `equal` with the differences measured, `refused` with its message, or `broken`."""
+    from stepladder.evaluation import curves
+
+    log = (folder / f"{cell.name}.log").read_text() if (folder / f"{cell.name}.log").exists() else ""
+    run = folder / cell.name
+    if not finished(run):
+        refused = [line for line in log.splitlines() if line.startswith("✘")]
+        return {"outcome": "refused" if refused else "broken", "message": (refused or log.splitlines()[-1:] or [""])[0]}
+    found = curves.difference(folder / cell.reference.name, run)
+    if cell.precision == "fp32":
+        equal = found.steps == steps and found.within()
+        logits = logits_apart(folder / cell.reference.name, run)
+        equal = equal and logits <= LOGITS
+    else:
+        equal, logits = found.steps == steps and max(found.loss, found.eval_loss) <= LOW_PRECISION, None
+    return {"outcome": "equal" if equal else "differs", "logits": logits, **vars(found)}
+
+
+def finished(run: Path) -> bool:
+    return (run / "run.json").is_file() and json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+_answers: dict[Path, tuple[Any, str]] = {}
+
+
+def answer_of(run: Path) -> tuple[Any, str]:
+    """What the result saved in a run folder says, loaded in one process: logits of a text, and a greedy answer."""
+    import torch
+
+    from stepladder.evaluation.generate import answers
+    from stepladder.model.load import for_inference
+
+    if run not in _answers:
+        model, tokenizer = for_inference(str(run))
+        text = tokenizer("How can I track my order, and what if it is late?", return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**text).logits
+        question = [{"role": "user", "content": "Where is my order?"}]
+        _answers[run] = logits, answers(model, tokenizer, [question], max_new_tokens=24)[0]
+    return _answers[run]
+
+
+def logits_apart(reference: Path, run: Path) -> float:
+    """The largest difference of the saved results' logits; infinite where they answer differently."""
+    (theirs, said), (ours, says) = answer_of(reference), answer_of(run)
+    return float((theirs - ours).abs().max()) if said == says else float("inf")
+
+
+def page(results: dict[Cell, dict[str, Any]]) -> str:
+    """docs/compatibility.md, from what was measured."""
+    import importlib.metadata
+
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    fp32 = {cell: found for cell, found in results.items() if cell.precision == "fp32"}
+    low = {cell: found for cell, found in results.items() if cell.precision != "fp32"}
+    count = sum(found["outcome"] == "equal" for found in results.values())
+    largest = {
+        key: max((abs(found[key]) for found in fp32.values() if found["outcome"] == "equal"), default=float("nan"))
+        for key in ("loss", "loss_residual", "grad_norm", "grad_norm_residual", "eval_loss", "logits")
+    }
+    lines = [
+        "# What is equal to what",
+        "",
+        "Written by `make same-curve`; no cell is written by hand. "
+        f"{len(results)} runs, of which {count} are equal to one plain process (`python scripts/sft.py`) "
+        "with the same recipe. Each went through the real `accelerate launch` with the config that is named.",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU; {versions}.",
+        "",
+        f"Each run: {STEPS} steps of 8 sequences on {ROWS} rows, so that no epoch ends with a full batch, dropout 0, "
+        "a cosine schedule with warm-up, evaluation at each epoch's end with a batch that does not divide the rows. "
+        "Equal means: every logged loss and evaluation loss within 1e-5, every gradient norm within 1e-3 of its size, "
+        "the mean residuals ten times smaller, and the saved result, loaded in one process, has the same logits "
+        f"(within {LOGITS:g}) and gives the same answer.",
+        "",
+        "## fp32",
+        "",
+        "The largest difference of a loss over the six runs of a cell: micro-batch 1, 2 and 4, unpacked and packed.",
+        "",
+        *table(fp32),
+        "",
+        "The largest of all cells: "
+        + ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in largest.items())
+        + ".",
+        "",
+        "## bf16",
+        "",
+        f"Micro-batch 2, unpacked, within {LOW_PRECISION:g}: bf16 keeps 8 bits of a value, so a sum in another order "
+        "differs by 2e-3 of it, and Adam moves every weight by the learning rate whatever the size of its gradient. "
+        "Here the largest difference of a loss:",
+        "",
+        *table(low),
+        "",
+    ]
+    odd = [(cell, found) for cell, found in results.items() if found["outcome"] != "equal"]
+    if odd:
+        lines += ["## Not equal", ""]
+        lines += [f"- {cell.name}: {found['outcome']} {found.get('message') or figures(found)}" for cell, found in odd]
+        lines.append("")
+    lines += WHY
+    return "\n".join(lines)
+
+
+def table(results: dict[Cell, dict[str, Any]]) -> list[str]:
+    head = ["strategy", *METHODS]
+    rows = []
+    for config, ranks in STRATEGIES:
+        row = [f"{config} × {ranks}"]
+        for method in METHODS:
+            at = (method, config, ranks)
+            found = [result for cell, result in results.items() if (cell.method, cell.config, cell.ranks) == at]
+            outcomes = {result["outcome"] for result in found}
+            if not found:
+                row.append("not run")
+            elif outcomes == {"equal"}:
+                row.append(f"equal ({max(result['loss'] for result in found):.0e})")
+            else:
+                row.append(", ".join(sorted(outcomes)))
+        rows.append(row)
+    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return [
+        "| " + " | ".join(word.ljust(w) for word, w in zip(r, widths, strict=True)) + " |" for r in [head, rule, *rows]
+    ]
+
+
+def figures(found: dict[str, Any]) -> str:
+    keys = ("steps", "loss", "loss_residual", "grad_norm", "grad_norm_residual", "eval_loss", "logits")
+    return ", ".join(f"{key} {found[key]:.1e}" for key in keys if found.get(key) is not None)
+
+
+WHY = """## What makes them equal
+
+- **Rows** (`training/order.py`): a permutation by seed and epoch alone. An epoch's last batch, and a global batch that
+  the micro-batches do not divide, are filled up with rows of one token that trains nothing; Accelerate would repeat
+  rows to even out the ranks.
+- **Loss**: normalized by the trained tokens of all ranks and all micro-batches of a step (TRL, transformers#34191).
+- **Evaluation loss**: the mean over tokens; Transformers averages the means of batches, and repeats rows.
+- **Adapters in fp32** on any base: TRL casts those of a quantized model to bf16, of which ZeRO keeps an fp32 copy and
+  DDP and FSDP do not; the curves parted by 1e-3.
+- **Gradient norm** (`training/gradients.py`): PyTorch's fp32 norm on CPU is off by 1e-3 for a large tensor
+  (pytorch#151761), differently for its shards; clipping would carry that into the curve.
+
+What no strategy changes: `max_steps`, epochs, the schedule and its warm-up, and when a run logs, evaluates and saves
+count optimizer steps, which hold the same rows on any number of ranks. Mixture-of-experts' auxiliary loss is a mean
+over each micro-batch, and is the one thing that does depend on how a batch is cut.
+""".splitlines()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="a method, config, packing or precision")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
+    args = parser.parse_args()
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+    import tempfile
+
+    from stepladder import console
+    from tiny import make_tiny
+
+    console.quiet_libraries()
+    folder = (args.folder or Path(tempfile.mkdtemp(prefix="same-curve-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_tiny(folder / "tiny")
+    wanted = [cell for cell in matrix() if set(args.only) <= {cell.method, cell.config, cell.packed, cell.precision}]
+    needed = dict.fromkeys([*(cell.reference for cell in wanted), *wanted])
+    run_all([cell for cell in needed if not finished(folder / cell.name)], model, folder)
+    results = {cell: judged(cell, folder) for cell in wanted}
+    for cell, found in results.items():
+        print(f"{found['outcome']:8} {cell.name:45} {found.get('message') or figures(found)}")
+    if not args.only:
+        PAGE.write_text(page(results), encoding="utf-8")
+        print(f"written: {PAGE.relative_to(ROOT)}; the runs lie in {folder}")
+    return int(any(found["outcome"] in ("differs", "broken") for found in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
