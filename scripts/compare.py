@@ -1,6 +1,8 @@
 """Compare a base model with a tuned one: held-out loss, and answers side by side.
 
 python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/lora --data data/techco_eval.jsonl
+
+Where the tuned one is a run folder, the answers are kept in its compare.json and shown in its report.html.
 """
 
 import argparse
@@ -8,7 +10,7 @@ import json
 import time
 from pathlib import Path
 
-from stepladder import console, errors
+from stepladder import console, errors, run
 
 
 def main() -> None:
@@ -27,6 +29,7 @@ def main() -> None:
     from stepladder.data import mixture
     from stepladder.evaluation import compare
     from stepladder.model import load
+    from stepladder.reporting import page
 
     console.quiet_progress_bars()
     rows, sides = mixture.from_name(args.data), []
@@ -39,6 +42,10 @@ def main() -> None:
                 f"{name}: {len(rows)} rows and {args.show} answers in {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
+    manifest = Path(args.tuned) / "run.json"
+    if manifest.is_file():  # the run's page shows the answers too
+        run.write_whole(manifest.with_name("compare.json"), compare.as_json(args.data, rows, sides))
+        page.write(manifest.parent)
     if args.json:
         print(
             json.dumps(
@@ -50,13 +57,12 @@ def main() -> None:
     print(compare.side_by_side(rows, sides))
     before, after = sides
     print(f"held-out loss ({before.tokens:,} answer tokens): {before.loss:.3f} before, {after.loss:.3f} after")
-    manifest = Path(args.tuned) / "run.json"
     if manifest.is_file():
         facts = json.loads(manifest.read_text())
         counts, totals = facts["parameters"], facts["totals"]
         print(f"parameters: {counts['trainable']:,} trainable of {counts['all']:,}")
         print(f"training: {totals['steps']} steps, {totals['tokens']:,} tokens, {totals['seconds']:.0f} s")
-        print(f"everything lies in {args.tuned}/: run.json, metrics.jsonl, recipe.yaml, README.md, the result")
+        print(f"everything lies in {args.tuned}/: report.html, run.json, metrics.jsonl, recipe.yaml, the result")
 
 
 if __name__ == "__main__":

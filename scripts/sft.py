@@ -5,7 +5,7 @@
 
 Any key of the recipe can be set on the command line: --max_steps 20 --learning_rate=1e-4.
 The result lies in output_dir (runs/<recipe>): run.json, metrics.jsonl, recipe.yaml, the model
-or adapter. A run that is there already is kept unless --overwrite is given.
+or adapter, report.html, loss.png. A run that is there already is kept unless --overwrite is given.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from stepladder import console, errors, run
 from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
+from stepladder.reporting import page
 from stepladder.training import arguments, ranks, strategy
 
 
@@ -94,6 +95,8 @@ def main() -> None:
         sft.train()
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         result.save(sft, record, recipe, shapes)
+    if record.is_writer:
+        page.write(record.folder)
     console.say(announce.ending(record))
 
 

@@ -78,6 +78,12 @@ class ModelError(StepladderError):
     kind = "model"
 
 
+class RunError(StepladderError):
+    """A folder that should hold a run, or a place to write what is made of it."""
+
+    kind = "run"
+
+
 class LaunchError(StepladderError):
     """Ranks, devices or the run folder do not fit what was asked for."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from stepladder.data.mixture import Rows
@@ -61,6 +62,18 @@ def held_out_loss(
         losses = torch.nn.functional.cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
         total, count = total + losses.item(), count + int(trained.sum())
     return total / count, count
+
+
+def as_json(data: str, rows: Rows, sides: list[Side]) -> str:
+    """compare.json: the questions with their references and each side's answers, which the run's page shows."""
+    asked = [example["messages"] for example in rows.examples[: len(sides[0].answers)]]
+    facts = {
+        "data": data,
+        "questions": [messages[-2]["content"] for messages in asked],
+        "references": [messages[-1]["content"] for messages in asked],
+        "sides": [asdict(side) for side in sides],
+    }
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
 def side_by_side(rows: Rows, sides: list[Side], width: int = 100) -> str:

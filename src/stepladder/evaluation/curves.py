@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # In fp32 without dropout. Strategies sum in different orders, so the last bits differ; a lost
 # row or a wrong normalization differs by 1e-3 and more. The mean residual must be ten times
@@ -34,20 +36,25 @@ class Difference:
         )
 
 
-def read(folder: Path, key: str) -> list[float]:
-    """The values of one metric in metrics.jsonl, in their order."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[key] for row in rows if key in row]
-
-
 def difference(reference: Path, other: Path) -> Difference:
     """Compare two run folders step by step; a run of another length differs infinitely."""
-    curves = {key: (read(reference, key), read(other, key)) for key in ("loss", "grad_norm", "eval_loss")}
-    if any(len(a) != len(b) for a, b in curves.values()):
-        return Difference(0, *[float("inf")] * 5)
-    loss = [b - a for a, b in zip(*curves["loss"], strict=True)]
-    norm = [(b - a) / a for a, b in zip(*curves["grad_norm"], strict=True)]
-    evaluation = [abs(b - a) for a, b in zip(*curves["eval_loss"], strict=True)]
+    first, second = (_rows(folder) for folder in (reference, other))
+    if any(len(_by_step(first, key)) != len(_by_step(second, key)) for key in ("loss", "grad_norm", "eval_loss")):
+        return Difference(0, *[math.inf] * 5)
+    return between(first, second)
+
+
+def between(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> Difference:
+    """Compare the logged rows of two runs over the steps that both have; what is no number differs infinitely."""
+
+    def pairs(key: str) -> list[tuple[float, float]]:
+        first, second = _by_step(reference, key), _by_step(other, key)
+        found = [(first[step], second[step]) for step in first if step in second]
+        return [(a, b) if math.isfinite(a) and math.isfinite(b) else (0.0, math.inf) for a, b in found]
+
+    loss = [b - a for a, b in pairs("loss")]
+    norm = [(b - a) / a if a else b and math.inf for a, b in pairs("grad_norm")]
+    evaluation = [abs(b - a) for a, b in pairs("eval_loss")]
     return Difference(
         steps=len(loss),
         loss=max(map(abs, loss), default=0.0),
@@ -56,3 +63,11 @@ def difference(reference: Path, other: Path) -> Difference:
         grad_norm_residual=sum(norm) / max(len(norm), 1),
         eval_loss=max(evaluation, default=0.0),
     )
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _by_step(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in rows if key in row}

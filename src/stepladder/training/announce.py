@@ -43,7 +43,7 @@ def ending(run: Run) -> str:
         (
             f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s, "
             f"{totals['tokens_per_second'] or 0:,.0f} tokens/s, {losses}",
-            f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml",
+            f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
             f'  ask it: python scripts/generate.py --model {run.folder} --prompt "…"',
         )
     )

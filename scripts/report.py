@@ -1,0 +1,63 @@
+"""One page on a run, or on several side by side: curves, verdicts, answers, recipe, data.
+
+    python scripts/report.py runs/lora
+    python scripts/report.py runs/lora runs/qlora -o compared.html
+
+The page is one file that loads nothing; without -o it is RUN/report.html. A run that still goes
+on, was cut short or is damaged is shown as far as it can be read, and the page says what is amiss.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from stepladder import errors
+from stepladder.evaluation import curves
+from stepladder.reporting import page, runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; the first is compared with")
+    parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; needed for several runs)")
+    parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
+    args = parser.parse_args()
+    if len(args.runs) > 1 and not args.output:
+        parser.error("several runs need -o: the page belongs to none of their folders")
+
+    first, *others = logged = runs.read_all(args.runs)
+    differences = [_difference(first, other) for other in others]
+    target = args.output or first.folder / "report.html"
+    page.save(target, page.page(logged, differences))
+    if args.json:
+        print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
+        return
+    for run in logged:
+        print(f"{run.name}: {', '.join(verdict.name for verdict in page.judge(run))}")
+        for remark in run.remarks:
+            print(f"  note: {remark}")
+    print(f"✔ {target}")
+
+
+def _difference(first: runs.LoggedRun, other: runs.LoggedRun) -> dict[str, str]:
+    found = curves.between(first.rows, other.rows)
+    return {
+        "run": other.name,
+        "steps compared": f"{found.steps:,}",
+        "largest difference of the loss": f"{found.loss:.2g}",
+        "mean": f"{found.loss_residual:+.1g}",
+        "of the gradient norm, relative": f"{found.grad_norm:.2g}",
+        "of the held-out loss": f"{found.eval_loss:.2g}",
+        "the same curve (fp32)": "yes" if found.steps and found.within() else "no",
+    }
+
+
+def _facts(run: runs.LoggedRun) -> dict:
+    found = [vars(verdict) for verdict in page.judge(run)]
+    return {"folder": str(run.folder), "status": run.facts.get("status"), "verdicts": found, "remarks": run.remarks}
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,272 @@
+"""One self-contained page on one or several runs: what a person opens after training.
+
+The page loads nothing: style, script and curves lie in the file, and its Content-Security-Policy
+forbids the network and every script but its own. Text of models, data and recipes is escaped by
+the template engine, curves by `_embedded`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import difflib
+import hashlib
+import html
+import json
+import math
+import re
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from stepladder.errors import RunError
+from stepladder.reporting import plots, verdicts
+from stepladder.reporting.runs import Curve, LoggedRun, finite, read
+from stepladder.run import write_whole
+
+# title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
+CHARTS = (
+    ("Loss", "loss", "eval_loss", "nats a token", True),
+    ("Gradient norm", "grad_norm", "", "before clipping", True),
+    ("Learning rate", "learning_rate", "", "", False),
+    ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
+)
+TABLE_ROWS = 20  # of the table behind a curve
+SHARED = ("step", *(chart[1] for chart in CHARTS))
+ENVIRONMENT = ("strategy", "world_size", "devices", "precision", "global_batch_size", "micro_batch_size",
+               "gradient_accumulation_steps", "seed", "recipe_hash", "git_commit", "started", "ended")  # fmt: skip
+ALWAYS_DIFFER = {"output_dir", "started", "ended"}  # between any two runs, and of no effect
+
+
+def write(folder: Path) -> None:
+    """Write report.html and loss.png into a run folder, from what lies there."""
+    run = read(folder)
+    save(folder / "report.html", page([run]))
+    plots.write(folder / "loss.png", run.curve("loss"), run.curve("eval_loss"))
+
+
+def save(path: Path, text: str) -> None:
+    """Write the page whole or not at all.
+
+    Raises:
+        RunError: the place cannot be written.
+    """
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written", why=error.strerror or str(error), way_out="another -o") from None
+
+
+def judge(run: LoggedRun) -> list[verdicts.Verdict]:
+    return verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm"))
+
+
+def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None) -> str:
+    """The whole page as HTML.
+
+    Args:
+        differences: of each later run's curves from the first's, in columns for a table.
+    """
+    import jinja2
+
+    parts = resources.files(__package__)
+    script, style = ((parts / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    engine.filters |= {"number": number, "shown": shown}
+    return engine.from_string((parts / "page.html").read_text(encoding="utf-8")).render(
+        title=" · ".join(run.name for run in runs),
+        runs=runs,
+        summary=[(label, values, False) for label, values, _ in _side_by_side([_summary(run) for run in runs])],
+        verdicts=[judge(run) for run in runs],
+        charts=[chart for names in CHARTS if (chart := _chart(runs, *names))],
+        differences=differences or [],
+        answers=[(run, answers) for run in runs if (answers := _answers(run))],
+        recipe=_side_by_side([run.facts.get("recipe") or {} for run in runs]),
+        environment=_side_by_side([_environment(run) for run in runs]),
+        predicted=[(run, rows) for run in runs if (rows := _predicted(run))],
+        commands=[_command(run) for run in runs],
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        script=script,
+        style=style,
+        hashes={"script": _hash(script), "style": _hash(style)},
+        data=_data(runs),
+        embedded=_embedded([_curves(run) for run in runs]),
+    )
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure with so many significant digits, and commas in large ones."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if float(value).is_integer() or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe or manifest as YAML's flow style would have it."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _embedded(value: Any) -> str:
+    """JSON for a script element: without `<` nothing in it can end the element."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _curves(run: LoggedRun) -> dict[str, Any]:
+    """The columns of the logged steps and of the evaluations, in seven digits; null where there is no number."""
+
+    def columns(keys: tuple[str, ...], needed: str) -> dict[str, list[float | None]]:
+        by_step = {row["step"]: row for row in run.rows if needed in row}
+        rows = [by_step[step] for step in sorted(by_step)]
+        return {key: [_digits(row.get(key)) for row in rows] for key in keys}
+
+    return {"name": run.name, "line": columns(SHARED, "loss"), "points": columns(("step", "eval_loss"), "eval_loss")}
+
+
+def _digits(value: Any) -> float | None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.7g}")
+
+
+def _chart(runs: list[LoggedRun], title: str, line: str, points: str, unit: str, log: bool) -> dict[str, Any] | None:
+    """A chart's names, its course in words, and the table behind it; None without a value to show."""
+    columns = [(run.name, run.curve(line)) for run in runs]
+    columns += [(f"{run.name}, held out", run.curve(points)) for run in runs if points and run.curve(points)]
+    columns = [(name, curve) for name, curve in columns if finite(curve)]
+    if not columns:
+        return None
+    steps = sorted({step for _, curve in columns for step in curve})
+    every = math.ceil(len(steps) / TABLE_ROWS)
+    # Evaluations are few: each keeps its row.
+    kept = sorted({*steps[::every], steps[-1], *(s for n, c in columns if n.endswith("held out") for s in c)})
+    return {
+        "title": title, "line": line, "points": points, "unit": unit, "log": log,
+        "words": [(name, _in_words(curve)) for name, curve in columns],
+        "head": [name for name, _ in columns],
+        "rows": [(step, [curve.get(step) for _, curve in columns]) for step in kept[:: math.ceil(len(kept) / 100)]],
+    }  # fmt: skip
+
+
+def _in_words(curve: Curve) -> str:
+    good = finite(curve)
+    (first, start), *_ = good.items()
+    last, end = list(good.items())[-1]
+    low, high = min(good, key=good.__getitem__), max(good, key=good.__getitem__)
+    words = f"{number(start)} at step {first}, {number(end)} at step {last}"
+    if len(good) > 2:
+        words += f"; lowest {number(good[low])} at {low}, highest {number(good[high])} at {high}"
+    return words + f"; {len(curve) - len(good)} values that are no number" * (len(good) < len(curve))
+
+
+def _summary(run: LoggedRun) -> dict[str, str]:
+    """The figures that a person looks for first, as far as run.json has them."""
+    f = run.facts
+    totals, counts = f.get("totals") or {}, f.get("parameters") or {}
+    found: dict[str, str] = {"Status": str(f.get("status", "unknown"))}
+    for label, key in (("Loss", "loss"), ("Held-out loss", "eval_loss")):
+        if values := list(finite(run.curve(key)).values()):
+            found[label] = f"{values[0]:.4f} → {values[-1]:.4f}"
+    found["Steps"] = f"{max((row['step'] for row in run.rows), default=0):,}"
+    for label, make in (
+        ("Tokens", lambda: f"{totals['tokens']:,}"),
+        ("Time in steps", lambda: duration(totals["seconds"])),
+        ("Tokens a second", lambda: number(totals["tokens_per_second"])),
+        ("Peak memory a rank", lambda: gib(max(totals["peak_memory_bytes"]))),
+        ("Trainable parameters", lambda: f"{counts['trainable']:,} of {counts['all']:,}"),
+        ("Trained share", lambda: f"{counts['trainable'] / counts['all']:.2%}"),
+        ("Strategy", lambda: f"{f['strategy']} × {f['world_size']}, {f['precision']}"),
+    ):
+        with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+            found[label] = make()
+    return found
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _predicted(run: LoggedRun) -> list[tuple[str, str, str]]:
+    """Peak memory and speed as the plan had them, beside the measured ones."""
+    plan, totals = run.facts.get("plan") or {}, run.facts.get("totals") or {}
+    rows = []
+    for label, key, words in (
+        ("peak memory a rank", "peak_memory_bytes", gib),
+        ("tokens a second", "tokens_per_second", number),
+    ):
+        sides = [max(v) if isinstance(v, list) else v for v in (plan.get(key), totals.get(key))]
+        if sides[0]:
+            rows.append((label, *(words(side) if side else "not measured" for side in sides)))
+    return rows  # type: ignore[return-value]
+
+
+def _environment(run: LoggedRun) -> dict[str, Any]:
+    facts = {key.replace("_", " "): run.facts[key] for key in ENVIRONMENT if run.facts.get(key) is not None}
+    return facts | (run.facts.get("packages") or {})
+
+
+def _data(runs: list[LoggedRun]) -> list[tuple[str, list[Any], list[Any]]]:
+    """Data sets and audit findings, with the names of the runs that share them."""
+    shared: dict[str, tuple[list[str], list[Any], list[Any]]] = {}
+    for run in runs:
+        sets, findings = run.facts.get("datasets") or [], run.audit.get("findings") or []
+        names, *_ = shared.setdefault(json.dumps([sets, findings]), ([], sets, findings))
+        names.append(run.name)
+    return [(", ".join(names), sets, findings) for names, sets, findings in shared.values() if sets or findings]
+
+
+def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
+    """Each key with every run's value, and whether they differ."""
+    keys = list(dict.fromkeys(key for side in sides for key in side))
+    rows = [(key, [side.get(key) for side in sides]) for key in keys]
+    return [(key, row, key not in ALWAYS_DIFFER and any(v != row[0] for v in row)) for key, row in rows]
+
+
+def _command(run: LoggedRun) -> str:
+    """What runs it again: its resolved recipe, under the same strategy and on as many ranks."""
+    f, recipe = run.facts, run.folder / "recipe.yaml"
+    again = f"scripts/sft.py --recipe {recipe} --output_dir runs/again"
+    if f.get("strategy", "single") == "single":
+        return f"python {again}"
+    config = f"accelerate_configs/{f['strategy']}.yaml"
+    return f"accelerate launch --config_file {config} --num_processes {f['world_size']} {again}"
+
+
+def _answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
+    """Each question with the sides' answers, their differences marked, and the reference."""
+    c = run.comparison
+    sides = zip(*(side["answers"] for side in c["sides"]), strict=True) if c else ()
+    return [
+        (question, _marked(answers), reference)
+        for question, answers, reference in zip(c.get("questions", ()), sides, c.get("references", ()), strict=True)
+    ]
+
+
+def _marked(texts: tuple[str, ...]) -> list[Any]:
+    """The first text with what a second one lacks struck through; the others with what they add underlined."""
+    from markupsafe import Markup
+
+    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in texts]
+    marked = []
+    for i, mine in enumerate(words):
+        other, tag = (words[1] if len(words) > 1 else mine, "del") if i == 0 else (words[0], "ins")
+        out = ""
+        for kind, a, b, _, _ in difflib.SequenceMatcher(None, mine, other).get_opcodes():
+            text = html.escape("".join(mine[a:b]))
+            out += text if kind == "equal" or not text.strip() else f"<{tag}>{text}</{tag}>"
+        marked.append(Markup(out))
+    return marked

@@ -1,0 +1,135 @@
+"""A run folder as it lies there: whole, being written, cut short or damaged. What is wrong is told, not hidden."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepladder.errors import RunError
+from stepladder.run import MANIFEST, METRICS
+
+Curve = dict[int, float]  # optimizer step → value, NaN and infinity included
+
+
+@dataclass
+class LoggedRun:
+    """What a run folder holds; `remarks` says what it lacks and what in it cannot be read.
+
+    `facts` is run.json, `rows` are the readable lines of metrics.jsonl; `comparison`, `merge` and
+    `audit` are the JSON files that compare.py, merge.py and `check.py --audit --json` write.
+    """
+
+    folder: Path
+    name: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    comparison: dict[str, Any] = field(default_factory=dict)
+    merge: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def curve(self, key: str) -> Curve:
+        """A metric over the steps; of a step that is logged twice, the later value."""
+        return {row["step"]: row[key] for row in self.rows if isinstance(row.get(key), int | float)}
+
+
+def read(folder: Path) -> LoggedRun:
+    """Read a run folder.
+
+    Raises:
+        RunError: neither run.json nor metrics.jsonl lies there.
+    """
+    if not any((folder / name).is_file() for name in (MANIFEST, METRICS)):
+        raise RunError(
+            f"{folder} {'is no run folder' if folder.exists() else 'does not exist'}",
+            why=f"a run folder holds {MANIFEST} and {METRICS}",
+            way_out="give the output_dir of a training run, such as runs/lora",
+        )
+    run = LoggedRun(folder, folder.resolve().name)
+    run.facts = _read_json(run, MANIFEST, needed=True)
+    run.comparison = _read_json(run, "compare.json")
+    if run.comparison and not _has_answers(run.comparison):
+        run.remarks.append("compare.json does not hold what compare.py writes and is left out")
+        run.comparison = {}
+    run.merge = _read_json(run, "merge.json")
+    run.audit = _read_json(run, "audit.json")
+    _read_metrics(run)
+    status = run.facts.get("status")
+    if status == "running":
+        run.remarks.append("run.json says `running`: the run goes on, or it was ended before it could say so")
+    elif status == "failed":
+        run.remarks.append(f"the run failed: {run.facts.get('error', 'without a reason in run.json')}")
+    return run
+
+
+def read_all(folders: list[Path]) -> list[LoggedRun]:
+    """Several runs, in the order given, with names that tell them apart.
+
+    Raises:
+        RunError: a folder is no run's, or is given twice.
+    """
+    runs = [read(folder) for folder in folders]
+    places = [run.folder.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise RunError(f"{run.folder} is given twice", way_out="name each run once")
+        if sum(other.name == place.name for other in places) > 1:
+            run.name = str(run.folder)
+    return runs
+
+
+def _has_answers(comparison: dict[str, Any]) -> bool:
+    """Whether each side has an answer to each question, as text."""
+    try:
+        answers = [side["answers"] for side in comparison["sides"] if side["name"]]
+        texts = [comparison["questions"], comparison["references"], *answers]
+    except (KeyError, TypeError):
+        return False
+    rows = texts[0]
+    return all(isinstance(t, list) and len(t) == len(rows) and all(isinstance(x, str) for x in t) for t in texts)
+
+
+def finite(curve: Curve) -> Curve:
+    return {step: value for step, value in curve.items() if math.isfinite(value)}
+
+
+def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any]:
+    path = run.folder / name
+    if not path.is_file():
+        run.remarks += [f"{name} is missing"] * needed
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+    except (OSError, ValueError) as error:
+        run.remarks.append(f"{name} cannot be read and is left out: {error}")
+        return {}
+
+
+def _read_metrics(run: LoggedRun) -> None:
+    path = run.folder / METRICS
+    if not path.is_file():
+        run.remarks.append(f"{METRICS} is missing: there are no curves")
+        return
+    lines, damaged = path.read_bytes().decode("utf-8", errors="replace").split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line or "null")
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            run.rows.append(row)
+        elif line and number == len(lines):
+            run.remarks.append(f"{METRICS} line {number} is cut short and left out: it was being written")
+        elif line.strip():
+            damaged.append(str(number))
+    if damaged:
+        shown = ", ".join(damaged[:10]) + ", …" * (len(damaged) > 10)
+        run.remarks.append(f"{METRICS} is damaged at line {shown}: left out")
+    if not run.rows:
+        run.remarks.append(f"{METRICS} holds no metrics yet")

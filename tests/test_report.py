@@ -1,0 +1,264 @@
+"""The page on a run and on several, without a browser: what is in it, what is refused, what damage does to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from conftest import metrics, script
+from stepladder.data.rows import Rows
+from stepladder.evaluation import compare
+from stepladder.evaluation.compare import Side
+from stepladder.reporting import page, runs
+from stepladder.reporting.verdicts import judge
+
+HOSTILE = (
+    "</script></style></title></textarea><script>document.title='owned'</script>"
+    "<img src=x onerror=document.title='owned'>"
+    '" onfocus="document.title=\'owned\'" autofocus <a href="data:text/html,<script>1</script>">{{ 7*7 }} & \u202e é 😀'
+)
+
+
+class Text(HTMLParser):
+    """The text that a browser shows, and the elements that it makes."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.shown, self.tags, self.attributes = "", [], set()
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data: str) -> None:
+        if not self.tags or self.tags[-1] not in ("script", "style"):
+            self.shown += data
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run through the command line: one answer to all questions, learned by heart."""
+    folder = tmp_path_factory.mktemp("trained")
+    keys = {
+        "model_name_or_path": str(tiny), "dataset_name": str(learnable), "eval_dataset_name": str(learnable),
+        "learning_rate": 0.03, "lr_scheduler_type": "constant", "max_steps": 40, "global_batch_size": 8,
+        "per_device_train_batch_size": 8, "bf16": False, "logging_steps": 1, "eval_strategy": "steps",
+        "eval_steps": 10, "save_strategy": "no",
+    }  # fmt: skip
+    (folder / "r.yaml").write_text(json.dumps(keys))
+    done = script("sft", "--recipe", folder / "r.yaml", "--output_dir", folder / "run", OMP_NUM_THREADS="1")
+    assert done.code == 0, done
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path):
+    """A copy of the run that a test may damage."""
+
+    def make(name: str = "copy", **facts) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*", "report.html"))
+        manifest = json.loads((folder / "run.json").read_text()) | facts
+        (folder / "run.json").write_text(json.dumps(manifest))
+        return folder
+
+    return make
+
+
+def answered(folder: Path, questions: list[str], *answers: list[str]) -> None:
+    """compare.json as compare.py writes it."""
+    asked = [[{"role": "user", "content": q}, {"role": "assistant", "content": "a reference"}] for q in questions]
+    rows = Rows("held_out.jsonl", [{"messages": messages} for messages in asked], [""] * len(asked))
+    sides = [Side(f"side {number}", 2.5 - number, 100, texts) for number, texts in enumerate(answers)]
+    (folder / "compare.json").write_text(compare.as_json("held_out.jsonl", rows, sides))
+
+
+def text_of(file: Path) -> Text:
+    return Text(file.read_text())
+
+
+def png_size(file: Path) -> tuple[int, int]:
+    """Width and height of a PNG whose check sums and pixels are whole."""
+    data, chunks = file.read_bytes(), {}
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    at = 8
+    while at < len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        body = data[at + 8 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length])[0] == zlib.crc32(kind + body)
+        chunks[kind], at = body, at + 12 + length
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    assert len(zlib.decompress(chunks[b"IDAT"])) == height * (1 + 3 * width)
+    return width, height
+
+
+def test_a_run_leaves_its_page_and_picture(trained: Path) -> None:
+    """Guards what sft.py writes at the end, with verdicts that fit what the run really did."""
+    seen = text_of(trained / "report.html")
+    facts = json.loads((trained / "run.json").read_text())
+    rows = [row for row in metrics(trained) if "loss" in row]
+    for part in (f"{rows[0]['loss']:.4f} → {rows[-1]['loss']:.4f}", f"{facts['parameters']['trainable']:,}",
+                 facts["datasets"][0]["sha256"], facts["recipe_hash"], facts["packages"]["torch"], "finished",
+                 "learning_rate", f"python scripts/sft.py --recipe {trained}/recipe.yaml"):  # fmt: skip
+        assert part in seen.shown, part
+    assert rows[-1]["loss"] < 0.1, "the run was made to learn its rows by heart"
+    assert "memorized" in seen.shown and "known by heart" in seen.shown
+    assert png_size(trained / "loss.png") == (960, 480)
+    heads = [tag for tag in seen.tags if tag in ("h1", "h2", "h3")]
+    assert heads[:2] == ["h1", "h2"] and heads.count("h1") == 1
+
+
+def test_the_page_asks_for_nothing(trained: Path) -> None:
+    """Guards self-containment: no address in it, and a policy that allows its own script and style alone."""
+    source = (trained / "report.html").read_text()
+    assert not re.search(r"""(src|href)=|@import|url\((?!#)|https?://(?!www\.w3\.org/2000/svg)""", source)
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', source).group(1)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+
+
+def test_several_runs_are_compared(copy, tmp_path: Path) -> None:
+    """Guards the comparison: what differs is marked, what does not is not, and curves' differences are figures."""
+    first, second = copy("one"), copy("two")
+    facts = json.loads((second / "run.json").read_text())
+    facts["recipe"] |= {"learning_rate": 0.5, "output_dir": "elsewhere"}
+    facts |= {"strategy": "zero2", "world_size": 2}
+    (second / "run.json").write_text(json.dumps(facts))
+    rows = metrics(second)
+    rows[3]["loss"] += 0.25
+    (second / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script("report", first, second, copy("three"), "-o", tmp_path / "page.html", "--json")
+    assert done.code == 0, done
+    told = json.loads(done.out)
+    assert [d["run"] for d in told["differences"]] == ["two", "three"]
+    assert [d["the same curve (fp32)"] for d in told["differences"]] == ["no", "yes"]
+    assert told["differences"][0]["largest difference of the loss"] == "0.25"
+    assert all(run["verdicts"] for run in told["runs"])
+    source = (tmp_path / "page.html").read_text()
+    differing = re.findall(r'<tr class="differs"><th scope="row">([\w ]+)', source)
+    assert {"learning_rate", "strategy", "world size"} <= set(differing), differing
+    assert not {"output_dir", "max_steps", "seed", "torch", "started"} & set(differing), differing
+    run_again = "accelerate launch --config_file accelerate_configs/zero2.yaml --num_processes 2 scripts/sft.py"
+    assert run_again in Text(source).shown
+
+
+def test_answers_stand_side_by_side_with_their_differences(copy) -> None:
+    folder = copy()
+    answered(folder, ["Where is my order?"], ["Your order is lost."], ["Your order is on its way."])
+    page.write(folder)
+    source = (folder / "report.html").read_text()
+    assert "Your order is <del>lost</del>." in source and "Your order is <ins>on its way</ins>." in source
+    assert "side 0" in source and "a reference" in source
+
+
+def test_prediction_and_audit_and_merge_are_shown_where_they_lie(copy) -> None:
+    folder = copy(plan={"peak_memory_bytes": 3 * 2**30})
+    found = {"severity": "warning", "name": "private", "what": "e-mail addresses in 2 rows", "where": ["d.jsonl:7"]}
+    figure = {"severity": "figure", "name": "languages", "what": "languages", "figures": {"en": 1.0}}
+    (folder / "audit.json").write_text(json.dumps({"findings": [found, figure]}))
+    page.write(folder)
+    seen = text_of(folder / "report.html").shown
+    assert "3.00 GiB" in seen and "e-mail addresses in 2 rows" in seen and "d.jsonl:7" in seen
+
+
+def test_hostile_text_is_text(copy, tmp_path: Path) -> None:
+    """Guards every way from models, data and recipes into the page: nothing of it becomes an element."""
+    harmless, hostile = copy("harmless"), copy("hostile", strategy=HOSTILE, status="failed", error=HOSTILE)
+    answered(harmless, ["q"], ["one"], ["two"])
+    answered(hostile, [HOSTILE], [HOSTILE], ["two" + HOSTILE])
+    facts = json.loads((hostile / "run.json").read_text())
+    facts["recipe"] |= {HOSTILE: HOSTILE, "nested": [{HOSTILE: HOSTILE}]}
+    facts["datasets"][0]["name"] = HOSTILE
+    facts["packages"] = {HOSTILE: HOSTILE}
+    (hostile / "run.json").write_text(json.dumps(facts))
+    (hostile / "audit.json").write_text(json.dumps({"findings": [
+        {"severity": HOSTILE, "what": HOSTILE, "where": [HOSTILE], "figures": {HOSTILE: 1}}]}))  # fmt: skip
+    (harmless / "audit.json").write_text('{"findings": [{"severity": "warning", "what": "?", "where": ["1"]}]}')
+    named = tmp_path / "<img src=x onerror=1>&\"'"
+    hostile.rename(named)
+    page.save(tmp_path / "page.html", page.page(runs.read_all([named])))
+    page.write(harmless)
+    seen, clean = text_of(tmp_path / "page.html"), text_of(harmless / "report.html")
+    assert set(seen.tags) <= set(clean.tags) | {"aside"}, set(seen.tags) - set(clean.tags)
+    assert seen.tags.count("script") == clean.tags.count("script") == 2
+    assert seen.attributes <= clean.attributes, seen.attributes - clean.attributes
+    assert HOSTILE in seen.shown and "49 &" not in seen.shown
+
+
+@pytest.mark.parametrize(
+    ("damage", "remark"),
+    [
+        (lambda f: (f / "metrics.jsonl").write_text((f / "metrics.jsonl").read_text()[:-20]), "is cut short"),
+        (lambda f: (f / "metrics.jsonl").write_text("\x00\xff{]\n" + (f / "metrics.jsonl").read_text()), "at line 1"),
+        (lambda f: (f / "metrics.jsonl").write_text("[1]\n3\nnull\n{}\n"), "at line 1, 2, 3, 4"),
+        (lambda f: (f / "metrics.jsonl").write_text(""), "no metrics yet"),
+        (lambda f: (f / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
+        (lambda f: (f / "run.json").unlink(), "run.json is missing"),
+        (lambda f: (f / "run.json").write_text('{"status": "fin'), "run.json cannot be read"),
+        (lambda f: (f / "run.json").write_text('{"status": "running", "totals": {}, "parameters": []}'), "running"),
+        (lambda f: (f / "run.json").write_text('{"status": "failed", "error": "CUDA out of memory"}'), "CUDA out of"),
+        (lambda f: (f / "compare.json").write_text('{"sides": [{"name": "a", "answers": [1]}]}'), "compare.json does"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_shown_as_far_as_it_goes(damage, remark, copy) -> None:
+    """Guards the page against what a crash leaves behind: it is made, and says what is amiss."""
+    folder = copy()
+    damage(folder)
+    done = script("report", folder)
+    assert done.code == 0 and remark in done.out and "Traceback" not in done.err, done
+    seen = text_of(folder / "report.html")
+    assert remark in seen.shown and "In short" in seen.shown
+
+
+def test_a_diverged_run_is_shown(copy) -> None:
+    """Guards against NaN in the embedded JSON, which no browser reads."""
+    folder = copy()
+    rows = metrics(folder)
+    for row in rows[20:]:
+        row |= {key: math.nan for key in ("loss", "grad_norm", "eval_loss") if key in row}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.write(folder)
+    source = (folder / "report.html").read_text()
+    embedded = re.search(r'id="logged">(.*?)</script>', source).group(1)
+    assert json.loads(embedded, parse_constant=pytest.fail)[0]["line"]["loss"][-1] is None
+    assert "diverged" in Text(source).shown and png_size(folder / "loss.png")
+
+
+@pytest.mark.parametrize("words", [["no-such-folder"], ["data"], ["README.md"]])
+def test_what_is_no_run_is_refused(words) -> None:
+    done = script("report", *words)
+    assert done.code == 2 and done.err.startswith("✘ run: ") and "run.json" in done.err, done
+    assert "Traceback" not in done.err
+
+
+def test_several_runs_need_a_place_and_each_once(copy, tmp_path: Path) -> None:
+    first = copy()
+    done = script("report", first, copy("two"))
+    assert done.code == 2 and "-o" in done.err, done
+    done = script("report", first, first, "-o", tmp_path / "page.html")
+    assert done.code == 2 and "given twice" in done.err, done
+
+
+def test_an_unwritable_place_is_named(copy, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = script("report", copy(), "-o", tmp_path / "file" / "page.html")
+    assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err, done
+
+
+def test_long_curves_are_summed_up_in_their_table(tmp_path: Path) -> None:
+    """Guards the size of a page: ten thousand steps make no table of ten thousand rows."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "loss": 1 + 1 / n, "grad_norm": 1.0}) + "\n" for n in range(1, 10_001))
+    )
+    run = runs.read(tmp_path)
+    source = page.page([run])
+    assert len(source) < 400_000 and source.count("<tr>") < 100
+    assert judge(run.curve("loss"), {}, {})

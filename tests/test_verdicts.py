@@ -1,0 +1,84 @@
+"""What the curves are said to show, on curves made to show it."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from stepladder.reporting.verdicts import FAULT, GOOD, judge
+
+STEPS = 200
+
+
+def noise(size: float) -> list[float]:
+    made = random.Random(7)
+    return [made.gauss(0, size) for _ in range(STEPS + 1)]
+
+
+def curve(value, size: float = 0.05) -> dict[int, float]:
+    """Losses of steps 1 to STEPS with the noise of batches."""
+    around = noise(size)
+    return {step: value(step) + around[step] for step in range(1, STEPS + 1)}
+
+
+def held_out(value) -> dict[int, float]:
+    return {step: value(step) for step in range(20, STEPS + 1, 20)}
+
+
+def falling(end: float = 1.5, pace: float = 30):
+    return lambda step: end + 2 * math.exp(-step / pace)
+
+
+NORM = dict.fromkeys(range(1, STEPS + 1), 1.0)
+CASES = {
+    "does well": (curve(falling()), held_out(falling(1.6)), {"converged", "generalizes"}),
+    "gap": (curve(falling()), held_out(falling(2.0)), {"converged", "gap"}),
+    "overfits": (
+        curve(falling(0.8, 40), 0.03), held_out(lambda step: 2 + 0.004 * abs(step - 80)),
+        {"converged", "overfitting", "gap"},
+    ),
+    "train to zero": (curve(falling(0.02, 40), 0.005), held_out(falling(1.8)), {"converged", "memorized", "gap"}),
+    "diverges": (curve(lambda step: 2 + 0.02 * step), held_out(falling()), {"diverged"}),
+    "falls and comes back": (curve(lambda step: 1.5 + 2 * abs(step - 60) / 140), {}, {"diverged", "not evaluated"}),
+    "unmoved": (curve(lambda step: 3.0), held_out(lambda step: 3.0), {"plateau"}),
+    "flat early": (curve(falling(1.5, 8)), held_out(falling(1.6, 8)), {"plateau", "generalizes"}),
+    "still falling": (curve(lambda step: 4 - 0.01 * step), held_out(lambda step: 4 - 0.01 * step),
+                      {"still falling", "generalizes"}),
+    "bounces": (curve(lambda step: falling()(step) + (-1) ** step), held_out(falling(1.6)),
+                {"oscillation", "generalizes"}),
+    "swings slowly": (curve(lambda step: falling()(step) + math.sin(step / 4)), held_out(falling(1.6)),
+                      {"oscillation", "generalizes"}),
+    "eight steps": ({step: 3 - 0.2 * step for step in range(1, 8)}, {}, {"too short"}),
+    "nothing": ({}, {}, {"too short"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdicts_on_curves_made_to_show_them(name: str) -> None:
+    """Guards against a fault that is missed, and against one that is seen where there is none."""
+    train, evaluation, expected = CASES[name]
+    found = judge(train, evaluation, NORM)
+    names = {verdict.name for verdict in found}
+    assert names == expected, found
+    assert all(verdict.evidence for verdict in found)
+    assert all(verdict.way_out for verdict in found if verdict.severity != GOOD)
+
+
+@pytest.mark.parametrize("which", ["loss", "grad_norm", "eval_loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_named_with_its_step(which: str, value: float) -> None:
+    """Guards NaN in any of the three: Transformers' filter hides it in the loss, the gradient norm still shows it."""
+    curves = {"loss": curve(falling()), "eval_loss": held_out(falling(1.6)), "grad_norm": dict(NORM)}
+    for step in range(120, STEPS + 1, 20):
+        curves[which][step] = value
+    worst = judge(curves["loss"], curves["eval_loss"], curves["grad_norm"])[0]
+    assert (worst.severity, worst.name, worst.figures["step"]) == (FAULT, "diverged", 120)
+
+
+def test_the_phases_lie_where_the_curve_turns() -> None:
+    """The knee and the final level of an exponential, known from its pace (30 steps)."""
+    (converged, _) = sorted(judge(CASES["does well"][0], CASES["does well"][1], NORM), key=lambda v: v.name)
+    # The chord's slope is met at 30·ln(200/30) = 57; 5 % of the drop are left at 90. Smoothing and noise: ± 20 steps.
+    assert abs(converged.figures["knee"] - 57) < 20 and abs(converged.figures["level_since"] - 90) < 20, converged
