@@ -35,7 +35,7 @@
   function shown(value, digits = 5) {
     if (value === null || value === undefined) return "no number";
     const size = Math.abs(value);
-    if (size && (size < 1e-3 || size >= 1e7)) return String(+value.toPrecision(digits)).replace(/^(-?)0\.0+.*$/, () => (+value.toPrecision(digits)).toExponential());
+    if (size && (size < 1e-2 || size >= 1e7)) return (+value.toPrecision(digits)).toExponential();
     return Number(value.toPrecision(Math.max(digits, Math.ceil(Math.log10(size + 1))))).toLocaleString("en", { maximumFractionDigits: 9 });
   }
 
@@ -102,7 +102,7 @@
       const scale = useLog ? Math.log : (value) => value;
       x = (step) => margin.left + (step - view[0]) / (view[1] - view[0] || 1) * width;
       y = (value) => margin.top + height - (scale(value) - scale(low)) / (scale(high) - scale(low)) * height;
-      const id = "clip-" + line, root = svg("svg", { viewBox: `0 0 ${plot.clientWidth} ${plot.clientHeight}`, "aria-hidden": "true", preserveAspectRatio: "none" });
+      const id = "clip-" + line, root = svg("svg", { viewBox: `0 0 ${plot.clientWidth} ${plot.clientHeight}`, "aria-hidden": "true" });
       const clip = svg("clipPath", { id });
       clip.append(svg("rect", { x: margin.left - 5, y: 0, width: width + 10, height: margin.top + height + 5 }));
       root.append(clip);

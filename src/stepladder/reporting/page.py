@@ -32,6 +32,7 @@ CHARTS = (
     ("Learning rate", "learning_rate", "", "", False),
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
 )
+AKIN = 0.5  # shared words of two answers (difflib's ratio) below which marking each difference says nothing
 TABLE_ROWS = 20  # of the table behind a curve
 SHARED = ("step", *(chart[1] for chart in CHARTS))
 ENVIRONMENT = ("strategy", "world_size", "devices", "precision", "global_batch_size", "micro_batch_size",
@@ -238,12 +239,11 @@ def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], boo
 
 def _command(run: LoggedRun) -> str:
     """What runs it again: its resolved recipe, under the same strategy and on as many ranks."""
-    f, recipe = run.facts, run.folder / "recipe.yaml"
-    again = f"scripts/sft.py --recipe {recipe} --output_dir runs/again"
-    if f.get("strategy", "single") == "single":
+    strategy, ranks = run.facts.get("strategy", "single"), run.facts.get("world_size", 1)
+    again = f"scripts/sft.py --recipe {run.folder / 'recipe.yaml'} --output_dir runs/again"
+    if strategy == "single":
         return f"python {again}"
-    config = f"accelerate_configs/{f['strategy']}.yaml"
-    return f"accelerate launch --config_file {config} --num_processes {f['world_size']} {again}"
+    return f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
 
 
 def _answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
@@ -257,15 +257,17 @@ def _answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
 
 
 def _marked(texts: tuple[str, ...]) -> list[Any]:
-    """The first text with what a second one lacks struck through; the others with what they add underlined."""
+    """Each text with what sets it apart from the first (the first: from the second) marked, where the two are akin."""
     from markupsafe import Markup
 
     words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in texts]
     marked = []
     for i, mine in enumerate(words):
-        other, tag = (words[1] if len(words) > 1 else mine, "del") if i == 0 else (words[0], "ins")
+        other, tag = (words[min(1, len(words) - 1)], "del") if i == 0 else (words[0], "ins")
+        match = difflib.SequenceMatcher(None, mine, other)
+        changes = match.get_opcodes() if match.ratio() >= AKIN else [("equal", 0, len(mine), 0, 0)]
         out = ""
-        for kind, a, b, _, _ in difflib.SequenceMatcher(None, mine, other).get_opcodes():
+        for kind, a, b, _, _ in changes:
             text = html.escape("".join(mine[a:b]))
             out += text if kind == "equal" or not text.strip() else f"<{tag}>{text}</{tag}>"
         marked.append(Markup(out))

@@ -11,6 +11,8 @@ from typing import Any
 from stepladder.errors import RunError
 from stepladder.run import MANIFEST, METRICS
 
+# What the page looks into; a damaged or foreign manifest may hold anything.
+FACTS = {"recipe": dict, "packages": dict, "parameters": dict, "totals": dict, "plan": dict, "datasets": list}
 Curve = dict[int, float]  # optimizer step → value, NaN and infinity included
 
 
@@ -18,8 +20,8 @@ Curve = dict[int, float]  # optimizer step → value, NaN and infinity included
 class LoggedRun:
     """What a run folder holds; `remarks` says what it lacks and what in it cannot be read.
 
-    `facts` is run.json, `rows` are the readable lines of metrics.jsonl; `comparison`, `merge` and
-    `audit` are the JSON files that compare.py, merge.py and `check.py --audit --json` write.
+    `facts` is run.json, `rows` are the readable lines of metrics.jsonl; `comparison` is compare.json,
+    `audit` what `check.py --audit --json` prints, kept as audit.json.
     """
 
     folder: Path
@@ -27,7 +29,6 @@ class LoggedRun:
     facts: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)
-    merge: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -50,12 +51,18 @@ def read(folder: Path) -> LoggedRun:
         )
     run = LoggedRun(folder, folder.resolve().name)
     run.facts = _read_json(run, MANIFEST, needed=True)
+    for key, kind in FACTS.items():
+        if not isinstance(run.facts.get(key) or kind(), kind):
+            run.remarks.append(f"{MANIFEST} holds {key} in another form than sft.py writes: left out")
+            del run.facts[key]
     run.comparison = _read_json(run, "compare.json")
     if run.comparison and not _has_answers(run.comparison):
         run.remarks.append("compare.json does not hold what compare.py writes and is left out")
         run.comparison = {}
-    run.merge = _read_json(run, "merge.json")
     run.audit = _read_json(run, "audit.json")
+    if run.audit and not _has_findings(run.audit):
+        run.remarks.append("audit.json does not hold what check.py writes and is left out")
+        run.audit = {}
     _read_metrics(run)
     status = run.facts.get("status")
     if status == "running":
@@ -90,6 +97,14 @@ def _has_answers(comparison: dict[str, Any]) -> bool:
         return False
     rows = texts[0]
     return all(isinstance(t, list) and len(t) == len(rows) and all(isinstance(x, str) for x in t) for t in texts)
+
+
+def _has_findings(audit: dict[str, Any]) -> bool:
+    found = audit.get("findings")
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and isinstance(one.get("figures", {}), dict) and isinstance(one.get("where", []), list)
+        for one in found
+    )
 
 
 def finite(curve: Curve) -> Curve:
