@@ -70,4 +70,4 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _by_step(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
-    return {row["step"]: row[key] for row in rows if key in row}
+    return {row["step"]: row[key] for row in rows if isinstance(row.get(key), int | float)}
