@@ -160,7 +160,7 @@ def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe
 
     model, tokenizer = for_inference(str(folder))
     assert tokenizer.eos_token == "<|eot_id|>"
-    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 49152
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 1024
     done = script("generate", "--model", folder, "--prompt", "What is the password?", "--max_new_tokens", 4)
     assert done.code == 0 and done.out.strip(), done
 
