@@ -10,6 +10,7 @@ Each launch is a real `accelerate launch` with a shipped config; the runs of one
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +25,8 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from tiny import ROOT, SMOLLM2, make_tiny
+
 PAGE = ROOT / "docs/compatibility.md"
 ADAPTER = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
 QUANTIZED = {"load_in_4bit": True, "use_bnb_nested_quant": True}
@@ -45,6 +47,7 @@ ROWS, STEPS = 22, 30  # in batches of 8: three steps an epoch, the last of each 
 # bf16 keeps 8 bits: one rounding is 2^-9 = 2e-3 of a value, and 30 updates of Adam, which moves each
 # weight by the learning rate whatever the size of its gradient, carry it on.
 LOW_PRECISION = 5e-2
+REAL, REAL_STEPS = ("ddp", "zero2", "zero3", "fsdp"), 12
 LOGITS = 1e-4  # of the saved results, loaded in one process
 
 
@@ -86,34 +89,40 @@ class Cell:
     micro: int
     packed: str
     precision: str = "fp32"
+    model: str = "tiny"
 
     @property
     def name(self) -> str:
-        return "-".join(map(str, (self.method, self.config, self.ranks, self.micro, self.packed, self.precision)))
+        return "-".join(map(str, dataclasses.astuple(self)))
 
     @property
     def reference(self) -> Cell:
-        return Cell(self.method, "plain", 1, 2, self.packed, self.precision)
+        return dataclasses.replace(self, config="plain", ranks=1, micro=2)
 
 
 def matrix() -> list[Cell]:
-    """All of fp32, and of bf16 the unpacked runs with micro-batches of 2."""
+    """All of the tiny model in fp32, a part of it in bf16, and LoRA of SmolLM2-135M on two ranks."""
     axes = itertools.product(METHODS, STRATEGIES, MICRO, PACKED)
     cells = [Cell(method, config, ranks, micro, packed) for method, (config, ranks), micro, packed in axes]
     low = itertools.product(METHODS, STRATEGIES)
-    return cells + [Cell(method, config, ranks, 2, "unpacked", "bf16") for method, (config, ranks) in low]
+    cells += [Cell(method, config, ranks, 2, "unpacked", "bf16") for method, (config, ranks) in low]
+    return cells + [Cell("lora", config, 2, 2, "unpacked", model="smollm2") for config in REAL]
 
 
-def run_all(cells: list[Cell], model: Path, folder: Path, steps: int = STEPS) -> None:
+def run_all(cells: list[Cell], folder: Path, steps: int = STEPS) -> None:
     """Run the cells, a launch for all of one strategy; each leaves its run folder and NAME.log."""
+    make_tiny(folder / "tiny")
     data = write_rows(folder / "rows.jsonl")
     for (config, ranks), group in itertools.groupby(
         sorted(cells, key=lambda cell: (cell.config, cell.ranks)), key=lambda cell: (cell.config, cell.ranks)
     ):
         jobs = []
         for cell in group:
+            model = {"tiny": folder / "tiny", "smollm2": SMOLLM2}[cell.model]
             keys = recipe_keys(cell.method, model, data, cell.packed, steps)
             keys |= {"per_device_train_batch_size": cell.micro, "bf16": cell.precision == "bf16"}
+            if cell.model == "smollm2":
+                keys |= {"max_steps": REAL_STEPS, "learning_rate": 5e-4, "eval_strategy": "no"}
             Path(f"{folder / cell.name}.yaml").write_text(yaml.safe_dump(keys))
             argv = [
                 "--recipe",
@@ -156,6 +165,7 @@ def judged(cell: Cell, folder: Path, steps: int = STEPS) -> dict[str, Any]:
     if not finished(run):
         refused = [line for line in log.splitlines() if line.startswith("✘")]
         return {"outcome": "refused" if refused else "broken", "message": (refused or log.splitlines()[-1:] or [""])[0]}
+    steps = REAL_STEPS if cell.model == "smollm2" else steps
     found = curves.difference(folder / cell.reference.name, run)
     if cell.precision == "fp32":
         equal = found.steps == steps and found.within()
@@ -202,8 +212,10 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
 
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    fp32 = {cell: found for cell, found in results.items() if cell.precision == "fp32"}
-    low = {cell: found for cell, found in results.items() if cell.precision != "fp32"}
+    tiny = {cell: found for cell, found in results.items() if cell.model == "tiny"}
+    fp32 = {cell: found for cell, found in tiny.items() if cell.precision == "fp32"}
+    low = {cell: found for cell, found in tiny.items() if cell.precision == "bf16"}
+    real = {cell: found for cell, found in results.items() if cell.model == "smollm2"}
     count = sum(found["outcome"] == "equal" for found in results.values())
     largest = {
         key: max((abs(found[key]) for found in fp32.values() if found["outcome"] == "equal"), default=float("nan"))
@@ -241,6 +253,16 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         "Here the largest difference of a loss:",
         "",
         *table(low),
+        "",
+        "## SmolLM2-135M",
+        "",
+        f"LoRA in fp32, {REAL_STEPS} steps, on two ranks. Each against one plain process:",
+        "",
+        *(f"- {cell.config}: {found['outcome']} ({figures(found)})" for cell, found in real.items()),
+        "",
+        "![Five curves that lie on each other](img/same_curve.png)",
+        "",
+        "The page is `python scripts/report.py` over the five run folders.",
         "",
     ]
     odd = [(cell, found) for cell, found in results.items() if found["outcome"] != "equal"]
@@ -300,22 +322,19 @@ over each micro-batch, and is the one thing that does depend on how a batch is c
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="a method, config, packing or precision")
+    parser.add_argument("--only", action="append", default=[], help="a method, config, packing, precision or model")
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     import tempfile
 
     from stepladder import console
-    from tiny import make_tiny
 
     console.quiet_libraries()
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="same-curve-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    model = make_tiny(folder / "tiny")
-    wanted = [cell for cell in matrix() if set(args.only) <= {cell.method, cell.config, cell.packed, cell.precision}]
+    wanted = [cell for cell in matrix() if {*args.only} <= {*map(str, dataclasses.astuple(cell))}]
     needed = dict.fromkeys([*(cell.reference for cell in wanted), *wanted])
-    run_all([cell for cell in needed if not finished(folder / cell.name)], model, folder)
+    run_all([cell for cell in needed if not finished(folder / cell.name)], folder)
     results = {cell: judged(cell, folder) for cell in wanted}
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.name:45} {found.get('message') or figures(found)}")

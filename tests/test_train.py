@@ -41,16 +41,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
+def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory):
     """The folder that holds a strategy's runs, made by one launch when the first of them is asked for."""
     folder = tmp_path_factory.mktemp("same-curve")
     same_curve.run_all([Cell(m, "plain", 1, 2, packed) for m in METHODS for packed in same_curve.PACKED],
-                       tiny, folder, STEPS)  # fmt: skip
+                       folder, STEPS)  # fmt: skip
     done: set[tuple[str, int]] = set()
 
     def of(config: str, ranks: int) -> Path:
         if (config, ranks) not in done:
-            same_curve.run_all(slice_of(config, ranks), tiny, folder, STEPS)
+            same_curve.run_all(slice_of(config, ranks), folder, STEPS)
             done.add((config, ranks))
         return folder
 
