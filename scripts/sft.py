@@ -5,7 +5,9 @@
 
 Any key of the recipe can be set on the command line: --max_steps 20 --learning_rate=1e-4.
 The result lies in output_dir (runs/<recipe>): run.json, metrics.jsonl, recipe.yaml, the model
-or adapter, report.html, loss.png. A run that is there already is kept unless --overwrite is given.
+or adapter, report.html, loss.png. The same command again goes on with a run that was interrupted,
+from its newest whole checkpoint; one that is finished is kept unless --overwrite is given.
+See docs/reliability.md.
 """
 
 import argparse
@@ -15,15 +17,19 @@ from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import page
-from stepladder.training import arguments, ranks, strategy
+from stepladder.training import arguments, ranks, resume, signals, strategy
 
 
-def main() -> None:
+def main() -> int | None:
+    signals.install()  # before the slow imports: a signal during the start counts
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", help="a path, or a name under recipes/")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="default: auto")
+    parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY",
+                        help="a key that may differ from the run that is resumed; repeatable")  # fmt: skip
     args, overrides = parser.parse_known_args()
 
     # Whatever can be wrong is found before torch is imported: it takes seconds.
@@ -36,7 +42,7 @@ def main() -> None:
     train_rows, eval_rows = mixture.load(recipe) if reads else mixture.unread(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
-    record.claim(args.overwrite, recipe.where("output_dir"))
+    checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change)
 
     console.quiet_libraries()
     use_cpu = ranks.choose_device(launch)
@@ -44,20 +50,20 @@ def main() -> None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
-    from stepladder.training import announce, progress, result, telemetry, trainer
+    from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, watchdog
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
+    checkpoint = ranks.from_first(checkpoint)
 
     tokenizer = model_load.tokenizer(recipe)
     new_tokens = templates.prepare(tokenizer, recipe)
     folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, recipe))
     train_set, eval_set = prepare.opened(folder)
-    extra = []
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
-        train_set, extra = prepare.streamed(train_rows, tokenizer, recipe), [trainer.StreamEpoch(train_rows)]
+        train_set = prepare.streamed(train_rows, tokenizer, recipe)
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
@@ -65,6 +71,7 @@ def main() -> None:
 
     record.begin(
         recipe.to_yaml(),
+        resume.entry(checkpoint),
         recipe_name=recipe.name,
         recipe=recipe.values,
         recipe_hash=recipe.hash(),
@@ -90,14 +97,22 @@ def main() -> None:
             processing_class=tokenizer,
             train_dataset=train_set,
             eval_dataset=eval_set,
-            callbacks=[meter, progress.Progress(), *extra],
+            meter=meter,
+            on_nan=recipe.get("on_nan"),
+            callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)],
         )
-        sft.train()
+        with out_of_memory.explained(recipe, launch):
+            sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
+        if sft.agreement.preempted:
+            record.update(status="preempted")
+            console.say(announce.preempted(record))
+            return errors.EXIT_PREEMPTED
         result.save(sft, record, recipe, shapes)
     if record.is_writer:
         page.write(record.folder)
     console.say(announce.ending(record))
+    return None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
@@ -30,6 +31,7 @@ class StepladderError(Exception):
     """
 
     kind = "error"
+    exit_code = EXIT_BAD_INPUT
 
     def __init__(self, what: str, *, why: str = "", way_out: str = "", where: str = "", this_rank_only: bool = False):
         self.what, self.why, self.way_out, self.where = what, why, way_out, where
@@ -90,31 +92,70 @@ class LaunchError(StepladderError):
     kind = "launch"
 
 
+class TrainingError(StepladderError):
+    """What ends a run that was rightly begun: a loss that is no number, no memory left, a hang."""
+
+    kind = "training"
+    exit_code = EXIT_FAILED
+
+
+class CheckpointError(StepladderError):
+    """A checkpoint that is damaged, or of another run."""
+
+    kind = "checkpoint"
+
+
 def exit_with(main: Callable[[], int | None]) -> None:
-    """Run a script's main and turn a user's mistake into one message and exit code 2."""
+    """Run a script's main and turn a user's mistake into one message and exit code 2.
+
+    What fails on one rank alone is said by that rank, and to the launcher. The others, which lose
+    their connection to it, say no more than that, and later, so that the cause is named first.
+    """
+    rank = os.environ.get("RANK", "0")
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        if code == EXIT_PREEMPTED:
+            tell_launcher("preempted", "no failure: it stopped as asked, after a checkpoint. Start it again to go on.")
+        sys.exit(code)
     except StepladderError as error:
-        rank = os.environ.get("RANK", "0")
-        _tell_launcher(error)
+        tell_launcher(error.what, error.render())
         if error.this_rank_only:
             print(f"[rank {rank}] {error.render()}", file=sys.stderr, flush=True)
         elif rank == "0":
             print(error.render(), file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `… | head`: the reader left, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if "RANK" not in os.environ:
+            raise
+        if lost_a_rank(error):
+            time.sleep(2)  # the launcher orders by whole seconds
+            print(f"[rank {rank}] ended: it lost its connection to another rank", file=sys.stderr, flush=True)
+        else:
+            text = f"[rank {rank}] {traceback.format_exc()}"
+            print(text, file=sys.stderr, flush=True)
+            tell_launcher(str(error), text)
+        # not sys.exit: the process group's end would wait for a rank that is gone
+        os._exit(EXIT_FAILED)
 
 
-def _tell_launcher(error: StepladderError) -> None:
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error is only the echo of another rank's end (gloo's words, and NCCL's)."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+             "NCCL communicator was aborted", "Connection refused", "recvBytes")  # fmt: skip
+    return any(word in str(error) for word in words)
+
+
+def tell_launcher(what: str, text: str) -> None:
     """Put the message where torchrun's closing report shows it.
 
     torchrun (and so `accelerate launch`) prints its own traceback over any rank that does not
     exit with 0; by this file, which is torch's documented way, its last lines say the reason.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        info = {"py_callstack": "\n" + error.render(), "timestamp": str(int(time.time()))}
+        info = {"py_callstack": "\n" + text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as out:
-            json.dump({"message": {"message": error.what, "extraInfo": info}}, out)
+            json.dump({"message": {"message": what, "extraInfo": info}}, out)

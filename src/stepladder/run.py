@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder.errors import LaunchError
+from stepladder.console import say
+from stepladder.errors import LaunchError, lost_a_rank
 
 PACKAGES = (
     "stepladder",
@@ -26,7 +28,8 @@ PACKAGES = (
     "deepspeed",
     "bitsandbytes",
 )
-MANIFEST, METRICS, RECIPE = "run.json", "metrics.jsonl", "recipe.yaml"
+MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
+LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
 
 
 class Run:
@@ -35,48 +38,121 @@ class Run:
     def __init__(self, folder: Path, is_writer: bool):
         self.folder, self.is_writer = folder, is_writer
         self.manifest: dict[str, Any] = {}
+        self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
 
-    def claim(self, overwrite: bool, where: str = "") -> None:
-        """Make sure that the folder is free for a new run.
+    def lock(self) -> None:
+        """Keep other processes out of the folder until this one ends, however it ends.
 
         Raises:
-            LaunchError: it holds a run (unless `overwrite`), or files that are no run's, which no
-                flag removes.
+            LaunchError: another one trains into it, or it cannot be written.
         """
-        folder = self.folder
-        if not self.is_writer or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-            return
-        if not (folder / MANIFEST).is_file():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise LaunchError(f"output_dir {self.folder} cannot be written: {error.strerror}") from None
+        for second in range(LOCK_PATIENCE + 1):
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if second == 0:
+                    say(f"another process is training into {self.folder}: waiting {LOCK_PATIENCE} s for it to end")
+                time.sleep(1)
+        raise LaunchError(
+            f"another process is training into {self.folder}",
+            why="two would overwrite each other's files",
+            way_out="wait for it or end it (its launcher may be gone: look for sft.py), or another --output_dir",
+        )
+
+    def exists(self, where: str = "") -> bool:
+        """Whether the folder holds a run.
+
+        Raises:
+            LaunchError: it holds files that are no run's, which no flag removes.
+        """
+        if (self.folder / MANIFEST).is_file():
+            return True
+        if {file.name for file in self.folder.iterdir()} - {LOCK}:
             raise LaunchError(
-                f"output_dir {folder} exists and is no run folder",
+                f"output_dir {self.folder} exists and is no run folder",
                 where=where,
                 why="nothing that existed is overwritten",
                 way_out="another --output_dir",
             )
-        if not overwrite:
-            raise LaunchError(
-                f"output_dir {folder} holds a run ({status(folder)})",
-                where=where,
-                why="nothing that existed is overwritten",
-                way_out="another --output_dir, or --overwrite to replace that run",
-            )
-        shutil.rmtree(folder)
+        return False
 
-    def begin(self, recipe_yaml: str, **facts: Any) -> None:
-        """Make the folder, write the resolved recipe and the manifest with `status: running`."""
+    def clear(self) -> None:
+        for file in self.folder.iterdir():
+            if file.name != LOCK:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def read(self) -> dict[str, Any]:
+        """The manifest on the disk."""
+        try:
+            return dict(json.loads((self.folder / MANIFEST).read_text()))
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"{self.folder / MANIFEST} cannot be read: {error}", way_out="--overwrite") from None
+
+    def begin(self, recipe_yaml: str, resumed: dict[str, Any] | None = None, **facts: Any) -> None:
+        """Write the resolved recipe and the manifest with `status: running`.
+
+        A run that is resumed keeps its start and its past, and its metrics up to the checkpoint's
+        step: no gap, no repeat.
+
+        Args:
+            resumed: of the checkpoint: `step`, `from`.
+            facts: of this start.
+
+        Raises:
+            LaunchError: the global batch or the training data are not those of the run that is resumed.
+        """
+        if resumed and self.is_writer:
+            self._check_same(facts)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        past = {"started": now, "wandb_run_id": None, "resumed": [], **(self.manifest if resumed else {})}
+        past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
+        past.pop("error", None)
         self.manifest = {
+            **past,
             "status": "running",
             "git_commit": git_commit(),
             "packages": package_versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "wandb_run_id": None,
             **facts,
         }
+        if resumed:
+            here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
+            self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
         if self.is_writer:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / RECIPE, recipe_yaml)
-            (self.folder / METRICS).write_text("")
+            self._rewind(resumed["step"] if resumed else -1)
             self._write()
+
+    def _check_same(self, facts: dict[str, Any]) -> None:
+        """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
+        before, now = self.manifest, facts
+        changes = {
+            "global_batch_size": (before["global_batch_size"], now["global_batch_size"]),
+            "dataset_name": (before["datasets"][0]["sha256"], now["datasets"][0]["sha256"]),
+        }
+        for key, (old, new) in changes.items():
+            if old != new and key not in self.allowed:
+                raise LaunchError(
+                    f"the run in {self.folder} was begun with another {key}: {old}, now {new}",
+                    why="its curve would not go on as it began",
+                    way_out=f"global_batch_size: {old}"
+                    if key == "global_batch_size"
+                    else "the rows that it began with",
+                )
+
+    def _rewind(self, step: int) -> None:
+        """Keep the metrics up to a step; a last line that was cut off goes."""
+        kept = []
+        if (self.folder / METRICS).is_file():
+            for line in (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+        write_whole(self.folder / METRICS, "".join(kept))
 
     def update(self, **facts: Any) -> None:
         self.manifest.update(facts)
@@ -90,13 +166,15 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """`finished` at the end of the block, `failed` with its reason where it raises."""
+        """`finished` at the end of a block that has set no other status, `failed` with its reason where it raises."""
         try:
             yield
         except BaseException as error:
-            self.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            said = f"{type(error).__name__}: {error}"[:2000]
+            self.update(status="failed", error="another rank ended" if lost_a_rank(error) else said)
             raise
-        self.update(status="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if self.manifest["status"] == "running":
+            self.update(status="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
 
     def _write(self) -> None:
         if self.is_writer:
@@ -110,10 +188,10 @@ def status(folder: Path) -> str:
         return "unreadable"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -51,12 +51,13 @@ def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | 
 def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
     """As `render`, for sets larger than memory: rows are read and tokenized when they are needed.
 
-    Each pass is that of `stream.epoch`.
+    It has no end: pass follows pass, each in an order of its own, so that a resumed run finds its
+    place by counting rows from the beginning, as `rows` does.
     """
     from datasets import Features, IterableDataset
 
     def rows() -> Iterator[dict[str, Any]]:
-        reading = stream.read(stream.epoch)
+        reading = itertools.chain.from_iterable(stream.read(epoch) for epoch in itertools.count())
         number = 0
         while batch := list(itertools.islice(reading, BATCH)):
             held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])

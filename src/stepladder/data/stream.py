@@ -33,7 +33,6 @@ class Stream:
     skip_bad_rows: bool = False
     skipped: list[str] = field(default_factory=list)  # the bad rows that the latest pass left out
     notes: list[str] = field(default_factory=list)
-    epoch: int = 0  # whose order the next pass has; set by the trainer as the epochs begin
 
     def __iter__(self) -> Iterator[Item]:
         return self.read()

@@ -72,6 +72,18 @@ class StepladderArguments:
             "help": "For base models: the text before the answer, such as '### User: {input}\\n### Assistant: '."
         },
     )
+    on_nan: str = field(
+        default="stop",
+        metadata={
+            "help": "What a loss or gradient that is no finite number does: stop the run, or leave the step out (at "
+            "most 10 times).",
+            "choices": ["stop", "skip"],
+        },
+    )
+    hang_timeout: float = field(
+        default=1200.0,
+        metadata={"help": "Seconds without any progress after which a run ends and says where each rank stands."},
+    )
     train_on: str = field(
         default="all_turns",
         metadata={

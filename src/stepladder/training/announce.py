@@ -23,6 +23,7 @@ def beginning(run: Run, notes: list[str]) -> str:
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
+            *(f"resumed     from step {r['step']}, {r['from']}" for r in f["resumed"][-1:]),
             *(f"note        {note}" for note in notes),
         )
     )
@@ -47,3 +48,9 @@ def ending(run: Run) -> str:
             f'  ask it: python scripts/generate.py --model {run.folder} --prompt "…"',
         )
     )
+
+
+def preempted(run: Run) -> str:
+    """That it stopped as it was asked to, and how to go on."""
+    steps = run.manifest["totals"]["steps"]
+    return f"stopped after step {steps}, and saved: the same command again goes on from there (exit code 75)"

@@ -60,8 +60,13 @@ class Order(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return -(-self.rows // self.layout.rows)
+
     def __len__(self) -> int:
-        return -(-self.rows // self.layout.rows) * self.layout.places
+        return self.steps * self.layout.places
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.rows))

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError
@@ -107,6 +108,16 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    import torch.distributed as dist
+
+    values = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def assert_launch(launch: Launch, device: str) -> list[str]:

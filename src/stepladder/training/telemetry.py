@@ -1,7 +1,8 @@
 """What is measured while training: metrics.jsonl, tokens per second, peak memory.
 
 Tokens per second are the non-padding tokens that entered the model, over all ranks, by the wall
-time of the optimizer steps: evaluation and saving are not in it.
+time of the optimizer steps: evaluation and saving are not in it. `rows_checksum` is the same for
+two runs that trained the same rows since the last logged step, in any order, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from transformers import TrainerCallback
 
 from stepladder.run import Run
 
-RENAMED = {"num_tokens": "tokens"}
-DROPPED = {"epoch", "eval_num_tokens", "total_flos"}
+DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 
 
 class Telemetry(TrainerCallback):
@@ -24,10 +24,18 @@ class Telemetry(TrainerCallback):
 
     def __init__(self, run: Run):
         self.run = run
-        self.tokens = 0.0  # non-padding, all ranks
+        self.tokens = 0  # non-padding, all ranks
         self.seconds = 0.0  # in optimizer steps
         self._step_began = 0.0
-        self._since_log = (0.0, 0.0)  # tokens and seconds at the last logged step
+        self.rows_checksum = 0  # of the rows trained since the last logged step
+        self._since_log = (0, 0.0)  # tokens and seconds at the last logged step
+
+    def checkpointed(self) -> dict[str, Any]:
+        """What a resumed run goes on counting from."""
+        return {key: getattr(self, key) for key in ("tokens", "seconds", "rows_checksum", "_since_log")}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_began = time.perf_counter()
@@ -40,11 +48,12 @@ class Telemetry(TrainerCallback):
         if not state.is_world_process_zero or "train_runtime" in logs:  # the closing summary is in run.json
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
-        row |= {RENAMED.get(key, key): value for key, value in logs.items() if key not in DROPPED}
+        row |= {key: value for key, value in logs.items() if key not in DROPPED}
         if "loss" in logs:
-            self.tokens = float(logs.get("num_tokens", self.tokens))
             tokens, seconds = self.tokens - self._since_log[0], self.seconds - self._since_log[1]
             row["tokens_per_second"] = round(tokens / seconds, 1) if seconds else None
+            row["tokens"] = self.tokens
+            row["rows_checksum"], self.rows_checksum = self.rows_checksum, 0
             self._since_log = (self.tokens, self.seconds)
         self.run.log(row)
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from stepladder.data.render import IGNORED
-from stepladder.data.stream import Stream
+from stepladder.errors import TrainingError
 from stepladder.recipe.batch import Layout
-from stepladder.training import gradients
+from stepladder.training import checkpoint, gradients
+from stepladder.training.agreement import Agreement
 from stepladder.training.order import Order, StepStream, with_empty_row
+from stepladder.training.rows import Rows, WithRows
+from stepladder.training.telemetry import Telemetry
 
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
@@ -24,10 +29,10 @@ class Trainer(SFTTrainer):
 
     It differs in what the same curve on every strategy needs: the adapter is in fp32, the rows
     come in `Order`, the gradient norm is exact, and the evaluation loss is the mean over all
-    tokens, each row counted once.
+    tokens, each row counted once. Its checkpoints are those of `checkpoint.py`.
     """
 
-    def __init__(self, model: Any, layout: Layout, **kwargs: Any):
+    def __init__(self, model: Any, layout: Layout, meter: Telemetry, on_nan: str = "stop", **kwargs: Any):
         self.layout = layout
         adapter = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -42,6 +47,15 @@ class Trainer(SFTTrainer):
                     parameter.data = adapter[name].to(torch.float32)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
+        self.meter, self.rows = meter, Rows()
+        self.agreement = Agreement(self, on_nan)
+        for own in (meter, self.agreement):
+            self.add_callback(own)
+        # Transformers would delete checkpoints by it before the other ranks are known to be done.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._order: Order | None = None
+        self._bad_losses = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        self._norm: Any = 0.0
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
 
     def get_train_dataloader(self) -> DataLoader:
@@ -51,6 +65,7 @@ class Trainer(SFTTrainer):
         lengths = [len(ids) for ids in rows["input_ids"]] if args.train_sampling_strategy == "group_by_length" else None
         seed = args.seed if args.data_seed is None else args.data_seed
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, lengths, group=LENGTH_GROUP)
+        self._order = order
         return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -68,13 +83,19 @@ class Trainer(SFTTrainer):
             rows,
             batch_size=layout.micro,
             sampler=order,
-            collate_fn=dataclasses.replace(self.data_collator, padding_free=padding_free),
+            collate_fn=WithRows(dataclasses.replace(self.data_collator, padding_free=padding_free)),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.rows.add(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._bad_losses |= ~torch.isfinite(loss)
+        return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._norm_on_cpu:
@@ -84,7 +105,8 @@ class Trainer(SFTTrainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._norm_on_cpu:  # max_grad_norm: 0 clips nothing
             grad_norm = gradients.norm(gradients.of(model))
-        return super()._get_grad_norm(model, grad_norm)
+        self._norm = super()._get_grad_norm(model, grad_norm)
+        return self._norm
 
     @property
     def _norm_on_cpu(self) -> bool:
@@ -92,6 +114,7 @@ class Trainer(SFTTrainer):
         return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
         self._evaluated += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
@@ -105,15 +128,59 @@ class Trainer(SFTTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Loaders draw random numbers: kept apart, so that how often a run is evaluated leaves its curve alone."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    def not_finite(self) -> tuple[bool, bool]:
+        """Whether this rank saw a loss, or a gradient norm, that is no finite number since it was last asked."""
+        loss = bool(self._bad_losses)
+        self._bad_losses.zero_()
+        # fp16 finds its loss scale by gradients that overflow, and leaves those steps out by itself
+        gradient = not self.args.fp16 and not math.isfinite(float(self._norm))
+        return loss, gradient
+
+    def leave_out_step(self) -> None:
+        """Before the optimizer step: let it change nothing. The step's loss is not logged."""
+        self.optimizer.zero_grad()  # no effect under DeepSpeed, which has left the step out by itself
+        self._tr_loss.copy_(self.agreement.loss_before)
+        self._globalstep_last_logged += 1
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not checkpoint.save(self) and self.agreement.preempted:
+            raise TrainingError("no checkpoint could be written before the stop", way_out="mend that, and start again")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: weights and optimizer are put back together, once the strategy has sharded them."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoint.load(self, Path(resume_from_checkpoint))
+            # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
+            if self._order is not None:
+                self._order.set_epoch(self.state.global_step // self._order.steps)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that died after its last step has only its end left; Transformers would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        """Transformers calls it as the last thing before the first step."""
+        if checkpoint_folder is not None:
+            checkpoint.load_position(self, Path(checkpoint_folder))
+
+    def _load_best_model(self) -> None:
+        if not self.agreement.preempted:
+            checkpoint.load_weights(self, checkpoint.of_step(Path(self.args.output_dir), self.state.best_global_step))
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card at every checkpoint: one is written at the end, from what the run has shown."""
-
-
-class StreamEpoch(TrainerCallback):
-    """Tells a stream whose epoch's order comes next."""
-
-    def __init__(self, stream: Stream):
-        self.stream = stream
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stream.epoch = int(state.epoch or 0)

@@ -1,0 +1,328 @@
+"""Checkpoints that are whole or absent, in one format for every strategy and number of ranks.
+
+    checkpoint-N/model-RANK-PART.safetensors      the trained weights by name, whole tensors in fp32
+                 optimizer-RANK-PART.safetensors  `<weight>/<key>`, whole tensors
+                 rng-RANK.safetensors             the random generators of each rank
+                 trainer_state.json               Transformers' own
+                 state.json                       scheduler, scaler, counters
+                 COMPLETE.json                    written last: what makes it a checkpoint
+
+Tensors and JSON only: nothing in it can run code. Each rank writes every world-size-th parameter. A
+rename as the last step was tried upstream twice and raced between ranks (transformers#27925,
+#35580), hence a file that one rank writes after all have said that theirs are on the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stepladder.console import say
+from stepladder.errors import CheckpointError
+from stepladder.run import write_whole
+from stepladder.training import state
+from stepladder.training.resume import COMPLETE, digest, of_step, whole_steps
+
+PART = 1 << 30  # bytes that a rank gathers before it writes them: what a save costs in memory
+RULED_BY_RECIPE = ("lr_lambdas", "base_lrs")  # of a scheduler's state: not to be put back
+TRAINER_STATE, STATE = "trainer_state.json", "state.json"
+
+
+def save(trainer: Any) -> bool:
+    """Write `checkpoint-<global_step>`; every rank calls it at a step's end.
+
+    Returns:
+        Whether it stands. Where it could not be written (disk full, read-only), rank 0 has warned
+        and removed what there was; the older ones are untouched, and the next save tries again.
+    """
+    folder = of_step(Path(trainer.args.output_dir), trainer.state.global_step)
+    if whole_steps(folder.parent)[-1:] == [trainer.state.global_step]:
+        return True  # the epoch ended with the step that was saved already
+    first = trainer.args.process_index == 0
+    trainer.store_flos()
+    fault = ""
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        fault = _attempt(folder.mkdir, 0o777, True)
+    if _no_rank_failed(fault):
+        files, fault = _write_share(trainer, folder)
+        if found := _no_rank_failed(fault, files):
+            if first:
+                fault = _attempt(_complete, trainer, folder, found)
+            if _no_rank_failed(fault):
+                if first:
+                    _delete_older(trainer)
+                return True
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def load(trainer: Any, folder: Path) -> None:
+    """Put weights, optimizer, scheduler and scaler back; every rank calls it, on any strategy.
+
+    Raises:
+        CheckpointError: it is of other parameters than those that are trained here.
+    """
+    here = state.of(trainer)
+    weights, states = _tensors(folder, "model"), _tensors(folder, "optimizer")
+    if set(weights) != set(here.parameters):
+        missing, extra = sorted({*here.parameters} - {*weights}), sorted({*weights} - {*here.parameters})
+        raise CheckpointError(
+            f"{folder} holds other parameters than this run trains",
+            why=f"missing: {missing[:3] or 'none'}; not known here: {extra[:3] or 'none'}",
+            way_out="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
+        )
+    by_parameter: dict[str, dict[str, Callable[[], torch.Tensor]]] = defaultdict(dict)
+    for name, read in states.items():
+        parameter, _, key = name.rpartition("/")
+        by_parameter[parameter][key] = read
+    here.put_states(by_parameter)
+    with torch.no_grad():
+        for name, read in weights.items():
+            here.put_weights(name, read())
+    saved = json.loads((folder / STATE).read_text())
+    _put_scheduler(trainer, saved["scheduler"])
+    if (scaler := _scaler(trainer)) and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    trainer.meter.restore(saved["telemetry"])
+    trainer._total_train_tokens = saved["tokens"]
+
+
+def load_weights(trainer: Any, folder: Path) -> None:
+    """The weights alone: for the end of a run that keeps its best ones."""
+    here = state.of(trainer)
+    with torch.no_grad():
+        for name, read in _tensors(folder, "model").items():
+            here.put_weights(name, read())
+
+
+def load_position(trainer: Any, folder: Path) -> None:
+    """Put back what counts between two logged steps, and the random generators.
+
+    Call it as the last thing before the first step: the loaders before it draw random numbers.
+    """
+    saved = json.loads((folder / STATE).read_text())
+    trainer._tr_loss += saved["since_log"]["loss"]
+    trainer._globalstep_last_logged = saved["since_log"]["step"]
+    for key, values in saved["since_log"]["metrics"].items():
+        trainer._metrics["train"][key].extend(values)
+    file = folder / f"rng-{trainer.args.process_index}.safetensors"
+    if not file.is_file():  # more ranks than before: there is no state to continue
+        torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
+        return
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+        torch.set_rng_state(tensors.get_tensor("cpu"))
+        if torch.cuda.is_available() and "cuda" in tensors.keys():  # noqa: SIM118
+            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
+    version, numbers, gauss = json.loads(metadata["python"])
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(json.loads(metadata["numpy"]))
+
+
+# ---- writing
+
+
+def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write this rank's files. A rank whose disk is full goes on gathering: the others wait for it."""
+    rank, ranks = trainer.args.process_index, trainer.args.world_size
+    model, optimizer = _Parts(folder, f"model-{rank}"), _Parts(folder, f"optimizer-{rank}")
+    here = state.of(trainer)
+    for number, name in enumerate(here.parameters):
+        for key, value in here.get(name):
+            if number % ranks == rank and key == state.WEIGHT:
+                model.add(name, value)
+            elif number % ranks == rank and not trainer.args.save_only_model:
+                optimizer.add(f"{name}/{key}", value)
+    loss = torch.stack([trainer._tr_loss.detach().float()])
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+    model.close()
+    optimizer.close()
+    others: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
+    if rank == 0:
+        others[TRAINER_STATE] = trainer.state.save_to_json
+        content = json.dumps(_counters(trainer, float(loss) / ranks), indent=1)
+        others[STATE] = lambda file: file.write_text(content)
+    fault = model.fault or optimizer.fault
+    for file, write in others.items():
+        fault = fault or _attempt(write, folder / file)
+    files: dict[str, Any] = {}
+    for file in [*model.files, *optimizer.files, *others]:
+        fault = fault or _attempt(_flush, folder / file, files)
+    return files, fault
+
+
+class _Parts:
+    """Tensors on their way into files of about `PART` bytes."""
+
+    def __init__(self, folder: Path, stem: str):
+        self.folder, self.stem = folder, stem
+        self.files: list[str] = []
+        self.fault = ""
+        self._held: dict[str, torch.Tensor] = {}
+        self._bytes = 0
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        if not self.fault:
+            self._held[name] = value.to("cpu").contiguous()
+            self._bytes += value.nbytes
+            if self._bytes >= PART:
+                self.close()
+
+    def close(self) -> None:
+        if self._held:
+            self.files.append(f"{self.stem}-{len(self.files)}.safetensors")
+            self.fault = _attempt(save_file, self._held, self.folder / self.files[-1])
+        self._held, self._bytes = {}, 0
+
+
+def _write_random_states(file: Path) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    numbers: Any = np.random.get_state(legacy=False)
+    numbers["state"]["key"] = numbers["state"]["key"].tolist()
+    save_file(states, file, {"python": json.dumps(random.getstate()), "numpy": json.dumps(numbers)})
+
+
+def _counters(trainer: Any, loss: float) -> dict[str, Any]:
+    scaler = _scaler(trainer)
+    return {
+        "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in RULED_BY_RECIPE},
+        "scaler": scaler.state_dict() if scaler else None,
+        "telemetry": trainer.meter.checkpointed(),
+        "tokens": trainer._total_train_tokens,
+        # summed up since the last logged step, for `logging_steps` above 1
+        "since_log": {
+            "loss": loss,
+            "step": trainer._globalstep_last_logged,
+            "metrics": dict(trainer._metrics["train"]),
+        },
+    }
+
+
+def _flush(file: Path, files: dict[str, Any]) -> None:
+    """Wait until a file is on the disk, then note its size and hash."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+    files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+
+
+def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
+    facts = trainer.meter.run.manifest
+    content = {
+        "step": trainer.state.global_step,
+        **{key: facts.get(key) for key in ("world_size", "strategy", "recipe_hash")},
+        "resumable": not trainer.args.save_only_model,
+        "files": files,
+    }
+    _flush_folder(folder)
+    write_whole(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
+    _flush_folder(folder)
+    _flush_folder(folder.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _delete_older(trainer: Any) -> None:
+    """Keep `save_total_limit` whole checkpoints: the newest, and the best where there is one."""
+    folder, limit = Path(trainer.args.output_dir), trainer.save_total_limit
+    steps = whole_steps(folder)
+    kept = {steps[-1], trainer.state.best_global_step} & {*steps}
+    for step in steps if limit else []:
+        if len(steps) > max(limit, len(kept)) and step not in kept:
+            # without its mark first: killed in between, it is a leftover and no damaged checkpoint
+            (of_step(folder, step) / COMPLETE).unlink()
+            shutil.rmtree(of_step(folder, step), ignore_errors=True)
+            steps = [other for other in steps if other != step]
+
+
+def _attempt(do: Callable[..., Any], *args: Any) -> str:
+    """What went wrong, or nothing. safetensors has an error of its own for a full disk."""
+    from safetensors import SafetensorError
+
+    try:
+        do(*args)
+    except (OSError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All ranks' files, or nothing where one of them failed, which rank 0 then says; a true answer is never empty."""
+    answers = [(fault, files or {})]
+    if dist.is_initialized():
+        answers = [("", {})] * dist.get_world_size()
+        dist.all_gather_object(answers, (fault, files or {}))
+    for rank, (found, _) in enumerate(answers):
+        if found:
+            say(f"⚠ rank {rank} could not write the checkpoint: {found}")
+            say("  the older ones stand, the run goes on, and the next save tries again")
+            return {}
+    return {name: facts for _, theirs in answers for name, facts in theirs.items()} or {"": None}
+
+
+# ---- reading
+
+
+def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Each tensor's name, and how to read it: only what is asked for is read."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+        tensors = safe_open(file, framework="pt").__enter__()
+        for name in tensors.keys():  # noqa: SIM118
+            found[name] = functools.partial(tensors.get_tensor, name)
+    return found
+
+
+def _put_scheduler(trainer: Any, saved: dict[str, Any]) -> None:
+    """Continue the schedule. ZeRO leaves out empty parameter groups, so their number may be another."""
+    groups, rates = trainer.optimizer.param_groups, saved["_last_lr"]
+    if len(rates) != len(groups):
+        rates = rates[:1] * len(groups)
+    trainer.lr_scheduler.load_state_dict({**trainer.lr_scheduler.state_dict(), **saved, "_last_lr": rates})
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
+class _ZeroScaler:
+    """DeepSpeed's own fp16 loss scaler, by the calls of torch's."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self.scaler).items() if isinstance(value, int | float)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        vars(self.scaler).update(saved)
+
+
+def _scaler(trainer: Any) -> Any:
+    """What scales the loss for fp16; None without."""
+    if not trainer.args.fp16:
+        return None
+    if trainer.is_deepspeed_enabled:
+        return _ZeroScaler(trainer.model_wrapped.optimizer.loss_scaler)
+    return trainer.accelerator.scaler

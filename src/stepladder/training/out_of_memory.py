@@ -1,0 +1,54 @@
+"""What a run that has no memory left says: how much it held, and the cheapest ways to need less."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from stepladder.errors import TrainingError
+from stepladder.settings import Settings
+from stepladder.training.ranks import Launch
+from stepladder.training.telemetry import peak_memory_bytes
+
+
+@contextlib.contextmanager
+def explained(recipe: Settings, launch: Launch) -> Iterator[None]:
+    """Turn a failed allocation, on GPU or CPU, into one message.
+
+    Raises:
+        TrainingError: of this rank, with its peak and the ways down.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        cpu = "can't allocate memory" in str(error)  # torch has no class of its own for it
+        if not (cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+            raise
+        raise TrainingError(
+            f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most",
+            why=str(error).splitlines()[0] if str(error) else "",
+            way_out="\n".join(ways_down(recipe, launch)),
+            this_rank_only=True,
+        ) from None
+
+
+def ways_down(recipe: Settings, launch: Launch) -> list[str]:
+    """What costs least first; the curve stays the same with each of them."""
+    ways = []
+    micro = recipe.get("per_device_train_batch_size")
+    if micro > 1:
+        half = f"--per_device_train_batch_size {micro // 2}"
+        if recipe.get("global_batch_size"):
+            ways.append(f"{half} (the accumulation follows: the global batch stays {recipe.get('global_batch_size')})")
+        else:
+            ways.append(f"{half} --gradient_accumulation_steps {2 * recipe.get('gradient_accumulation_steps')}")
+    if not recipe.get("gradient_checkpointing"):
+        ways.append("--gradient_checkpointing true (about a quarter slower)")
+    if launch.strategy in ("single", "ddp", "zero2"):
+        more = "" if launch.ranks > 1 else " on several devices"
+        ways.append(f"accelerate launch --config_file accelerate_configs/zero3.yaml …{more}: weights are sharded too")
+    elif not launch.strategy.endswith("_offload"):
+        ways.append(f"accelerate_configs/{launch.strategy}_offload.yaml: the shards lie in host memory")
+    return ways[:3] or ["a smaller model, a shorter max_length, or more devices"]

@@ -1,0 +1,190 @@
+"""What the next start of a run does: begin, resume from the newest whole checkpoint, or refuse with a reason.
+
+Decided on rank 0 before torch is imported; nothing here is more than files and JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from stepladder.console import say
+from stepladder.errors import CheckpointError, LaunchError
+from stepladder.recipe.recipe import Recipe
+from stepladder.run import Run, status
+
+COMPLETE = "COMPLETE.json"
+STUCK_AFTER = 3  # starts from one and the same step
+
+
+def of_step(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step}"
+
+
+def whole_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints are complete, in order."""
+    names = [file.parent.name.removeprefix("checkpoint-") for file in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(int(name) for name in names if name.isdigit())  # not those that were set aside
+
+
+def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[str]) -> Path | None:
+    """Take the run folder for this start.
+
+    Args:
+        resume: `auto`, `never`, or a checkpoint of this run folder.
+        overwrite: a run that is there is replaced.
+        allowed: keys of the curve that may differ from the run's recipe.
+
+    Returns:
+        The checkpoint to resume from; None for a run from its beginning, and on other ranks than 0.
+
+    Raises:
+        LaunchError: the folder is no run's, or its run is finished, in use, stuck, or of another recipe.
+        CheckpointError: there are checkpoints and none of them is whole.
+    """
+    if not run.is_writer:
+        return None
+    run.lock()
+    folder, where = run.folder, recipe.where("output_dir")
+    chosen = None if resume in ("auto", "never") else Path(resume)
+    if not run.exists(where) or overwrite:
+        if chosen:
+            raise _no_checkpoint_of(chosen, folder)
+        run.clear()
+        return None
+    before = run.read()
+    if before["status"] == "finished" or resume == "never":
+        raise LaunchError(
+            f"output_dir {folder} holds a run ({status(folder)})",
+            where=where,
+            why="nothing that existed is overwritten",
+            way_out="another --output_dir, or --overwrite to replace that run",
+        )
+    _check_recipe(recipe, before["recipe"], allowed, where)
+    _set_leftovers_aside(folder)
+    found = _checked(chosen, folder) if chosen else newest_whole(folder)
+    step = int(found.name.split("-")[1]) if found else 0
+    starts = 1 if chosen or before.get("progress", {}).get("step") != step else before["progress"]["starts"] + 1
+    if starts > STUCK_AFTER:
+        run.manifest = {**before, "status": "stuck"}
+        run.update()
+        raise LaunchError(
+            f"the run in {folder} makes no progress: {STUCK_AFTER} starts in a row came no further than step {step}",
+            where=where,
+            why=f"the last of them ended with: {before.get('error') or 'nothing said (killed, perhaps)'}",
+            way_out=f"mend that, then --resume {of_step(folder, step)}" if found else "mend that, then --overwrite",
+        )
+    if found is None:
+        say(f"the run in {folder} ended before its first checkpoint: it starts anew")
+        run.clear()
+    run.manifest = {**before, "progress": {"step": step, "starts": starts}}
+    run.allowed = [key.replace("-", "_") for key in allowed]
+    return found
+
+
+def entry(checkpoint: Path | None) -> dict[str, Any] | None:
+    """What run.json says of a resumption."""
+    if checkpoint is None:
+        return None
+    return {"step": int(checkpoint.name.split("-")[1]), "from": str(checkpoint)}
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there, by size and hash; what is wrong with newer ones is said.
+
+    Raises:
+        CheckpointError: there are some, and none is whole.
+    """
+    faults = []
+    for step in reversed(whole_steps(folder)):
+        checkpoint = of_step(folder, step)
+        if not (fault := damage(checkpoint)):
+            return checkpoint
+        faults.append(f"{checkpoint}: {fault}")
+        say(f"⚠ {faults[-1]}; the one before it is tried")
+    if faults:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole",
+            why="\n".join(faults),
+            way_out="put the files back from a copy, or --overwrite to start anew",
+        )
+    return None
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or nothing."""
+    try:
+        content = json.loads((checkpoint / COMPLETE).read_text())
+        files: dict[str, Any] = content["files"]
+        if not content["resumable"]:
+            return "it holds the weights only (save_only_model: true)"
+        for name, facts in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size:,} bytes instead of {facts['bytes']:,}"
+            if digest(checkpoint / name) != facts["sha256"]:
+                return f"{name} is not what was written (SHA-256)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{COMPLETE} cannot be read: {error!r}"
+    return ""
+
+
+def digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _checked(chosen: Path, folder: Path) -> Path:
+    if chosen.resolve().parent != folder.resolve() or not (chosen / COMPLETE).is_file():
+        raise _no_checkpoint_of(chosen, folder)
+    if fault := damage(chosen):
+        raise CheckpointError(f"{chosen} cannot be resumed from", why=fault, way_out="--resume auto takes a whole one")
+    for step in whole_steps(folder):
+        if step > int(chosen.name.split("-")[1]):  # else the next start would take it
+            _set_aside(of_step(folder, step))
+    return chosen
+
+
+def _no_checkpoint_of(chosen: Path, folder: Path) -> LaunchError:
+    steps = whole_steps(folder)
+    return LaunchError(
+        f"--resume {chosen}: no checkpoint of the run in {folder}",
+        way_out=f"one of {', '.join(str(of_step(folder, step)) for step in steps)}" if steps else "--resume auto",
+    )
+
+
+def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], where: str) -> None:
+    allowed = [key.replace("-", "_") for key in allowed]
+    changes = {key: change for key, change in recipe.changes(before).items() if key not in allowed}
+    if changes:
+        raise LaunchError(
+            f"output_dir {recipe.output_dir} holds an unfinished run of another recipe",
+            where=where,
+            why="\n".join(f"{key}: {old} → {new}" for key, (old, new) in sorted(changes.items())),
+            way_out="another --output_dir; or to go on with the change: "
+            + " ".join(f"--allow_change {key}" for key in sorted(changes)),
+        )
+
+
+def _set_leftovers_aside(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*/"):
+        if checkpoint.is_dir() and checkpoint.name.split("-")[1].isdigit() and not (checkpoint / COMPLETE).is_file():
+            say(f"⚠ {checkpoint} was never complete (its save was cut off)")
+            _set_aside(checkpoint)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    free = checkpoint.with_name(f"{checkpoint.name}.partial")
+    number = 1
+    while free.exists():
+        number += 1
+        free = checkpoint.with_name(f"{checkpoint.name}.partial{number}")
+    say(f"  {checkpoint.name} is now {free.name}")
+    checkpoint.rename(free)
