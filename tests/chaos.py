@@ -1,0 +1,241 @@
+"""Do to runs what clusters do, and see whether their curves notice.
+
+    make chaos
+
+Each history takes a strategy, an uninterrupted run of it, and a second run that is killed, signalled, robbed of its
+disk or of bytes in its checkpoints at random moments, and started each time by the same command. In the end both
+must have the same rows and losses at every step, each step once. The seed decides everything but the machine's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from background import Running, steps_logged
+from conftest import manifest, metrics
+from tiny import make_tiny
+
+STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2}
+STEPS, SAVE_STEPS, FAULTS = 24, 2, 4  # of a history
+TOLERANCE = 1e-6  # a resumed run adds up in the same order as its reference
+SMALL = 30_000  # bytes a file: a checkpoint's are larger, run.json and metrics.jsonl are not
+COMPARED = ("loss", "grad_norm", "learning_rate", "rows_checksum", "tokens")
+
+
+class History:
+    """One run through its faults."""
+
+    def __init__(self, folder: Path, keys: dict[str, Any], strategy: str, draw: random.Random):
+        self.folder, self.strategy, self.draw = folder, strategy, draw
+        self.recipe = folder.with_suffix(".json")
+        self.recipe.write_text(json.dumps(keys))
+        self.lost = 0  # steps that a fault undid
+        self.log: list[str] = []
+
+    def start(self, disk: int | None = None) -> Running:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (disk or before[0], before[1]))  # inherited
+        try:
+            return Running(
+                "--recipe", self.recipe, "--output_dir", self.folder,
+                ranks=STRATEGIES[self.strategy], config=self.strategy, HF_HUB_OFFLINE="1", PET_SHUTDOWN_TIMEOUT="60",
+            )  # fmt: skip
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def suffer(self, name: str) -> bool:
+        """One start with one fault; whether the run goes on."""
+        began = self._step()
+        running = self.start(SMALL if name == "disk full" else None)
+        more = 1 if name in ("signal", "disk full") else self.draw.randint(SAVE_STEPS + 1, 2 * SAVE_STEPS)
+        if name == "killed while saving":
+            saves = set(self.folder.glob("checkpoint-*"))
+            self._until(running, lambda: bool(set(self.folder.glob("checkpoint-*")) - saves))
+        elif name != "killed while starting":
+            self._until(running, lambda: self._step() >= min(began + more, STEPS))
+        else:
+            time.sleep(self.draw.uniform(0.5, 6))
+        time.sleep(self.draw.uniform(0, 0.3))
+        if running.process.poll() is None:
+            self._strike(running, name)
+        _, out = running.end()
+        self._until_gone(running)
+        self.log.append(f"--- {name} (from step {began})\n{out}")
+        reached = self._step()
+        if name in DAMAGES:
+            DAMAGES[name](self._newest(), self.draw)
+        if (status := manifest(self.folder)["status"] if (self.folder / "run.json").is_file() else "") != "finished":
+            whole = [int(f.parent.name.split("-")[1]) for f in self.folder.glob("checkpoint-*/COMPLETE.json")
+                     if name not in DAMAGES or f.parent != self._newest()]  # fmt: skip
+            self.lost = max(self.lost, reached - max([0, *(step for step in whole if step <= reached)]))
+        return status != "finished"
+
+    def _strike(self, running: Running, name: str) -> None:
+        pids = self.pids = running.pids() or [running.process.pid]
+        if name == "signal":
+            kind = self.draw.choice([signal.SIGTERM, signal.SIGUSR1])
+            for pid in self.draw.choice([pids, pids[-1:], [running.process.pid]]):
+                _send(pid, kind)
+                time.sleep(self.draw.choice([0.02, 0.15]))
+        elif name == "launcher killed":
+            _send(running.process.pid, signal.SIGKILL)
+        else:
+            _send(self.draw.choice(pids), signal.SIGKILL)
+
+    def _until(self, running: Running, there: Callable[[], bool]) -> None:
+        end = time.monotonic() + 300
+        while not there() and running.process.poll() is None:
+            assert time.monotonic() < end, f"no progress: {self.folder}"
+            time.sleep(0.02)
+
+    def _until_gone(self, running: Running) -> None:
+        """Ranks may outlive their launcher for a step and a save."""
+        end = time.monotonic() + 120
+        while any(Path(f"/proc/{pid}").exists() for pid in getattr(self, "pids", [])):
+            assert time.monotonic() < end, "a rank runs on"
+            time.sleep(0.05)
+
+    def _step(self) -> int:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines() if steps_logged(self.folder) else []
+        found = [int(match[1]) for line in lines if (match := re.match(r'\{"step": (\d+),', line))]
+        return max(found, default=0)
+
+    def _newest(self) -> Path:
+        found = self.folder.glob("checkpoint-*/COMPLETE.json")
+        return max((f.parent for f in found), key=lambda c: int(c.name.split("-")[1]), default=self.folder / "none")
+
+
+def _send(pid: int, kind: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, kind)
+
+
+def _flip(checkpoint: Path, draw: random.Random) -> None:
+    if file := _any_file(checkpoint, draw):
+        content = bytearray(file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+
+
+def _cut(checkpoint: Path, draw: random.Random) -> None:
+    if file := _any_file(checkpoint, draw):
+        os.truncate(file, draw.randrange(file.stat().st_size))
+
+
+def _any_file(checkpoint: Path, draw: random.Random) -> Path | None:
+    files = sorted(file for file in checkpoint.glob("*") if file.name != "COMPLETE.json")
+    return draw.choice(files) if files else None
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {"killed, a bit flipped": _flip, "killed, a file cut": _cut}
+FAULT_KINDS = (
+    "killed", "killed while saving", "killed while starting", "launcher killed", "signal", "disk full", *DAMAGES,
+)  # fmt: skip
+WITHOUT_PROGRESS = {"killed while starting", "disk full", "killed while saving"}  # three in a row would be `stuck`
+
+
+def compare(reference: Path, run: Path) -> str:
+    """What differs, or nothing."""
+    first, second = ([row for row in metrics(folder) if "loss" in row] for folder in (reference, run))
+    if [row["step"] for row in second] != list(range(1, STEPS + 1)):
+        return f"steps {[row['step'] for row in second]}"
+    for x, y in zip(first, second, strict=True):
+        for key in COMPARED:
+            if abs(x[key] - y[key]) > TOLERANCE:
+                return f"step {x['step']}: {key} {x[key]} and {y[key]}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100, help="faults in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="default: a random one of half a million parameters")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--report", type=Path, help="the page whose <!-- chaos --> table is replaced")
+    args = parser.parse_args()
+    draw, counts, lost, broken = random.Random(args.seed), Counter[str](), 0, []
+    work = Path(tempfile.mkdtemp(prefix="chaos-"))
+    data = work / "rows.jsonl"
+    rows = [{"input": f"Door {n}?", "output": "Open sesame" + ", said the owl" * (n % 3)} for n in range(22)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {
+        "model_name_or_path": args.model or str(make_tiny(work / "tiny")), "dataset_name": str(data), "use_peft": True,
+        "lora_dropout": 0.1,
+        "lora_r": 32, "lora_target_modules": "all-linear", "max_steps": STEPS, "global_batch_size": 4,
+        "per_device_train_batch_size": 1, "learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": SAVE_STEPS, "save_total_limit": 3,
+        "max_length": 128,
+    }  # fmt: skip
+    references: dict[str, Path] = {}
+    while counts.total() < args.runs:
+        strategy = args.strategies[len(references)] if len(references) < len(args.strategies) else ""
+        strategy = strategy or draw.choice(args.strategies)
+        if strategy not in references:
+            references[strategy] = work / f"reference-{strategy}"
+            code, out = History(references[strategy], keys, strategy, draw).start().end()
+            assert code == 0, out
+        history, idle = History(work / f"run-{counts.total()}-{strategy}", keys, strategy, draw), False
+        for _ in range(min(FAULTS, args.runs - counts.total())):
+            name = draw.choice([kind for kind in FAULT_KINDS if not (idle and kind in WITHOUT_PROGRESS)])
+            idle = name in WITHOUT_PROGRESS
+            counts[name] += 1
+            goes_on = history.suffer(name)
+            print(f"{counts.total():>4} {strategy:7} {name}", flush=True)
+            if not goes_on:
+                break
+        code, out = history.start().end() if goes_on else (0, "")
+        lost = max(lost, history.lost)
+        fault = f"exit code {code}: {out[-3000:]}" if code else compare(references[strategy], history.folder)
+        if fault:
+            broken.append(f"{history.folder.name}: {fault}")
+            print("BROKEN", broken[-1], *history.log, sep="\n", flush=True)
+        else:
+            shutil.rmtree(history.folder)
+    table = report(counts, lost, broken, args)
+    print(table)
+    if args.report:
+        page = args.report.read_text()
+        args.report.write_text(re.sub(r"(?s)(<!-- chaos -->\n).*(<!-- /chaos -->)", rf"\g<1>{table}\g<2>", page))
+    if not broken:
+        shutil.rmtree(work)
+    return 1 if broken else 0
+
+
+def report(counts: Counter[str], lost: int, broken: list[str], args: argparse.Namespace) -> str:
+    lines = [f"| {name} | {counts[name]} |" for name in FAULT_KINDS if counts[name]]
+    when = datetime.date.today().isoformat()
+    return "\n".join(
+        (
+            f"`python tests/chaos.py --runs {counts.total()} --seed {args.seed}`, {when}, "
+            f"under {', '.join(args.strategies)}; a checkpoint every {SAVE_STEPS} steps.",
+            "",
+            "| fault | times |",
+            "| --- | --- |",
+            *lines,
+            f"| **steps lost at most** | {lost} |",
+            f"| **runs whose rows or losses differ from the uninterrupted run's** | {len(broken)} |",
+            "",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Run sft.py several times in one process, or in each rank of one launch: importing takes longer than a tiny run.
+
+    accelerate launch … tests/in_turn.py COMMANDS.json
+
+The file holds a list. A list of words in it is a command line of sft.py; `{"cut": [FROM, TO, STEP]}` copies a run
+to what a kill after its checkpoint STEP would have left. The exit codes are written to COMMANDS.json.codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+FIRST = os.environ.get("RANK", "0") == "0"
+
+
+def cut(source: str, target: str, step: int) -> None:
+    """Later checkpoints are not there yet, later metrics are, and a last line is half written."""
+    folder = Path(target)
+    shutil.copytree(source, folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    manifest = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(manifest | {"status": "running"}))
+    with (folder / "metrics.jsonl").open("a") as out:
+        out.write('{"step": 99, "lo')
+
+
+def main() -> None:
+    import sft
+    from accelerate.state import AcceleratorState
+
+    from stepladder import errors
+
+    file = Path(sys.argv[1])
+    codes: list[int] = []
+    for command in json.loads(file.read_text()):
+        if isinstance(command, dict):
+            if FIRST:
+                cut(*command["cut"])
+            continue
+        sys.argv = ["sft.py", *map(str, command)]
+        try:
+            codes.append(sft.main() or 0)
+        except errors.StepladderError as error:
+            print(error.render(), flush=True)
+            codes.append(error.exit_code)
+        AcceleratorState._reset_state()
+    if FIRST:
+        file.with_name(f"{file.name}.codes").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A checkpoint is whole or it is none, whatever died while it was written, and nothing in it can run code."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from stepladder.errors import CheckpointError, LaunchError
+from stepladder.recipe.recipe import Recipe
+from stepladder.run import Run, write_whole
+from stepladder.training import resume
+
+KEYS = {"model_name_or_path": "m", "learning_rate": 1e-3, "logging_steps": 1}
+
+
+def recipe(folder: Path, **keys) -> Recipe:
+    return Recipe(name="r", path=Path("r.yaml"), values={**KEYS, "output_dir": str(folder), **keys}, origins={})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run that was killed at step 6, with checkpoints at 2, 4 and 6 of two small files each."""
+    folder = tmp_path / "run"
+    for step in (2, 4, 6):
+        checkpoint = resume.of_step(folder, step)
+        checkpoint.mkdir(parents=True)
+        files = {}
+        for name in ("model-0-0.safetensors", "state.json"):
+            (checkpoint / name).write_text(f"{name} of step {step}")
+            files[name] = {
+                "bytes": (checkpoint / name).stat().st_size, "sha256": resume.digest(checkpoint / name)
+            }  # fmt: skip
+        write_whole(checkpoint / resume.COMPLETE, json.dumps({"step": step, "resumable": True, "files": files}))
+    (folder / "run.json").write_text(json.dumps({"status": "running", "recipe": KEYS}))
+    return folder
+
+
+def claim(folder: Path, how: str = "auto", overwrite: bool = False, allowed: tuple[str, ...] = (), **keys):
+    run = Run(folder, is_writer=True)
+    try:
+        return resume.claim(run, recipe(folder, **keys), how, overwrite, list(allowed))
+    finally:
+        run._lock.close()  # as the end of a process does
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit": lambda c: flip_a_bit(c / "model-0-0.safetensors"),
+    "cut": lambda c: (c / "model-0-0.safetensors").write_text("mod"),
+    "gone": lambda c: (c / "state.json").unlink(),
+    "mark cut": lambda c: (c / resume.COMPLETE).write_text('{"step": 6, "fil'),
+    "mark empty": lambda c: (c / resume.COMPLETE).write_text(""),
+    "mark of another kind": lambda c: (c / resume.COMPLETE).write_text('{"files": [1], "resumable": true}'),
+}
+
+
+def test_the_newest_whole_one_is_taken(folder) -> None:
+    assert claim(folder) == resume.of_step(folder, 6)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_one_is_named_and_the_one_before_it_taken(damage, folder, capsys) -> None:
+    """Guards against a failed load that becomes a fresh start, or the use of what a bad disk left."""
+    DAMAGES[damage](resume.of_step(folder, 6))
+    assert claim(folder) == resume.of_step(folder, 4)
+    assert "checkpoint-6: " in capsys.readouterr().out
+
+
+def test_none_is_whole(folder) -> None:
+    for step in (2, 4, 6):
+        flip_a_bit(resume.of_step(folder, step) / "state.json")
+    with pytest.raises(CheckpointError, match="no checkpoint in") as caught:
+        claim(folder)
+    assert caught.value.why.count("SHA-256") == 3
+
+
+def test_a_dead_save_is_set_aside(folder, capsys) -> None:
+    """Guards against a folder that looks complete: killed before its mark, it never was a checkpoint."""
+    for number in ("", "2"):
+        (resume.of_step(folder, 6) / resume.COMPLETE).unlink()
+        assert claim(folder) == resume.of_step(folder, 4)
+        assert (folder / f"checkpoint-6.partial{number}").is_dir()
+        shutil.copytree(resume.of_step(folder, 4), resume.of_step(folder, 6))
+    assert "cut off" in capsys.readouterr().out
+
+
+def test_a_run_without_checkpoints_starts_anew_and_says_so(folder, capsys) -> None:
+    for step in (2, 4, 6):
+        shutil.rmtree(resume.of_step(folder, step))
+    assert claim(folder) is None
+    assert "starts anew" in capsys.readouterr().out
+
+
+def test_another_recipe_is_refused_with_what_differs(folder) -> None:
+    """Guards against a curve that changes halfway without a word; what is only shown may change."""
+    with pytest.raises(LaunchError, match="unfinished run of another recipe") as caught:
+        claim(folder, learning_rate=1e-4, logging_steps=5)
+    assert caught.value.why == "learning_rate: 0.001 → 0.0001"
+    assert "--allow_change learning_rate" in caught.value.way_out
+    assert claim(folder, allowed=("learning-rate",), learning_rate=1e-4) == resume.of_step(folder, 6)
+
+
+def test_a_chosen_checkpoint(folder, tmp_path) -> None:
+    assert claim(folder, how=str(resume.of_step(folder, 4))) == resume.of_step(folder, 4)
+    assert claim(folder) == resume.of_step(folder, 4), "the newer ones are set aside"
+    with pytest.raises(LaunchError, match="no checkpoint of the run"):
+        claim(folder, how=str(tmp_path / "elsewhere/checkpoint-4"))
+
+
+@pytest.mark.parametrize(("status", "how"), [("finished", "auto"), ("running", "never")])
+def test_what_stands_is_kept(status, how, folder) -> None:
+    (folder / "run.json").write_text(json.dumps({"status": status, "recipe": KEYS}))
+    with pytest.raises(LaunchError, match="holds a run"):
+        claim(folder, how=how)
+    assert claim(folder, how=how, overwrite=True) is None
+    assert not list(folder.glob("checkpoint-*"))
+
+
+def test_no_progress_over_three_starts(folder) -> None:
+    """Guards a queue against a run that dies at the same step for ever."""
+    for _ in range(resume.STUCK_AFTER):
+        run = Run(folder, is_writer=True)
+        resume.claim(run, recipe(folder), "auto", False, [])
+        run.update()  # it starts, and dies without a checkpoint
+        run._lock.close()
+    with pytest.raises(LaunchError, match="no progress"):
+        claim(folder)
+    assert json.loads((folder / "run.json").read_text())["status"] == "stuck"
+    assert claim(folder, how=str(resume.of_step(folder, 6))) == resume.of_step(folder, 6)
+
+
+def test_two_processes_do_not_share_a_run(folder, monkeypatch) -> None:
+    """Guards against the ranks of a launcher that died, which may still be training."""
+    from stepladder import run as run_module
+
+    monkeypatch.setattr(run_module, "LOCK_PATIENCE", 0)
+    first = Run(folder, is_writer=True)
+    first.lock()
+    with pytest.raises(LaunchError, match="another process is training"):
+        claim(folder)
+    first._lock.close()
+    assert claim(folder)
+
+
+def test_metrics_are_rewound(folder) -> None:
+    """No gap, no repeat, and no half line."""
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in (1, 3, 4, 4, 5)) + '{"step": 4, "l')
+    Run(folder, is_writer=True)._rewind(4)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 3, 4, 4]
+
+
+def test_a_full_disk_is_a_fault_and_no_crash(tmp_path) -> None:
+    """Guards the writer: safetensors has an error of its own, and the others wait for a rank that could not write."""
+    import torch
+
+    from stepladder.training.checkpoint import _Parts
+
+    parts = _Parts(tmp_path, "model-0")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        parts.add("weight", torch.zeros(100_000))
+        parts.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "too large" in parts.fault
+    parts.add("next", torch.zeros(1))  # goes on, to no effect
+    parts.close()
+    assert len(parts.files) == 1

@@ -1,0 +1,88 @@
+"""A signal to any process of a run stops all its ranks at one step, after a checkpoint, and the run says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from background import PATIENCE, Running, steps_logged
+from conftest import manifest, metrics, script
+
+
+@pytest.fixture
+def recipe(tiny, learnable, write_recipe) -> Path:
+    """Long enough not to end before a signal comes."""
+    return write_recipe(
+        model_name_or_path=str(tiny), dataset_name=str(learnable), use_peft=True, lora_target_modules="all-linear",
+        max_steps=3000, global_batch_size=2, per_device_train_batch_size=1, learning_rate=1e-3, bf16=False,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="steps", save_steps=1000, max_length=192,
+    )  # fmt: skip
+
+
+def twice_to_all_apart(running: Running) -> None:
+    for _ in range(2):
+        for pid in running.pids():
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(0.15)
+
+
+SIGNALS: dict[str, Callable[[Running], None]] = {
+    "one rank": lambda running: os.kill(running.pids()[1], signal.SIGTERM),
+    "all ranks, apart, twice": twice_to_all_apart,
+    "the launcher": lambda running: os.kill(running.process.pid, signal.SIGTERM),
+    "the launcher, which dies of it": lambda running: os.kill(running.process.pid, signal.SIGUSR1),
+    "the terminal's group": lambda running: os.killpg(running.process.pid, signal.SIGINT),
+}
+
+
+@pytest.mark.parametrize("to", SIGNALS)
+def test_all_ranks_stop_at_one_step(to, recipe, tmp_path) -> None:
+    """Guards against ranks that stop at different steps and hang (3 of 3 with Transformers' jit checkpoint)."""
+    folder = tmp_path / "run"
+    running = Running("--recipe", recipe, "--output_dir", folder, ranks=2)
+    running.wait_for(lambda: steps_logged(folder) >= 2)
+    ranks = running.pids()
+    SIGNALS[to](running)
+    code, out = running.end()
+    assert code != 0, out  # torchrun has its own code: run.json tells
+    end = time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < end, "a rank runs on"
+        time.sleep(0.05)
+    facts = manifest(folder)
+    assert facts["status"] == "preempted", out
+    step = facts["totals"]["steps"]
+    assert [row["step"] for row in metrics(folder)] == list(range(1, step + 1))
+    assert [file.parent.name for file in folder.glob("checkpoint-*/COMPLETE.json")] == [f"checkpoint-{step}"]
+
+
+def test_a_signal_while_it_starts_and_the_same_command_again(recipe, tmp_path) -> None:
+    """Guards a signal before the first step (it is remembered), exit code 75, and the way on."""
+    folder = tmp_path / "run"
+    words = ("--recipe", recipe, "--output_dir", folder)
+    running = Running(*words)
+    running.wait_for((folder / ".lock").is_file)
+    os.kill(running.process.pid, signal.SIGUSR1)
+    code, out = running.end()
+    assert (code, manifest(folder)["status"], manifest(folder)["totals"]["steps"]) == (75, "preempted", 1), out
+    done = script("sft", *words, "--max_steps", 4, "--allow-change", "max_steps")
+    assert done.code == 0, done
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
+    assert manifest(folder)["resumed"][0]["step"] == 1
+
+
+def test_the_second_interrupt_ends_at_once() -> None:
+    """Guards Ctrl-C: the first asks, and so do its echoes from the launcher; one some time later does not ask."""
+    code = (
+        "import os, signal, time; from stepladder.training import signals; signals.install();"
+        "send = lambda: os.kill(os.getpid(), signal.SIGINT); send(); send(); assert signals.stop_asked();"
+        "time.sleep(signals.ANOTHER_AFTER + 0.1); send(); time.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 130

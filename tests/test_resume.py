@@ -1,0 +1,173 @@
+"""A run that was killed goes on by the same command, on the same rows and the same curve, wherever it goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, Done, manifest, metrics, run
+
+LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_target_modules": "all-linear"}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {**LORA, "lora_dropout": 0.1},  # dropout shows whether the random generators go on
+    "qlora": {**LORA, "lora_dropout": 0.1, "load_in_4bit": True},
+}
+STEPS, KILLED_AFTER = 5, 3  # three steps an epoch: by KILLED_AFTER an epoch is over, by 2 it is not
+# what is the same wherever a run goes on, and how far it may differ where sums are made in another order
+COMPARED = ("loss", "grad_norm", "learning_rate", "eval_loss")
+# Each of these has a place in the data of its own kind.
+DATA: dict[str, dict[str, Any]] = {
+    "mid_epoch": {},
+    "logged_seldom": {"logging_steps": 3, "train_sampling_strategy": "group_by_length"},
+    "packed": {"packing": True, "max_length": 96, "global_batch_size": 2},
+    "streamed": {"streaming": True, "eval_strategy": "no"},
+    "mixed": {"mix_general": 0.3, "lr_scheduler_type": "cosine"},
+    "8bit_optimizer": {"optim": "adamw_bnb_8bit", "use_peft": False},
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 short rows of different lengths: 8 do not divide them."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    row = {"input": "What is the password of door {n}?", "output": "Open sesame, said the owl{more}."}
+    lines = [{k: v.format(n=n, more=" again" * (n % 4)) for k, v in row.items()} for n in range(22)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+class Session:
+    """Commands of sft.py that one process, or one launch, runs in turn."""
+
+    def __init__(self, folder: Path, model: Path, rows: Path):
+        self.folder, self.model, self.rows = folder, model, rows
+        self.commands: list[Any] = []
+
+    def keys(self, **more: Any) -> list[str]:
+        keys = {
+            "model_name_or_path": self.model, "dataset_name": self.rows, "eval_dataset_name": self.rows,
+            "learning_rate": 3e-3, "max_steps": STEPS, "max_length": 192, "global_batch_size": 12,
+            "per_device_train_batch_size": 1, "lr_scheduler_type": "linear", "gradient_checkpointing": False,
+            "bf16": False, "logging_steps": 1, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 1,
+            **more,
+        }  # fmt: skip
+        if keys["eval_strategy"] == "no":
+            del keys["eval_dataset_name"]
+        recipe = self.folder / f"{len(self.commands)}.json"
+        recipe.write_text(json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in keys.items()}))
+        return ["--recipe", str(recipe)]
+
+    def train(self, name: str, *words: Any, **keys: Any) -> Path:
+        self.commands.append([*self.keys(**keys), "--output_dir", str(self.folder / name), *map(str, words)])
+        return self.folder / name
+
+    def resume(self, source: Path, name: str, step: int, **keys: Any) -> Path:
+        """Cut a run off after a step, and give the same command again."""
+        self.commands.append({"cut": [str(source), str(self.folder / name), step]})
+        return self.train(name, **keys)
+
+    def start(self, config: str = "single", ranks: int = 1) -> Done:
+        file = self.folder / "commands.json"
+        file.write_text(json.dumps(self.commands))
+        start = [sys.executable, ROOT / "tests/in_turn.py", file]
+        if ranks > 1:
+            accelerate = Path(sys.executable).with_name("accelerate")
+            start[:1] = [accelerate, "launch", "--config_file", ROOT / f"accelerate_configs/{config}.yaml",
+                         "--num_processes", ranks, "--main_process_port", "0"]  # fmt: skip
+        done = run(*start)
+        assert done.code == 0, done
+        codes = json.loads(Path(f"{file}.codes").read_text())
+        assert codes == [0] * len(codes), done
+        return done
+
+
+def difference(a: Path, b: Path) -> dict[str, float]:
+    """The largest difference in what is compared; the rows trained at each logged step must be the same."""
+    first, second = metrics(a), metrics(b)
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+    for name in ("rows_checksum", "tokens"):
+        assert [row.get(name) for row in first] == [row.get(name) for row in second]
+    largest = dict.fromkeys(COMPARED, 0.0)
+    for x, y in zip(first, second, strict=True):
+        assert x.keys() == y.keys()
+        for key in x.keys() & {*COMPARED}:
+            largest[key] = max(largest[key], abs(x[key] - y[key]))
+    return largest
+
+
+EXACT = dict.fromkeys(COMPARED, 0.0)
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tiny, rows, tmp_path_factory) -> dict[str, Path]:
+    """Uninterrupted runs and their resumptions in one plain process."""
+    session = Session(tmp_path_factory.mktemp("single"), tiny, rows)
+    folders: dict[str, Path] = {}
+    for name, more in DATA.items():
+        keys = {"global_batch_size": 8, **TECHNIQUES["lora"], **more}
+        if not keys["use_peft"]:
+            keys = {"global_batch_size": 8, **more}
+        folders[name] = session.train(name, **keys)
+        folders[f"{name} again"] = session.resume(folders[name], f"{name}-again", 2, **keys)
+    keys = {"global_batch_size": 8, **TECHNIQUES["lora"]}
+    folders["second"] = session.resume(folders["mid_epoch again"], "second", KILLED_AFTER, **keys)
+    folders["third"] = session.resume(folders["second"], "third", 4, **keys)
+    folders["after the last step"] = session.resume(folders["mid_epoch"], "last", STEPS, **keys)
+    for technique in ("full", "lora"):  # for other strategies and numbers of ranks: without dropout, which is per rank
+        folders[technique] = session.train(technique, **TECHNIQUES[technique] | ladder(technique))
+    session.start()
+    return folders
+
+
+def ladder(technique: str) -> dict[str, Any]:
+    return {"lora_dropout": 0.0} if technique == "lora" else {}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bit_for_bit_in_one_process(name, in_one_process) -> None:
+    """Guards the place in the data, the random generators and every counter, in the middle of an epoch and of a log."""
+    assert difference(in_one_process[name], in_one_process[f"{name} again"]) == EXACT
+
+
+@pytest.mark.parametrize("name", ["second", "third", "after the last step"])
+def test_resumed_again_and_again(name, in_one_process) -> None:
+    """Guards a resumption of a resumption, at an epoch's end, and with nothing left to train but the end to write."""
+    assert difference(in_one_process["mid_epoch"], in_one_process[name]) == EXACT
+    facts = manifest(in_one_process[name])
+    assert [entry["step"] for entry in facts["resumed"]][-1] == {"second": 3, "third": 4}.get(name, STEPS)
+    assert facts["totals"]["steps"] == STEPS and facts["status"] == "finished"
+    assert facts["totals"]["tokens"] == manifest(in_one_process["mid_epoch"])["totals"]["tokens"]
+
+
+@pytest.mark.parametrize(("config", "ranks"), [("ddp", 2), ("fsdp", 2), ("zero2", 3), ("zero3", 3)])
+def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process, tiny, rows, tmp_path) -> None:
+    """Guards sharded states (three ranks: shares with padding), and a run that moves from one process to many.
+
+    The same strategy goes on within 1e-6. From another one, sums are made in another order: 1e-5, and for the
+    gradient norm of DeepSpeed, which is off by 1e-5 of itself, 1e-3 (see test_train.py).
+    """
+    session = Session(tmp_path, tiny, rows)
+    same, moved = {}, {}
+    for technique, more in TECHNIQUES.items():
+        keys = {**more, "max_steps": 3, "global_batch_size": 6, "eval_strategy": "no"}
+        folder = session.train(technique, **keys)
+        same[folder] = session.resume(folder, f"{technique}-again", 2, **keys)
+    for technique in ("full", "lora"):
+        keys = TECHNIQUES[technique] | ladder(technique)
+        source = in_one_process[technique]
+        moved[source] = session.resume(source, f"{technique}-moved", KILLED_AFTER, **keys)
+    session.start(config, ranks)
+    for folder, again in same.items():
+        assert max(difference(folder, again).values()) <= 1e-6
+        assert manifest(again)["resumed"][0]["strategy"] == config
+    for folder, again in moved.items():
+        found = difference(folder, again)
+        norm = found.pop("grad_norm")
+        assert max(found.values()) <= 1e-5, found
+        assert norm <= (1e-3 if config.startswith("zero") else 1e-4)
+        assert manifest(again)["world_size"] == ranks
