@@ -7,6 +7,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import time
@@ -119,6 +120,9 @@ class Run:
             "packages": package_versions(),
             **facts,
         }
+        if "wandb" in (facts["recipe"].get("report_to") or ()):  # Transformers asks W&B to resume by this variable
+            known = past["wandb_run_id"] or os.environ.get("WANDB_RUN_ID")
+            self.manifest["wandb_run_id"] = os.environ["WANDB_RUN_ID"] = known or secrets.token_hex(4)
         if resumed:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
@@ -188,10 +192,10 @@ def status(folder: Path) -> str:
         return "unreadable"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
 
 

@@ -76,6 +76,7 @@ RANGES: dict[str, Range] = {
     "dataloader_prefetch_factor": COUNT,
     "ddp_bucket_cap_mb": COUNT,
     "ddp_timeout": COUNT,
+    "hang_timeout": POSITIVE,
     # ---- inside blocks ----
     "accelerator_config.gradient_accumulation_kwargs.num_steps": COUNT,
     "activation_checkpointing_kwargs.every_n_layers": COUNT,

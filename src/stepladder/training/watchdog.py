@@ -30,7 +30,7 @@ class Watchdog(TrainerCallback):
         self._ended = threading.Event()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._moved is None and self.limit > 0:
+        if self._moved is None:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         self._moved = time.monotonic()
         self._step = state.global_step + 1
