@@ -64,6 +64,28 @@ def check_source(name: str | None, where: str = "") -> None:
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
+def folder_of(name: str, revision: str | None = None) -> Path:
+    """The folder that holds a model: `name` itself, or what the hub's cache holds or fetches of it.
+
+    Raises:
+        ModelError: there is none, its weights are pickled, or it is quantized already.
+    """
+    check_source(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
+        with _loading(name):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise ModelError(
+            f"{name} holds quantized weights, which an adapter cannot be folded into",
+            way_out="--base with the model that they were made from",
+        )
+    return folder
+
+
 def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe's model, with a padding token."""
     return tokenizer_of(
@@ -82,6 +104,24 @@ def tokenizer_of(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token  # labels mark what is trained, so padding by the end token trains nothing
     return tok
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Put the tokenizer beside a merged model, and let the model stop where the tokenizer's template ends a turn."""
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer.save_pretrained(folder)
+    generation = base if (base / "generation_config.json").is_file() else None
+    for config in (
+        AutoConfig.from_pretrained(folder),
+        GenerationConfig.from_pretrained(generation) if generation else GenerationConfig(),
+    ):
+        ends = config.eos_token_id
+        if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+            config.eos_token_id = tokenizer.eos_token_id
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        config.save_pretrained(folder)
 
 
 def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:

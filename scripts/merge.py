@@ -1,0 +1,153 @@
+"""Fold an adapter into its base: streamed, proved, ready to serve.
+
+    python scripts/merge.py --adapter runs/lora --output_dir merged/lora
+    python scripts/merge.py --adapter runs/qlora --quantized_base dequantized --output_dir merged/qlora
+
+No more than one module is in memory at a time, whatever the model's size. The merged model must answer
+as base and adapter do, or nothing is written. What was done lies in OUT/merge.json and OUT/README.md.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+from stepladder import console, errors, run
+from stepladder.data import prompts
+from stepladder.model import load, merge, weights
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several add up")
+    parser.add_argument("--weights", type=float, nargs="+", help="one a --adapter (1 each)")
+    parser.add_argument("--output_dir", "--output-dir", required=True, type=Path)
+    parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (the base's)")
+    parser.add_argument("--quantized_base", "--quantized-base", choices=("original", "dequantized"))
+    parser.add_argument("--max_shard_size", "--max-shard-size", default="5GB")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--prompts", help="rows for the proof: JSONL (the recipe's own)")
+    parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
+    parser.add_argument("--json", action="store_true", help="print merge.json")
+    args = parser.parse_args()
+    weights.check_output(args.output_dir)
+    scales = args.weights or [1.0] * len(args.adapter)
+    if len(scales) != len(args.adapter):
+        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
+
+    console.quiet_libraries()
+    import torch
+
+    from stepladder.model import proof, quantized, whole
+
+    console.quiet_progress_bars()
+    began = time.perf_counter()
+    config = merge.configs(args.adapter)[0]
+    manifest = args.adapter[0] / run.MANIFEST
+    trained = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    quantize = quantized.choose(args.quantized_base, trained)
+    name = args.base or config.base_model_name_or_path
+    base = load.folder_of(name, None if args.base else config.revision)
+    has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
+    tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
+
+    work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
+    if because:
+        console.say(f"note: the whole model is loaded, in fp32: {because}")
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else weights.dtype(work.disk)
+    size = sum(tensor.bytes for tensor in work.plan(dtype).values())
+    with weights.beside(args.output_dir, size) as part:
+        check = None
+        if not args.no_verify:
+            check = proof.Proof(work, prompts.token_ids(_rows(args, trained), tokenizer))
+        writing = time.perf_counter()
+        shards = work.write(part, dtype, _bytes(args.max_shard_size), _progress)
+        seconds = time.perf_counter() - writing
+        load.save_tokenizer(tokenizer, base, part)
+        facts = {
+            "status": "proved" if check else "unverified",
+            "base": name,
+            "adapters": [str(folder) for folder in args.adapter],
+            "weights": scales,
+            "quantized_base": args.quantized_base,
+            "dtype": str(dtype).removeprefix("torch."),
+            "streamed": because is None,
+            "bytes": size,
+            "shards": shards,
+            "merge_seconds": round(seconds, 1),
+            "proof": check.compare(part, dtype) if check else None,
+            "packages": run.package_versions(),
+            "command": " ".join(sys.argv),
+        }
+        facts["seconds"] = round(time.perf_counter() - began, 1)
+        facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        run.write_whole(part / "merge.json", json.dumps(facts, indent=2) + "\n")
+    console.say(json.dumps(facts, indent=2) if args.json else _report(facts, args.output_dir))
+
+
+def _rows(args: argparse.Namespace, trained: dict) -> list:
+    """The rows whose prompts both models answer."""
+    from stepladder.data.source import Source
+    from stepladder.recipe import load as recipe_load
+
+    if args.prompts:
+        return prompts.of_source(Source(args.prompts))
+    recipe = args.adapter[0] / run.RECIPE
+    if not recipe.is_file():
+        return prompts.built_in()
+    try:
+        return prompts.of_recipe(recipe_load.load(str(recipe), []))
+    except errors.StepladderError as error:
+        console.say(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}")
+        return prompts.built_in()
+
+
+def _bytes(size: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in units or not number.strip().isdecimal():
+        raise errors.ModelError(f"--max_shard_size {size} is no size", way_out="5GB, or 500MB")
+    return int(number) * units[unit]
+
+
+def _progress(done: int, total: int) -> None:
+    """A line on a terminal; each tenth in a log."""
+    if sys.stdout.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, flush=True)
+
+
+def _report(facts: dict, folder: Path) -> str:
+    size = f"{facts['bytes'] / 1e9:.2f} GB of {facts['dtype']} in {facts['shards']} file{'s' * (facts['shards'] > 1)}"
+    head = (
+        f"✔ {folder}: {size}, merged in {facts['merge_seconds']} s, "
+        f"{facts['seconds']} s in all, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    found = facts["proof"]
+    if not found:
+        return f"{head}\n  not verified, as you asked; the card says so"
+    exact, off, moves = found["exact"], found["written"], found["adapter_moves"]
+    exactly = f"{found['changed']} of {found['tensors']} tensors changed"
+    if "targeted" in found:
+        exactly += f", none but the {found['targeted']} that the adapter targets"
+    return "\n".join(
+        (
+            head,
+            f"  weights  {exactly}",
+            f"  logits   in fp32 off by {exact['max']:.1e} at most (bound {exact['bound']:.1e}); as written by "
+            f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}, where the adapter moves them by "
+            f"{moves['mean']:.1e} in the mean",
+            f"  greedy   {found['greedy']['agree']} of {found['greedy']['of']} agree, {found['prompts']} prompts",
+        )
+    )
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

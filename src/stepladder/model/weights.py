@@ -1,0 +1,290 @@
+"""A model's tensors on disk: checked, read one at a time, written one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from stepladder.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name, torch's
+CODES = {name: code for code, name in FLOATS.items()}
+BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies, or what is to be written: safetensors' dtype (`BF16`, …) and its shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
+
+
+class Weights:
+    """The safetensors of a model or adapter folder; a tensor is in memory only while someone holds it.
+
+    Raises:
+        ModelError: no safetensors, a shard that is missing or truncated, a tensor that no shard holds.
+    """
+
+    def __init__(self, folder: Path, single: str = "model.safetensors"):
+        self.folder = folder
+        listed: dict[str, str] = {}
+        if (folder / INDEX).is_file():
+            listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(listed.values())) or [single]
+        self.tensors: dict[str, Tensor] = {}
+        for file in files:
+            self.tensors |= self._headers(file)
+        if missing := sorted(listed.keys() - self.tensors.keys()):
+            raise ModelError(f"{missing[0]} is listed in {INDEX} and in none of its shards", where=str(folder))
+
+    def _headers(self, file: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / file
+        if not path.is_file():
+            pickles = [p.name for p in self.folder.glob("*.bin")]
+            raise ModelError(
+                f"{self.folder} lacks {file}",
+                why=f"{pickles[0]} is a pickle, which can run code when it is opened, and is not read"
+                if pickles
+                else "the weights are not whole without it",
+                way_out="convert the weights to safetensors" if pickles else "fetch or copy the folder again",
+            )
+        try:
+            with safe_open(path, framework="pt") as shard:
+                slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+                return {n: Tensor(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path} is truncated or damaged", why=str(error), way_out="fetch or copy it again"
+            ) from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, mapped from its file: opened anew each time, so that no page stays in memory for longer."""
+        from safetensors import safe_open
+
+        with safe_open(self.folder / self.tensors[name].file, framework="pt") as shard:
+            return shard.get_tensor(name)
+
+
+def shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+    """The names of each shard, in order: a shard holds at most `limit` bytes, or one tensor."""
+    found: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if found[-1] and size + tensor.bytes > limit:
+            found.append([])
+            size = 0
+        found[-1].append(name)
+        size += tensor.bytes
+    return found
+
+
+def write(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    produce: Callable[[str], torch.Tensor],
+    limit: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write shards and their index; what `produce` returns is written and forgotten before the next is asked for.
+
+    The format (https://github.com/huggingface/safetensors#format) is a length, a JSON header and the
+    bytes; safetensors' own `save_file` wants all tensors of a shard in memory.
+
+    Returns:
+        The number of shards.
+    """
+    import torch
+
+    parts = shards(tensors, limit)
+    total, done = sum(tensor.bytes for tensor in tensors.values()), 0
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            end = offset + tensors[name].bytes
+            header[name] = {
+                "dtype": tensors[name].dtype,
+                "shape": tensors[name].shape,
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begins aligned
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                tensor = produce(name).detach().contiguous().cpu()
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                done += tensors[name].bytes
+                progress(done, total)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return len(parts)
+
+
+def dtype(disk: Weights) -> torch.dtype:
+    """What most of the folder's numbers are held in."""
+    import torch
+
+    sizes = {code: sum(t.bytes for t in disk.tensors.values() if t.dtype == code) for code in FLOATS}
+    return getattr(torch, FLOATS[max(sizes, key=lambda code: sizes[code])])
+
+
+class NotStreamed(Exception):
+    """The tensors on disk are not the model's, one by one."""
+
+
+def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers on `device`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
+    """Names on disk by the model's names; Transformers renames some as it loads.
+
+    Raises:
+        NotStreamed: it fuses some, too, as experts are.
+        ModelError: a tensor is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
+    state, tied, found = model.state_dict(), model.all_tied_weights_keys, {}
+    for key in disk.tensors:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted:
+            raise NotStreamed(f"{key} is fused with others as Transformers loads it")
+        if name in state:
+            found[name] = key
+    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if missing := [name for name in wanted if name not in found and tied.get(name) not in found]:
+        raise ModelError(
+            f"the base has no tensor {missing[0]}{more(missing)}",
+            where=str(disk.folder),
+            why="the folder is not whole, or config.json belongs to another model",
+        )
+    return found
+
+
+def more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+Read = Callable[[str], "torch.Tensor"]
+Held = list[tuple[str, "torch.nn.Module"]]  # modules with their names in the base model
+
+
+def load(held: Held, read: Read) -> None:
+    """Give modules on the meta device their own parameters."""
+    import torch
+
+    for name, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(read(f"{name}.{own}"), requires_grad=False))
+
+
+def unload(held: Held) -> None:
+    import torch
+
+    for _, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+
+def stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
+    """Let each module fetch its weights as it is called, and drop them when it has answered.
+
+    A tuner layer may read its base layer's weight without calling it, as DoRA's does, so the
+    base layer's weights come and go with the tuner layer.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    within: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if module in within:
+            continue
+        modules = [module]
+        if isinstance(module, BaseTunerLayer):
+            modules = [*module.get_base_layer().modules()]
+            within.update(modules)
+        held = [(names[m], m) for m in modules if m in names and m._parameters]
+        if held:
+            module.register_forward_pre_hook(lambda *_, held=held: load(held, read))
+            module.register_forward_hook(lambda *_, held=held: unload(held))
+
+
+def check_output(folder: Path) -> None:
+    """Raise ModelError where the folder holds anything: nothing that existed is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} exists", why="nothing that existed is overwritten", way_out="another --output_dir")
+
+
+@contextmanager
+def beside(folder: Path, needed: int) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
+
+    Args:
+        needed: bytes that will be written.
+
+    Raises:
+        ModelError: not enough space, or a file of the user's where the work would be.
+    """
+    check_output(folder)
+    part, mark = folder.with_name(folder.name + ".part"), "merge.json"
+    if (part / mark).is_file():  # what a merge left that was killed
+        shutil.rmtree(part)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
+        raise ModelError(
+            f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
+            way_out="make room, another --output_dir, or --dtype bf16 where it is fp32",
+        )
+    try:
+        part.mkdir()
+    except FileExistsError:
+        raise ModelError(f"{part} exists, and the work is done there", way_out="remove it") from None
+    try:
+        (part / mark).write_text('{"status": "merging"}\n')
+        yield part
+        os.replace(part, folder)
+    except BaseException:
+        shutil.rmtree(part)
+        raise

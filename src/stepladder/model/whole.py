@@ -1,0 +1,90 @@
+"""PEFT's whole-model merge, for adapters that cannot be streamed: the model is in memory, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepladder.errors import ModelError
+from stepladder.model import weights
+from stepladder.model.merge import Merge, configs, whole_because
+from stepladder.model.quantized import RoundTrip
+from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class Whole:
+    """The same interface as model/merge.py's `Merge`."""
+
+    def __init__(self, base: Path, adapters: list[Path], scales: list[float], tokens: int = 0, device: str = "cpu"):
+        if any(scale != 1 for scale in scales):
+            raise ModelError("only LoRA adapters that are streamed have a weight", way_out="remove --weights")
+        self.base, self.adapters, self.tokens, self.device = base, adapters, tokens, device
+        self.disk = Weights(base)
+
+    def reference(self) -> PeftModel:
+        """Base and adapter side by side, in fp32."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32, use_safetensors=True)
+        model = model.to(self.device).eval()
+        if self.tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(self.tokens, mean_resizing=False)
+        try:
+            peft = PeftModel.from_pretrained(model, self.adapters[0], "adapter_0")
+            for number, folder in enumerate(self.adapters[1:], 1):
+                peft.load_adapter(folder, f"adapter_{number}")
+            peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                "the adapter does not fit this base", where=str(self.adapters[0]), why=str(error).splitlines()[0]
+            ) from None
+        return peft.eval()
+
+    def exact(self) -> PreTrainedModel:
+        """The merged model before it is rounded and written."""
+        try:
+            return self.reference().merge_and_unload(safe_merge=True)
+        except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise ModelError("PEFT cannot merge this adapter", why=str(error).splitlines()[0]) from None
+
+    def opened(self, folder: Path) -> PreTrainedModel:
+        """The merged model as it was written."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+
+    def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        code = CODES[str(dtype).removeprefix("torch.")]
+        return {
+            name: Tensor("", code if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+            for name, tensor in self.disk.tensors.items()
+        }
+
+    def write(self, folder: Path, dtype: torch.dtype, limit: int, progress: Callable[[int, int], None]) -> int:
+        model = self.exact()
+        model.to(dtype).save_pretrained(folder, max_shard_size=limit)
+        return len(list(folder.glob("*.safetensors")))
+
+
+def opened(
+    base: Path, adapters: list[Path], scales: list[float], quantize: RoundTrip | None, tokens: int, device: str
+) -> tuple[Merge | Whole, str | None]:
+    """The merge of these adapters into this base, and why it is not streamed where it is not."""
+    because = whole_because(configs(adapters))
+    if not because:
+        try:
+            return Merge(base, adapters, scales, quantize, tokens, device), None
+        except weights.NotStreamed as reason:
+            because = str(reason)
+    if quantize:
+        raise ModelError("only a streamed merge can use the dequantized base", why=because, way_out="original")
+    return Whole(base, adapters, scales, tokens, device), because
