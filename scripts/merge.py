@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, run
 from stepladder.data import prompts
-from stepladder.model import load, merge, weights
+from stepladder.model import card, load, merge, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--max_shard_size", "--max-shard-size", default="5GB")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--prompts", help="rows for the proof: JSONL (the recipe's own)")
+    parser.add_argument("--ollama", action="store_true", help="write a Modelfile: ollama create NAME -f OUT/Modelfile")
+    parser.add_argument("--push_to_hub", "--push-to-hub", metavar="ID", help="upload the result, as a private model")
     parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
     parser.add_argument("--json", action="store_true", help="print merge.json")
     args = parser.parse_args()
@@ -45,19 +47,23 @@ def main() -> None:
     console.quiet_libraries()
     import torch
 
-    from stepladder.model import proof, quantized, whole
+    from stepladder.model import export, proof, quantized, whole
 
     console.quiet_progress_bars()
     began = time.perf_counter()
     config = merge.configs(args.adapter)[0]
-    manifest = args.adapter[0] / run.MANIFEST
-    trained = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    trained, losses = card.read(args.adapter[0])
     quantize = quantized.choose(args.quantized_base, trained)
     name = args.base or config.base_model_name_or_path
-    base = load.folder_of(name, None if args.base else config.revision)
+    base = load.unquantized(name, None if args.base else config.revision)
+    licence = card.front_matter(base).get("license")
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
 
+    generation = base / "generation_config.json"
+    ollama = args.ollama and export.modelfile(
+        tokenizer, json.loads(generation.read_text()) if generation.is_file() else {}
+    )
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
     if because:
         console.say(f"note: the whole model is loaded, in fp32: {because}")
@@ -66,7 +72,7 @@ def main() -> None:
     with weights.beside(args.output_dir, size) as part:
         check = None
         if not args.no_verify:
-            check = proof.Proof(work, prompts.token_ids(_rows(args, trained), tokenizer))
+            check = proof.Proof(work, prompts.token_ids(_rows(args), tokenizer))
         writing = time.perf_counter()
         shards = work.write(part, dtype, _bytes(args.max_shard_size), _progress)
         seconds = time.perf_counter() - writing
@@ -89,10 +95,15 @@ def main() -> None:
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         run.write_whole(part / "merge.json", json.dumps(facts, indent=2) + "\n")
-    console.say(json.dumps(facts, indent=2) if args.json else _report(facts, args.output_dir))
+        if ollama:
+            run.write_whole(part / "Modelfile", ollama)
+        run.write_whole(part / "README.md", card.card(args.output_dir, name, licence, trained, losses, facts))
+    if args.push_to_hub:
+        console.say(f"pushed to {export.push(args.output_dir, args.push_to_hub)}")
+    console.say(json.dumps(facts, indent=2) if args.json else proof.report(facts, args.output_dir))
 
 
-def _rows(args: argparse.Namespace, trained: dict) -> list:
+def _rows(args: argparse.Namespace) -> list:
     """The rows whose prompts both models answer."""
     from stepladder.data.source import Source
     from stepladder.recipe import load as recipe_load
@@ -122,31 +133,6 @@ def _progress(done: int, total: int) -> None:
     if sys.stdout.isatty():
         end = "\n" if done == total else ""
         print(f"\r  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, flush=True)
-
-
-def _report(facts: dict, folder: Path) -> str:
-    size = f"{facts['bytes'] / 1e9:.2f} GB of {facts['dtype']} in {facts['shards']} file{'s' * (facts['shards'] > 1)}"
-    head = (
-        f"✔ {folder}: {size}, merged in {facts['merge_seconds']} s, "
-        f"{facts['seconds']} s in all, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
-    )
-    found = facts["proof"]
-    if not found:
-        return f"{head}\n  not verified, as you asked; the card says so"
-    exact, off, moves = found["exact"], found["written"], found["adapter_moves"]
-    exactly = f"{found['changed']} of {found['tensors']} tensors changed"
-    if "targeted" in found:
-        exactly += f", none but the {found['targeted']} that the adapter targets"
-    return "\n".join(
-        (
-            head,
-            f"  weights  {exactly}",
-            f"  logits   in fp32 off by {exact['max']:.1e} at most (bound {exact['bound']:.1e}); as written by "
-            f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}, where the adapter moves them by "
-            f"{moves['mean']:.1e} in the mean",
-            f"  greedy   {found['greedy']['agree']} of {found['greedy']['of']} agree, {found['prompts']} prompts",
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -109,5 +109,6 @@ def _convert(source: Path, target: Path) -> None:
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
+    (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:
         raise ModelError("the converted model is not whole", way_out="report this with the versions installed")

@@ -64,20 +64,32 @@ def check_source(name: str | None, where: str = "") -> None:
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
-def folder_of(name: str, revision: str | None = None) -> Path:
-    """The folder that holds a model: `name` itself, or what the hub's cache holds or fetches of it.
+def folder_of(name: str, revision: str | None = None, small_files_only: bool = False) -> Path:
+    """The folder that holds a model or adapter: `name` itself, or what the hub's cache holds or fetches of it.
 
     Raises:
-        ModelError: there is none, its weights are pickled, or it is quantized already.
+        ModelError: there is none, or its weights are pickled.
     """
     check_source(name)
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
 
-        wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
-        with _loading(name):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
+    with _loading(name):
+        files = wanted if small_files_only else [*wanted, "*.safetensors"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+
+
+def unquantized(name: str, revision: str | None = None) -> Path:
+    """The folder of a base whose weights an adapter can be folded into.
+
+    Raises:
+        ModelError: as `folder_of`, or it is an adapter itself, or quantized already.
+    """
+    folder = folder_of(name, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} is no base model: it has no config.json", way_out="--base")
     if "quantization_config" in json.loads((folder / "config.json").read_text()):
         raise ModelError(
             f"{name} holds quantized weights, which an adapter cannot be folded into",

@@ -343,17 +343,20 @@ class Merge:
         Raises:
             ModelError: a weight overflows `dtype`.
         """
-        names = self._written()
+        import torch
+
+        names, plan, targeted = self._written(), self.plan(dtype), self.targeted()
 
         def produce(key: str) -> torch.Tensor:
-            if key not in names:
+            if key not in targeted and plan[key].dtype == self.disk.tensors[key].dtype:
                 return self.disk.read(key)
-            tensor = self.merged(names[key]).to(dtype)
-            if not tensor.isfinite().all():
+            tensor = self.merged(names[key])
+            low, high = tensor.aminmax()
+            if not max(-low, high) <= torch.finfo(dtype).max:  # NaN too
                 raise ModelError(f"{key} is too large for {_name(dtype)}", way_out="--dtype bf16 or fp32")
-            return tensor
+            return tensor.to(dtype)
 
-        count = weights.write(folder, self.plan(dtype), produce, limit, progress)
+        count = weights.write(folder, plan, produce, limit, progress)
         self.config.dtype = dtype
         self.config.save_pretrained(folder)
         return count

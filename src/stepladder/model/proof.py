@@ -153,3 +153,29 @@ def difference(ours: Logits, theirs: Logits) -> dict[str, float]:
         "mean": float(torch.cat([gap.mean(-1) for gap in gaps]).mean()),
         "kl": float(torch.cat(kl).mean()),
     }
+
+
+def report(facts: dict[str, Any], folder: Path) -> str:
+    """merge.json in four lines."""
+    size = f"{facts['bytes'] / 1e9:.2f} GB of {facts['dtype']} in {facts['shards']} file{'s' * (facts['shards'] > 1)}"
+    head = (
+        f"✔ {folder}: {size}, merged in {facts['merge_seconds']} s, "
+        f"{facts['seconds']} s in all, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    found = facts["proof"]
+    if not found:
+        return f"{head}\n  not verified, as you asked; the card says so"
+    exact, off, moves = found["exact"], found["written"], found["adapter_moves"]
+    exactly = f"{found['changed']} of {found['tensors']} tensors changed"
+    if "targeted" in found:
+        exactly += f", none but the {found['targeted']} that the adapter targets"
+    return "\n".join(
+        (
+            head,
+            f"  weights  {exactly}",
+            f"  logits   in fp32 off by {exact['max']:.1e} at most (bound {exact['bound']:.1e}); as written by "
+            f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}, where the adapter moves them by "
+            f"{moves['mean']:.1e} in the mean",
+            f"  greedy   {found['greedy']['agree']} of {found['greedy']['of']} agree, {found['prompts']} prompts",
+        )
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter
+from stepladder.model import adapter, card
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training.trainer import Trainer
@@ -56,7 +55,10 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
         adapter.check_saved(run.folder, shapes)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
-    (run.folder / "README.md").write_text(card(run, recipe), encoding="utf-8")
+    base, (_, losses) = recipe.get("model_name_or_path"), card.read(run.folder)
+    licence = card.front_matter(Path(base)).get("license")
+    text = card.card(run.folder, base, licence, run.manifest, losses, merged=None)
+    (run.folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def check_saved_model(folder: Path, parameters: int) -> None:
@@ -76,38 +78,3 @@ def check_saved_model(folder: Path, parameters: int) -> None:
             where=str(folder),
             way_out="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
         )
-
-
-def card(run: Run, recipe: Settings) -> str:
-    """The model card: what it is made of, and how to use and repeat it."""
-    facts, totals = run.manifest, run.manifest["totals"]
-    base, peft = recipe.get("model_name_or_path"), recipe.get("use_peft")
-    method = ("QLoRA" if recipe.get("load_in_4bit") else "LoRA") if peft else "full fine-tuning"
-    front = {
-        "base_model": base,
-        "library_name": "peft" if peft else "transformers",
-        "tags": ["stepladder", "sft"],
-    }
-    head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in facts["datasets"])
-    loss = facts.get("final", {}).get("loss")
-    return f"""---
-{head}
----
-
-# {run.folder.name}
-
-{method} of `{base}` on {data}, made with Stepladder.
-
-| | |
-| --- | --- |
-| steps | {totals["steps"]} of {facts["global_batch_size"]} sequences |
-| last loss | {"unknown" if loss is None else f"{loss:.4f}"} |
-| trainable parameters | {facts["parameters"]["trainable"]:,} of {facts["parameters"]["all"]:,} |
-| strategy | {facts["strategy"]} on {facts["world_size"]} rank(s), {facts["precision"]} |
-
-Try it: `python scripts/generate.py --model {run.folder} --prompt "…"`
-
-Repeat it: `python scripts/sft.py --recipe {run.folder}/recipe.yaml --output_dir runs/again`
-(versions and data fingerprints are in `run.json`).
-"""

@@ -67,6 +67,14 @@ def named(name: str, where: str = "") -> str:
     return str(getattr(chat_template_utils, f"{name}_chat_template"))
 
 
+def name_of(template: str | None) -> str:
+    """What a template is called, where it is one of ours."""
+    if template is None:
+        return "none: it continues text"
+    own = [file.stem for file in HERE.glob("*.jinja") if file.read_text(encoding="utf-8").strip() == template.strip()]
+    return own[0] if own else f"its own, {len(template)} characters"
+
+
 def from_path(path: str, where: str = "") -> str:
     """A Jinja file, or the template of another model's tokenizer (TRL's `chat_template_path`)."""
     if Path(path).is_file():

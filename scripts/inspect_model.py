@@ -1,0 +1,100 @@
+"""What a model is: name, base, task, data, method, size, template, and a prompt as it sees one.
+
+    python scripts/inspect_model.py runs/lora
+    python scripts/inspect_model.py HuggingFaceTB/SmolLM2-360M-Instruct
+
+Reads the card and the configurations of a run folder, an adapter, a merged model or any other, on disk or
+on the hub; no weights are loaded.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from stepladder import console, errors
+from stepladder.model import card, weights
+
+QUESTION = "How do I track my order?"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", help="a folder or a hub id")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    console.quiet_libraries()
+    from stepladder.data import templates
+    from stepladder.model import load
+
+    folder = load.folder_of(args.model, small_files_only=True)
+    adapter, config = _json(folder / "adapter_config.json"), _json(folder / "config.json")
+    merged, (trained, _) = _json(folder / "merge.json"), card.read(folder)
+    front = card.front_matter(folder)
+    if merged and not trained:
+        trained, _ = card.read(Path(merged["adapters"][0]))
+    tokenizer = load.tokenizer_of(str(folder))
+    asked = [{"role": "user", "content": QUESTION}]
+    has = tokenizer.chat_template is not None
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if has else QUESTION
+    facts = {
+        "name": args.model,
+        "base model": adapter.get("base_model_name_or_path") or front.get("base_model") or "none named",
+        "task": front.get("pipeline_tag") or _task(adapter, config),
+        "data set": ", ".join(f"{d['name']} ({d['rows']} rows)" for d in trained.get("datasets", ()))
+        or _listed(front.get("datasets"))
+        or "none named",
+        "method": _method(adapter, merged, trained, config),
+        "size": _size(folder, adapter),
+        "template": templates.name_of(tokenizer.chat_template),
+        "licence": front.get("license") or "none named",
+        "example prompt": prompt,
+    }
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        print(f"{name:15} {value!r}" if name == "example prompt" else f"{name:15} {value}")
+
+
+def _json(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _task(adapter: dict, config: dict) -> str:
+    named = [adapter.get("task_type") or "", *config.get("architectures", ())]
+    return "text-generation" if any(n.endswith("CausalLM") or n == "CAUSAL_LM" for n in named) else _listed(named)
+
+
+def _method(adapter: dict, merged: dict, trained: dict, config: dict) -> str:
+    if adapter:
+        kind = "DoRA" if adapter.get("use_dora") else adapter["peft_type"]
+        rank = f", r {adapter['r']}, alpha {adapter['lora_alpha']}" if "lora_alpha" in adapter else ""
+        return f"{card.method(trained) if trained else kind}{rank}"
+    if merged:
+        how = card.method(trained) if trained else "an adapter"
+        return f"{how}, merged ({merged['status']})"
+    return (
+        card.method(trained) if trained else f"{config.get('model_type', 'unknown')}, nothing says how it was trained"
+    )
+
+
+def _size(folder: Path, adapter: dict) -> str:
+    import math
+
+    try:
+        disk = weights.Weights(folder, single="adapter_model.safetensors" if adapter else "model.safetensors")
+    except errors.ModelError:
+        return "the weights are not here"
+    found = disk.tensors.values()
+    return f"{sum(math.prod(t.shape) for t in found):,} parameters, {sum(t.bytes for t in found) / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,143 @@
+"""The model card (`README.md`): what a model is made of, under which licence, how to load, serve and repeat it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    """What the YAML head of a folder's README.md says; empty without one."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        found = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def method(trained: dict[str, Any]) -> str:
+    """How a run trained, from its manifest."""
+    recipe = trained["recipe"]
+    if not recipe.get("use_peft"):
+        return "full fine-tuning"
+    kind = "DoRA" if recipe.get("use_dora") else "LoRA"
+    return f"Q{kind}" if recipe.get("load_in_4bit") else kind
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
+    """A run's manifest and its losses; empty where the folder is no run."""
+    manifest, metrics = folder / "run.json", folder / "metrics.jsonl"
+    trained = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    return trained, [row["loss"] for row in rows if "loss" in row]
+
+
+def curve(losses: list[float], width: int = 32) -> str:
+    """The losses as a row of bars."""
+    picked = [losses[i * len(losses) // width] for i in range(width)] if len(losses) > width else losses
+    low, high = min(picked), max(picked)
+    return "".join(BARS[round((loss - low) / (high - low or 1) * (len(BARS) - 1))] for loss in picked)
+
+
+def card(
+    folder: Path,
+    base: str,
+    licence: str | None,
+    trained: dict[str, Any],
+    losses: list[float],
+    merged: dict[str, Any] | None,
+) -> str:
+    """The card's text.
+
+    Args:
+        folder: where the model will lie.
+        base: the base model, a folder or a hub id.
+        licence: the base's, which the result carries on; None where its card names none.
+        trained: run.json of the run that trained it; empty where it was trained elsewhere.
+        merged: merge.json of a merged model; None for what a run saved.
+    """
+    adapter = not merged and bool(trained) and bool(trained["recipe"].get("use_peft"))
+    data = [d["name"] for d in trained.get("datasets", ())]
+    front: dict[str, Any] = {
+        "base_model": base,
+        "base_model_relation": "adapter" if adapter else "finetune",
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["stepladder", "sft"],
+    }
+    front |= {"license": licence} if licence else {}
+    how = method(trained) if trained else "An adapter"
+    rows = {"base": f"`{base}`", "licence": licence or "the base's, which its folder does not name"}
+    if trained:
+        totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
+        sets = [f"`{d['name']}` ({d['rows']} rows)" for d in trained["datasets"]]
+        rows |= {
+            "data": ", ".join(sets),
+            "method": f"{how}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
+            "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
+            f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
+            "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
+            "held-out loss": f"{final['eval_loss']:.4f}" if "eval_loss" in final else "not evaluated",
+        }
+        if losses:
+            rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
+    if merged:
+        rows["merged"] = f"{', '.join(merged['adapters'])} in {merged['dtype']}, {_proof(merged)}"
+        if choice := merged["quantized_base"]:
+            rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
+    made = f"{how} of `{base}`{' on ' + ', '.join(data) if data else ''}"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {folder.name}",
+        f"{made}{', merged' if merged else ''}, made with Stepladder.",
+        f"| | |\n| --- | --- |\n{table}",
+        f"## Load and serve\n\n```bash\n{_commands(folder, base, trained, adapter)}\n```",
+    ]
+    if trained:
+        recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
+        source = Path(merged["adapters"][0]) if merged else folder
+        again = f"python scripts/sft.py --recipe {source}/recipe.yaml --output_dir runs/again"
+        versions = ", ".join(f"{name} {version}" for name, version in trained["packages"].items())
+        parts.append(
+            f"## Repeat\n\n```bash\n{again}{chr(10) + 'python ' + merged['command'] if merged else ''}\n```\n\n"
+            f"Commit {trained['git_commit']}; {versions}.\n\n```yaml\n{recipe}```"
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _proof(merged: dict[str, Any]) -> str:
+    found = merged["proof"]
+    if not found:
+        return "**unverified**: nothing compared it with base and adapter"
+    return (
+        f"proved: {found['changed']} of {found['tensors']} tensors changed, logits off by {found['exact']['max']:.1e} "
+        f"before rounding and {found['written']['mean']:.1e} in the mean after (the adapter moves them by "
+        f"{found['adapter_moves']['mean']:.1e})"
+    )
+
+
+def _commands(folder: Path, base: str, trained: dict[str, Any], adapter: bool) -> str:
+    ask = f'python scripts/generate.py --model {folder} --prompt "…"'
+    if not adapter:
+        return (
+            f"{ask}\ntransformers serve {folder}\nvllm serve {folder}\n"
+            "# GGUF, for llama.cpp: its converter is in its repository only\n"
+            "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n"
+            f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{folder.name}.gguf --outtype bf16"
+        )
+    rank = trained["recipe"].get("lora_r", 16)
+    return (
+        f"{ask}\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {folder.name}={folder}\n"
+        f"python scripts/merge.py --adapter {folder} --output_dir merged/{folder.name} "
+        f"&& transformers serve merged/{folder.name}"
+    )
