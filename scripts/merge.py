@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (the base's)")
     parser.add_argument("--quantized_base", "--quantized-base", choices=("original", "dequantized"))
-    parser.add_argument("--max_shard_size", "--max-shard-size", default="5GB")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--max_shard_size", "--max-shard-size", type=_bytes, default="5GB", help="5GB, 500MB, …")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prompts", help="rows for the proof: JSONL (the recipe's own)")
     parser.add_argument("--ollama", action="store_true", help="write a Modelfile: ollama create NAME -f OUT/Modelfile")
     parser.add_argument("--push_to_hub", "--push-to-hub", metavar="ID", help="upload the result, as a private model")
@@ -66,7 +66,7 @@ def main() -> None:
     )
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
     if because:
-        console.say(f"note: the whole model is loaded, in fp32: {because}")
+        print(f"note: the whole model is loaded, in fp32: {because}", file=sys.stderr)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else weights.dtype(work.disk)
     size = sum(tensor.bytes for tensor in work.plan(dtype).values())
     with weights.beside(args.output_dir, size) as part:
@@ -74,7 +74,7 @@ def main() -> None:
         if not args.no_verify:
             check = proof.Proof(work, prompts.token_ids(_rows(args), tokenizer))
         writing = time.perf_counter()
-        shards = work.write(part, dtype, _bytes(args.max_shard_size), _progress)
+        shards = work.write(part, dtype, args.max_shard_size, _progress)
         seconds = time.perf_counter() - writing
         load.save_tokenizer(tokenizer, base, part)
         facts = {
@@ -116,7 +116,7 @@ def _rows(args: argparse.Namespace) -> list:
     try:
         return prompts.of_recipe(recipe_load.load(str(recipe), []))
     except errors.StepladderError as error:
-        console.say(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}")
+        print(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}", file=sys.stderr)
         return prompts.built_in()
 
 
@@ -124,7 +124,7 @@ def _bytes(size: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = size[:-2], size[-2:].upper()
     if unit not in units or not number.strip().isdecimal():
-        raise errors.ModelError(f"--max_shard_size {size} is no size", way_out="5GB, or 500MB")
+        raise argparse.ArgumentTypeError(f"{size} is no size: 5GB, or 500MB")
     return int(number) * units[unit]
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from conftest import script
 from stepladder.errors import ModelError
-from stepladder.model.merge import Merge
+from stepladder.model import export, weights, whole
+from stepladder.model.merge import Merge, configs
+from stepladder.model.proof import Proof
+from stepladder.model.quantized import RoundTrip, choose
 
 ROWS = 64  # the vocabulary
 
@@ -175,9 +184,7 @@ def test_names_on_disk_stay(prefix: bool, tmp_path: Path) -> None:
     Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     theirs = PeftModel.from_pretrained(load(base), adapter)
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), atol=1e-4, rtol=0)
-    from stepladder.model.weights import Weights
-
-    assert Weights(base).tensors.keys() == Weights(tmp_path / "out").tensors.keys()
+    assert weights.Weights(base).tensors.keys() == weights.Weights(tmp_path / "out").tensors.keys()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -195,8 +202,6 @@ def test_the_base_as_training_quantized_it(tmp_path: Path) -> None:
     """`dequantized` is the base that a QLoRA run computes with: bitsandbytes' own 4-bit layers, weight by weight."""
     from transformers import BitsAndBytesConfig
 
-    from stepladder.model.quantized import RoundTrip
-
     base = saved(llama(), tmp_path / "base")
     adapter = adapter_on(llama(), base, tmp_path / "adapter")
     four_bits = BitsAndBytesConfig(
@@ -213,3 +218,289 @@ def test_the_base_as_training_quantized_it(tmp_path: Path) -> None:
         Merge(base, [adapter], [1.0], quantize).write(out, torch.float32, 10**9, silent)
         off[choice] = float((logits(load(out)) - trained).abs().max())
     assert off["dequantized"] < 1e-4 < 0.1 < off["original"], off
+
+
+# ---- what must not pass, below the command line ----
+
+
+def merge_of(tmp_path: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Merge:
+    base = saved(llama(), tmp_path / "base", dtype)
+    return Merge(base, [adapter_on(llama(), base, tmp_path / "adapter", **keys)], [1.0])
+
+
+PROMPTS = [[1, 5, 9, 3], [1, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_proof_passes_what_is_right(dtype: torch.dtype, tmp_path: Path) -> None:
+    merge = merge_of(tmp_path, torch.bfloat16, modules_to_save=["lm_head"])
+    proof = Proof(merge, PROMPTS)
+    merge.write(make_dir(tmp_path / "out"), dtype, 10**9, silent)
+    found = proof.compare(tmp_path / "out", dtype)
+    assert found["changed"] == found["targeted"] == 15  # seven matrices in each of two layers, and the head
+    assert found["exact"]["max"] <= found["exact"]["bound"]
+    assert (found["written"]["max"] <= found["exact"]["bound"]) == (dtype == torch.float32)
+
+
+def test_the_proof_finds_wrong_arithmetic(tmp_path: Path) -> None:
+    """Guards against a merge by another scale than the adapter's, before anything is written."""
+    merge = merge_of(tmp_path)
+    right = merge.merged
+    merge.merged = lambda name: right(name) * (1.001 if name in merge.units else 1)  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="is not base and adapter"):
+        Proof(merge, PROMPTS)
+
+
+def test_the_proof_finds_wrong_files(tmp_path: Path) -> None:
+    """Guards against the base's weights under the merged model's name (verl#7285), and a fault on the way to disk."""
+    from safetensors.torch import load_file, save_file
+
+    merge, out = merge_of(tmp_path), make_dir(tmp_path / "out")
+    proof = Proof(merge, PROMPTS)
+    merge.write(out, torch.float32, 10**9, silent)
+    file = out / "model.safetensors"
+    good = load_file(file)
+    norm, matrix = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+    for wrong, said in (
+        (load_file(tmp_path / "base/model.safetensors"), "changes nothing"),
+        ({**good, norm: good[norm] + 1e-3}, "does not target it"),
+        ({**good, matrix: good[matrix] + 1e-6}, "was not written as it was merged"),
+    ):
+        save_file(wrong, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=said):
+            proof.compare(out, torch.float32)
+
+
+def test_a_change_too_small_for_the_dtype_is_refused(tmp_path: Path) -> None:
+    """Guards against bf16 weights in which the training is lost to rounding (peft#2105)."""
+    merge, out = merge_of(tmp_path, torch.bfloat16, lora_alpha=0.02), make_dir(tmp_path / "out")
+    proof = Proof(merge, PROMPTS)
+    merge.write(out, torch.bfloat16, 10**9, silent)
+    with pytest.raises(ModelError, match=r"too coarse|cannot hold"):
+        proof.compare(out, torch.bfloat16)
+
+
+def test_what_cannot_be_streamed_is_merged_whole(tmp_path: Path) -> None:
+    from peft import LoHaConfig
+
+    base = saved(llama(), tmp_path / "base")
+    wrapped = get_peft_model(llama(), LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    work, because = whole.opened(base, [tmp_path / "adapter"], [1.0], None, 0, "cpu")
+    assert isinstance(work, whole.Whole) and because == "LOHA is not merged module by module"
+    proof = Proof(work, PROMPTS)
+    work.write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
+    assert proof.compare(tmp_path / "out", torch.float32)["changed"] == 2
+    theirs = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), atol=1e-4, rtol=0)
+
+
+def test_mismatches_are_named(tmp_path: Path) -> None:
+    """Guards against an adapter on another base: other sizes, depth, architecture; NaN; overflow."""
+    base = saved(llama(), tmp_path / "base")
+    for name, other, keys, said in (
+        ("wide", llama(hidden_size=64), {}, "q_proj.lora_A.weight is 4 x 64, and this base needs 4 x 32"),
+        ("deep", llama(num_hidden_layers=3), {}, "there is no place in it for .*layers.2"),
+        ("flat", llama(num_hidden_layers=1), {"target_modules": ["q_proj"]}, "the adapter lacks .*layers.1"),
+        ("gpt2", gpt2(), {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn.* not found"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            Merge(base, [adapter_on(other, base, tmp_path / name, **keys)], [1.0])
+    from safetensors.torch import load_file, save_file
+
+    adapter = adapter_on(llama(), base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * 1e30}, file)
+    with pytest.raises(ModelError, match="too large for float16"):
+        Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float16, 10**9, silent)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match="not finite"):
+        Merge(base, [adapter], [1.0])
+
+
+def test_a_broken_base_is_named(tmp_path: Path) -> None:
+    folder = saved(llama(), tmp_path / "base", max_shard_size="40KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    whole_file = shard.read_bytes()
+    shard.write_bytes(whole_file[:-100])
+    with pytest.raises(ModelError, match=f"{shard.name} is truncated"):
+        weights.Weights(folder)
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"lacks {shard.name}"):
+        weights.Weights(folder)
+
+
+def test_nothing_is_left_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the output's name: it stands for a whole model or for nothing, and for nothing that was there before."""
+    import shutil
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), weights.beside(out, 0) as part:
+        (part / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+    assert not any(tmp_path.iterdir())
+    mine = make_dir(tmp_path / "out.part")
+    (mine / "thesis.txt").write_text("not a merge's")
+    with pytest.raises(ModelError, match=r"out.part exists"), weights.beside(out, 0):
+        pass
+    assert (mine / "thesis.txt").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9))
+    with pytest.raises(ModelError, match=r"16.0 GB are needed in .*, and 1.0 GB are free"):
+        weights.beside(tmp_path / "other", 16 * 10**9).__enter__()
+
+
+def test_ollama_renders_the_chat_template(smollm2: Path) -> None:
+    """Guards against a TEMPLATE that asks the model otherwise than it was trained; what cannot be shown is refused."""
+    from transformers import AutoTokenizer
+
+    from stepladder.data import templates
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    text = export.modelfile(tokenizer, {"eos_token_id": [2, 0], "temperature": 0.6})
+    assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text
+    assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0.6' in text
+    question = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    template, system = export.go_template(tokenizer)
+    assert export.execute(template, [("system", system), ("user", "?")]) == question
+    for name in ("chatml", "zephyr", "qwen2_5"):
+        tokenizer.chat_template = templates.named(name)
+        export.modelfile(tokenizer, {})
+    tokenizer.chat_template = templates.from_prompt_template("### User: {input}\n### Assistant: ")
+    assert "### Assistant:{{ else" in export.modelfile(tokenizer, {})
+    tokenizer.chat_template = templates.named("mistral")  # its system prompt is a part of the first question
+    with pytest.raises(ModelError, match="treats a turn by its place"):
+        export.modelfile(tokenizer, {})
+
+
+# ---- through the command line ----
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run that has learned its one answer."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    keys = {
+        "model_name_or_path": str(tiny), "dataset_name": str(learnable), "use_peft": True,
+        "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear",
+        "learning_rate": 2e-2, "max_steps": 25, "lr_scheduler_type": "linear",
+        "max_length": 192, "per_device_train_batch_size": 4, "bf16": False,
+        "global_batch_size": 4, "eval_strategy": "no", "save_strategy": "no", "gradient_checkpointing": False,
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(keys))
+    done = script("sft", "--recipe", recipe, "--output_dir", folder / "run")
+    assert done.code == 0, done
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Path) -> Path:
+    """That run merged."""
+    folder = trained.with_name("merged")
+    left = folder.with_name("merged.part")  # what a merge leaves that was killed
+    left.mkdir()
+    (left / "merge.json").write_text('{"status": "merging"}')
+    done = script("merge", "--adapter", trained, "--output_dir", folder, "--ollama")
+    assert done.code == 0, done
+    assert len(done.out.splitlines()) == 4 and "none but the" in done.out, done
+    assert not left.exists()
+    return folder
+
+
+def test_a_run_becomes_a_model(trained: Path, merged: Path, tiny: Path) -> None:
+    """The main path: proved, with a card, a Modelfile and a tokenizer, and read back by inspect_model."""
+    facts = json.loads((merged / "merge.json").read_text())
+    assert facts["status"] == "proved" and facts["streamed"] and facts["base"] == str(tiny)
+    proof = facts["proof"]
+    assert proof["exact"]["max"] <= proof["exact"]["bound"] == 1e-4
+    assert proof["greedy"]["agree"] == proof["greedy"]["of"] > 0
+    assert proof["changed"] == proof["targeted"] == 21 < proof["tensors"]  # seven matrices in each of three layers
+    card = (merged / "README.md").read_text()
+    for said in (f"base_model: {tiny}", "vllm serve", "transformers serve", "proved: 21 of", "25 steps"):
+        assert said in card, said
+    assert "FROM ." in (merged / "Modelfile").read_text()
+    done = script("inspect_model", merged, "--json")
+    assert done.code == 0, done
+    seen = json.loads(done.out)
+    assert seen["base model"] == str(tiny) and seen["method"] == "LoRA, merged (proved)"
+    assert "(8 rows)" in seen["data set"] and seen["task"] == "text-generation"
+    assert "How do I track my order?" in seen["example prompt"]
+    done = script("inspect_model", trained)
+    assert done.code == 0 and "LoRA, r 16, alpha 32" in done.out, done
+
+
+def test_the_merged_model_is_served(merged: Path) -> None:
+    """`transformers serve`, as the card says, answers an OpenAI client as the run was taught."""
+    import socket
+    import time
+    import urllib.request
+
+    import openai
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", merged, "--port", str(port), "--device", "cpu"]
+    log = (merged.parent / "serve.log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/health")
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+                time.sleep(0.5)
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(
+            model=str(merged),
+            messages=[{"role": "user", "content": "What is the password of door number 3?"}],
+            temperature=0,
+            max_tokens=12,
+        )
+        assert "Open sesame" in (answer.choices[0].message.content or "")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_bad_input_is_named(trained: Path, tiny: Path, tmp_path: Path) -> None:
+    """Each is one message and exit code 2, and leaves no output."""
+    four_bits = shutil.copytree(trained, tmp_path / "four_bits")
+    facts = json.loads((trained / "run.json").read_text())
+    facts["recipe"]["load_in_4bit"] = True
+    (four_bits / "run.json").write_text(json.dumps(facts))
+    out = tmp_path / "out"
+    for words, said in (
+        (["--adapter", trained, "--output_dir", tiny], "exists"),
+        (["--adapter", four_bits, "--output_dir", out], "--quantized_base original, or --quantized_base dequantized"),
+    ):
+        done = script("merge", *words)
+        assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
+        assert not out.exists() and not out.with_name("out.part").exists()
+
+
+def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:
+    from peft import PrefixTuningConfig
+
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, base_model_name_or_path="base")
+    prefix.save_pretrained(tmp_path / "prefix")
+    pickled = make_dir(tmp_path / "pickled")
+    shutil.copy(trained / "adapter_config.json", pickled)
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    for folder, said in ((tmp_path / "prefix", "cannot be merged"), (pickled, "is a pickle"), (tmp_path, "no adapter")):
+        with pytest.raises(ModelError, match=said):
+            configs([folder])
+    with pytest.raises(ModelError, match="has no effect here"):
+        choose("dequantized", {"recipe": {"use_peft": True}})
