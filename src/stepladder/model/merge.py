@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+ADAPTER = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before each name of the base model
 # These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that
 # PEFT must see the whole model.
@@ -52,7 +53,7 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
                 why="it applies to the tokens after its invocation only",
                 way_out="serve base and adapter together",
             )
-        Weights(folder, single="adapter_model.safetensors")
+        Weights(folder, single=ADAPTER)
         found.append(config)
     return found
 
@@ -100,10 +101,12 @@ class Merge:
         self.given: dict[str, torch.Tensor] = {}  # weights of the base that an adapter replaces outright
         self._last: dict[str, torch.Tensor] = {}
         self._streaming = False
-        files = [Weights(folder, single="adapter_model.safetensors") for folder in adapters]
+        files = [Weights(folder, single=ADAPTER) for folder in adapters]
         model = self._bare()
-        self.config.get_text_config().vocab_size = self._vocabulary(model, files, tokens)
-        model = self._bare()
+        text, rows = self.config.get_text_config(), self._vocabulary(model, files, tokens)
+        if text.vocab_size != rows:
+            text.vocab_size = rows
+            model = self._bare()
         self.names = {module: name for name, module in model.named_modules()}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
@@ -134,6 +137,7 @@ class Merge:
         """Put PEFT's layers into the model and the adapters' tensors into them, in fp32."""
         from peft import get_peft_model, get_peft_model_state_dict
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from safetensors.torch import load_file
 
         names = [f"adapter_{number}" for number in range(len(adapters))]
         wrapped: Any = None
@@ -153,7 +157,8 @@ class Merge:
                 table: dict[str, str] = get_peft_model_state_dict(
                     wrapped, {key: key for key in state}, name, save_embedding_layers=False
                 )
-            self._given(folder, file, file.tensors.keys() - table.keys())
+            values = load_file(folder / ADAPTER)  # one opening for hundreds of small tensors
+            self._given(folder, values, values.keys() - table.keys())
             if missing := sorted(table.keys() - file.tensors.keys()):
                 raise _mismatch(folder, self.disk.folder, f"the adapter lacks {missing[0]}{weights.more(missing)}")
             loaded: dict[str, torch.Tensor] = {}
@@ -164,7 +169,7 @@ class Merge:
                         self.disk.folder,
                         f"{key} is {_by(file.tensors[key].shape)}, and this base needs {_by(state[own].shape)}",
                     )
-                loaded[own] = self._finite(folder, file, key)
+                loaded[own] = self._finite(folder, key, values.pop(key))
             wrapped.load_state_dict(loaded, strict=False, assign=True)
             for layer in wrapped.modules():
                 if hasattr(layer, "set_scale") and scale != 1:
@@ -178,21 +183,19 @@ class Merge:
                 raise ModelError("these adapters cannot be merged together", why=str(error).splitlines()[0]) from None
         return wrapped.eval()
 
-    def _finite(self, folder: Path, file: Weights, key: str) -> torch.Tensor:
-        import torch
-
-        tensor = file.read(key).to(self.device, torch.float32, copy=True)
+    def _finite(self, folder: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self.device).float()
         if not tensor.isfinite().all():
             raise ModelError(f"{key} holds numbers that are not finite", where=str(folder), way_out="train it again")
         return tensor
 
-    def _given(self, folder: Path, file: Weights, extra: set[str]) -> None:
+    def _given(self, folder: Path, values: dict[str, torch.Tensor], extra: set[str]) -> None:
         """Keep the base's own weights that came with the adapter: embeddings of a vocabulary that grew."""
         for key in sorted(extra):
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if name not in self.shapes:
                 raise _mismatch(folder, self.disk.folder, f"there is no place in it for {key}{weights.more(extra)}")
-            self.given[name] = self._finite(folder, file, key)
+            self.given[name] = self._finite(folder, key, values[key])
 
     def _units(self) -> Iterator[tuple[str, Any]]:
         """Each weight of the base that changes, by its name, with the PEFT layer that changes it."""

@@ -161,8 +161,9 @@ def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers on `device`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config).eval()
     for module in model.modules():
         for name, buffer in module._buffers.items():
