@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, run
 from stepladder.data import prompts
-from stepladder.model import card, load, merge, weights
+from stepladder.model import card, injection, load, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -51,7 +51,7 @@ def main() -> None:
 
     console.quiet_progress_bars()
     began = time.perf_counter()
-    config = merge.configs(args.adapter)[0]
+    config = injection.configs(args.adapter)[0]
     trained, losses = card.read(args.adapter[0])
     quantize = quantized.choose(args.quantized_base, trained)
     name = args.base or config.base_model_name_or_path

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from conftest import script
 from stepladder.errors import ModelError
 from stepladder.model import export, weights, whole
-from stepladder.model.merge import Merge, configs
+from stepladder.model.injection import configs
+from stepladder.model.merge import Merge
 from stepladder.model.proof import Proof
 from stepladder.model.quantized import RoundTrip, choose
 
@@ -83,6 +84,7 @@ CASES = {
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 32}},
     ),
     "lora_bias": (lambda: llama(attention_bias=True), {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}),
+    "biases": (lambda: llama(attention_bias=True), {"bias": "all", "target_modules": ["q_proj", "v_proj"]}),
     "head in full": (llama, {"modules_to_save": ["lm_head"]}),
     "embeddings in full": (llama, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "LoRA on embeddings": (llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
@@ -302,7 +304,7 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
     """Guards against an adapter on another base: other sizes, depth, architecture; NaN; overflow."""
     base = saved(llama(), tmp_path / "base")
     for name, other, keys, said in (
-        ("wide", llama(hidden_size=64), {}, "q_proj.lora_A.weight is 4 x 64, and this base needs 4 x 32"),
+        ("wide", llama(hidden_size=64), {}, r"lora_A.weight is 4 x \d+, and this base needs 4 x"),
         ("deep", llama(num_hidden_layers=3), {}, "there is no place in it for .*layers.2"),
         ("flat", llama(num_hidden_layers=1), {"target_modules": ["q_proj"]}, "the adapter lacks .*layers.1"),
         ("gpt2", gpt2(), {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn.* not found"),

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
-from stepladder.model import weights
-from stepladder.model.merge import Merge, configs, whole_because
+from stepladder.model.injection import configs, whole_because
+from stepladder.model.merge import Merge
 from stepladder.model.quantized import RoundTrip
+from stepladder.model.streaming import NotStreamed
 from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def opened(
     if not because:
         try:
             return Merge(base, adapters, scales, quantize, tokens, device), None
-        except weights.NotStreamed as reason:
+        except NotStreamed as reason:
             because = str(reason)
     if quantize:
         raise ModelError("only a streamed merge can use the dequantized base", why=because, way_out="original")
