@@ -304,7 +304,7 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
     """Guards against an adapter on another base: other sizes, depth, architecture; NaN; overflow."""
     base = saved(llama(), tmp_path / "base")
     for name, other, keys, said in (
-        ("wide", llama(hidden_size=64), {}, r"lora_A.weight is 4 x \d+, and this base needs 4 x"),
+        ("wide", llama(hidden_size=64), {}, "down_proj.lora_B.weight is 64 x 4, and this base needs 32 x 4"),
         ("deep", llama(num_hidden_layers=3), {}, "there is no place in it for .*layers.2"),
         ("flat", llama(num_hidden_layers=1), {"target_modules": ["q_proj"]}, "the adapter lacks .*layers.1"),
         ("gpt2", gpt2(), {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn.* not found"),

@@ -97,7 +97,7 @@ def inject(
             raise _mismatch(folder, base, str(error).splitlines()[0]) from None
         tensors = _read(folder, device)
         state = wrapped.state_dict()
-        loaded = {}
+        loaded: dict[str, torch.Tensor] = {}
         for key in sorted(tensors.keys() | table.keys()):
             own = table.get(key, key)
             in_base = own.removeprefix(PREFIX).replace(".base_layer.", ".")

@@ -77,20 +77,14 @@ class Merge:
 
         for module in self.peft.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                held = module.original_module
+                for own, _ in module.original_module.named_parameters():
+                    yield f"{self.names[module.original_module]}.{own}", module
             elif isinstance(module, BaseTunerLayer):
-                held = module.get_base_layer()
-            else:
-                continue
-            for own, _ in held.named_parameters():
-                # A LoRA layer changes a bias only where it has learned one.
-                if (
-                    own == "bias"
-                    and isinstance(module, BaseTunerLayer)
-                    and not any(getattr(module, "lora_bias", {}).values())
-                ):
-                    continue
-                yield f"{self.names[held]}.{own}", module
+                layer = module.get_base_layer()
+                for own, _ in layer.named_parameters():
+                    # It changes a bias only where it has learned one.
+                    if own != "bias" or any(getattr(module, "lora_bias", {}).values()):
+                        yield f"{self.names[layer]}.{own}", module
 
     def _check_shapes(self) -> None:
         """Every weight must have the size of its place, or be given by the adapter."""
