@@ -289,9 +289,8 @@ def test_no_key_is_silently_ignored() -> None:
     """Guards the promise itself: every key is read by name, or handed to SFTConfig, or refused."""
     package = ROOT / "src/stepladder"
     files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "recipe"]
-    text = "\n".join(
-        path.read_text(encoding="utf-8") for path in (*files, package / "recipe/recipe.py", package / "recipe/load.py")
-    )
+    files += [ROOT / "scripts/sft.py", package / "recipe/recipe.py", package / "recipe/load.py"]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     read = set(re.findall(r"""(?:get\(|\[)["'](\w+)["']""", text))
     builder = ast.parse((ROOT / "src/stepladder/training/arguments.py").read_text(encoding="utf-8"))
     set_by_us = {
