@@ -139,6 +139,8 @@ def run_all(cells: list[Cell], folder: Path, steps: int = STEPS) -> None:
 
 def launch_many(config: str, ranks: int, jobs: list[dict[str, Any]], file: Path) -> None:
     file.write_text(json.dumps(jobs))
+    for job in jobs:
+        Path(f"{job['log']}.failed").unlink(missing_ok=True)  # of an earlier attempt
     command = [sys.executable]
     if config != "plain":
         accelerate = str(Path(sys.executable).with_name("accelerate"))

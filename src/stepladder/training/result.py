@@ -10,6 +10,7 @@ from stepladder.errors import ModelError
 from stepladder.model import adapter, card
 from stepladder.run import Run
 from stepladder.settings import Settings
+from stepladder.training import reloaded
 from stepladder.training.trainer import Trainer
 
 
@@ -46,6 +47,7 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
     """
     trainer.save_model(str(run.folder))
     trainer.accelerator.wait_for_everyone()
+    run.update(saved=reloaded.check(trainer, run.folder, run.manifest["precision"]))
     if not run.is_writer:
         return
     # Transformers pickles its arguments beside the model. Nothing reads them, and a pickle can

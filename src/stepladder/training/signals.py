@@ -19,7 +19,7 @@ ANOTHER_AFTER = 1.5  # seconds
 
 asked: str | None = None  # the first signal's name
 _first_interrupt = 0.0
-_launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+_launcher: int | None = None
 
 
 def stop_asked() -> bool:
@@ -28,6 +28,8 @@ def stop_asked() -> bool:
 
 
 def install() -> None:
+    global _launcher
+    _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     for name in ASKING:
         with contextlib.suppress(AttributeError):  # Windows knows no SIGUSR1
             signal.signal(getattr(signal, name), _remember)
