@@ -86,6 +86,7 @@ def main() -> int | None:
         parameters=result.parameter_counts(model),
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
+    signals.install(trains=True)
     with record.recording():
         console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)

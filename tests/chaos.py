@@ -42,12 +42,13 @@ COMPARED = ("loss", "grad_norm", "learning_rate", "rows_checksum", "tokens")
 class History:
     """One run through its faults."""
 
-    def __init__(self, folder: Path, keys: dict[str, Any], strategy: str, draw: random.Random):
+    def __init__(self, folder: Path, keys: dict[str, Any], strategy: str, draw: random.Random, counts: Counter[str]):
         self.folder, self.strategy, self.draw = folder, strategy, draw
         self.recipe = folder.with_suffix(".json")
         self.recipe.write_text(json.dumps(keys))
         self.lost = 0  # steps that a fault undid
         self.log: list[str] = []
+        self.kinds = counts
 
     def start(self, disk: int | None = None) -> Running:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -63,6 +64,9 @@ class History:
     def suffer(self, name: str) -> bool:
         """One start with one fault; whether the run goes on."""
         began = self._step()
+        if name in DAMAGES and len(list(self.folder.glob("checkpoint-*/COMPLETE.json"))) < 2:
+            name = "killed"  # a run whose only checkpoint is damaged is rightly refused
+        self.kinds[name] += 1
         running = self.start(SMALL if name == "disk full" else None)
         more = 1 if name in ("signal", "disk full") else self.draw.randint(SAVE_STEPS + 1, 2 * SAVE_STEPS)
         if name == "killed while saving":
@@ -190,15 +194,14 @@ def main() -> int:
         strategy = strategy or draw.choice(args.strategies)
         if strategy not in references:
             references[strategy] = work / f"reference-{strategy}"
-            code, out = History(references[strategy], keys, strategy, draw).start().end()
+            code, out = History(references[strategy], keys, strategy, draw, counts).start().end()
             assert code == 0, out
-        history, idle = History(work / f"run-{counts.total()}-{strategy}", keys, strategy, draw), False
+        history, idle = History(work / f"run-{counts.total()}-{strategy}", keys, strategy, draw, counts), False
         for _ in range(min(FAULTS, args.runs - counts.total())):
             name = draw.choice([kind for kind in FAULT_KINDS if not (idle and kind in WITHOUT_PROGRESS)])
             idle = name in WITHOUT_PROGRESS
-            counts[name] += 1
             goes_on = history.suffer(name)
-            print(f"{counts.total():>4} {strategy:7} {name}", flush=True)
+            print(f"{counts.total():>4} {strategy:7} {history.log[-1].splitlines()[0][4:]}", flush=True)
             if not goes_on:
                 break
         code, out = history.start().end() if goes_on else (0, "")

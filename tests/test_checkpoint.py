@@ -73,6 +73,7 @@ def test_a_damaged_one_is_named_and_the_one_before_it_taken(damage, folder, caps
     DAMAGES[damage](resume.of_step(folder, 6))
     assert claim(folder) == resume.of_step(folder, 4)
     assert "checkpoint-6: " in capsys.readouterr().out
+    assert not resume.of_step(folder, 6).exists(), "step 6, when it comes again, would be taken for saved"
 
 
 def test_none_is_whole(folder) -> None:

@@ -101,6 +101,9 @@ def newest_whole(folder: Path) -> Path | None:
     for step in reversed(whole_steps(folder)):
         checkpoint = of_step(folder, step)
         if not (fault := damage(checkpoint)):
+            for newer in whole_steps(folder):
+                if newer > step:  # else the run, when it comes to that step again, would take it for saved
+                    _set_aside(of_step(folder, newer))
             return checkpoint
         faults.append(f"{checkpoint}: {fault}")
         say(f"⚠ {faults[-1]}; the one before it is tried")

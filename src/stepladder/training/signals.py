@@ -27,10 +27,20 @@ def stop_asked() -> bool:
     return asked is not None or (_launcher is not None and os.getppid() != _launcher)
 
 
-def install() -> None:
+def install(trains: bool = False) -> None:
+    """Call it first thing, and with `trains` when all ranks are about to train.
+
+    Before that, several ranks keep SIGTERM's own meaning: nothing is trained yet that a save could
+    keep, and by it the launcher ends those that wait for a rank which has refused its input. A
+    handler would hold them there until they are killed 30 s later.
+    """
     global _launcher
-    _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if "TORCHELASTIC_RUN_ID" in os.environ and not trains:
+        _launcher = os.getppid()
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     for name in ASKING:
+        if name == "SIGTERM" and several and not trains:
+            continue
         with contextlib.suppress(AttributeError):  # Windows knows no SIGUSR1
             signal.signal(getattr(signal, name), _remember)
 
