@@ -242,7 +242,7 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         "",
         "The largest difference of a loss over the six runs of a cell: micro-batch 1, 2 and 4, unpacked and packed.",
         "",
-        *table(fp32),
+        *table(fp32, len(MICRO) * len(PACKED)),
         "",
         "The largest of all cells: "
         + ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in largest.items())
@@ -254,7 +254,7 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         "differs by 2e-3 of it, and Adam moves every weight by the learning rate whatever the size of its gradient. "
         "Here the largest difference of a loss:",
         "",
-        *table(low),
+        *table(low, 1),
         "",
         "## SmolLM2-135M",
         "",
@@ -276,27 +276,23 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table(results: dict[Cell, dict[str, Any]]) -> list[str]:
-    head = ["strategy", *METHODS]
+def table(results: dict[Cell, dict[str, Any]], runs: int) -> list[str]:
+    """A row a strategy, a column a method; each cell is of `runs` runs, or says how many of them there were."""
     rows = []
     for config, ranks in STRATEGIES:
         row = [f"{config} × {ranks}"]
         for method in METHODS:
             at = (method, config, ranks)
             found = [result for cell, result in results.items() if (cell.method, cell.config, cell.ranks) == at]
-            outcomes = {result["outcome"] for result in found}
-            if not found:
-                row.append("not run")
-            elif outcomes == {"equal"}:
-                row.append(f"equal ({max(result['loss'] for result in found):.0e})")
-            else:
-                row.append(", ".join(sorted(outcomes)))
+            words = sorted({result["outcome"] for result in found}) or ["not run"]
+            if words == ["equal"]:
+                words = [f"equal ({max(result['loss'] for result in found):.0e})"]
+            if 0 < len(found) < runs:
+                words.append(f"{len(found)} of {runs} runs")
+            row.append(", ".join(words))
         rows.append(row)
-    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return [
-        "| " + " | ".join(word.ljust(w) for word, w in zip(r, widths, strict=True)) + " |" for r in [head, rule, *rows]
-    ]
+    head = ["strategy", *METHODS]
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
 
 def figures(found: dict[str, Any]) -> str:
@@ -326,6 +322,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="a method, config, packing, precision or model")
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
+    parser.add_argument("--page", action="store_true", help="write the page from all runs in --folder, whole or not")
     args = parser.parse_args()
     import tempfile
 
@@ -337,10 +334,12 @@ def main() -> int:
     wanted = [cell for cell in matrix() if {*args.only} <= {*map(str, dataclasses.astuple(cell))}]
     needed = dict.fromkeys([*(cell.reference for cell in wanted), *wanted])
     run_all([cell for cell in needed if not finished(folder / cell.name)], folder)
+    if args.page:  # what there is, however little
+        wanted = [cell for cell in matrix() if finished(folder / cell.name)]
     results = {cell: judged(cell, folder) for cell in wanted}
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.name:45} {found.get('message') or figures(found)}")
-    if not args.only:
+    if args.page or not args.only:
         PAGE.write_text(page(results), encoding="utf-8")
         print(f"written: {PAGE.relative_to(ROOT)}; the runs lie in {folder}")
     return int(any(found["outcome"] in ("differs", "broken") for found in results.values()))
