@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from background import Running, steps_logged
 from conftest import manifest, metrics
+from stepladder.training.resume import of_step, whole_steps
 from tiny import make_tiny
 
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2}
@@ -64,7 +65,7 @@ class History:
     def suffer(self, name: str) -> bool:
         """One start with one fault; whether the run goes on."""
         began = self._step()
-        if name in DAMAGES and len(list(self.folder.glob("checkpoint-*/COMPLETE.json"))) < 2:
+        if name in DAMAGES and len(whole_steps(self.folder)) < 2:
             name = "killed"  # a run whose only checkpoint is damaged is rightly refused
         self.kinds[name] += 1
         running = self.start(SMALL if name == "disk full" else None)
@@ -86,8 +87,7 @@ class History:
         if name in DAMAGES:
             DAMAGES[name](self._newest(), self.draw)
         if (status := manifest(self.folder)["status"] if (self.folder / "run.json").is_file() else "") != "finished":
-            whole = [int(f.parent.name.split("-")[1]) for f in self.folder.glob("checkpoint-*/COMPLETE.json")
-                     if name not in DAMAGES or f.parent != self._newest()]  # fmt: skip
+            whole = whole_steps(self.folder)[: -1 if name in DAMAGES else None]
             self.lost = max(self.lost, reached - max([0, *(step for step in whole if step <= reached)]))
         return status != "finished"
 
@@ -122,8 +122,7 @@ class History:
         return max(found, default=0)
 
     def _newest(self) -> Path:
-        found = self.folder.glob("checkpoint-*/COMPLETE.json")
-        return max((f.parent for f in found), key=lambda c: int(c.name.split("-")[1]), default=self.folder / "none")
+        return of_step(self.folder, max(whole_steps(self.folder), default=0))
 
 
 def _send(pid: int, kind: signal.Signals) -> None:
