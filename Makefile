@@ -48,14 +48,15 @@ same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under ever
 chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny runs, compare their curves, write docs/reliability.md (about an hour)
 	$(BIN)/python tests/chaos.py --runs 100 --report docs/reliability.md
 
-lint: $(INSTALLED) ## ruff and mypy, changing nothing
+lint: $(INSTALLED) ## ruff, mypy and shellcheck, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/* .ci/run
 
 format: $(INSTALLED) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, models and runs
-	rm -rf $(VENV) models runs
+	rm -rf $(VENV) models runs/*

@@ -107,6 +107,7 @@ def main() -> int | None:
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:
             record.update(status="preempted")
+            sft.accelerator.wait_for_everyone()  # a queue ends all nodes with the first that has ended
             console.say(announce.preempted(record))
             return errors.EXIT_PREEMPTED
         result.save(sft, record, recipe, shapes)

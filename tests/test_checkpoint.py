@@ -11,7 +11,7 @@ import pytest
 
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import Run, write_whole
+from stepladder.run import STUCK_AFTER, Run, write_whole
 from stepladder.training import resume
 
 KEYS = {"model_name_or_path": "m", "learning_rate": 1e-3, "logging_steps": 1}
@@ -128,7 +128,7 @@ def test_what_stands_is_kept(status, how, folder) -> None:
 
 def test_no_progress_over_three_starts(folder) -> None:
     """Guards a queue against a run that dies at the same step for ever."""
-    for _ in range(resume.STUCK_AFTER):
+    for _ in range(STUCK_AFTER):
         run = Run(folder, is_writer=True)
         resume.claim(run, recipe(folder), "auto", False, [])
         run.update()  # it starts, and dies without a checkpoint

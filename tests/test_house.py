@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "stepladder"
 FLOORS = [
     {"cache", "errors", "console", "settings", "suggest"},
     {"recipe", "data", "model", "run"},
-    {"training", "planning", "evaluation", "reporting"},
+    {"training", "planning", "evaluation", "reporting", "cluster"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))
 

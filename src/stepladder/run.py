@@ -30,6 +30,8 @@ PACKAGES = (
     "bitsandbytes",
 )
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
+STUCK_AFTER = 3  # starts that came no further than one and the same step
+JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
 
 
@@ -73,7 +75,7 @@ class Run:
         """
         if (self.folder / MANIFEST).is_file():
             return True
-        if {file.name for file in self.folder.iterdir()} - {LOCK}:
+        if self._files():
             raise LaunchError(
                 f"output_dir {self.folder} exists and is no run folder",
                 where=where,
@@ -83,9 +85,11 @@ class Run:
         return False
 
     def clear(self) -> None:
-        for file in self.folder.iterdir():
-            if file.name != LOCK:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        for file in self._files():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+    def _files(self) -> list[Path]:
+        return [file for file in self.folder.iterdir() if file.name != LOCK and not file.name.startswith(JOB_LOGS)]
 
     def read(self) -> dict[str, Any]:
         """The manifest on the disk."""
@@ -118,6 +122,7 @@ class Run:
             "status": "running",
             "git_commit": git_commit(),
             "packages": package_versions(),
+            "slurm": slurm_job(),
             **facts,
         }
         if "wandb" in (facts["recipe"].get("report_to") or ()):  # Transformers asks W&B to resume by this variable
@@ -205,6 +210,14 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def slurm_job() -> dict[str, Any] | None:
+    """The job that this start runs in, and how often it was queued again; None outside of Slurm."""
+    if not (job := os.environ.get("SLURM_JOB_ID")):
+        return None
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return {"job_id": job, "restart_count": restarts, "nodes": os.environ.get("SLURM_JOB_NODELIST")}
 
 
 def git_commit() -> str | None:

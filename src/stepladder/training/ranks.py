@@ -90,6 +90,7 @@ def choose_device(launch: Launch) -> bool:
     if launch.ranks == 1 and torch.backends.mps.is_available():
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE") or cores))  # a job's share, confined to it or not
     torch.set_num_threads(max(1, cores // launch.local_ranks))
     _keep_freed_memory()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other

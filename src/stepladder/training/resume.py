@@ -13,10 +13,9 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import Run, status
+from stepladder.run import STUCK_AFTER, Run, status
 
 COMPLETE = "COMPLETE.json"
-STUCK_AFTER = 3  # starts from one and the same step
 
 
 def of_step(folder: Path, step: int) -> Path:

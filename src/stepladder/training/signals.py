@@ -2,17 +2,19 @@
 
 Handlers do no more than set a flag: whatever else they did would run in the middle of a step, on
 one rank alone. They stand from the first moment, so that a signal during start-up counts too.
+
+SIGUSR1 is blocked instead, and asked for: a queue sends it to every process of a job, and a compiler
+or a worker that a rank has started would die of it. A blocked signal stays blocked in them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 from types import FrameType
 
-ASKING = ("SIGTERM", "SIGUSR1", "SIGINT")
+USR1: signal.Signals | None = getattr(signal, "SIGUSR1", None)  # Windows knows none
 # A terminal sends Ctrl-C to the launcher and to the ranks, and the launcher passes it on: the
 # second SIGINT is a person's only where some time lies between.
 ANOTHER_AFTER = 1.5  # seconds
@@ -24,6 +26,8 @@ _launcher: int | None = None
 
 def stop_asked() -> bool:
     """Whether a signal came, or the launcher is gone: torchrun dies of SIGUSR1 and leaves its ranks running."""
+    if USR1 and USR1 in signal.sigpending():
+        _say(USR1.name)
     return asked is not None or (_launcher is not None and os.getppid() != _launcher)
 
 
@@ -37,22 +41,25 @@ def install(trains: bool = False) -> None:
     global _launcher
     if "TORCHELASTIC_RUN_ID" in os.environ and not trains:
         _launcher = os.getppid()
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    for name in ASKING:
-        if name == "SIGTERM" and several and not trains:
-            continue
-        with contextlib.suppress(AttributeError):  # Windows knows no SIGUSR1
-            signal.signal(getattr(signal, name), _remember)
+    if USR1:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])
+    signal.signal(signal.SIGINT, _remember)
+    if trains or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        signal.signal(signal.SIGTERM, _remember)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    global asked, _first_interrupt
-    name = signal.Signals(number).name
+    global _first_interrupt
     now = time.monotonic()
-    if name == "SIGINT":
+    if number == signal.SIGINT:
         if _first_interrupt and now - _first_interrupt > ANOTHER_AFTER:
             os._exit(130)
         _first_interrupt = _first_interrupt or now
+    _say(signal.Signals(number).name)
+
+
+def _say(name: str) -> None:
+    global asked
     if asked is None:
         asked = name
         # os.write: print is not safe in a handler

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The part of sft.sbatch that runs once on each node: look at the node, then start its ranks.
+set -euo pipefail
+# torchrun's agent would die of USR1 and leave its ranks behind; what is ignored here is ignored there too. The ranks
+# set a handler of their own.
+trap '' USR1
+# Slurm sends TERM to every process: this shell and tee stay until the ranks have saved.
+trap : TERM
+source slurm/environment.sh
+read -ra nodes <<<"$STEPLADDER_NODES"
+log="$STEPLADDER_FOLDER/slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.out"
+
+# A sick node ends the job here, by name, before the others wait for it; a sound one names the interface to its peers.
+if ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then exit 1; fi
+if [[ $interface ]]; then
+    # Else NCCL and gloo may choose one that leads nowhere (docker0, a management network).
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+fi
+# NCCL says what goes wrong, and nothing else.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# The last collectives of each rank, written when one of them times out: which rank did not come.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# Rows differ in length, and so do the blocks of memory: without this, free memory lies in pieces too small to use.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# The Python stack of a rank that dies of a signal.
+export PYTHONFAULTHANDLER=1
+# A node's cores are shared out among its ranks; the default would be one thread each.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > STEPLADDER_RANKS ? SLURM_CPUS_ON_NODE / STEPLADDER_RANKS : 1))}
+# How long torchrun waits after TERM before it kills its ranks: a step and a save (30 s by default).
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
+
+# SLURM_NODEID is read here, on the node: in the batch shell it is 0 for all (accelerate#2816, open-r1#306).
+launch=("${inside[@]}" accelerate launch --config_file "accelerate_configs/$STEPLADDER_STRATEGY.yaml"
+    --num_machines "$SLURM_NNODES" --num_processes "$((STEPLADDER_RANKS * SLURM_NNODES))"
+    --machine_rank "$SLURM_NODEID" --main_process_ip "${nodes[0]}" --main_process_port "$STEPLADDER_PORT"
+    # One address for all, and torchrun for DeepSpeed too: its own launchers want ssh between the nodes.
+    --same_network --deepspeed_multinode_launcher standard
+    scripts/sft.py "$@")
+if [[ $SLURM_NODEID == 0 ]]; then
+    "${launch[@]}" 2>&1 | (trap '' TERM && exec tee -a "$log")
+else
+    "${launch[@]}" >>"$log" 2>&1
+fi

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Check, train, merge, compare: each job starts when the one before it has succeeded, else it is cancelled.
+#
+#     bash slurm/pipeline.sh --nodes=2 --gpus-per-node=4 -- --recipe qlora --strategy zero3
+#
+# Before the -- stand sbatch's options for the training, after it the recipe and its keys. A training that is
+# preempted keeps its number when it is queued again, so the others go on waiting for it. Prints the jobs' numbers.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SLURM_SUBMIT_DIR=$PWD source slurm/environment.sh
+
+options=()
+while (($#)) && [[ $1 != -- ]]; do options+=("$1") && shift; done
+(($# > 1)) || { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+shift
+# The check runs here, on the login node: a mistake costs no time in the queue.
+folder=$("${inside[@]}" python -m stepladder.cluster.job folder "$@")
+base=$("${inside[@]}" python -m stepladder.cluster.job base "$@")
+data=$("${inside[@]}" python -m stepladder.cluster.job held_out "$@")
+
+# A job whose predecessor failed would else wait in the queue for ever.
+after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
+train=$(sbatch --parsable --job-name=train "${options[@]}" slurm/sft.sbatch "$@")
+# shellcheck disable=SC2046 # two options
+merge=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge.py --adapter "$folder" \
+    --output_dir "$folder/merged")
+# shellcheck disable=SC2046
+compare=$(sbatch --parsable --job-name=compare $(after "$merge") slurm/script.sbatch compare.py --base "$base" --tuned "$folder/merged" --data "$data" --output_dir "$folder/compared")
+echo "train $train → merge $merge → compare $compare; follow: squeue --me; result: $folder/compared/report.html"

@@ -1,0 +1,144 @@
+"""Is this node fit to train? Asked on each node before the ranks start, so that a sick one ends the job by name.
+
+    python -m stepladder.cluster.health
+
+Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes
+(nothing on one node); what is wrong is said on stderr, and the exit code is then 2. Imports nothing but the
+standard library: it answers in a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+from stepladder import errors
+
+FREE_GPU = 1024  # MiB in use on a GPU that is given to nobody else: the driver's own and some to spare
+FREE_DISK = 2 << 30  # bytes: less than the checkpoint of the smallest model, and logs
+CLOCK = 120  # seconds apart: certificates, file times and the order of logs break; a start takes less
+PATIENCE = 60  # seconds for the nodes to come to the same point
+
+
+def main() -> None:
+    env = os.environ
+    nodes, here = env["STEPLADDER_NODES"].split(), int(env["SLURM_NODEID"])
+    faults = [
+        *gpus(int(env["STEPLADDER_GPUS"])),
+        *disk([Path(env["STEPLADDER_FOLDER"]), Path(env.get("TMPDIR", "/tmp"))]),
+        *clock(float(env["STEPLADDER_CLOCK"])),
+    ]
+    if not faults and len(nodes) > 1:
+        faults = reach(nodes, here, int(env["STEPLADDER_PORT"]))
+    if faults:
+        raise errors.LaunchError(
+            f"node {socket.gethostname()} cannot train: {'; '.join(faults)}",
+            way_out=f"sbatch --exclude={socket.gethostname()} …, and tell your administrators",
+        )
+    if len(nodes) > 1 and (name := interface(nodes[1] if here == 0 else nodes[0])):
+        print(name)
+
+
+def gpus(wanted: int) -> list[str]:
+    """Fewer GPUs than the job was given, or memory in use on them by somebody else."""
+    if not wanted:
+        return []
+    ask = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        ask.append(f"--id={visible}")
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+    except FileNotFoundError:
+        return [f"the job has {wanted} GPUs and nvidia-smi is not installed"]
+    except subprocess.TimeoutExpired:
+        return ["nvidia-smi does not answer"]
+    if done.returncode:
+        return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
+    used = dict(line.split(",") for line in done.stdout.splitlines() if "," in line)
+    faults = [] if len(used) >= wanted else [f"{len(used)} of {wanted} GPUs answer"]
+    for index, megabytes in used.items():
+        if megabytes.strip().isdigit() and int(megabytes) > FREE_GPU:
+            faults.append(f"{int(megabytes):,} MiB of GPU {index} are in use by others")
+    return faults
+
+
+def disk(folders: list[Path]) -> list[str]:
+    faults = []
+    for folder in folders:
+        try:
+            probe = folder / f".{socket.gethostname()}.{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            faults.append(f"{folder} cannot be written: {error.strerror}")
+            continue
+        if free < FREE_DISK:
+            faults.append(f"{folder} has {free >> 20:,} MiB left")
+    return faults
+
+
+def clock(batch: float) -> list[str]:
+    apart = time.time() - batch
+    return [] if abs(apart) < CLOCK else [f"its clock is {apart:+.0f} s from the first node's"]
+
+
+def reach(nodes: list[str], here: int, port: int) -> list[str]:
+    """The port of the rendezvous, tried: the first node listens until each of the others has called."""
+    if here:
+        end = time.monotonic() + PATIENCE
+        reason = ""
+        while time.monotonic() < end:
+            try:
+                with socket.create_connection((nodes[0], port), 5) as call:
+                    call.settimeout(PATIENCE)
+                    call.sendall(struct.pack("!H", here))
+                    if call.recv(1):  # the first node has heard all
+                        return []
+                reason = "it hung up: another node is missing"
+            except OSError as error:
+                reason = str(error)
+            time.sleep(0.2)
+        return [f"it cannot reach {nodes[0]}:{port}: {reason}"]
+    calls: dict[int, socket.socket] = {}
+    try:
+        with socket.create_server(("", port)) as server, contextlib.ExitStack() as stack:
+            server.settimeout(PATIENCE)
+            while len(calls) < len(nodes) - 1:
+                call = stack.enter_context(server.accept()[0])
+                call.settimeout(5)
+                if len(said := call.recv(2)) == 2:  # a port scanner says nothing
+                    calls[struct.unpack("!H", said)[0]] = call
+            for call in calls.values():
+                call.sendall(b"+")
+    except TimeoutError:
+        missing = [name for number, name in enumerate(nodes) if number and number not in calls]
+        return [f"within {PATIENCE} s nothing came from {', '.join(missing)}"]
+    except OSError as error:
+        return [f"port {port}: {error.strerror}"]
+    return []
+
+
+def interface(peer: str) -> str:
+    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6)."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing
+        address = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                request = struct.pack("256s", name.encode()[:15])
+                found = fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]  # SIOCGIFADDR
+                if socket.inet_ntoa(found) == address:
+                    return name
+    return ""
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

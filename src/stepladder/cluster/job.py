@@ -1,0 +1,96 @@
+"""What a batch script asks Stepladder: where the run lies, and whether the job is to be queued again.
+
+    python -m stepladder.cluster.job folder --recipe lora --max_steps 20     (base, held_out too)
+    python -m stepladder.cluster.job after runs/lora
+
+Light, since it runs on every start: no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from stepladder import errors
+from stepladder.recipe import load
+from stepladder.run import MANIFEST, STUCK_AFTER
+
+MAX_RESTARTS = 100  # of a job; STEPLADDER_MAX_RESTARTS sets another
+STOP = "stop"  # a file of this name in the run folder ends the chain: touch runs/lora/stop
+
+
+def recipe_of(words: list[str]) -> load.Recipe:
+    """The recipe that a job's arguments name, with its keys; what else sft.sbatch and sft.py take is left out.
+
+    Raises:
+        RecipeError: what `check.py` would say.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--recipe")
+    for name in ("--strategy", "--resume", "--allow_change", "--allow-change"):
+        parser.add_argument(name)
+    parser.add_argument("--overwrite", action="store_true")
+    args, overrides = parser.parse_known_args(words)
+    return load.load(args.recipe, overrides)
+
+
+def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int = MAX_RESTARTS) -> tuple[str, str]:
+    """What becomes of a job whose ranks have ended, and why.
+
+    Args:
+        run: the run folder.
+        restarts: how often the job was queued again.
+        cancelled: Slurm ended it, which requeues by itself where it means to.
+
+    Returns:
+        `finished`, `again` (queue it again), `preempted` (a checkpoint stands, and a person starts it again),
+        or `failed`; and the reason.
+    """
+    try:
+        manifest = json.loads((run / MANIFEST).read_text())
+        status = manifest["status"]
+    except (OSError, ValueError, KeyError) as error:
+        return "failed", f"{run / MANIFEST} says nothing: {error}"
+    if status != "preempted":
+        return ("finished" if status == "finished" else "failed"), f"the run is {status}"
+    progress, step = manifest["progress"], manifest.get("totals", {}).get("steps", 0)
+    if cancelled:
+        return "preempted", "the job was cancelled"
+    if (run / STOP).exists():
+        return "preempted", f"{run / STOP} ends the chain"
+    if restarts >= max_restarts:
+        return "preempted", f"it was started {restarts + 1} times (STEPLADDER_MAX_RESTARTS)"
+    if progress["starts"] >= STUCK_AFTER and step <= progress["step"]:
+        return "preempted", f"{STUCK_AFTER} starts in a row came no further than step {progress['step']}"
+    return "again", f"preempted at step {step}"
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["folder", *words]:
+            print(recipe_of(words).output_dir)
+        case ["base", *words]:
+            print(recipe_of(words).get("model_name_or_path"))
+        case ["held_out", *words]:
+            recipe = recipe_of(words)
+            print(recipe.get("eval_dataset_name") or recipe.get("dataset_name"))
+        case ["speed", run]:
+            manifest = json.loads((Path(run) / MANIFEST).read_text())
+            totals = manifest["totals"]
+            print(f"{manifest['strategy']:14} {totals['tokens_per_second']:>12,.0f} tokens/s  "
+                  f"{max(totals['peak_memory_bytes']) / 2**30:6.2f} GiB a rank at most")  # fmt: skip
+        case ["after", run, *flags]:
+            restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+            limit = int(os.environ.get("STEPLADDER_MAX_RESTARTS") or MAX_RESTARTS)
+            decided, why = after(Path(run), restarts, "--cancelled" in flags, limit)
+            print(f"{decided}: {why}", file=sys.stderr)
+            print(decided)
+        case _:
+            raise errors.LaunchError("job: folder KEYS… or after RUN")
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,279 @@
+"""The templates in slurm/ on a real Slurm: two nodes in networks of their own (slurm_cluster.py).
+
+All jobs are given to Slurm at once and share the machine; each test waits for its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import same_curve
+from conftest import ROOT
+from slurm_cluster import Cluster, missing
+from stepladder.evaluation import curves
+from tiny import make_tiny
+
+absent = missing()
+pytestmark = pytest.mark.skipif(bool(absent) and "STEPLADDER_REQUIRE_SLURM" not in os.environ, reason=absent)
+
+STEPS = 8
+SFT = "slurm/sft.sbatch"
+# Training runs on CPU: this nvidia-smi answers for the null devices that Slurm hands out.
+NVIDIA_SMI = """#!/bin/sh
+for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do echo "$gpu, ${FAKE_GPU_MIB:-10}"; done
+"""
+HOSTILE = """a $(touch pwned) `touch pwned`; touch pwned "b' & % é"""
+
+
+class Site:
+    """The cluster with a recipe for it, and the jobs that were given to it."""
+
+    def __init__(self, cluster: Cluster, folder: Path):
+        self.cluster, self.folder = cluster, folder
+        tools = folder / "bin"
+        tools.mkdir()
+        (tools / "nvidia-smi").write_text(NVIDIA_SMI)
+        (tools / "nvidia-smi").chmod(0o755)
+        cluster.env |= {"PATH": f"{tools}:{cluster.env['PATH']}", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
+        keys |= {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_strategy": "no"}
+        self.recipe = folder / "tiny.yaml"
+        self.recipe.write_text(yaml.safe_dump(keys))
+
+    def sbatch(self, name: str, *words: Any, recipe_keys: tuple[Any, ...] = ()) -> str:
+        log = f"--output={self.folder}/{name.replace('%', '%%')}.log"
+        return self.cluster.sbatch("--time=30", log, *words, SFT, "--recipe", self.recipe,
+                                   "--output_dir", self.folder / name, *recipe_keys)  # fmt: skip
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def run_json(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / name / "run.json").read_text()))
+
+    def until_it_trains(self, name: str, steps: int = 1) -> None:
+        metrics = self.folder / name / "metrics.jsonl"
+        end = time.monotonic() + 240
+        while not metrics.is_file() or metrics.read_text().count('"loss"') < steps:
+            assert time.monotonic() < end, self.log(name)
+            time.sleep(0.1)
+
+    def ended(self, job: str, name: str, state: str) -> dict[str, str]:
+        found = self.cluster.wait(job)
+        assert found["JobState"] == state, self.log(name)
+        return found
+
+    def rank(self, job: str, rank: int) -> int:
+        """The process of a rank; the nodes share this machine's process table."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                words = (process / "cmdline").read_text()
+            except OSError:
+                continue
+            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {*environment} and "sft.py" in words:
+                return int(process.name)
+        raise AssertionError(f"no rank {rank} of job {job}")
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    assert not absent, absent
+    # Not pytest's folder, which other users may not enter.
+    base = Path(tempfile.mkdtemp(prefix="slurm-"))
+    base.chmod(0o755)
+    (base / "work").mkdir()
+    with Cluster(base / "cluster", cpus=8) as cluster:
+        yield Site(cluster, base / "work")
+    shutil.rmtree(base)
+
+
+SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1)
+LONG = ("--max_steps", 100_000, *SAVING[:3], 100_000)  # until somebody ends it
+
+
+@pytest.fixture(scope="module")
+def jobs(site: Site) -> dict[str, str]:
+    """All that only has to run to its end, queued at once."""
+    return {
+        "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", recipe_keys=("--strategy", "zero3")),
+        HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
+                             recipe_keys=("--strategy=fsdp",)),
+        "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--export=ALL,FAKE_GPU_MIB=5000"),
+        "limit": site.sbatch("limit", "--time=2", "--signal=B:USR1@60", "--gpus-per-node=2", recipe_keys=LONG),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site) -> Path:
+    run = site.folder / "reference"
+    words = ["--recipe", str(site.recipe), "--output_dir", str(run), "--per_device_train_batch_size", "2"]
+    subprocess.run([sys.executable, "scripts/sft.py", *words], cwd=ROOT, check=True, capture_output=True)
+    return run
+
+
+def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: dict[str, str], reference: Path) -> None:
+    """Guards preemption on two nodes: the batch shell's USR1 reaches the ranks on both and kills no launcher, the
+    job comes back by itself, and neither its curve nor its metrics show it."""
+    job = site.sbatch("ddp", "--nodes=2", "--gpus-per-node=h100:2", recipe_keys=("--strategy", "ddp", *SAVING))
+    site.until_it_trains("ddp")
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert site.ended(job, "ddp", "COMPLETED")["Restarts"] == "1", site.log("ddp")
+    manifest = site.run_json("ddp")
+    assert manifest["slurm"]["restart_count"] == 1
+    assert manifest["slurm"]["job_id"] == job
+    assert {device.split(":")[0] for device in manifest["devices"]} == {"node1", "node2"}
+    found = curves.difference(reference, site.folder / "ddp")
+    assert found.steps == STEPS and found.within(), found
+    for node in site.cluster.nodes:
+        assert "start" in site.log("ddp") and (site.folder / "ddp" / f"slurm-{job}-{node}.out").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["zero3", HOSTILE], ids=["zero3, typed gres", "fsdp, CPU tasks, hostile path"])
+def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str], reference: Path, name: str) -> None:
+    """Guards the rendezvous across nodes, however ranks are asked for, and quoting from sbatch to the ranks."""
+    site.ended(jobs[name], name, "COMPLETED")
+    found = curves.difference(reference, site.folder / name)
+    assert found.steps == STEPS and found.within(), found
+    assert site.run_json(name)["world_size"] == 4
+    assert not list(ROOT.glob("pwned")) and not list(site.folder.rglob("pwned"))
+
+
+def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
+    """Guards the health check: memory in use by others ends the job at once, with the node's name."""
+    site.ended(jobs["sick"], "sick", "FAILED")
+    assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
+    assert not (site.folder / "sick" / "run.json").exists()
+
+
+def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Site, jobs: dict[str, str]) -> None:
+    """Guards `--signal=B:USR1@…`: Slurm's own signal, in time, saves; the stop file keeps the job from coming back."""
+    site.until_it_trains("limit")
+    (site.folder / "limit/stop").touch()
+    site.ended(jobs["limit"], "limit", "FAILED")
+    assert "stop ends the chain" in site.log("limit")
+    assert site.run_json("limit")["status"] == "preempted"
+    assert list((site.folder / "limit").glob("checkpoint-*/COMPLETE.json"))
+
+
+def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
+    """Guards against a job that comes back after a fault, and one whose other node waits for half an hour."""
+    job = site.sbatch("crash", "--nodes=2", recipe_keys=LONG)
+    site.until_it_trains("crash")
+    os.kill(site.rank(job, 1), signal.SIGKILL)
+    found = site.ended(job, "crash", "FAILED")
+    assert found["Restarts"] == "0"
+    assert "--- node2:" in site.log("crash") and "exitcode  : -9" in site.log("crash")
+
+
+def test_scancel_saves_and_does_not_come_back(site: Site) -> None:
+    """Guards work that is cancelled: a checkpoint stands, and the job is not queued again against its owner's will."""
+    job = site.sbatch("cancelled", "--gpus-per-node=2", recipe_keys=LONG)
+    site.until_it_trains("cancelled")
+    site.cluster.run("scancel", job)
+    site.cluster.wait(job, ("CANCELLED",))
+    end = time.monotonic() + 60
+    while site.run_json("cancelled")["status"] == "running":
+        assert time.monotonic() < end, site.log("cancelled")
+        time.sleep(0.5)
+    assert site.run_json("cancelled")["status"] == "preempted"
+    assert site.cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_node_that_goes_down_brings_the_job_back(site: Site, reference: Path) -> None:
+    """Guards NODE_FAIL: Slurm queues the job again, and it goes on from its checkpoint when the node is back."""
+    job = site.sbatch("down", "--nodes=2", recipe_keys=SAVING)
+    site.until_it_trains("down", steps=3)
+    site.cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    site.cluster.wait(job, ("PENDING", "COMPLETED"))
+    site.cluster.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert site.ended(job, "down", "COMPLETED")["Restarts"] == "1", site.log("down")
+    found = curves.difference(reference, site.folder / "down")
+    assert found.steps == STEPS and found.within(), found
+
+
+def test_a_sweep_is_an_array_with_a_report(site: Site, tmp_path: Path) -> None:
+    """Guards `submit.py --sweep`: an element a combination, each in its folder, and the page over all at the end."""
+    sweep = site.folder / "ranks.yaml"
+    grid = {"recipe": str(site.recipe), "output_dir": str(site.folder / "sweep"), "grid": {"lora_r": [4, 8]}}
+    sweep.write_text(yaml.safe_dump(grid | {"per_device_train_batch_size": 8}))
+    said = site.cluster.run(sys.executable, "scripts/submit.py", "--sweep", sweep, "--time", "30", "--cpus", "1")
+    report = said.partition("report  job ")[2].split(",")[0]
+    site.cluster.wait(report)
+    parameters = [site.run_json(f"sweep/lora_r={rank}")["parameters"]["trainable"] for rank in (4, 8)]
+    assert parameters[1] == 2 * parameters[0]
+    assert (site.folder / "sweep/report.html").stat().st_size, said
+
+
+def test_the_pipeline_runs_each_step_after_the_other(site: Site) -> None:
+    """Guards train → merge → compare, and that a failing step cancels what waits for it."""
+
+    def pipeline(name: str, *words: str) -> dict[str, str]:
+        said = site.cluster.run(
+            "bash", "slurm/pipeline.sh", "--time=30", f"--output={site.folder}/{name}.log", "--cpus-per-task=2", "--",
+            "--recipe", site.recipe, "--output_dir", site.folder / name, "--per_device_train_batch_size", 4, *words,
+        )  # fmt: skip
+        return {step.split()[0]: step.split()[1] for step in said.split(";")[0].split(" → ")}
+
+    bad, good = pipeline("bad", "--learning_rate", "1e30"), pipeline("good")
+    site.ended(bad["train"], "bad", "FAILED")
+    for step in ("merge", "compare"):
+        assert site.cluster.wait(bad[step])["JobState"] == "CANCELLED"
+    site.ended(good["train"], "good", "COMPLETED")
+    for step in ("merge", "compare"):
+        log = ROOT / f"runs/slurm-{good[step]}.out"
+        assert site.cluster.wait(good[step])["JobState"] == "COMPLETED", log.read_text()
+        log.unlink()
+    assert (site.folder / "good/merged/model.safetensors").is_file()
+    assert (site.folder / "good/compared/compare.json").is_file()
+
+
+def test_a_user_without_rights_can_submit(site: Site) -> None:
+    """Guards clusters as they are: the job's owner is not root, and its files are its own."""
+    user = pwd.getpwnam("nobody")
+    try_it = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    python = [*try_it, sys.executable, "-c", "import torch"]
+    if subprocess.run(python, cwd=ROOT, capture_output=True).returncode:
+        pytest.skip("this checkout lies where other users may not read it")
+    home = site.folder / "nobody"
+    home.mkdir()
+    os.chown(home, user.pw_uid, user.pw_gid)
+    job = site.cluster.run(
+        *try_it, "env", f"HOME={home}", "sbatch", "--parsable", "--time=30", f"--output={home}/log", SFT,
+        "--recipe", site.recipe, "--output_dir", home / "run", "--per_device_train_batch_size", 8,
+    )  # fmt: skip
+    assert site.cluster.wait(job.strip())["JobState"] == "COMPLETED", (home / "log").read_text()
+    assert (home / "run/run.json").stat().st_uid == user.pw_uid
+
+
+def test_submit_says_what_slurm_refuses_before_it_queues(site: Site) -> None:
+    """Guards `--test-only`: what can never run is refused on the login node, in Slurm's words."""
+
+    def refused(*words: Any) -> str:
+        command = [sys.executable, "scripts/submit.py", "--recipe", site.recipe, "--output_dir", site.folder / "never"]
+        done = subprocess.run([*map(str, [*command, *words])], cwd=ROOT, env=site.cluster.env, text=True,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done
+        return done.stderr
+
+    assert "invalid partition specified: nix" in refused("--partition", "nix")
+    assert "Requested node configuration is not available" in refused("--gpus", "5")
+    assert "no accelerate_configs/zero9.yaml" in refused("--strategy", "zero9")
+    assert "unknown key 'learing_rate'" in refused("--learing_rate", "1")
+    assert "is no name" in refused("--partition", "main --uid=0")
+    assert not (site.folder / "never").exists()
