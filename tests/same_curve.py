@@ -46,7 +46,7 @@ PACKED = {"unpacked": {"max_length": 400}, "packed": {"max_length": 640, "packin
 ROWS, STEPS = 22, 30  # in batches of 8: three steps an epoch, the last of each with 6 rows
 # bf16 keeps 8 bits: one rounding is 2^-9 = 2e-3 of a value, and 30 updates of Adam, which moves each
 # weight by the learning rate whatever the size of its gradient, carry it on.
-LOW_PRECISION = 5e-2
+LOW_PRECISION = 1e-2
 REAL, REAL_STEPS = ("ddp", "zero2", "zero3", "fsdp"), 12
 LOGITS = 1e-4  # of the saved results, loaded in one process
 
@@ -299,7 +299,7 @@ def table(results: dict[Cell, dict[str, Any]], runs: int) -> list[str]:
 
 
 def figures(found: dict[str, Any]) -> str:
-    keys = ("steps", "loss", "loss_residual", "grad_norm", "grad_norm_residual", "eval_loss", "logits")
+    keys = ("loss", "loss_residual", "grad_norm", "grad_norm_residual", "eval_loss", "logits")
     return ", ".join(f"{key} {found[key]:.1e}" for key in keys if found.get(key) is not None)
 
 
