@@ -43,7 +43,7 @@ def main() -> None:
     if args.prompt:
         conversations = [[*history, {"role": "user", "content": prompt}] for prompt in args.prompt]
         for prompt, answer in zip(args.prompt, answers(model, tokenizer, conversations, **sampling), strict=True):
-            print((f"> {prompt}\n" if len(args.prompt) > 1 else "") + answer)
+            print((f"> {prompt}\n" if len(args.prompt) > 1 else "") + answer.text)
         return
     print("Ask away; an empty line ends the conversation.")
     while question := _ask():
