@@ -54,8 +54,6 @@ def main() -> None:
         parser.error("two sides are needed: --base and --tuned, or one of them and --endpoint")
     is_run = bool(args.tuned) and (Path(args.tuned[0]) / run.MANIFEST).is_file()
     folder = args.output_dir or (Path(args.tuned[0]) if is_run else None)
-    if folder is None:
-        parser.error("--output_dir is needed: the first --tuned is no run folder")
 
     # What can be wrong with the files is found before torch is imported.
     rules = rubric.read(args.rubric) if args.rubric else []
@@ -64,6 +62,8 @@ def main() -> None:
     on = sides.Measured(asked[: args.limit], held_out)
     for source in sources:
         sides.check(source, on)
+    if folder is None:
+        parser.error("--output_dir is needed: the first --tuned is no run folder")
     run.make_folder(folder)
     rows = sides.training_rows(args.tuned[0], on.notes) if args.tuned else None
     on.training = sides.sample(rows) if rows else None

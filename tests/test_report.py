@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from conftest import metrics, script
-from stepladder.data.rows import Rows
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
+from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.questions import Question
 from stepladder.reporting import page, runs
 from stepladder.reporting.verdicts import judge
 
@@ -76,10 +78,13 @@ def copy(trained: Path, tmp_path: Path):
 
 def answered(folder: Path, questions: list[str], *answers: list[str]) -> None:
     """compare.json as compare.py writes it."""
-    asked = [[{"role": "user", "content": q}, {"role": "assistant", "content": "a reference"}] for q in questions]
-    rows = Rows("held_out.jsonl", [{"messages": messages} for messages in asked], [""] * len(asked))
-    sides = [Side(f"side {number}", 2.5 - number, 100, texts) for number, texts in enumerate(answers)]
-    (folder / "compare.json").write_text(compare.as_json("held_out.jsonl", rows, sides))
+    asked = [Question([{"role": "user", "content": question}], "a reference") for question in questions]
+    sides = [
+        Side(f"side {number}", [Answer(text, True) for text in texts], [RowLoss(250 - 100 * number, 100)])
+        for number, texts in enumerate(answers)
+    ]
+    facts = compare.compare(sides, asked, []) | {"verdicts": compare.verdicts(sides, asked, None), "notes": []}
+    (folder / "compare.json").write_text(json.dumps(facts))
 
 
 def text_of(file: Path) -> Text:

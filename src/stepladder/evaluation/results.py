@@ -31,7 +31,7 @@ def markdown(facts: dict[str, Any]) -> str:
         lines += [verdict_line(verdict) for verdict in found["verdicts"]]
     lines += ["", "## Sample outputs", ""]
     for number, question in enumerate(facts["questions"][:SAMPLES]):
-        lines += [f"**Prompt**: {_quoted(question)}", ""]
+        lines += ["**Prompt**:", "", _quoted(question), ""]
         for name, side in zip(names, sides, strict=True):
             lines += [f"**{name}**:", "", _quoted(side["answers"][number]), ""]
     return "\n".join([*lines, "## Conclusion", "", *conclusion(facts), ""])
@@ -112,7 +112,7 @@ def _value(row: dict[str, Any], side: dict[str, Any] | None, test: dict[str, Any
 
 
 def _number(row: dict[str, Any], value: float) -> str:
-    return f"{value:.0%}" if row["unit"].startswith("share") else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.0%}" if row["unit"].startswith("share") else f"{value:.3f}" if value < 10 else f"{value:,.1f}"
 
 
 def _cell(text: str) -> str:
