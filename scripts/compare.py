@@ -59,7 +59,7 @@ def main() -> None:
     rules = rubric.read(args.rubric) if args.rubric else []
     held_out = mixture.from_name(args.data) if args.data else None
     asked = questions.from_file(args.prompts) if args.prompts else questions.of_rows(held_out)
-    on = sides.Measured(asked[: args.limit], held_out)
+    on = sides.Measured(asked[: args.limit], held_out, notes=questions.remarks(asked))
     for source in sources:
         sides.check(source, on)
     if folder is None:

@@ -31,6 +31,16 @@ def of_rows(rows: Rows) -> list[Question]:
     return [question for question in asked if question.reference]
 
 
+def remarks(asked: list[Question]) -> list[str]:
+    """What a person should know of questions that cannot show everything."""
+    bare = sum(not question.reference for question in asked)
+    if not asked:
+        return ["rows of plain text ask nothing: the losses alone are compared"]
+    rest = "what needs a reference (chrF, ROUGE-L, exact match, F1, facts) is of the others alone"
+    rest = rest if bare < len(asked) else "chrF, ROUGE-L, exact match, F1 and facts are not measured"
+    return [f"{bare} of {len(asked)} questions have no reference answer: {rest}"] if bare else []
+
+
 def from_file(path: Path) -> list[Question]:
     """Prompts: a text file of one a line, or rows (JSONL, …) with or without answers.
 

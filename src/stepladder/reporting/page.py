@@ -70,7 +70,11 @@ def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -
 
 def judge(run: LoggedRun) -> list[Verdict]:
     """What the run's curves say and what compare.py found; the worst come first."""
-    found = verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm")) if run.facts or run.rows else []
+    found = (
+        verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm"))
+        if run.facts or run.rows
+        else []
+    )
     compared = run.comparison.get("verdicts", [])
     for side in compared:
         of = f"{side['side']}: " if len(compared) > 1 else ""
