@@ -40,6 +40,8 @@ test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (und
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
+	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
 	$(BIN)/python -m pytest
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md

@@ -281,3 +281,27 @@ def test_odd_values_still_make_a_page(copy) -> None:
         for audit in (odd, {"findings": odd}, {"findings": [odd]}, {"findings": [{"figures": odd, "where": odd}]}):
             (folder / "audit.json").write_text(json.dumps(audit))
             assert "Run it again" in page.page([runs.read(folder)])
+
+
+def test_the_mini_project_is_filled_in(copy) -> None:
+    """Guards the workshop's last exercise: every heading of its template, with figures of this run under it."""
+    folder = copy()
+    done = script("report", folder, "--project", "Doors | owls")
+    assert done.code == 0, done
+    bare = (folder / "mini_project_report.md").read_text()
+    assert "Domain: Doors | owls" in bare and "Not compared yet" in bare and "**No**" in bare  # learned by heart
+    answered(folder, ["Which door?", "Who?"], ["none", "me"], ["the third", "an owl"])
+    done = script("report", folder, "--project", "Doors")
+    text = (folder / "mini_project_report.md").read_text()
+    for heading in ("Dataset", "Training configuration", "Results", "Evaluation", "Learnings", "Production readiness"):
+        assert text.split(f"## {heading}\n\n")[1].split("\n## ")[0].strip(), heading
+    assert "8 examples" in text and "Learning rate: 0.02" in text and "> an owl" in text and "| held-out loss |" in text
+
+
+def test_peak_memory_over_time_is_drawn_where_it_is_logged(copy) -> None:
+    folder = copy()
+    rows = [row | {"peak_memory_bytes": 3 * 2**29} for row in metrics(folder)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("report", folder).code == 0
+    seen = text_of(folder / "report.html").shown
+    assert "Peak memory" in seen and "1.5 at step 1" in seen

@@ -20,7 +20,7 @@ from stepladder.model import load
 from stepladder.recipe import load as recipe_load
 from stepladder.run import RECIPE
 
-SAMPLE = 32  # rows of the training data and of general knowledge that losses are measured on
+SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
 MOST_TRAINING_ROWS = 50_000  # that are held to find copies of
 
 

@@ -32,6 +32,7 @@ CHARTS = (
     ("Gradient norm", "grad_norm", "", "before clipping", True),
     ("Learning rate", "learning_rate", "", "", False),
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
+    ("Peak memory", "peak_memory_gib", "", "GiB, the fullest rank", False),
 )
 AKIN = 0.5  # shared words of two answers (difflib's ratio) below which marking each difference says nothing
 TABLE_ROWS = 20  # of the table behind a curve

@@ -154,6 +154,8 @@ def _read_metrics(run: LoggedRun) -> None:
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(peak := row.get("peak_memory_bytes"), int):
+                row["peak_memory_gib"] = peak / 2**30
             run.rows.append(row)
         elif line and number == len(lines):
             run.remarks.append(f"{METRICS} line {number} is cut short and left out: it was being written")
