@@ -9,6 +9,7 @@ from stepladder.reporting.runs import LoggedRun
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 EXAMPLES = 3
+USUAL = 0.5  # the share of answers below which a style rule is not kept
 MISSING = "unknown: run.json does not say"
 NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder} --data HELD_OUT.jsonl`."
 
@@ -89,6 +90,7 @@ def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
     """No with a fault, not shown without a comparison; a yes never goes without a person reading answers."""
     faults, looks = ([v for v in found if v.severity == severity] for severity in (FAULT, LOOK))
     better = any(v.severity == GOOD and v.name.startswith("better") for v in found)
+    weak = [f"{name} in {kept:.0%} of the answers" for name, kept in _style(run) if kept < USUAL]
     if faults:
         lines = ["Would I deploy this? **No**: " + ", ".join(v.name for v in faults) + "."]
     elif not better:
@@ -99,4 +101,11 @@ def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
         ]
     lines += ["", "What would I improve?", ""]
     wishes = [f"- {v.name}: {v.way_out}" for v in faults + looks if v.way_out]
+    wishes += [f"- {rule}: more rows that show it; facts had better come from a lookup" for rule in weak]
     return lines + (wishes or ["- nothing that these figures show; read more answers than three"])
+
+
+def _style(run: LoggedRun) -> list[tuple[str, float]]:
+    """The rules of the rubric, and the share of the first tuned side's answers that keep each."""
+    rows = [row for row in run.comparison.get("metrics", []) if row["unit"] == "share of answers"]
+    return [(row["name"], row["sides"][1]["mean"]) for row in rows if row["sides"][1]]
