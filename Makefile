@@ -32,7 +32,7 @@ models/smollm2-135m-instruct: | $(INSTALLED)
 
 demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 5 minutes on 2 cores)
 	$(BIN)/python scripts/sft.py --recipe lora --output_dir runs/demo --overwrite
-	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --rubric data/techco_rubric.yaml --limit 8
+	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --rubric data/techco_rubric.yaml --limit 12
 
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.

@@ -24,7 +24,7 @@ def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: list[list[Message]],
-    batch_size: int = 8,
+    batch_size: int = 16,
     streamer: BaseStreamer | None = None,
     **sampling: Any,
 ) -> list[Answer]:

@@ -14,7 +14,7 @@ from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy
 COPIES = 0.25  # share of copies above that of the references: a house's set phrases are in every good answer
-KNOWN = 0.1  # nats a token: each token of a training answer is given a probability of 0.9
+KNOWN, HALF_KNOWN = 0.1, 0.7  # nats a token: each of a training answer is given a probability of 0.9, of 0.5
 GAP, WIDE_GAP = 0.3, 1.0  # nats a token, beyond the base's: perplexity 1.35 and 2.7 times that on training rows
 RISE, LOUD_RISE = 0.05, 0.3  # nats a token on general knowledge
 
@@ -73,7 +73,7 @@ def memorized(
         "beyond the base's"
     )
     way_out = "fewer epochs, a lower learning_rate, more and more varied rows, lora_dropout or weight_decay"
-    if share > usual + COPIES or on_training[1] < KNOWN or gap > WIDE_GAP:
+    if share > usual + COPIES or on_training[1] < (HALF_KNOWN if gap > WIDE_GAP else KNOWN):
         return Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, way_out, figures)
     if gap > GAP:
         what = "It does better on the rows that it was trained on."
