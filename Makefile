@@ -32,7 +32,7 @@ models/smollm2-135m-instruct: | $(INSTALLED)
 
 demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 5 minutes on 2 cores)
 	$(BIN)/python scripts/sft.py --recipe lora --output_dir runs/demo --overwrite
-	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --show 3
+	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --rubric data/techco_rubric.yaml --limit 12
 
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.
@@ -40,6 +40,8 @@ test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (und
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
+	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
 	$(BIN)/python -m pytest
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md

@@ -2,6 +2,7 @@
 
     python scripts/report.py runs/lora
     python scripts/report.py runs/lora runs/qlora -o compared.html
+    python scripts/report.py runs/lora --project "Customer support"
 
 The page is one file that loads nothing; without -o it is RUN/report.html. A run that still goes
 on, was cut short or is damaged is shown as far as it can be read, and the page says what is amiss.
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from stepladder import errors
 from stepladder.evaluation import curves
-from stepladder.reporting import page, runs
+from stepladder.reporting import page, project, runs
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; the first is compared with")
     parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; needed for several runs)")
+    parser.add_argument("--project", metavar="DOMAIN", help="write RUN/mini_project_report.md too, on this domain")
     parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
     args = parser.parse_args()
     if len(args.runs) > 1 and not args.output:
@@ -31,6 +33,9 @@ def main() -> None:
     differences = [_difference(first, other) for other in others]
     target = args.output or first.folder / "report.html"
     page.save(target, page.page(logged, differences))
+    if args.project:
+        for run in logged:
+            page.save(run.folder / "mini_project_report.md", project.markdown(run, args.project))
     if args.json:
         print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
         return

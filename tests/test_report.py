@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from conftest import metrics, script
-from stepladder.data.rows import Rows
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
+from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.questions import Question
 from stepladder.reporting import page, runs
 from stepladder.reporting.verdicts import judge
 
@@ -76,10 +78,13 @@ def copy(trained: Path, tmp_path: Path):
 
 def answered(folder: Path, questions: list[str], *answers: list[str]) -> None:
     """compare.json as compare.py writes it."""
-    asked = [[{"role": "user", "content": q}, {"role": "assistant", "content": "a reference"}] for q in questions]
-    rows = Rows("held_out.jsonl", [{"messages": messages} for messages in asked], [""] * len(asked))
-    sides = [Side(f"side {number}", 2.5 - number, 100, texts) for number, texts in enumerate(answers)]
-    (folder / "compare.json").write_text(compare.as_json("held_out.jsonl", rows, sides))
+    asked = [Question([{"role": "user", "content": question}], "a reference") for question in questions]
+    sides = [
+        Side(f"side {number}", [Answer(text, True) for text in texts], [RowLoss(250 - 100 * number, 100)])
+        for number, texts in enumerate(answers)
+    ]
+    facts = compare.compare(sides, asked, []) | {"verdicts": compare.verdicts(sides, asked, None), "notes": []}
+    (folder / "compare.json").write_text(json.dumps(facts))
 
 
 def text_of(file: Path) -> Text:
@@ -276,3 +281,27 @@ def test_odd_values_still_make_a_page(copy) -> None:
         for audit in (odd, {"findings": odd}, {"findings": [odd]}, {"findings": [{"figures": odd, "where": odd}]}):
             (folder / "audit.json").write_text(json.dumps(audit))
             assert "Run it again" in page.page([runs.read(folder)])
+
+
+def test_the_mini_project_is_filled_in(copy) -> None:
+    """Guards the workshop's last exercise: every heading of its template, with figures of this run under it."""
+    folder = copy()
+    done = script("report", folder, "--project", "Doors | owls")
+    assert done.code == 0, done
+    bare = (folder / "mini_project_report.md").read_text()
+    assert "Domain: Doors | owls" in bare and "Not compared yet" in bare and "**No**" in bare  # learned by heart
+    answered(folder, ["Which door?", "Who?"], ["none", "me"], ["the third", "an owl"])
+    done = script("report", folder, "--project", "Doors")
+    text = (folder / "mini_project_report.md").read_text()
+    for heading in ("Dataset", "Training configuration", "Results", "Evaluation", "Learnings", "Production readiness"):
+        assert text.split(f"## {heading}\n\n")[1].split("\n## ")[0].strip(), heading
+    assert "8 examples" in text and "Learning rate: 0.02" in text and "> an owl" in text and "| held-out loss |" in text
+
+
+def test_peak_memory_over_time_is_drawn_where_it_is_logged(copy) -> None:
+    folder = copy()
+    rows = [row | {"peak_memory_bytes": 3 * 2**29} for row in metrics(folder)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("report", folder).code == 0
+    seen = text_of(folder / "report.html").shown
+    assert "Peak memory" in seen and "1.5 at step 1" in seen

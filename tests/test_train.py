@@ -113,7 +113,7 @@ def test_smollm2_learns_techco_by_lora(smollm2: Path, tmp_path: Path) -> None:
     curve = losses(folder)
     assert sum(curve[-3:]) / 3 < sum(curve[:3]) / 3 - 0.5
 
-    done = script("compare", "--base", smollm2, "--tuned", folder, "--data", "data/techco_eval.jsonl", "--show", 2)
+    done = script("compare", "--base", smollm2, "--tuned", folder, "--data", "data/techco_eval.jsonl", "--limit", 2)
     assert done.code == 0, done
     before, after = map(float, re.search(r"held-out loss .*: ([\d.]+) before, ([\d.]+) after", done.out).groups())
     assert after < before - 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import say
-from stepladder.errors import LaunchError, lost_a_rank
+from stepladder.errors import LaunchError, RunError, lost_a_rank
 
 PACKAGES = (
     "stepladder",
@@ -195,6 +196,22 @@ def status(folder: Path) -> str:
         return str(json.loads((folder / MANIFEST).read_text())["status"])
     except (OSError, ValueError, KeyError):
         return "unreadable"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that files are to be written into.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written", why=error.strerror or str(error), way_out="another place"
+        ) from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,95 +1,176 @@
-"""Base against tuned: the held-out loss of both, and their answers side by side."""
+"""A base and what was made of it, on the same questions and rows: figures, what differs beyond chance, verdicts."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-from stepladder.data.mixture import Rows
-from stepladder.data.render import IGNORED, render
-from stepladder.evaluation.generate import answers
+from stepladder.evaluation import learned, loss, metrics, statistics
+from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric
+from stepladder.evaluation.questions import Question
+from stepladder.evaluation.rubric import Rule
+from stepladder.verdict import Verdict
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+LOSS = Metric("held-out loss", LOWER, "nats a token")
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
+Column = list[float | None]  # a value a row; None where the metric says nothing of it
 
 
 @dataclass
 class Side:
-    """What one model did: its mean loss on the answers' tokens (nats), and its own answers."""
+    """What one model said and how well it predicts the answers that it did not say.
+
+    `losses` are of the held-out rows, `general` of general knowledge, `training` of rows of the training
+    data; empty where they were not measured (a server or a transcript tells no losses).
+    """
 
     name: str
-    loss: float
-    tokens: int
-    answers: list[str]
+    answers: list[Answer] = field(default_factory=list)
+    losses: list[RowLoss] = field(default_factory=list)
+    general: list[RowLoss] = field(default_factory=list)
+    training: list[RowLoss] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [answer.text for answer in self.answers]
 
 
-def measure(
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    show: int,
-    max_new_tokens: int = 128,
-) -> Side:
-    """Held-out loss over all rows, answers to the first `show` of them."""
-    loss, tokens = held_out_loss(model, tokenizer, rows)
-    prompts = [example["messages"][:-1] for example in rows.examples[:show]]
-    return Side(name, loss, tokens, answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens))
+def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> dict[str, Any]:
+    """The content of compare.json: the first side against each of the others.
 
-
-def held_out_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, batch_size: int = 8
-) -> tuple[float, int]:
-    """Mean negative log-likelihood of the trained tokens (nats a token), and their number.
-
-    Every token counts once, whatever the batch size: the sum over tokens is divided at the end.
+    `metrics` holds a row a figure: each side's mean with its 95 % interval, and each later side's test
+    against the first. All p values of a side are corrected together (Holm).
     """
-    import torch
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    items = render(rows, tokenizer).remove_columns("rows").to_list()
-    # Rows of like length together: less padding, and the order does not matter to a sum.
-    items.sort(key=lambda item: len(item["input_ids"]))
-    total, count = 0.0, 0
-    for start in range(0, len(items), batch_size):
-        batch = {k: v.to(model.device) for k, v in collate(items[start : start + batch_size]).items()}
-        labels = batch.pop("labels")[:, 1:]
-        with torch.inference_mode():
-            logits = model(**batch).logits[:, :-1]
-        trained = labels != IGNORED
-        losses = torch.nn.functional.cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
-        total, count = total + losses.item(), count + int(trained.sum())
-    return total / count, count
-
-
-def as_json(data: str, rows: Rows, sides: list[Side]) -> str:
-    """compare.json: the questions with their references and each side's answers, which the run's page shows."""
-    asked = [example["messages"] for example in rows.examples[: len(sides[0].answers)]]
-    facts = {
-        "data": data,
-        "questions": [messages[-2]["content"] for messages in asked],
-        "references": [messages[-1]["content"] for messages in asked],
-        "sides": [asdict(side) for side in sides],
+    columns = [_columns(side, questions, rules) for side in sides]
+    rows = []
+    if any(side.losses for side in sides):
+        rows += [_loss_row(sides), _perplexity_row(sides)]
+    for metric in dict.fromkeys(metric for side in columns for metric in side):
+        row = _row(metric, [side.get(metric, []) for side in columns])
+        rows += [row] if any(row["sides"]) else []
+    for n in (1, 2):
+        shares = [{"mean": metrics.distinct(side.texts, n)} if side.answers else None for side in sides]
+        rows += [_entry(Metric(f"distinct-{n}", NEITHER, "share"), shares)] if any(shares) else []
+    _judge(rows, [side.name for side in sides])
+    return {
+        "questions": [question.text for question in questions],
+        "references": [question.reference for question in questions],
+        "sides": [_facts(side, sides[0]) for side in sides],
+        "metrics": rows,
     }
-    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 
-def side_by_side(rows: Rows, sides: list[Side], width: int = 100) -> str:
-    """Questions with each model's answer in columns, for a terminal."""
-    import io
+def verdicts(sides: list[Side], questions: list[Question], trained: learned.Trained | None) -> list[dict[str, Any]]:
+    """Each later side's verdicts against the first: better, learned by heart, forgotten, as far as measured.
 
-    from rich.console import Console
-    from rich.table import Table
+    `trained` are the answers that the second side was trained on; what the others were is not known.
+    """
+    base, *others = sides
+    found = []
+    for number, side in enumerate(others):
+        judged = _verdicts(base, side, questions, None if number else trained)
+        found.append({"side": side.name, "verdicts": [vars(verdict) for verdict in judged]})
+    return found
 
-    table = Table(show_lines=True, width=width, title_justify="left")
-    for side in sides:
-        table.add_column(side.name, ratio=1, overflow="fold")
-    for number in range(len(sides[0].answers)):
-        question = rows.examples[number]["messages"][-2]["content"]
-        table.add_row(*[f"Q: {question}" if i == 0 else "" for i in range(len(sides))], style="bold")
-        table.add_row(*[side.answers[number] for side in sides])
-    out = io.StringIO()
-    Console(file=out, width=width, markup=False, highlight=False).print(table)
-    return out.getvalue()
+
+def _verdicts(base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None) -> Iterator[Verdict]:
+    if base.losses and tuned.losses:
+        yield learned.better(base.losses, tuned.losses)
+    if trained and base.training and base.losses and tuned.training:
+        on_training = loss.mean(base.training), loss.mean(tuned.training, base.training)
+        held_out = loss.mean(base.losses), loss.mean(tuned.losses, base.losses)
+        references = [question.reference for question in questions]
+        yield learned.memorized(trained, tuned.texts, references, on_training, held_out)
+    if base.general and tuned.general:
+        yield learned.forgot(base.general, tuned.general)
+
+
+def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[Metric, Column]:
+    found: dict[Metric, Column] = {}
+    for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
+        figures = metrics.of_answer(answer, question.reference)
+        figures |= {_of_rule(rule): rule.kept(answer.text, question.reference) for rule in rules}
+        for metric, value in figures.items():
+            found.setdefault(metric, []).append(value)
+    return found
+
+
+def _of_rule(rule: Rule) -> Metric:
+    return Metric(rule.name, HIGHER, "share of answers", rule.in_reference)
+
+
+def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
+    """The means of a metric, and its tests over the rows of which it says something."""
+    sides, tests = [], []
+    for column in columns:
+        known = [value for value in column if value is not None]
+        sides.append(_mean(known, [1.0] * len(known)) if known else None)
+        pairs = [(a, b) for a, b in zip(columns[0], column, strict=False) if a is not None and b is not None]
+        wanted = pairs and metric.better != NEITHER and column is not columns[0]
+        first, second = [a for a, _ in pairs], [b for _, b in pairs]
+        tests.append(vars(statistics.paired(first, second, [1.0] * len(pairs))) if wanted else None)
+    return _entry(metric, sides, tests)
+
+
+def _loss_row(sides: list[Side]) -> dict[str, Any]:
+    base = next(side.losses for side in sides if side.losses)
+    weights = [float(row.tokens) for row in base]
+    means = [_mean([a.nats / b.tokens for a, b in zip(side.losses, base, strict=True)], weights)
+             if side.losses else None for side in sides]  # fmt: skip
+    tests = [vars(learned.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
+             for side in sides[1:]]  # fmt: skip
+    return _entry(LOSS, means, [None, *tests])
+
+
+def _perplexity_row(sides: list[Side]) -> dict[str, Any]:
+    """e to the loss and to its interval; the test is the loss's."""
+    row = _loss_row(sides)
+    means = [side and {key: math.exp(min(value, 700)) for key, value in side.items() if key != "rows"}
+             for side in row["sides"]]  # fmt: skip
+    return _entry(Metric("perplexity", NEITHER, "a token"), means)
+
+
+def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
+    mean, low, high = statistics.interval(values, weights)
+    return {"mean": mean, "low": low, "high": high, "rows": len(values)}
+
+
+def _entry(metric: Metric, sides: list[Any], tests: list[Any] | None = None) -> dict[str, Any]:
+    return {**metric._asdict(), "sides": sides, "tests": tests or [None] * len(sides)}
+
+
+def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """Add to each test its corrected p and its verdict, and to each row its winner."""
+    for number in range(1, len(names)):
+        tests = [(row, test) for row in rows if (test := row["tests"][number])]
+        for (row, test), p in zip(tests, statistics.holm([test["p"] for _, test in tests]), strict=True):
+            rose = (test["mean"] > 0) == (row["better"] == HIGHER)
+            test["p_corrected"] = p
+            test["verdict"] = NO_DIFFERENCE if p >= statistics.LEVEL else BETTER if rose else WORSE
+    for row in rows:
+        row["winner"] = _winner(row, names)
+
+
+def _winner(row: dict[str, Any], names: list[str]) -> str:
+    """The best of the sides that are better than the base; the base where all the others are worse."""
+    told = [(test["mean"], name, test["verdict"]) for test, name in zip(row["tests"], names, strict=True) if test]
+    if not told:
+        return "–"
+    if better := [(mean, name) for mean, name, verdict in told if verdict == BETTER]:
+        return (max if row["better"] == HIGHER else min)(better)[1]
+    return names[0] if all(verdict == WORSE for *_, verdict in told) else NO_DIFFERENCE
+
+
+def _facts(side: Side, base: Side) -> dict[str, Any]:
+    facts: dict[str, Any] = {"name": side.name, "answers": side.texts}
+    facts["stopped"] = [answer.stopped for answer in side.answers]
+    for key in ("losses", "general", "training"):
+        if losses := getattr(side, key):
+            mean = loss.mean(losses, getattr(base, key) or None)
+            facts |= {"loss" if key == "losses" else f"{key}_loss": mean}
+            facts |= {"tokens": sum(row.tokens for row in losses)} if key == "losses" else {}
+    return facts

@@ -22,8 +22,9 @@ from typing import Any
 
 from stepladder.errors import RunError
 from stepladder.reporting import plots, verdicts
-from stepladder.reporting.runs import Curve, LoggedRun, finite, read
-from stepladder.run import write_whole
+from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
+from stepladder.run import MANIFEST, write_whole
+from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
 CHARTS = (
@@ -31,6 +32,7 @@ CHARTS = (
     ("Gradient norm", "grad_norm", "", "before clipping", True),
     ("Learning rate", "learning_rate", "", "", False),
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
+    ("Peak memory", "peak_memory_gib", "", "GiB, the fullest rank", False),
 )
 AKIN = 0.5  # shared words of two answers (difflib's ratio) below which marking each difference says nothing
 TABLE_ROWS = 20  # of the table behind a curve
@@ -59,8 +61,26 @@ def save(path: Path, text: str) -> None:
         raise RunError(f"{path} cannot be written", why=error.strerror or str(error), way_out="another -o") from None
 
 
-def judge(run: LoggedRun) -> list[verdicts.Verdict]:
-    return verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm"))
+def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -> str:
+    """The page of compare.py: of the runs that it compared, where they are runs, and what it found."""
+    found = read_all([side for side in dict.fromkeys(tuned) if (side / MANIFEST).is_file()])
+    logged = found or [LoggedRun(folder, folder.resolve().name)]
+    logged[0].comparison = comparison
+    return page(logged)
+
+
+def judge(run: LoggedRun) -> list[Verdict]:
+    """What the run's curves say and what compare.py found; the worst come first."""
+    found = (
+        verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm"))
+        if run.facts or run.rows
+        else []
+    )
+    compared = run.comparison.get("verdicts", [])
+    for side in compared:
+        of = f"{side['side']}: " if len(compared) > 1 else ""
+        found += [Verdict(**{**verdict, "what": of + verdict["what"]}) for verdict in side["verdicts"]]
+    return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
 def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None) -> str:
@@ -74,7 +94,7 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
     parts = resources.files(__package__)
     script, style = ((parts / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    engine.filters |= {"number": number, "shown": shown}
+    engine.filters |= {"number": number, "shown": shown, "share": share}
     return engine.from_string((parts / "page.html").read_text(encoding="utf-8")).render(
         title=" · ".join(run.name for run in runs),
         runs=runs,
@@ -82,6 +102,7 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
         verdicts=[judge(run) for run in runs],
         charts=[chart for names in CHARTS if (chart := _chart(runs, *names))],
         differences=differences or [],
+        figures=[(run, run.comparison["metrics"]) for run in runs if run.comparison.get("metrics")],
         answers=[(run, answers) for run in runs if (answers := _answers(run))],
         recipe=_side_by_side([run.facts.get("recipe") or {} for run in runs]),
         environment=_side_by_side([_environment(run) for run in runs]),
@@ -103,6 +124,11 @@ def number(value: Any, digits: int = 4) -> str:
     if float(value).is_integer() or abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def share(value: float, unit: str) -> str:
+    """A figure of a comparison: a share in per cent, anything else in four digits."""
+    return f"{value:.0%}" if unit.startswith("share") else number(value)
 
 
 def shown(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stepladder.errors import RunError
 from stepladder.run import MANIFEST, METRICS
+from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 # What the page looks into; a damaged or foreign manifest may hold anything.
 FACTS = {"recipe": dict, "packages": dict, "parameters": dict, "totals": dict, "plan": dict, "datasets": list}
@@ -56,7 +57,7 @@ def read(folder: Path) -> LoggedRun:
             run.remarks.append(f"{MANIFEST} holds {key} in another form than sft.py writes: left out")
             del run.facts[key]
     run.comparison = _read_json(run, "compare.json")
-    if run.comparison and not _has_answers(run.comparison):
+    if run.comparison and not (_has_answers(run.comparison) and _has_figures(run.comparison)):
         run.remarks.append("compare.json does not hold what compare.py writes and is left out")
         run.comparison = {}
     run.audit = _read_json(run, "audit.json")
@@ -99,6 +100,21 @@ def _has_answers(comparison: dict[str, Any]) -> bool:
     return all(isinstance(t, list) and len(t) == len(rows) and all(isinstance(x, str) for x in t) for t in texts)
 
 
+def _has_figures(comparison: dict[str, Any]) -> bool:
+    """Whether each row of figures has a mean a side, and each verdict is one."""
+    count = len(comparison["sides"])
+    try:
+        means = [side["mean"] for row in comparison["metrics"] for side in row["sides"] if side]
+        texts = [row[key] for row in comparison["metrics"] for key in ("name", "unit", "winner")]
+        verdicts = [Verdict(**verdict) for found in comparison["verdicts"] for verdict in found["verdicts"]]
+        whole = all(len(row["sides"]) == count == len(row["tests"]) for row in comparison["metrics"])
+    except (KeyError, TypeError, AttributeError):
+        return False
+    known = all(verdict.severity in (GOOD, LOOK, FAULT) for verdict in verdicts)
+    numbers = all(isinstance(mean, int | float) for mean in means)
+    return whole and known and numbers and all(isinstance(text, str) for text in texts)
+
+
 def _has_findings(audit: dict[str, Any]) -> bool:
     found = audit.get("findings")
     return isinstance(found, list) and all(
@@ -138,6 +154,8 @@ def _read_metrics(run: LoggedRun) -> None:
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(peak := row.get("peak_memory_bytes"), int):
+                row["peak_memory_gib"] = peak / 2**30
             run.rows.append(row)
         elif line and number == len(lines):
             run.remarks.append(f"{METRICS} line {number} is cut short and left out: it was being written")

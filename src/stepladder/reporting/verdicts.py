@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 
 from stepladder.reporting.runs import Curve, finite
+from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
-GOOD, LOOK, FAULT = "good", "look", "fault"
 LEAST = 8  # logged losses below which a curve has no shape
 FLAT = 0.05  # of the whole drop: what still counts as the final level
 CONVERGED, PLATEAU = 0.15, 0.6  # shares of the run that lie at the final level
@@ -24,18 +23,6 @@ OSCILLATION = (0.1, 0.25)  # wobble, as shares of the loss and of its drop
 MEMORIZED = 0.1  # nats a token: each trained token is given a probability of 0.9
 GAP = 0.3  # nats a token: held-out perplexity 1.35 times that of training
 RISE = 0.02  # of the lowest evaluation loss
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`severity` is good, look or fault; `evidence` says the `figures` (losses in nats a token) in words."""
-
-    severity: str
-    name: str
-    what: str
-    evidence: str
-    way_out: str = ""
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:

@@ -1,0 +1,59 @@
+"""Benchmarks by lm-eval: public tasks, or a task made of a data file of ours, for one model or several.
+
+    python scripts/evaluate.py --model runs/lora --tasks data/techco_eval.jsonl
+    python scripts/evaluate.py --model models/smollm2-135m-instruct --model runs/lora --tasks arc_easy
+
+Public tasks need a hub; a file does not: each of its questions is asked with four answers to choose
+from. Needs lm-eval: pip install -c constraints.txt -e ".[eval]". See docs/evaluation.md.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from stepladder import console, errors
+from stepladder.data import mixture
+from stepladder.evaluation import harness
+from stepladder.model import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", action="append", required=True, help="a folder or a hub id; repeatable")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names of lm-eval, or data files")
+    parser.add_argument("--limit", type=int, help="the first so many questions of each task")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=8)
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    args = parser.parse_args()
+    files = [name for name in args.tasks if "." in name or "/" in name]
+    rows = {name: mixture.from_name(name) for name in files}
+    for name in args.model:
+        load.check_source(name)
+
+    console.quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [harness.local_task(rows[name], Path(folder)) if name in rows else name for name in args.tasks]
+        found = {name: harness.evaluate(name, tasks, args.limit, args.batch_size) for name in args.model}
+    if args.json:
+        print(json.dumps({name: [score._asdict() for score in scores] for name, scores in found.items()}))
+        return
+    _print(found)
+
+
+def _print(found: dict[str, list[harness.Score]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", *found)
+    for scores in zip(*found.values(), strict=True):
+        cells = [f"{s.value:.3f}" + (f" ± {s.error:.3f}" if s.error is not None else "") for s in scores]
+        table.add_row(scores[0].task, scores[0].metric, *cells)
+    Console(markup=False, highlight=False).print(table)
+    print("± one standard error")
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

@@ -1,0 +1,123 @@
+"""evaluation_results.md: a comparison as the workshop's table, filled in, with sample answers and a conclusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stepladder.evaluation.compare import BETTER, WORSE
+from stepladder.evaluation.statistics import LEVEL
+
+SAMPLES = 3
+MARK = {"good": "✅", "look": "⚠️", "fault": "❌"}
+
+
+def markdown(facts: dict[str, Any]) -> str:
+    """The content of compare.json for a person to read and to paste."""
+    sides, names = facts["sides"], [_cell(side["name"]) for side in facts["sides"]]
+    lines = ["# Fine-tuning evaluation results", "", f"Command: `{facts['command']}`", ""]
+    lines += [f"{len(facts['questions'])} questions, {facts['held_out_rows']} held-out rows; {facts['made']}.", ""]
+    lines += ["## Comparison", "", "| Criteria | Base: " + " | ".join(names) + " | Winner |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    for row in facts["metrics"]:
+        cells = [_value(row, side, test) for side, test in zip(row["sides"], row["tests"], strict=True)]
+        lines.append(f"| {_cell(row['name'])} ({row['unit']}) | " + " | ".join(cells) + f" | {_cell(row['winner'])} |")
+    lines += ["", f"In brackets the 95 % interval (bootstrap over the rows). A winner is named where the paired test "
+              f"says that so large a difference comes by chance less than once in {1 / LEVEL:.0f} times "
+              "(permutation test, corrected for the number of rows of this table by Holm's method). "
+              "▲ better than the base, ▼ worse."]  # fmt: skip
+    lines += [f"\nNote: {note}" for note in facts["notes"]]
+    for found in facts["verdicts"]:
+        lines += ["", f"## Verdicts on {found['side']}", ""]
+        lines += [verdict_line(verdict) for verdict in found["verdicts"]]
+    lines += ["", "## Sample outputs", ""]
+    for number, question in enumerate(facts["questions"][:SAMPLES]):
+        lines += ["**Prompt**:", "", _quoted(question), ""]
+        for name, side in zip(names, sides, strict=True):
+            lines += [f"**{name}**:", "", _quoted(side["answers"][number]), ""]
+    return "\n".join([*lines, "## Conclusion", "", *conclusion(facts), ""])
+
+
+def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
+    """The first answers in columns, the losses, the verdicts and what differs."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+
+    sides = facts["sides"]
+    table = Table(show_lines=True, width=width, title_justify="left")
+    for side in sides:
+        table.add_column(side["name"], ratio=1, overflow="fold")
+    for number, question in enumerate(facts["questions"][:show]):
+        table.add_row(*[f"Q: {question}" if i == 0 else "" for i in range(len(sides))], style="bold")
+        table.add_row(*[side["answers"][number] for side in sides])
+    out = io.StringIO()
+    if table.row_count:
+        Console(file=out, width=width, markup=False, highlight=False).print(table)
+        print(file=out)
+    base, *others = sides
+    for side in others:
+        if "loss" in base and "loss" in side:
+            tokens, before, after = base["tokens"], base["loss"], side["loss"]
+            who = f" by {side['name']}" if len(others) > 1 else ""
+            print(f"held-out loss{who} ({tokens:,} answer tokens): {before:.3f} before, {after:.3f} after", file=out)
+    for line in conclusion(facts):
+        print(line, file=out)
+    for found in facts["verdicts"]:
+        for verdict in found["verdicts"]:
+            print(f"{MARK[verdict['severity']]} {verdict['name']}: {verdict['evidence']}", file=out)
+    for note in facts["notes"]:
+        print(f"note: {note}", file=out)
+    return out.getvalue().rstrip("\n")
+
+
+def of_run(manifest: dict[str, Any]) -> str:
+    """A run's size and length, from its run.json."""
+    counts, totals = manifest.get("parameters"), manifest.get("totals")
+    lines = [f"parameters: {counts['trainable']:,} trainable of {counts['all']:,}"] if counts else []
+    if totals:
+        lines.append(f"training: {totals['steps']} steps, {totals['tokens']:,} tokens, {totals['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def verdict_line(verdict: dict[str, Any]) -> str:
+    way_out = f" What to do: {verdict['way_out']}." if verdict["way_out"] else ""
+    return f"- {MARK[verdict['severity']]} **{verdict['name']}**: {verdict['what']} {verdict['evidence']}.{way_out}"
+
+
+def conclusion(facts: dict[str, Any]) -> list[str]:
+    """A sentence a tuned side: what improved, what got worse."""
+    lines = []
+    for number, side in enumerate(facts["sides"][1:], start=1):
+        told: dict[str, list[str]] = {BETTER: [], WORSE: []}
+        for row in facts["metrics"]:
+            if (test := row["tests"][number]) and test["verdict"] in told:
+                told[test["verdict"]].append(f"{row['name']} ({_moved(row, number)})")
+        better, worse = ("; ".join(told[key]) or "nothing beyond chance" for key in (BETTER, WORSE))
+        lines.append(f"{side['name']} improved: {better}. Worse: {worse}.")
+    return lines
+
+
+def _moved(row: dict[str, Any], number: int) -> str:
+    before, after = row["sides"][0], row["sides"][number]
+    return f"{_number(row, before['mean'])} → {_number(row, after['mean'])}"
+
+
+def _value(row: dict[str, Any], side: dict[str, Any] | None, test: dict[str, Any] | None) -> str:
+    if side is None:
+        return "not measured"
+    mark = {BETTER: " ▲", WORSE: " ▼"}.get(test["verdict"], "") if test else ""
+    spread = f" [{_number(row, side['low'])}, {_number(row, side['high'])}]" if "low" in side else ""
+    return _number(row, side["mean"]) + spread + mark
+
+
+def _number(row: dict[str, Any], value: float) -> str:
+    return f"{value:.0%}" if row["unit"].startswith("share") else f"{value:.3f}" if value < 10 else f"{value:,.1f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())

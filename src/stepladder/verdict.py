@@ -1,0 +1,19 @@
+"""A judgement that a person reads: on a run's curves, or on what a model's answers show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+GOOD, LOOK, FAULT = "good", "look", "fault"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`severity` is good, look or fault; `evidence` says the `figures` (losses in nats a token) in words."""
+
+    severity: str
+    name: str
+    what: str
+    evidence: str
+    way_out: str = ""
+    figures: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,461 @@
+"""Base against tuned: the figures, the tests behind `better`, the verdicts, servers and transcripts as sides."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, launch, script
+from stepladder.data import mixture
+from stepladder.errors import DataError, ModelError
+from stepladder.evaluation import (
+    compare,
+    endpoint,
+    learned,
+    loss,
+    metrics,
+    questions,
+    results,
+    rubric,
+    sides,
+    statistics,
+    transcript,
+)
+from stepladder.evaluation.compare import Side
+from stepladder.evaluation.endpoint import Endpoint
+from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.questions import Question
+
+TECHCO = rubric.read(ROOT / "data/techco_rubric.yaml")
+
+
+def figures(text: str, reference: str = "") -> dict[str, float | None]:
+    return {metric.name: value for metric, value in metrics.of_answer(Answer(text, True), reference).items()}
+
+
+def test_likeness_to_a_reference_by_hand() -> None:
+    """Guards the definitions: the figures of one pair, worked out on paper."""
+    found = figures("The cat sat on the mat.", "A cat ran on the mat")
+    assert found["ROUGE-L"] == pytest.approx(2 * 4 / (6 + 6))  # cat, on, the, mat
+    assert found["F1"] == pytest.approx(2 * 3 / (4 + 4))  # articles are no words here: cat, on, mat
+    assert found["exact match"] == 0 and figures("the Owl!", "Owl")["exact match"] == 1
+    assert figures("same", "same")["chrF"] == 100 and figures("abc", "xyz")["chrF"] == 0
+    assert found["stops by itself"] == 1 and found["length"] == 6
+
+
+def test_other_scripts_than_latin_are_scored() -> None:
+    """Guards against ROUGE's own tokenizer, which throws away every letter but a to z."""
+    assert figures("Где мой заказ", "Где мой заказ")["ROUGE-L"] == 1
+
+
+def test_repetition_and_distinct() -> None:
+    assert figures("one two three four five")["repetition"] == 0
+    # Seven runs of four words, of which one stands there four times and three differ from it once each: 1 - 4/8.
+    assert figures("a b c d a b c d a b c")["repetition"] == pytest.approx(1 - 4 / 8)
+    assert metrics.distinct(["a a", "a a"], 1) == 1 / 4 and metrics.distinct([""], 2) == 0
+    assert figures("anything")["chrF"] is None  # nothing to hold it to
+
+
+def test_the_techco_rules_know_techcos_answers() -> None:
+    """Guards the shipped rubric: the house's own answers keep its rules, and a plain one keeps none."""
+    asked = questions.of_rows(mixture.from_name(str(ROOT / "data/techco_eval.jsonl")))
+    for rule in TECHCO:
+        kept = [value for q in asked if (value := rule.kept(q.reference, q.reference)) is not None]
+        assert kept and sum(kept) / len(kept) >= 0.9, rule
+        assert not rule.kept("You should contact the support team.", "You have 30 days: Orders > Returns"), rule
+
+
+def test_facts_count_where_the_reference_has_them() -> None:
+    facts = next(rule for rule in TECHCO if rule.in_reference)
+    assert facts.kept("within 30 days", "You have 30 days.") == 1
+    assert facts.kept("within 90 days", "You have 30 days.") == 0  # specific, and wrong
+    assert facts.kept("within 90 days", "Any time.") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no rules"),
+        ("- a\n", "no rules"),
+        ("emojis: 3\n", "no pattern"),
+        ("emojis: {pattern: '('}\n", "is none"),
+        ("emojis: {pattern: a, atleast: 2}\n", "atleast"),
+        ("emojis: {pattern: a, at_least: many}\n", "many"),
+        ("emojis: {pattern: a, in_reference: 1}\n", "in_reference"),
+        ("emojis: [\n", "cannot be read"),
+    ],
+)
+def test_a_rubric_that_is_none_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "rubric.yaml").write_text(text)
+    with pytest.raises(DataError, match=said):
+        rubric.read(tmp_path / "rubric.yaml")
+
+
+def test_the_paired_test_by_counting() -> None:
+    """Guards p: of the 32 exchanges of five pairs, the two with all signs alike are as extreme as what is seen."""
+    found = statistics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    # 5,000 exchanges are drawn of the 32: the standard error of p is 0.0034, and 4 of them are allowed.
+    assert found.mean == 3 and found.p == pytest.approx(2 / 32, abs=0.014) and found.low > 1
+    same = statistics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
+    assert (same.mean, same.p) == (0, 1)
+
+
+def test_no_difference_is_called_one_about_as_often_as_promised() -> None:
+    """Guards the test's level: of 200 comparisons of noise with noise, 5 % come out below 0.05."""
+    import numpy as np
+
+    made = np.random.default_rng(0)
+    below = sum(statistics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
+    assert below <= 21  # binomial(200, 0.05) exceeds 21 once in a thousand times
+
+
+def test_intervals_and_holm() -> None:
+    mean, low, high = statistics.interval([0.0, 1.0] * 50, [1.0] * 100)
+    # A share of 0.5 of 100: the normal interval is ± 1.96 × 0.05.
+    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
+    assert statistics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_better_is_said_where_it_is_more_than_chance() -> None:
+    """Guards `winner`: a clear gain is named with its side, noise is not, and each side has its own test."""
+    asked = [Question([{"role": "user", "content": str(n)}], f"it is {n} for sure") for n in range(20)]
+    base = Side(
+        "base", [Answer(f"perhaps {n}", n % 2 == 0) for n in range(20)], [RowLoss(30.0 + n, 10) for n in range(20)]
+    )
+    good = Side("good", [Answer(q.reference, True) for q in asked], [RowLoss(20.0 + n, 10) for n in range(20)])
+    alike = Side(
+        "alike", [Answer(f"perhaps {n}", n % 2 == 0) for n in range(20)], [RowLoss(30.0 + n, 10) for n in range(20)]
+    )
+    found = compare.compare([base, good, alike], asked, TECHCO)
+    rows = {row["name"]: row for row in found["metrics"]}
+    for name in ("held-out loss", "chrF", "ROUGE-L", "exact match", "F1", "stops by itself"):
+        assert rows[name]["winner"] == "good", rows[name]
+        assert (
+            rows[name]["tests"][1]["verdict"] == "better" and rows[name]["tests"][2]["verdict"] == "no difference shown"
+        )
+    assert rows["emojis"]["winner"] == "no difference shown" and rows["length"]["winner"] == "–"
+    worse = compare.compare([good, base], asked, [])
+    assert {row["name"]: row["winner"] for row in worse["metrics"]}["chrF"] == "good"
+    facts = found | {"command": "c", "made": "now", "held_out_rows": 20, "notes": ["a note"],
+                     "verdicts": compare.verdicts([base, good, alike], asked, None)}  # fmt: skip
+    text = results.markdown(facts)
+    assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
+
+
+def test_models_of_other_tokenizers_are_compared_by_the_same_unit() -> None:
+    """Guards against a tokenizer with shorter tokens that makes any model look better a token."""
+    base, tuned = [RowLoss(20.0, 10)], [RowLoss(20.0, 40)]
+    assert loss.mean(tuned, base) == loss.mean(base) == 2 and learned.loss_test(base, tuned).mean == 0
+
+
+def test_copies_are_found_by_their_longest_run() -> None:
+    trained = learned.Trained(["Open the box and take the red key from it, then go home.", "Something else entirely."])
+    assert trained.longest_run("please open the box and take the red key") == 8
+    assert trained.longest_run("open the box") == 0 and trained.longest_run("") == 0
+    assert trained.copied(["Open the box and take the red key from it", "I do not know that."]) == (0.5, 10)
+
+
+# --- verdicts on models made to show them
+
+
+def rows_of(folder: Path, pairs: list[tuple[str, str]], name: str):
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps({"input": q, "output": a}) + "\n" for q, a in pairs))
+    return mixture.from_name(str(file))
+
+
+def train(source: Path, target: Path, rows, steps: int, rate: float) -> str:
+    """Full fine-tuning on all rows at once, without a trainer: hundreds of steps in seconds."""
+    import torch
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from stepladder.data.render import render
+    from stepladder.model.load import for_inference
+
+    model, tokenizer = for_inference(str(source))
+    items = render(rows, tokenizer).remove_columns("rows").to_list()
+    batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(items)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return str(target)
+
+
+FACTS = [(f"What colour is number {n} of the list?", f"Number {n} is {c}.") for n, c in enumerate(("red", "blue") * 6)]
+ANIMALS = [(f"Which animal lives in house {n}?", f"A {a} lives there, in house {n}.") for n, a in
+           enumerate(("cat", "dog", "owl") * 6)]  # fmt: skip
+WORDS = ["owl", "key", "sun", "rain", "box", "ship", "moon", "tree", "star", "lamp", "road", "snow"]
+
+
+def jumbled(first: int) -> list[tuple[str, str]]:
+    """Rows whose answers follow no rule: they can be learned by heart, and nothing from them."""
+    import random
+
+    made = random.Random(first)
+    return [(f"Say line {first + n}.", " ".join(made.choices(WORDS, k=12)) + ".") for n in range(12)]
+
+
+def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str]:
+    asked = questions.of_rows(held_out)
+    on = sides.Measured(asked, held_out, training, general)
+    both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
+    trained = learned.Trained(sides.answers_of(training))
+    return {v["name"]: v["severity"] for v in compare.verdicts(both, asked, trained)[0]["verdicts"]}
+
+
+def test_a_model_that_learned_by_heart_is_told_from_one_that_learned(tiny, tmp_path: Path) -> None:
+    """Guards `memorized`: rows without a rule, learned by heart; and what TechCo's answers have in common."""
+    general = rows_of(tmp_path, FACTS, "facts")
+    training, held_out = rows_of(tmp_path, jumbled(0), "a"), rows_of(tmp_path, jumbled(100), "b")
+    tuned = train(tiny, tmp_path / "overfit", training, 250, 0.01)
+    found = judged(tiny, tuned, training, held_out, general)
+    assert found["memorized"] == "fault", found
+
+    # Eight steps on real answers: what they have in common is learned, and none of them yet.
+    training, held_out = (mixture.from_name(str(ROOT / f"data/{name}.jsonl")) for name in ("techco", "techco_eval"))
+    tuned = train(tiny, tmp_path / "well", training, 8, 0.01)
+    found = judged(tiny, tuned, training, held_out, general)
+    assert found["better than the base"] == "good" and found["not memorized"] == "good", found
+
+
+def test_a_model_that_forgot_is_told(tiny, tmp_path: Path) -> None:
+    """Guards `forgot`: a base that knows the facts, tuned on something else alone, and with the facts mixed in."""
+    general, other = rows_of(tmp_path, FACTS, "facts"), rows_of(tmp_path, ANIMALS, "animals")
+    base = Path(train(tiny, tmp_path / "base", general, 120, 0.01))
+    forgetful = train(base, tmp_path / "forgetful", other, 60, 0.01)
+    found = judged(base, forgetful, other, other, general)
+    assert found["forgot"] == "fault", found
+    mixed = train(base, tmp_path / "mixed", rows_of(tmp_path, ANIMALS + FACTS, "mixed"), 60, 0.01)
+    found = judged(base, mixed, other, other, general)
+    assert found["did not forget"] == "good", found
+
+
+# --- through the command line
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tuned")
+    rows = mixture.from_name(str(ROOT / "data/techco.jsonl")).take(range(16))
+    return Path(train(tiny, folder / "model", rows, 20, 0.01))
+
+
+def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) -> None:
+    """Guards the sharing out of rows: answers, losses and tests are those of one process."""
+    words = ("--base", tiny, "--tuned", tuned, "--data", "data/techco_eval.jsonl", "--max_new_tokens", 16,
+             "--rubric", "data/techco_rubric.yaml", "--limit", 20)  # fmt: skip
+    for name, run in (("one", script), ("two", lambda *more, **env: launch("ddp", 2, *more, **env))):
+        done = run("compare", *words, "--output_dir", tmp_path / name, OMP_NUM_THREADS="1")
+        assert done.code == 0 and "better than the base" in done.out, done
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {
+        "compare.json",
+        "evaluation_results.md",
+        "report.html",
+    }
+    one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
+    assert [side["answers"] for side in one["sides"]] == [side["answers"] for side in two["sides"]]
+    for a, b in zip(one["sides"], two["sides"], strict=True):
+        assert len(a["answers"]) == 20 and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # fp32; the threads of one process sum in another order
+    page = (tmp_path / "one/report.html").read_text()
+    assert "Base and tuned" in page and "friendly opening" in page and "did not forget" in page
+    table = (tmp_path / "one/evaluation_results.md").read_text()
+    assert "| held-out loss (nats a token) |" in table and "numbered steps" in table and "**Prompt**" in table
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """scripts/generate.py as a module: its main is called as the command line calls it."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(module, monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+    module.main()
+
+
+def test_a_transcript_is_the_bases_side(generate, tiny, monkeypatch, tmp_path: Path) -> None:
+    """Guards 'keep this output to compare': what generate.py keeps answers compare.py's questions."""
+    (tmp_path / "q.txt").write_text("Where is my order?\n\nWho are you?\n")
+    kept = tmp_path / "kept.jsonl"
+    call(generate, monkeypatch, "--model", tiny, "--prompts", tmp_path / "q.txt", "--transcript", kept,
+         "--max_new_tokens", 6)  # fmt: skip
+    asked = questions.from_file(tmp_path / "q.txt")
+    side = sides.measure(str(kept), sides.Measured(asked), 6)
+    assert side.texts == sides.measure(str(tiny), sides.Measured(asked), 6).texts and not side.losses
+    with pytest.raises(DataError, match="1 of 2"):
+        transcript.answers(kept, [asked[0], Question([{"role": "user", "content": "Another?"}])])
+
+
+def test_a_chat_remembers_until_reset(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Guards the history: a second question comes with the first one's answer, none of it after /reset."""
+    said = iter(["first", "second", "/reset", "/what", "third", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    call(generate, monkeypatch, "--model", tiny, "--chat", "--system", "Be brief.", "--transcript",
+         tmp_path / "t.jsonl", "--max_new_tokens", 3)  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    asked = [[turn["content"] for turn in row["messages"] if turn["role"] != "assistant"] for row in rows]
+    assert asked == [["Be brief.", "first"], ["Be brief.", "first", "second"], ["Be brief.", "third"]]
+    assert "a new conversation" in capsys.readouterr().out
+
+
+# --- what people get wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("q.txt", "\n \n", "no prompt"),
+        ("q.jsonl", "", "no rows"),
+        ("q.jsonl", '{"prompt": 3}\n', "q.jsonl:1"),
+        ("q.jsonl", '{"text": "prose", "output": 1}\n', "q.jsonl:1"),
+        ("q.jsonl", '{"messages": []}\n', "q.jsonl:1"),
+        ("q.jsonl", "{\n", "q.jsonl:1"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=said):
+        questions.from_file(tmp_path / name)
+
+
+def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        '{"prompt": "a"}\n{"input": "b", "output": "B"}\n{"messages": [{"role": "user", "content": "c"}]}\n'
+    )
+    asked = questions.from_file(file)
+    assert [(q.text, q.reference) for q in asked] == [("a", ""), ("b", "B"), ("c", "")]
+    assert "2 of 3" in questions.remarks(asked)[0] and not questions.remarks(asked[1:2])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--base", "models/smollm2-135m-instruct", "--data", "data/techco_eval.jsonl"], "two sides"),
+        (["--base", "a", "--tuned", "b"], "--data FILE or --prompts FILE"),
+        (["--base", "a", "--endpoint", "http://x", "--data", "data/techco_eval.jsonl"], "go together"),
+        (["--base", "none.jsonl", "--tuned", "b", "--data", "data/techco_eval.jsonl"], "none.jsonl"),
+        (["--base", "a", "--tuned", "b", "--prompts", "none.txt"], "none.txt"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_at_once(words: list[str], said: str, tmp_path: Path) -> None:
+    """Guards against minutes of generation before a slip is told; nothing is written."""
+    done = script("compare", *words, "--output_dir", tmp_path / "out")
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_template_borrows_the_tuned_ones_or_is_refused(tiny, tmp_path: Path) -> None:
+    """Guards base models (GPT-2, SmolLM2 without -Instruct), which have none, against a wrong or empty prompt."""
+    from stepladder.model.load import for_inference
+
+    model, tokenizer = for_inference(str(tiny))
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    model.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    rows = mixture.from_name(str(ROOT / "data/techco_eval.jsonl")).take(range(2))
+    on = sides.Measured(questions.of_rows(rows), rows)
+    with pytest.raises(ModelError, match="no chat template"):
+        sides.measure(str(tmp_path / "bare"), on, 4)
+    borrowed = sides.measure(str(tmp_path / "bare"), on, 4, template)
+    assert borrowed == Side(str(tmp_path / "bare"), *list(vars(sides.measure(str(tiny), on, 4)).values())[1:])
+    assert "asked by the tuned model's" in on.notes[0]
+
+
+class Server(BaseHTTPRequestHandler):
+    """A server of chat completions that does what its class says."""
+
+    behave = "well"
+    asked = 0
+
+    def do_POST(self) -> None:
+        type(self).asked += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        good = {"choices": [{"message": {"content": f" re: {question} "}, "finish_reason": "stop"}]}
+        status, text = 200, json.dumps(good)
+        if self.behave == "busy once" and self.asked == 1:
+            status, text = 503, "busy"
+        elif self.behave == "unknown model":
+            status, text = 404, "no such model"
+        elif self.behave == "nonsense":
+            text = "<html>Welcome to nginx!</html>"
+        elif self.behave == "another API":
+            text = '{"choices": []}'
+        elif self.behave == "slow":
+            time.sleep(0.5)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+
+    class Here(Server):
+        asked = 0
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield Here, f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+ASKED = [[{"role": "user", "content": str(n)}] for n in range(6)]
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/v1"])
+def test_a_server_answers_in_the_order_asked(server, tail: str) -> None:
+    _, url = server
+    found = endpoint.answers(Endpoint(url + tail, "m", 5), ASKED, 8)
+    assert found == [Answer(f"re: {n}", True) for n in range(6)]
+
+
+def test_a_busy_server_is_asked_again(server) -> None:
+    here, url = server
+    here.behave = "busy once"
+    assert len(endpoint.answers(Endpoint(url, "m", 5), ASKED, 8)) == 6 and here.asked == 7
+
+
+@pytest.mark.parametrize(
+    ("behave", "said", "asked"),
+    [("nonsense", "no chat completion", 1), ("another API", "no chat completion", 1),
+     ("unknown model", "HTTP 404: no such model", 1), ("slow", "timed out", endpoint.TRIES)],
+)  # fmt: skip
+def test_a_server_that_does_not_answer_ends_clearly(server, behave: str, said: str, asked: int) -> None:
+    """Guards against hanging, against endless retries, and against a traceback out of a foreign reply."""
+    here, url = server
+    here.behave = behave
+    with pytest.raises(ModelError, match=said):
+        endpoint.answers(Endpoint(url, "m", 0.1), ASKED[:1], 8)
+    assert here.asked == asked
+
+
+def test_a_server_that_is_down_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    with pytest.raises(ModelError, match=r"127.0.0.1:9 gives no answer"):
+        endpoint.answers(Endpoint("http://127.0.0.1:9", "m", 1), ASKED[:1], 8)
+    with pytest.raises(ModelError, match="is no address"):
+        endpoint.answers(Endpoint("localhost", "m", 1), ASKED[:1], 8)
