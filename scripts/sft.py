@@ -50,7 +50,7 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
-    from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, watchdog
+    from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, utilization, watchdog
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -90,7 +90,8 @@ def main() -> int | None:
     with record.recording():
         console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
-        meter = telemetry.Telemetry(record)
+        work = utilization.work(base, record.manifest["parameters"], training_args, precision)
+        meter = telemetry.Telemetry(record, work)
         sft = trainer.Trainer(
             model=model,
             layout=step,

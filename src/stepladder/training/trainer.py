@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -96,6 +97,19 @@ class Trainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._bad_losses |= ~torch.isfinite(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        return super().get_batch_samples(self.meter.batches(epoch_iterator), num_batches, device)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.forward(self.args.device) if model.training else contextlib.nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""
+        if "loss" in logs:
+            logs |= self.meter.figures(self.args.device)
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._norm_on_cpu:
