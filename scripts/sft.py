@@ -50,7 +50,17 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
-    from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, utilization, watchdog
+    from stepladder.training import (
+        announce,
+        out_of_memory,
+        progress,
+        result,
+        telemetry,
+        trackers,
+        trainer,
+        utilization,
+        watchdog,
+    )
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -92,6 +102,7 @@ def main() -> int | None:
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
         meter = telemetry.Telemetry(record, work)
+        told = trackers.of(record, recipe, training_args)
         sft = trainer.Trainer(
             model=model,
             layout=step,
@@ -101,7 +112,7 @@ def main() -> int | None:
             eval_dataset=eval_set,
             meter=meter,
             on_nan=recipe.get("on_nan"),
-            callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)],
+            callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank), *told],
         )
         with out_of_memory.explained(recipe, launch):
             sft.train(resume_from_checkpoint=checkpoint)
@@ -113,6 +124,8 @@ def main() -> int | None:
         result.save(sft, record, recipe, shapes)
     if record.is_writer:
         page.write(record.folder)
+    for tracker in told:
+        tracker.close()
     console.say(announce.ending(record))
     return None
 

@@ -27,6 +27,7 @@ RENAMED = {
     "preprocessing_num_workers": "dataset_num_proc",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "wandb_project": "project",
     "seq_length": "max_length",
     "text_column": "dataset_text_field",
     "torch_dtype": "dtype",
@@ -83,9 +84,6 @@ GONE = {
     "overwrite_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "push_to_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "system_prompt": Gone("open-r1 reads it in its benchmarks only, not in training"),
-    "wandb_entity": Gone("W&B reads it from the environment", (None,), "export WANDB_ENTITY=…"),
-    "wandb_project": Gone("W&B reads it from the environment", (None,), "export WANDB_PROJECT=…"),
-    "wandb_run_group": Gone("W&B reads it from the environment", (None,), "export WANDB_RUN_GROUP=…"),
     # ---- Transformers and TRL ----
     "adafactor": Gone("optimizers are named by optim", (False,), "optim: adafactor"),
     "chars_per_token": ESTIMATE,

@@ -35,7 +35,8 @@ class Rows:
     """The rows of this rank since the step began."""
 
     def __init__(self) -> None:
-        self.clear()
+        self._batches: list[torch.Tensor] = []
+        self.counts = torch.zeros(4, dtype=torch.int64)  # tokens, trained tokens, places, causal query–key pairs
 
     def add(self, inputs: dict[str, Any]) -> None:
         """Take the rows' numbers out of a batch, and count what it holds; empty rows, of one token, hold nothing."""
@@ -53,9 +54,7 @@ class Rows:
         self._batches.append(rows)
 
     def clear(self) -> None:
-        """Forget the step. `counts`: tokens, trained tokens, places, causal query–key pairs."""
-        self._batches: list[torch.Tensor] = []
-        self.counts = torch.zeros(4, dtype=torch.int64)
+        self._batches, self.counts = [], torch.zeros(4, dtype=torch.int64)
 
     def numbers(self) -> list[int]:
         return [row for batch in self._batches for row in batch.flatten().tolist() if row >= 0]
