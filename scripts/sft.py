@@ -112,7 +112,11 @@ def main() -> int | None:
             eval_dataset=eval_set,
             meter=meter,
             on_nan=recipe.get("on_nan"),
-            callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank), *told],
+            callbacks=[
+                progress.ProgressLine(),
+                watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank),
+                *told,
+            ],
         )
         with out_of_memory.explained(recipe, launch):
             sft.train(resume_from_checkpoint=checkpoint)

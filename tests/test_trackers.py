@@ -86,7 +86,7 @@ def test_one_curve_over_a_resumption(tmp_path, tiny, learnable, write_recipe, cl
     assert name == manifest(again)["wandb_run_id"]
     assert json.loads((again / "checkpoint-4/COMPLETE.json").read_text())["wandb_run_id"] == name
     assert told(server.history[name]) == rows(again)
-    assert any("report" in row for row in server.history[name].values())
+    assert server.summary[name]["report"]["_type"] == "html-file"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -108,7 +108,7 @@ def test_online_a_resumed_run_goes_on(tmp_path, tiny, learnable, write_recipe, c
     commands = resumed(tmp_path, tiny, learnable, write_recipe, **keys)
     with Server() as server:
         said = in_turn(tmp_path, commands, **{**clean, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url})
-    assert list(server.history) == [manifest(tmp_path / "again")["wandb_run_id"]]
+    assert list(server.history) == [manifest(tmp_path / "again")["wandb_run_id"]], said
     (history,) = server.history.values()
     assert {s: r["train/loss"] for s, r in told(history).items()} == {
         s: r["train/loss"] for s, r in rows(tmp_path / "again").items()
@@ -132,7 +132,6 @@ def test_a_server_that_fails_changes_nothing(tmp_path, tiny, learnable, write_re
 def test_a_server_that_hangs_is_not_waited_for(fault, tmp_path, monkeypatch, settings, capsys) -> None:
     """Guards against a silent server: at the start the run goes offline, later it is left at the end."""
     import wandb
-
     from stepladder.run import Run
     from stepladder.training.trackers import Tracker, Wandb
 

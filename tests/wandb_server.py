@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.fault = fault
         self.history: dict[str, dict[int, dict[str, Any]]] = {}  # of each run: line number → row
+        self.summary: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
         self.ended = threading.Event()
 
@@ -68,8 +69,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, body: bytes) -> dict[str, Any]:
         run = self.path.split("/")[-2]
-        part = json.loads(body).get("files", {}).get("wandb-history.jsonl")
-        if part:
+        files = json.loads(body).get("files", {})
+        if part := files.get("wandb-summary.json"):
+            self.server.summary[run] = json.loads(part["content"][-1])
+        if part := files.get("wandb-history.jsonl"):
             for number, line in enumerate(part["content"], part["offset"]):
                 self.server.history.setdefault(run, {})[number] = json.loads(line)
         return {}
@@ -103,4 +106,3 @@ class Handler(BaseHTTPRequestHandler):
             "historyLineCount": len(lines), "eventsLineCount": 0, "historyTail": json.dumps([last]),
             "eventsTail": "[]", "config": "{}", "tags": [], "wandbConfig": json.dumps({"t": {"value": {}}}),
         }  # fmt: skip
-

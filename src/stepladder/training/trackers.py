@@ -99,20 +99,20 @@ class Wandb(WandbCallback):
         settings = wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout_raises=True)
         mode = wandb.setup(settings).settings.mode
         project = recipe.values.get("project") or os.environ.get("WANDB_PROJECT") or args.project
-        asked = dict(
-            id=facts["wandb_run_id"],
-            project=project,
-            entity=recipe.get("wandb_entity"),
-            group=recipe.get("wandb_run_group"),
-            tags=recipe.get("wandb_tags"),
-            name=args.run_name or self.record.folder.name,
-            dir=str(self.record.folder),
-            resume="allow",
-            config={key: value for key, value in facts.items() if key not in NOT_CONFIGURATION},
-            settings=settings,
-        )
+        asked = {
+            "id": facts["wandb_run_id"],
+            "project": project,
+            "entity": recipe.get("wandb_entity"),
+            "group": recipe.get("wandb_run_group"),
+            "tags": recipe.get("wandb_tags"),
+            "name": args.run_name or self.record.folder.name,
+            "dir": str(self.record.folder),
+            "resume": "allow",
+            "config": {key: value for key, value in facts.items() if key not in NOT_CONFIGURATION},
+            "settings": settings,
+        }
         why = ""
-        if mode == "online" and not wandb.login(prompt=False):
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode, why = "offline", ", since there is no API key"
         try:
             self.run = wandb.init(**asked, mode=mode)
@@ -144,7 +144,7 @@ class Wandb(WandbCallback):
         wandb, folder = self._wandb, self.record.folder
         self.run.summary.update({f"totals/{key}": value for key, value in self.record.manifest["totals"].items()})
         if (folder / "report.html").is_file():
-            self.run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"))})
+            self.run.summary["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"))
         if self.recipe.get("wandb_log_model") or self._log_model.is_enabled:
             artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
             for file in sorted(folder.iterdir()):
@@ -154,7 +154,8 @@ class Wandb(WandbCallback):
         try:
             self.run.finish()
         except TimeoutError:
-            say(f"⚠ W&B did not take everything in {self.run.settings.finish_timeout:g} s; for the rest: wandb sync {self.run.settings.sync_dir}")
+            seconds, folder = self.run.settings.finish_timeout, self.run.settings.sync_dir
+            say(f"⚠ W&B did not take everything in {seconds:g} s; for the rest: wandb sync {folder}")
 
 
 class TensorBoard(TensorBoardCallback):
