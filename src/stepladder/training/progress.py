@@ -34,6 +34,7 @@ class ProgressLine(TrainerCallback):
             self.line = Progress(*columns, console=Console(), redirect_stderr=False)
             self.task = self.line.add_task("", total=state.max_steps, completed=state.global_step, figures="")
             self.line.start()
+            self.line.console.show_cursor()  # a run that is killed would leave the terminal without one
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -54,10 +55,6 @@ class ProgressLine(TrainerCallback):
         self._draw(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the line as it stands; also where the run ends with an error."""
         if self.line:
             self.line.stop()
 

@@ -116,8 +116,9 @@ class Wandb(WandbCallback):
             mode, why = "offline", ", since there is no API key"
         try:
             self.run = wandb.init(**asked, mode=mode)
-        except wandb.Error as error:
+        except Exception as error:
             why = f", since its server cannot be used ({brief(error)})"
+            wandb.teardown()  # its service holds the id of the run that did not come to be
             self.run = wandb.init(**asked, mode="offline")
         if self.run.offline:
             say(f"W&B is offline{why}; to upload the run later: wandb sync {self.run.settings.sync_dir}")
