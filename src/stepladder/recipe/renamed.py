@@ -27,7 +27,6 @@ RENAMED = {
     "preprocessing_num_workers": "dataset_num_proc",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
-    "wandb_project": "project",
     "seq_length": "max_length",
     "text_column": "dataset_text_field",
     "torch_dtype": "dtype",
@@ -84,6 +83,7 @@ GONE = {
     "overwrite_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "push_to_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "system_prompt": Gone("open-r1 reads it in its benchmarks only, not in training"),
+    "wandb_project": Gone("the trackers' project is one key", (None,), "project: NAME"),
     # ---- Transformers and TRL ----
     "adafactor": Gone("optimizers are named by optim", (False,), "optim: adafactor"),
     "chars_per_token": ESTIMATE,
