@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" wandb
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,monitoring]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[deepspeed]"
 	@touch $@
 

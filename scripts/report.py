@@ -3,6 +3,7 @@
     python scripts/report.py runs/lora
     python scripts/report.py runs/lora runs/qlora -o compared.html
     python scripts/report.py runs/lora --project "Customer support"
+    python scripts/report.py runs/lora --watch
 
 The page is one file that loads nothing; without -o it is RUN/report.html. A run that still goes
 on, was cut short or is damaged is shown as far as it can be read, and the page says what is amiss.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from stepladder import errors
 from stepladder.evaluation import curves
-from stepladder.reporting import page, project, runs
+from stepladder.reporting import page, project, runs, watch
 
 
 def main() -> None:
@@ -25,7 +26,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; needed for several runs)")
     parser.add_argument("--project", metavar="DOMAIN", help="write RUN/mini_project_report.md too, on this domain")
     parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
+    parser.add_argument("--watch", action="store_true", help="follow one run in the terminal until it ends")
     args = parser.parse_args()
+    if args.watch:
+        if len(args.runs) > 1:
+            parser.error("--watch follows one run")
+        runs.read(args.runs[0])  # says what is wrong with the folder
+        for line in watch.follow(args.runs[0]):
+            print(line, flush=True)
+        return
     if len(args.runs) > 1 and not args.output:
         parser.error("several runs need -o: the page belongs to none of their folders")
 

@@ -30,6 +30,8 @@ def main() -> int | None:
     parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="default: auto")
     parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY",
                         help="a key that may differ from the run that is resumed; repeatable")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="record two steps, and say where their time goes")
+    parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback watches the run too")
     args, overrides = parser.parse_known_args()
 
     # Whatever can be wrong is found before torch is imported: it takes seconds.
@@ -50,7 +52,8 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
-    from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, watchdog
+    from stepladder.training import announce, callback, out_of_memory, profiling, progress, result, telemetry
+    from stepladder.training import trackers, trainer, utilization, watchdog  # isort: skip
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -90,7 +93,11 @@ def main() -> int | None:
     with record.recording():
         console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
-        meter = telemetry.Telemetry(record)
+        work = utilization.work(base, record.manifest["parameters"], training_args, precision)
+        meter = telemetry.Telemetry(record, work)
+        own = callback.of(args.callback)
+        told = trackers.of(record, recipe, training_args)
+        watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
         sft = trainer.Trainer(
             model=model,
             layout=step,
@@ -100,8 +107,10 @@ def main() -> int | None:
             eval_dataset=eval_set,
             meter=meter,
             on_nan=recipe.get("on_nan"),
-            callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)],
+            callbacks=[*own, progress.ProgressLine(), watch, *told],
         )
+        if args.profile and record.is_writer:
+            sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
         with out_of_memory.explained(recipe, launch):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
@@ -113,6 +122,8 @@ def main() -> int | None:
         result.save(sft, record, recipe, shapes)
     if record.is_writer:
         page.write(record.folder)
+    for tracker in told:
+        tracker.close()
     console.say(announce.ending(record))
     return None
 

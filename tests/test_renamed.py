@@ -128,7 +128,7 @@ def test_no_old_name_is_a_present_one() -> None:
         ("warmup_ratio: much", ["1:1: warmup_steps takes a number"]),
         ("save_safetensors: false", ["1:1: save_safetensors: False is not possible any more", "safetensors only"]),
         ("benchmarks: [math_500]", ["open-r1's own jobs", "scripts/compare.py"]),
-        ("wandb_project: mine", ["export WANDB_PROJECT"]),
+        ("wandb_project: mine", ["project: NAME"]),
         ("num_processes: 4", ["accelerate launch"]),
         ("env:\n  CUDA_VISIBLE_DEVICES: 0", ["1:1: env", "export"]),
         ("model_name_or_path: a/b\ntokenizer_name_or_path: c/d", ["2:1: tokenizer_name_or_path names another"]),

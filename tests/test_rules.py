@@ -180,7 +180,21 @@ TABLE = {
         "run_name",
         "report_to: wandb\nrun_name: first",
     ),
-    "trackio_keys_need_trackio": ("report_to: wandb\nproject: mine", "project", "report_to: trackio\nproject: mine"),
+    "trackio_keys_need_trackio": (
+        "report_to: wandb\ntrackio_space_id: mine",
+        "trackio_space_id",
+        "report_to: trackio\ntrackio_space_id: mine",
+    ),
+    "wandb_keys_need_wandb": (
+        "report_to: trackio\nwandb_entity: us",
+        "wandb_entity",
+        "report_to: wandb\nwandb_entity: us",
+    ),
+    "project_needs_a_tracker_with_projects": (
+        "report_to: tensorboard\nproject: mine",
+        "project",
+        "report_to: wandb\nproject: mine",
+    ),
     "hub_keys_need_a_push": ("hub_model_id: me/it", "hub_model_id", "push_to_hub: true\nhub_model_id: me/it"),
 }
 

@@ -25,6 +25,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
     import logging
 
     # bitsandbytes looks for an optional kernel package at import and warns that it is absent;

@@ -42,6 +42,7 @@ class Run:
     def __init__(self, folder: Path, is_writer: bool):
         self.folder, self.is_writer = folder, is_writer
         self.manifest: dict[str, Any] = {}
+        self.logged_until = -1  # the step to which metrics were logged before this start
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
 
     def lock(self) -> None:
@@ -126,9 +127,8 @@ class Run:
             "slurm": slurm_job(),
             **facts,
         }
-        if "wandb" in (facts["recipe"].get("report_to") or ()):  # Transformers asks W&B to resume by this variable
-            known = past["wandb_run_id"] or os.environ.get("WANDB_RUN_ID")
-            self.manifest["wandb_run_id"] = os.environ["WANDB_RUN_ID"] = known or secrets.token_hex(4)
+        known = past["wandb_run_id"] or os.environ.get("WANDB_RUN_ID")
+        self.manifest["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
         if resumed:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
@@ -157,10 +157,13 @@ class Run:
     def _rewind(self, step: int) -> None:
         """Keep the metrics up to a step; a last line that was cut off goes."""
         kept = []
+        self.logged_until = step
         if (self.folder / METRICS).is_file():
             for line in (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
-                    if json.loads(line)["step"] <= step:
+                    logged = json.loads(line)["step"]
+                    self.logged_until = max(self.logged_until, logged)
+                    if logged <= step:
                         kept.append(line + "\n")
         write_whole(self.folder / METRICS, "".join(kept))
 

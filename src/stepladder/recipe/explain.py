@@ -104,7 +104,20 @@ def explanation(name: str) -> Explanation:
 
 
 def _group_by_name(name: str) -> str:
-    monitored = ("eval", "save", "log", "hub", "push", "report", "run", "project", "trackio", "include", "metric")
+    monitored = (
+        "eval",
+        "save",
+        "log",
+        "hub",
+        "push",
+        "report",
+        "run",
+        "project",
+        "trackio",
+        "wandb",
+        "include",
+        "metric",
+    )
     return groups()[-1] if name.startswith(monitored) else "data" if name.startswith("dataset") else "training"
 
 

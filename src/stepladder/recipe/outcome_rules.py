@@ -99,8 +99,22 @@ def tracker_keys_need_a_tracker(recipe: Recipe) -> RuleBreak | None:
 @rule
 def trackio_keys_need_trackio(recipe: Recipe) -> RuleBreak | None:
     """Only Trackio reads them."""
-    keys = ["project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"]
+    keys = ["trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"]
     return None if _trackers(recipe) & {"trackio", "all"} else idle(recipe, "report_to", keys, "report_to: trackio")
+
+
+@rule
+def wandb_keys_need_wandb(recipe: Recipe) -> RuleBreak | None:
+    """Only W&B reads them."""
+    keys = ["wandb_entity", "wandb_run_group", "wandb_tags", "wandb_log_model"]
+    return None if _trackers(recipe) & {"wandb", "all"} else idle(recipe, "report_to", keys, "report_to: wandb")
+
+
+@rule
+def project_needs_a_tracker_with_projects(recipe: Recipe) -> RuleBreak | None:
+    """Only Trackio and W&B read it."""
+    with_projects = _trackers(recipe) & {"trackio", "wandb", "all"}
+    return None if with_projects else idle(recipe, "report_to", ["project"], "report_to: wandb")
 
 
 @rule

@@ -13,14 +13,25 @@ import yaml
 from stepladder.recipe.schema import known_keys
 
 # Keys that say where a run lies and how it is watched, not what it computes.
-NOT_PART_OF_THE_RUN = {"output_dir", "run_name", "report_to", "disable_tqdm", "log_level"}
+NOT_PART_OF_THE_RUN = {
+    "output_dir",
+    "run_name",
+    "report_to",
+    "disable_tqdm",
+    "log_level",
+    "project",
+    "wandb_entity",
+    "wandb_run_group",
+    "wandb_tags",
+    "wandb_log_model",
+}
 # Keys that decide what a run shows and keeps, but not its curve: they may change as it is resumed.
 # (Evaluation draws no random numbers of the run's; see `Trainer.evaluate`.)
 NOT_OF_THE_CURVE = NOT_PART_OF_THE_RUN | {
     *("logging_steps", "logging_strategy", "logging_first_step", "log_level_replica", "log_on_each_node"),
     *("save_steps", "save_strategy", "save_total_limit", "save_only_model", "save_on_each_node"),
     *("eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "eval_dataset_name", "per_device_eval_batch_size"),
-    *("project", "trackio_space_id", "include_num_input_tokens_seen", "push_to_hub", "hub_model_id", "hub_strategy"),
+    *("trackio_space_id", "include_num_input_tokens_seen", "push_to_hub", "hub_model_id", "hub_strategy"),
     *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory"),
     *("dataset_num_proc", "ddp_timeout", "hang_timeout", "on_nan", "skip_memory_metrics", "torch_empty_cache_steps"),
     # how the global batch is cut; that it stays the same is checked when the ranks are known

@@ -83,9 +83,7 @@ GONE = {
     "overwrite_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "push_to_hub_revision": Gone(OPEN_R1, (False, None), "push_to_hub: true with hub_revision: NAME"),
     "system_prompt": Gone("open-r1 reads it in its benchmarks only, not in training"),
-    "wandb_entity": Gone("W&B reads it from the environment", (None,), "export WANDB_ENTITY=…"),
-    "wandb_project": Gone("W&B reads it from the environment", (None,), "export WANDB_PROJECT=…"),
-    "wandb_run_group": Gone("W&B reads it from the environment", (None,), "export WANDB_RUN_GROUP=…"),
+    "wandb_project": Gone("the trackers' project is one key", (None,), "project: NAME"),
     # ---- Transformers and TRL ----
     "adafactor": Gone("optimizers are named by optim", (False,), "optim: adafactor"),
     "chars_per_token": ESTIMATE,

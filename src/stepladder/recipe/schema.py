@@ -84,6 +84,14 @@ class StepladderArguments:
         default=1200.0,
         metadata={"help": "Seconds without any progress after which a run ends and says where each rank stands."},
     )
+    wandb_entity: str | None = field(
+        default=None, metadata={"help": "The W&B user or team that the run belongs to; the project is `project`."}
+    )
+    wandb_run_group: str | None = field(default=None, metadata={"help": "The group of the run in W&B."})
+    wandb_tags: list[str] | None = field(default=None, metadata={"help": "Tags of the run in W&B."})
+    wandb_log_model: bool = field(
+        default=False, metadata={"help": "Whether the adapter or model is kept in W&B too, as an artifact of the run."}
+    )
     train_on: str = field(
         default="all_turns",
         metadata={

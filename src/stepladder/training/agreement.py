@@ -35,15 +35,14 @@ class Agreement(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows, (bad_loss, bad_gradient) = self.trainer.rows, self.trainer.not_finite()
         seen = torch.tensor(
-            [signals.stop_asked(), bad_loss, bad_gradient, rows.checksum(), rows.tokens],
+            [signals.stop_asked(), bad_loss, bad_gradient, rows.checksum(), *rows.counts.tolist()],
             dtype=torch.int64,
             device=args.device,
         )
         if dist.is_initialized():
             dist.all_reduce(seen)
-        asked, losses, gradients, checksum, tokens = seen.tolist()
-        self.trainer.meter.rows_checksum += checksum
-        self.trainer.meter.tokens += tokens
+        asked, losses, gradients, *counted = seen.tolist()
+        self.trainer.meter.count(*counted)
         self.preempted |= bool(asked)
         if losses or gradients:
             self._not_finite("loss" if losses else "gradient norm", bool(gradients), state.global_step + 1)

@@ -40,14 +40,23 @@ def ending(run: Run) -> str:
     """What happened, and where it lies."""
     totals, last = run.manifest["totals"], run.manifest["final"]
     losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
-    return "\n".join(
-        (
-            f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s, "
-            f"{totals['tokens_per_second'] or 0:,.0f} tokens/s, {losses}",
-            f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
-            f'  ask it: python scripts/generate.py --model {run.folder} --prompt "…"',
+    used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
+    memory = max(totals["peak_memory_bytes"]) / 2**30
+    lines = [
+        f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s, {losses}",
+        f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
+        f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
+        f'  ask it:      python scripts/generate.py --model {run.folder} --prompt "…"',
+    ]
+    recipe = run.manifest["recipe"]
+    base = recipe["model_name_or_path"]
+    if data := recipe.get("eval_dataset_name"):
+        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder} --data {data}")
+    if recipe.get("use_peft"):
+        lines.append(
+            f"  merge it:    python scripts/merge.py --adapter {run.folder} --output_dir merged/{run.folder.name}"
         )
-    )
+    return "\n".join(lines)
 
 
 def preempted(run: Run) -> str:

@@ -227,7 +227,7 @@ def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
     facts = trainer.meter.run.manifest
     content = {
         "step": trainer.state.global_step,
-        **{key: facts.get(key) for key in ("world_size", "strategy", "recipe_hash")},
+        **{key: facts.get(key) for key in ("world_size", "strategy", "recipe_hash", "wandb_run_id")},
         "resumable": not trainer.args.save_only_model,
         "files": files,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepladder import cache
 from stepladder.console import say
 from stepladder.errors import LaunchError
 
@@ -94,7 +96,27 @@ def choose_device(launch: Launch) -> bool:
     torch.set_num_threads(max(1, cores // launch.local_ranks))
     _keep_freed_memory()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+    if launch.strategy.startswith("zero"):
+        _load_cpu_collectives()
     return True
+
+
+def _load_cpu_collectives() -> None:
+    """Load DeepSpeed's op for collectives on CPU, which it compiles on first use (40 s), one process after the other.
+
+    torch guards the build by a file that a killed build leaves behind, and every later start waits for its end
+    (`torch/utils/file_baton.py`). Here a lock that ends with its process comes first; a file that is then still
+    there is such a leftover.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions")))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".stepladder").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.rglob(f"{ShareMemCommBuilder.NAME}/lock"):
+            leftover.unlink()
+        ShareMemCommBuilder().load(verbose=False)
 
 
 def _keep_freed_memory() -> None:

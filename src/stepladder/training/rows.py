@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stepladder.data.render import IGNORED
+
 MIX = 0x9E3779B97F4A7C15  # the multiplier of Fibonacci hashing: 2^64 by the golden ratio
 
 
@@ -34,18 +36,25 @@ class Rows:
 
     def __init__(self) -> None:
         self._batches: list[torch.Tensor] = []
-        self.tokens = torch.zeros((), dtype=torch.int64)
+        self.counts = torch.zeros(4, dtype=torch.int64)  # tokens, trained tokens, places, causal query–key pairs
 
     def add(self, inputs: dict[str, Any]) -> None:
-        """Take the rows' numbers out of a batch, and count its tokens: without padding, and without empty rows."""
-        rows = inputs.pop("rows")
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
-        self.tokens = self.tokens + tokens - (rows < 0).all(dim=1).sum()
+        """Take the rows' numbers out of a batch, and count what it holds; empty rows, of one token, hold nothing."""
+        rows, ids, mask = inputs.pop("rows"), inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None:
+            lengths = mask.sum(dim=1)
+            tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
+        else:  # rows in one sequence, each counting its positions from 0
+            tokens, pairs = torch.ones_like(ids).sum(), (inputs["position_ids"] + 1).sum()
+        empty = (rows < 0).all(dim=1).sum()
+        trained, places = (inputs["labels"][:, 1:] != IGNORED).sum(), torch.ones_like(ids).sum()
+        # on the inputs' device: a GPU is not waited for until the step's end
+        found = torch.stack([tokens - empty, trained, places, pairs - empty])
+        self.counts = self.counts.to(found.device) + found
         self._batches.append(rows)
 
     def clear(self) -> None:
-        self._batches, self.tokens = [], torch.zeros((), dtype=torch.int64)
+        self._batches, self.counts = [], torch.zeros(4, dtype=torch.int64)
 
     def numbers(self) -> list[int]:
         return [row for batch in self._batches for row in batch.flatten().tolist() if row >= 0]

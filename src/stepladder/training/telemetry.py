@@ -1,47 +1,143 @@
-"""What is measured while training: metrics.jsonl, tokens per second, peak memory.
+"""What is measured while training: metrics.jsonl, throughput, waiting, memory. Defined here and nowhere else.
 
-Tokens per second are the non-padding tokens that entered the model, over all ranks, by the wall
-time of the optimizer steps: evaluation and saving are not in it. `rows_checksum` is the same for
-two runs that trained the same rows since the last logged step, in any order, on any number of ranks.
+`tokens_per_second` are the non-padding tokens that entered the model, over all ranks, by the wall time
+of the optimizer steps: waiting for their data is in it, evaluation and saving are not. Trained tokens
+(those with a loss) are counted apart. `padding` is the share of a batch's places that hold no token,
+`mfu` and `hfu` are defined in utilization.py. All clocks are monotonic: one that is set anew changes nothing.
+`rows_checksum` is the same for two runs that trained the same rows since the last logged step, in
+any order, on any number of ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
 from stepladder.run import Run
+from stepladder.training.utilization import Work
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
+COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
 
 
 class Telemetry(TrainerCallback):
-    """Writes metrics.jsonl as the steps are logged, and sums up the totals."""
+    """Counts and times the steps, and writes metrics.jsonl as they are logged.
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.tokens = 0  # non-padding, all ranks
-        self.seconds = 0.0  # in optimizer steps
-        self._step_began = 0.0
+    Args:
+        work: the operations of the model; None where they are not known, and there is no MFU then.
+    """
+
+    def __init__(self, run: Run, work: Work | None = None):
+        self.run, self.work = run, work
+        # Over all ranks, since the run began: tokens, those of them with a loss, places of the batches,
+        # query–key pairs; optimizer steps, their seconds, and those of them in which a rank waited for data.
+        self.tokens = self.trained_tokens = self.places = self.pairs = self.steps = 0
+        self.seconds = self.waited = 0.0
         self.rows_checksum = 0  # of the rows trained since the last logged step
-        self._since_log = (0, 0.0)  # tokens and seconds at the last logged step
+        self.step_seconds: list[float] = []  # of each step since this start
+        self._since_log: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        self._waits = self._forward = 0.0  # of this rank, since the last logged step
+        self._events: list[tuple[Any, Any]] = []  # around each forward pass on a GPU, which runs on by itself
+        self._began: float | None = None
 
     def checkpointed(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
-        return {key: getattr(self, key) for key in ("tokens", "seconds", "rows_checksum", "_since_log")}
+        return {key: getattr(self, key) for key in (*COUNTED, "rows_checksum", "_since_log")}
 
     def restore(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step_began = time.perf_counter()
+    def count(self, checksum: int, tokens: int, trained: int, places: int, pairs: int) -> None:
+        """Add a step's rows, summed over all ranks (see rows.py)."""
+        self.rows_checksum += checksum
+        self.tokens += tokens
+        self.trained_tokens += trained
+        self.places += places
+        self.pairs += pairs
+
+    def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
+        """A step's batches: the step begins, and how long each is waited for is counted.
+
+        Not the first of a start, for which workers are started and a resumed stream is skipped.
+        """
+        first, began = self._began is None, time.perf_counter()
+        self._began = began
+        for batch in loader:
+            now = time.perf_counter()
+            if first:
+                self._began = now
+            else:
+                self._waits += now - began
+            yield batch
+            first, began = False, time.perf_counter()
+
+    @contextlib.contextmanager
+    def forward(self, device: Any) -> Iterator[None]:
+        """Around a forward pass, in which a rank under DDP waits for no other: it shows who is slow."""
+        import torch
+
+        if device.type == "cuda":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append(events)
+        else:
+            began = time.perf_counter()
+            yield
+            self._forward += time.perf_counter() - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._step_began
+        assert self._began is not None
+        self.step_seconds.append(time.perf_counter() - self._began)
+        self.seconds += self.step_seconds[-1]
+        self.steps += 1
+
+    def figures(self, device: Any) -> dict[str, float]:
+        """What a logged step shows of the steps since the last one; every rank calls it."""
+        waits, forwards, memory = self._gathered(device)
+        self.waited += max(waits)
+        new = {key: getattr(self, key) - self._since_log[key] for key in COUNTED}
+        self._since_log = {key: getattr(self, key) for key in COUNTED}
+        found: dict[str, float] = {
+            **rates(new, self.work),
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "step_seconds": round(new["seconds"] / max(new["steps"], 1), 4),
+            "data_wait_seconds": round(max(waits), 4),
+            "peak_memory_bytes": int(max(memory)),
+        }
+        if len(waits) > 1:
+            own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
+            found["slowest_rank"] = own.index(max(own))
+            found["slowest_rank_lag_seconds"] = round(max(own) - statistics.median(own), 4)
+        return found
+
+    def _gathered(self, device: Any) -> tuple[list[float], list[float], list[float]]:
+        """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, and its
+        peak memory in bytes."""
+        import torch
+        import torch.distributed as dist
+
+        for start, end in self._events:
+            end.synchronize()
+            self._forward += start.elapsed_time(end) / 1000
+        own = [self._waits, self._forward, float(peak_memory_bytes())]
+        self._waits, self._forward, self._events = 0.0, 0.0, []
+        if not dist.is_initialized():
+            return own[:1], own[1:2], own[2:]
+        here = torch.tensor(own, dtype=torch.float64, device=device)
+        every = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, here)
+        waits, forwards, memory = zip(*(rank.tolist() for rank in every), strict=True)
+        return list(waits), list(forwards), list(memory)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
@@ -50,12 +146,24 @@ class Telemetry(TrainerCallback):
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
         row |= {key: value for key, value in logs.items() if key not in DROPPED}
         if "loss" in logs:
-            tokens, seconds = self.tokens - self._since_log[0], self.seconds - self._since_log[1]
-            row["tokens_per_second"] = round(tokens / seconds, 1) if seconds else None
-            row["tokens"] = self.tokens
             row["rows_checksum"], self.rows_checksum = self.rows_checksum, 0
-            self._since_log = (self.tokens, self.seconds)
         self.run.log(row)
+
+
+def rates(counted: dict[str, float], work: Work | None) -> dict[str, float]:
+    """The figures that follow from counts: tokens a second, share of padding, and where the work is known MFU, HFU."""
+    tokens, seconds = counted["tokens"], counted["seconds"]
+    if not seconds:  # resumed after the last step
+        return {}
+    found = {
+        "tokens_per_second": round(tokens / seconds, 1),
+        "trained_tokens_per_second": round(counted["trained_tokens"] / seconds, 1),
+        "padding": round(1 - tokens / counted["places"], 4),
+    }
+    if work:
+        shares = work.shares(int(tokens), int(counted["pairs"]), seconds)
+        found["mfu"], found["hfu"] = (float(f"{share:.4g}") for share in shares)
+    return found
 
 
 def peak_memory_bytes() -> int:
@@ -69,18 +177,28 @@ def peak_memory_bytes() -> int:
 
 
 def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
-    """The `totals` of run.json; every rank calls it, to tell its peak memory."""
+    """The `totals` of run.json; every rank calls it, to tell its peak memory.
+
+    The percentiles of the step times are of this start's steps alone.
+    """
     import torch.distributed as dist
 
     peaks = [peak_memory_bytes()]
     if dist.is_available() and dist.is_initialized():
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_memory_bytes())
+    times, work = sorted(telemetry.step_seconds), telemetry.work
+    counted = {key: getattr(telemetry, key) for key in COUNTED}
     return {
         "steps": steps,
-        "tokens": int(telemetry.tokens),
+        "tokens": telemetry.tokens,
+        "trained_tokens": telemetry.trained_tokens,
         "seconds": round(telemetry.seconds, 3),
-        "tokens_per_second": round(telemetry.tokens / telemetry.seconds, 1) if telemetry.seconds else None,
+        "data_wait_seconds": round(telemetry.waited, 3),
+        "tokens_per_second": None,
+        **rates(counted, work),
+        **({"peak_flops": work.peak, "peak_flops_source": work.peak_source} if work else {}),
+        **{f"step_seconds_p{q}": round(times[len(times) * q // 100], 4) for q in (50, 90, 99) if times},
         "peak_memory_bytes": peaks,
     }
 

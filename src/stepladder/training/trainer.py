@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -24,6 +25,11 @@ from stepladder.training.telemetry import Telemetry
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a model sends each token through some of its weights only."""
+    return any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 class Trainer(SFTTrainer):
     """TRL's trainer on rows that are tokenized already.
 
@@ -37,6 +43,10 @@ class Trainer(SFTTrainer):
         adapter = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+        args = kwargs["args"]
+        if args.ddp_find_unused_parameters is None:
+            # Transformers lets DDP look for weights without a gradient in each step; only experts can be such.
+            args.ddp_find_unused_parameters = has_experts(model.config)
         super().__init__(model=model, **kwargs)
         # TRL casts the adapter of a quantized model to bf16 (`sft_trainer.py`, after
         # `_is_quantized_model`), where small updates round to nothing, and ZeRO keeps an fp32 copy
@@ -96,6 +106,19 @@ class Trainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._bad_losses |= ~torch.isfinite(loss)
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        return super().get_batch_samples(self.meter.batches(epoch_iterator), num_batches, device)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.forward(self.args.device) if model.training else contextlib.nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""
+        if "loss" in logs:
+            logs |= self.meter.figures(self.args.device)
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._norm_on_cpu:

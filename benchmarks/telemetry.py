@@ -1,0 +1,49 @@
+"""What measuring costs: the time of one step's telemetry, against that of a step.
+
+    python benchmarks/telemetry.py --run runs/demo
+
+It counts, times and logs steps of two micro-batches of 4 × 512 tokens without training anything, in one process.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from stepladder import run
+from stepladder.training import rows, telemetry, utilization
+
+STEPS, MICRO_BATCHES = 500, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a run folder: what a step takes is read from it")
+    args = parser.parse_args()
+    work = utilization.Work(10**8, 10**6, 10**5, False, 1e12, "")
+    device, state = torch.device("cpu"), SimpleNamespace(global_step=1, is_world_process_zero=True)
+    ids = torch.ones(4, 512, dtype=torch.int64)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "rows": torch.arange(4)[:, None]}
+    with tempfile.TemporaryDirectory() as folder:
+        meter, seen = telemetry.Telemetry(run.Run(Path(folder), is_writer=True), work), rows.Rows()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            for inputs in meter.batches(iter([dict(batch) for _ in range(MICRO_BATCHES)])):
+                seen.add(inputs)
+                with meter.forward(device):
+                    pass
+            meter.count(seen.checksum(), *seen.counts.tolist())
+            seen.clear()
+            meter.on_step_end(None, state, None)
+            meter.on_log(None, state, None, {"loss": 1.0, **meter.figures(device)})
+        cost = (time.perf_counter() - began) / STEPS
+    step = json.loads((args.run / "run.json").read_text())["totals"]["step_seconds_p50"]
+    print(f"{cost * 1e6:,.0f} µs a step, {100 * cost / step:.3f} % of the {step:.3f} s of a step of {args.run}")
+
+
+if __name__ == "__main__":
+    main()

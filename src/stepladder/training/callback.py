@@ -1,0 +1,35 @@
+"""A callback of the user's own, from a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from stepladder.errors import LaunchError
+
+
+def of(given: str | None) -> list[Any]:
+    """An instance of the file's class `Callback`, or nothing where no file is given.
+
+    It comes before the trainer's others: what it adds to `logs` reaches metrics.jsonl and the trackers.
+
+    Raises:
+        LaunchError: the file holds no class `Callback` that is one of Transformers'.
+    """
+    if given is None:
+        return []
+    file = Path(given)
+    way_out = "docs/prometheus.py is one"
+    if not file.is_file():
+        raise LaunchError(f"--callback {file}: there is no such file", way_out=way_out)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise LaunchError(f"--callback {file} is no Python file", way_out=way_out)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not isinstance(found := getattr(module, "Callback", None), type) or not issubclass(found, TrainerCallback):
+        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", way_out=way_out)
+    return [found()]

@@ -1,0 +1,198 @@
+"""W&B, TensorBoard, Trackio and the others of `report_to`: one run and one curve, however often it is resumed.
+
+None of them may end or slow a run: what one raises is said once, and it is left alone from then on. They are
+told by rank 0 alone, and the same figures as metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+    rewrite_logs,
+)
+
+from stepladder.console import say
+from stepladder.recipe.recipe import Recipe
+from stepladder.run import METRICS, Run
+from stepladder.training.telemetry import DROPPED
+
+PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
+NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "saved", "error"}
+NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
+
+
+class Tracker(TrainerCallback):
+    """Passes the events that trackers use on to one of them, until it fails."""
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback: TrainerCallback | None = callback
+
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+        if self.callback is None:
+            return
+        try:
+            getattr(self.callback, event)(*args, **kwargs)
+        except Exception as error:
+            name = type(self.callback).__name__.removesuffix("Callback")
+            say(f"⚠ {name} fails and is left out: {brief(error)}; the run goes on, and metrics.jsonl holds everything")
+            self.callback = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("on_train_begin", *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("on_log", *args, **kwargs)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("on_save", *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.tell("on_train_end", *args, **kwargs)
+
+    def close(self) -> None:
+        """The run is whole and its page written."""
+        if isinstance(self.callback, Wandb):
+            self.tell("close")
+
+
+def of(record: Run, recipe: Recipe, args: Any) -> list[Tracker]:
+    """The trackers that `report_to` names; none on other ranks than 0. Transformers adds none of its own then."""
+    names, args.report_to = args.report_to, []
+    own = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
+    if not record.is_writer:
+        return []
+    return [
+        Tracker(own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]())
+        for name in names
+    ]
+
+
+class Wandb(WandbCallback):
+    """One W&B run: its id lies in run.json and in the checkpoints, its `_step` is the optimizer step.
+
+    W&B takes no step twice, so a resumed run first sends what its server does not have yet of metrics.jsonl,
+    and steps that it has are left out (the curve is the same). Offline each start has a file of its own, and
+    the newest one holds the whole run, so that it alone is to be synced. (The client can rewind
+    too, `resume_from`, but not offline, and not every server can.)
+    """
+
+    def __init__(self, record: Run, recipe: Recipe):
+        super().__init__()
+        self.record, self.recipe = record, recipe
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        self._initialized = True
+        wandb, recipe, facts = self._wandb, self.recipe, self.record.manifest
+        for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
+            os.environ.setdefault(name, PATIENCE)
+        # no git: a remote's address may hold a password, and the commit is in the configuration
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout_raises=True)
+        mode = wandb.setup(settings).settings.mode
+        project = recipe.values.get("project") or os.environ.get("WANDB_PROJECT") or args.project
+        asked = {
+            "id": facts["wandb_run_id"],
+            "project": project,
+            "entity": recipe.get("wandb_entity"),
+            "group": recipe.get("wandb_run_group"),
+            "tags": recipe.get("wandb_tags"),
+            "name": args.run_name or self.record.folder.name,
+            "dir": str(self.record.folder),
+            "resume": "allow",
+            "config": {key: value for key, value in facts.items() if key not in NOT_CONFIGURATION},
+            "settings": settings,
+        }
+        why = ""
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            mode, why = "offline", ", since there is no API key"
+        try:
+            self.run = wandb.init(**asked, mode=mode)
+        except Exception as error:
+            why = f", since its server cannot be used ({brief(error)})"
+            wandb.teardown()  # its service holds the id of the run that did not come to be
+            self.run = wandb.init(**asked, mode="offline")
+        if self.run.offline:
+            say(f"W&B is offline{why}; to upload the run later: wandb sync {self.run.settings.sync_dir}")
+        else:
+            say(f"W&B shows the run at {self.run.url}")
+        self._next = self.run.step
+        for line in (self.record.folder / METRICS).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            self._show(row["step"], row)
+
+    def _show(self, step: int, row: dict[str, Any]) -> None:
+        if step >= self._next:
+            self.run.log(rewrite_logs({key: row[key] for key in row if key not in NOT_SHOWN}), step=step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "train_runtime" not in logs:  # the closing summary: totals take its place
+            self._show(state.global_step, logs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: Transformers would save the model once more here, which a sharded one cannot."""
+
+    def close(self) -> None:
+        """Add what the run has come to, and wait for the upload, but not for long."""
+        wandb, folder = self._wandb, self.record.folder
+        self.run.summary.update({f"totals/{key}": value for key, value in self.record.manifest["totals"].items()})
+        if (folder / "report.html").is_file():
+            self.run.summary["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"))
+        if self.recipe.get("wandb_log_model") or self._log_model.is_enabled:
+            artifact = wandb.Artifact(f"model-{self.run.id}", type="model")
+            for file in sorted(folder.iterdir()):
+                if file.suffix in (".safetensors", ".json", ".jinja", ".md", ".yaml", ".model"):
+                    artifact.add_file(str(file))
+            self.run.log_artifact(artifact)
+        try:
+            self.run.finish()
+        except TimeoutError:
+            seconds, folder = self.run.settings.finish_timeout, self.run.settings.sync_dir
+            say(f"⚠ W&B did not take everything in {seconds:g} s; for the rest: wandb sync {folder}")
+
+
+class TensorBoard(TensorBoardCallback):
+    """All starts of a run write into one folder; what came after the checkpoint is purged."""
+
+    def __init__(self, record: Run, recipe: Recipe):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(record.folder / "tensorboard")
+        resumed = record.manifest["resumed"]
+        super().__init__(SummaryWriter(folder, purge_step=resumed[-1]["step"] + 1 if resumed else None))
+        say(f"TensorBoard shows the run with: tensorboard --logdir {folder}")
+
+
+class Trackio(TrackioCallback):
+    """Trackio finds a run again by its name, so that has the run's id; steps that it has are not told again."""
+
+    def __init__(self, record: Run, recipe: Recipe):
+        super().__init__()
+        self.record = record
+
+    def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
+        args.run_name = f"{args.run_name or self.record.folder.name}-{self.record.manifest['wandb_run_id']}"
+        with contextlib.redirect_stdout(io.StringIO()):  # it has five lines to say, and this is what they come to:
+            super().setup(args, state, model, **kwargs)
+        say(f"Trackio shows the run as {args.run_name} with: trackio show --project {args.project}")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().on_train_end(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        if state.global_step > self.record.logged_until:
+            shown = {key: value for key, value in logs.items() if key not in NOT_SHOWN}
+            super().on_log(args, state, control, model, shown, **kwargs)
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]

@@ -1,0 +1,79 @@
+"""What share of the hardware's peak a run uses: operations by formula, against a stated peak.
+
+Of a token: 2 operations a parameter forward, 2 backward to the activations, and 2 more for the gradient
+of each parameter that is trained. So 6 N in full fine-tuning (Kaplan et al. 2020, arXiv:2001.08361), and
+4 N with LoRA, whose frozen weights get no gradient. Attention is apart: 4 operations a query–key pair
+and dimension forward, twice that backward (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which counts
+the whole square of pairs; here it is the causal half, of each row by itself).
+
+MFU counts no more than that. HFU adds the second forward pass of gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from stepladder import hardware
+
+GEMM = 1024  # rows and columns of the matrices by which a rate is measured
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of one model on one kind of hardware.
+
+    `parameters` take part in matrix products (an embedding that is only looked up does not), `trainable`
+    of them get a gradient. `pair` is the operations of attention forward for one query–key pair, all
+    layers. `peak` is in operations a second, all ranks together.
+    """
+
+    parameters: int
+    trainable: int
+    pair: int
+    recomputes: bool
+    peak: float
+    peak_source: str
+
+    def shares(self, tokens: int, pairs: int, seconds: float) -> tuple[float, float]:
+        """MFU and HFU of so many tokens, with so many query–key pairs, in so many seconds."""
+        forward = 2 * self.parameters * tokens + self.pair * pairs
+        model = 2 * forward + 2 * self.trainable * tokens + self.pair * pairs
+        possible = self.peak * seconds
+        return model / possible, (model + self.recomputes * forward) / possible
+
+
+def work(model: Any, counts: dict[str, int], args: Any, precision: str) -> Work | None:
+    """The work of a model; None where the formula does not hold for it (experts, no attention)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or getattr(config, "num_experts_per_tok", None):
+        return None
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    rate, source = peak(args.device, precision)
+    return Work(
+        counts["all"] - looked_up,
+        counts["trainable"],
+        4 * width * config.num_hidden_layers,
+        args.gradient_checkpointing,
+        rate * args.world_size,
+        source,
+    )
+
+
+def peak(device: Any, precision: str) -> tuple[float, str]:
+    """The peak of one device in operations a second, and where it is from: a data sheet, else measured here."""
+    import torch
+
+    if device.type == "cuda" and (row := hardware.gpu(torch.cuda.get_device_name(device))):
+        return row.tflops * 1e12, f"{row.source}, dense bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    ones = torch.ones(GEMM, GEMM, dtype=dtype, device=device)  # not random: the run's generators stay as they are
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        (ones @ ones)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * GEMM**3 / best, f"best of 6 {GEMM}×{GEMM} matrix products in {precision}, measured at the start"
