@@ -30,9 +30,10 @@ def recipe_of(words: list[str]) -> load.Recipe:
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--recipe")
-    for name in ("--strategy", "--resume", "--allow_change", "--allow-change"):
+    for name in ("--strategy", "--resume", "--allow_change", "--allow-change", "--callback"):
         parser.add_argument(name)
-    parser.add_argument("--overwrite", action="store_true")
+    for name in ("--overwrite", "--profile"):
+        parser.add_argument(name, action="store_true")
     args, overrides = parser.parse_known_args(words)
     return load.load(args.recipe, overrides)
 

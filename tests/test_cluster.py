@@ -1,0 +1,195 @@
+"""What a job decides, how a sweep unfolds, what a sick node is: without Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, script
+from stepladder import errors
+from stepladder.cluster import health, job, submit, sweep
+
+
+def test_a_job_knows_the_flags_of_sft() -> None:
+    """Guards a new flag of sft.py, which the check before the ranks would take for an unknown key."""
+    flags = re.findall(r'add_argument\("(--\w+)"(.*)', (ROOT / "scripts/sft.py").read_text())
+    assert len(flags) > 4
+    for flag, rest in flags:
+        words = [flag] if "store_true" in rest else [flag, "lora" if flag == "--recipe" else "x"]
+        assert job.recipe_of(["--recipe", "lora", *words]).name == "lora", flag
+
+
+@pytest.mark.parametrize(
+    ("manifest", "restarts", "cancelled", "decided"),
+    [
+        ({"status": "finished"}, 0, False, "finished"),
+        ({"status": "failed"}, 0, False, "failed"),
+        ({"status": "stuck"}, 3, False, "failed"),
+        ({"status": "running"}, 0, False, "failed"),  # killed: it could not say more
+        ({"status": "preempted", "step": 8, "from": 4, "starts": 1}, 0, False, "again"),
+        ({"status": "preempted", "step": 8, "from": 4, "starts": 1}, 0, True, "preempted"),
+        ({"status": "preempted", "step": 8, "from": 4, "starts": 1}, 100, False, "preempted"),
+        ({"status": "preempted", "step": 4, "from": 4, "starts": 2}, 2, False, "again"),
+        ({"status": "preempted", "step": 4, "from": 4, "starts": 3}, 3, False, "preempted"),
+        ({"status": "preempted", "step": 5, "from": 4, "starts": 3}, 3, False, "again"),
+    ],
+)
+def test_what_becomes_of_a_job(manifest: dict, restarts: int, cancelled: bool, decided: str, tmp_path: Path) -> None:
+    """Guards the requeue: a failure, a cancellation, no progress, or too many starts must not come back for ever."""
+    facts = {"status": manifest["status"], "totals": {"steps": manifest.get("step", 0)},
+             "progress": {"step": manifest.get("from", 0), "starts": manifest.get("starts", 1)}}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert job.after(tmp_path, restarts, cancelled)[0] == decided
+    (tmp_path / job.STOP).touch()
+    assert job.after(tmp_path, restarts, cancelled)[0] == decided.replace("again", "preempted")
+
+
+def test_a_job_without_a_run_has_failed(tmp_path: Path) -> None:
+    assert job.after(tmp_path, 0)[0] == "failed"
+
+
+def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
+    """Guards the array: every combination once, each value as the recipe's own type, no two runs in one folder."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text("recipe: lora\nmax_steps: 5\ngrid: {lora_r: [8, 16], lora_target_modules: [all-linear, [q_proj]]}")
+    found = [job.recipe_of(words) for words in sweep.elements(file)]
+    assert [(r.get("lora_r"), r.get("lora_target_modules")) for r in found] == [
+        (8, ["all-linear"]), (8, ["q_proj"]), (16, ["all-linear"]), (16, ["q_proj"])
+    ]  # fmt: skip
+    assert {r.get("max_steps") for r in found} == {5}
+    assert len({r.output_dir for r in found}) == 4
+    for shipped in (ROOT / "recipes/sweeps").glob("*.yaml"):
+        assert [job.recipe_of(words) for words in sweep.elements(shipped)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("recipe: lora", "a list of values"), ("grid: {lora_r: [8]}", "names its recipe"), ("[", "not a sweep"),
+     ("recipe: lora\nlora_r: 4\ngrid: {lora_r: [8]}", "lora_r is in the grid and beside it"),
+     ("recipe: lora\ngrid: {lora_r: 8}", "a list of values")],
+)  # fmt: skip
+def test_a_file_that_is_no_sweep_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(content)
+    with pytest.raises(errors.RecipeError, match=said):
+        sweep.elements(tmp_path / "sweep.yaml")
+
+
+def test_hostile_names_stay_words(tmp_path: Path) -> None:
+    """Guards `submit.py`: what a user types becomes one argument each, and no option of sbatch or of the shell."""
+    folder = tmp_path / "a; touch pwned $(touch pwned) `touch pwned` 'x' \"y\" %j"
+    done = script("submit", "--recipe", "lora", "--output_dir", folder, "--run_name", "x\n#SBATCH --uid=0", "--dry_run")
+    assert done.code == 0, done
+    command = done.out.partition("\n\n#!/usr/bin/env bash")[0].removeprefix("# ")
+    # What a shell makes of the line that was printed: sbatch and its words.
+    words = subprocess.run(["bash", "-c", f'sbatch() {{ printf "%s\\0" "$@"; }}; {command}'], cwd=tmp_path,
+                           capture_output=True, text=True, check=True).stdout.split("\0")  # fmt: skip
+    assert str(folder) in words and "x\n#SBATCH --uid=0" in words
+    assert f"--output={str(folder).replace('%', '%%')}/slurm-%j.out" in words
+    assert not list(tmp_path.rglob("pwned"))
+    assert done.out.endswith((ROOT / "slurm/sft.sbatch").read_text().splitlines()[-1] + "\n\n")
+    for value in ("main;id", "a b", "$(id)", "x\ny", ""):
+        with pytest.raises(errors.LaunchError, match="no name"):
+            submit.options({"partition": value})
+    with pytest.raises(errors.LaunchError, match="cannot hold"):
+        submit.log_pattern(Path("a\nb"), "x")
+
+
+def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
+    done = script("submit", "--recipe", "lora", "--hub_token", "hf_secret", "--dry_run")
+    assert done.code == 2 and "HF_TOKEN" in done.err and "hf_secret" not in done.out + done.err
+
+
+def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards each check of a node's health, with a stand-in for nvidia-smi."""
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+
+    def smi(text: str) -> list[str]:
+        tool.write_text(f"#!/bin/sh\n{text}\n")
+        tool.chmod(0o755)
+        return health.gpus(2)
+
+    assert health.gpus(2) == ["the job has 2 GPUs and nvidia-smi is not installed"]
+    assert smi("echo 0, 10; echo 1, 20") == []
+    assert smi("echo 0, 10") == ["1 of 2 GPUs answer"]
+    assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
+    assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
+    assert health.gpus(0) == []
+
+    assert health.disk([tmp_path]) == []
+    (tmp_path / "file").touch()
+    assert "cannot be written" in health.disk([tmp_path / "file"])[0]
+    assert health.clock(time.time()) == []
+    assert "its clock is" in health.clock(time.time() - 1000)[0]
+
+
+def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the rendezvous: all nodes are heard before a rank starts, and the one that is not is named."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    found: dict[int, list[str]] = {}
+
+    def node(number: int, nodes: list[str]) -> None:
+        found[number] = health.reach(nodes, number, port)
+
+    three = ["localhost", "two", "three"]
+    threads = [threading.Thread(target=node, args=(number, three)) for number in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [], 1: [], 2: []}
+
+    monkeypatch.setattr(health, "PATIENCE", 1)
+    threads = [threading.Thread(target=node, args=(number, three)) for number in (1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == ["within 1 s nothing came from three"]
+    assert "cannot reach localhost" in found[1][0]
+    assert health.interface("127.0.0.1") == "lo"
+
+
+def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:
+    """Guards SIGUSR1 to every process of a job, as Slurm sends it: a compiler that a rank has started must not die
+    of it, and the rank must still hear it."""
+    code = (
+        "import os, subprocess, signal, time\n"
+        "from stepladder.training import signals\n"
+        "signals.install()\n"
+        "helper = subprocess.Popen(['sleep', '0.5'])\n"
+        "os.kill(helper.pid, signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "assert helper.wait() == 0, helper.returncode\n"
+        "assert signals.stop_asked() and signals.asked == 'SIGUSR1'\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+
+
+def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Path) -> None:
+    """Guards ZeRO on CPU: torch's lock file outlives the process that made it, and each later start waits for it."""
+    leftover = tmp_path / "py/deepspeed_shm_comm/lock"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    code = "from stepladder.training.ranks import Launch, choose_device; choose_device(Launch(1, 0, 0, 1, 'zero2'))"
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "py"), "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, timeout=300)
+    assert not leftover.exists()
+
+
+def test_every_sweep_file_is_yaml_with_its_own_command() -> None:
+    for file in (ROOT / "recipes/sweeps").glob("*.yaml"):
+        assert yaml.safe_load(file.read_text())["grid"]
+        assert f"--sweep recipes/sweeps/{file.name}" in file.read_text()
