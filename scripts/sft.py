@@ -59,6 +59,7 @@ def main() -> int | None:
     precision = model_load.precision(recipe)
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
+    ranks.shard_on_cpu(launch)
     checkpoint = ranks.from_first(checkpoint)
 
     tokenizer = model_load.tokenizer(recipe)
@@ -109,6 +110,7 @@ def main() -> int | None:
             on_nan=recipe.get("on_nan"),
             callbacks=[*own, progress.ProgressLine(), watch, *told],
         )
+        ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
         with out_of_memory.explained(recipe, launch):

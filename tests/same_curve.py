@@ -315,6 +315,9 @@ WHY = """## What makes them equal
 - **Gradient norm** (`training/gradients.py`): PyTorch's fp32 norm on CPU is off by 1e-3 for a large tensor
   (pytorch#151761), differently for its shards; clipping would carry that into the curve.
 
+On CPU, `fsdp` shards as on GPUs (`ranks.shard_on_cpu`; Accelerate alone would run DDP), and `fsdp_offload` is the same
+there, since the shards lie in host memory anyhow. NCCL, pinned memory and real offloading were not at hand.
+
 What no strategy changes: `max_steps`, epochs, the schedule and its warm-up, and when a run logs, evaluates and saves
 count optimizer steps, which hold the same rows on any number of ranks. Mixture-of-experts' auxiliary loss is a mean
 over each micro-batch, and is the one thing that does depend on how a batch is cut.

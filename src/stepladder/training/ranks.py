@@ -174,6 +174,39 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
     return devices
 
 
+def shard_on_cpu(launch: Launch) -> None:
+    """Let FSDP shard on CPU too; call it once the ranks have met, before the trainer is made.
+
+    Accelerate looks at ACCELERATE_USE_FSDP only where the ranks are on accelerators (`AcceleratorState` in
+    `state.py`), and runs plain DDP otherwise, without a word. Offloading is left out: the shards are in host
+    memory as they are, and torch would want to pin it, which needs an accelerator.
+    """
+    from accelerate import DistributedType, PartialState
+
+    if launch.strategy.startswith("fsdp") and PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+        os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
+
+
+def assert_strategy(launch: Launch, actual: Any) -> None:
+    """Compare the strategy that was launched with the one that Accelerate has set up.
+
+    Args:
+        actual: the accelerator's `distributed_type`.
+
+    Raises:
+        LaunchError: they differ.
+    """
+    wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(launch.strategy[:4])
+    found = str(actual.value) if actual.value in ("DEEPSPEED", "FSDP") else None
+    if found != wanted:
+        raise LaunchError(
+            f"{launch.strategy} was launched and Accelerate set up {actual.value}",
+            why="the run would silently train otherwise than it says",
+            way_out="launch with a file of accelerate_configs/, and report this with your versions (run.json)",
+        )
+
+
 def one_a_node(launch: Launch, work: Callable[[], Path]) -> Path:
     """The folder that `work` returns, from the one rank of this node that does it; every rank calls it once.
 
