@@ -67,8 +67,6 @@ CASES = [
     Case("tiny", "lora", "ddp", 4),
     Case("tiny", "full", "zero2", 2),
     Case("tiny", "full", "zero3", 2),
-    Case("tiny", "full", "fsdp", 2),
-    Case("tiny", "full", "fsdp", 4),
     Case("gpt2", "full"),
     Case("gpt2", "full", precision="bf16"),
     Case("gpt2", "lora", micro=4, length=64),
@@ -78,8 +76,6 @@ CASES = [
     Case("gpt2", "full", "zero2", 2),
     Case("gpt2", "full", "zero3", 2, micro=4),
     Case("gpt2", "full", "zero3", 4, micro=1),
-    Case("gpt2", "full", "fsdp", 2),
-    Case("gpt2", "lora", "fsdp", 4),
     Case("gpt2", "full", "zero2", 4, micro=1, steps_a_batch=2),
     Case("smollm2", "full", micro=1, length=256),
     Case("smollm2", "full", micro=1, length=256, checkpointing=True),
@@ -97,9 +93,6 @@ CASES = [
     Case("smollm2", "lora", "zero2", 2),
     Case("smollm2", "full", "zero3", 2, micro=1, checkpointing=True),
     Case("smollm2", "lora", "zero3", 2),
-    Case("smollm2", "qlora", "fsdp", 2, micro=1),
-    Case("smollm2", "full", "fsdp", 2, micro=1, checkpointing=True),
-    Case("smollm2", "lora", "fsdp", 2, precision="bf16"),
 ]
 
 
@@ -125,7 +118,7 @@ def measure(cases: list[Case], folder: Path) -> dict[str, int]:
     def launch(case: Case) -> tuple[str, int]:
         return case.strategy, case.ranks
 
-    found = {}
+    found: dict[str, int] = {}
     for (strategy, ranks), group in itertools.groupby(sorted(cases, key=launch), key=launch):
         jobs, cases_here = [], list(group)
         for case in cases_here:
@@ -136,22 +129,66 @@ def measure(cases: list[Case], folder: Path) -> dict[str, int]:
             jobs.append({"argv": argv, "port": same_curve.free_port(), "log": log})
         file = folder / f"{strategy}-{ranks}.json"
         same_curve.launch_many(strategy, ranks, jobs, file, script="tests/measure_memory.py")
-        for case in cases_here:
-            peaks = [folder / f"{case.name}.log.{rank}.peak" for rank in range(ranks)]
-            found[case.name] = max(json.loads(peak.read_text()) for peak in peaks)
+        found |= peaks(cases_here, folder)
     return found
+
+
+def peaks(cases: list[Case], folder: Path) -> dict[str, int]:
+    """What the runs left: of each, the rank that held most."""
+    return {
+        case.name: max(json.loads((folder / f"{case.name}.log.{n}.peak").read_text()) for n in range(case.ranks))
+        for case in cases
+    }
+
+
+def predict(case: Case, folder: Path) -> float:
+    """The plan's peak of a case, from the model's config.json alone."""
+    from transformers import AutoConfig
+
+    from stepladder.planning import memory, trace
+    from stepladder.recipe.recipe import Recipe
+
+    keys = case.recipe(folder)
+    recipe = Recipe(name=case.name, path=folder, values=keys, origins={})
+    config = AutoConfig.from_pretrained(keys["model_name_or_path"])
+    work = trace.Work(case.micro, case.length, case.precision, case.checkpointing, memory.casts(case.strategy))
+    traced = trace.of(recipe, config, work)
+    return memory.estimate(traced, recipe, config, case.strategy, case.ranks, case.steps_a_batch > 1).total
+
+
+def table(cases: list[Case], found: dict[str, int], folder: Path) -> tuple[str, list[float]]:
+    """Markdown rows, and the error of each case in percent."""
+    rows, errors = ["| model | method | strategy | batch × tokens | ckpt | precision | measured MB | plan MB | error |",
+                    "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |"], []  # fmt: skip
+    for case in cases:
+        plan, real = predict(case, folder), found[case.name]
+        errors.append(100 * (plan / real - 1))
+        batch = f"{case.micro} × {case.length}" + (f", {case.steps_a_batch} a step" if case.steps_a_batch > 1 else "")
+        ranks = f"{case.strategy} × {case.ranks}" if case.ranks > 1 else case.strategy
+        cells = (case.model, case.method, ranks, batch, "on" if case.checkpointing else "off", case.precision)
+        rows.append(f"| {' | '.join(cells)} | {real / 1e6:,.1f} | {plan / 1e6:,.1f} | {errors[-1]:+.2f} % |")
+    return "\n".join(rows), errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the runs lie")
     parser.add_argument("--only", default="", help="the cases whose names hold this")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced, between its two plan-check marks")
+    parser.add_argument("--measured", action="store_true", help="take the runs that lie there")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     prepare(args.folder)
     cases = [case for case in CASES if args.only in case.name]
-    for name, peak in measure(cases, args.folder).items():
-        print(name, peak)
+    found = peaks(cases, args.folder) if args.measured else measure(cases, args.folder)
+    rows, errors = table(cases, found, args.folder)
+    sizes = [abs(error) for error in errors]
+    verdict = f"{len(cases)} combinations: median error {statistics.median(sizes):.2f} %, worst {max(sizes):.2f} %"
+    print(rows, verdict, sep="\n\n")
+    if args.page:
+        mark, text = "<!-- plan-check -->\n", args.page.read_text()
+        before, _, after = text.split(mark)
+        args.page.write_text(f"{before}{mark}{verdict}.\n\n{rows}\n{mark}{after}")
 
 
 if __name__ == "__main__":

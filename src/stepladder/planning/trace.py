@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,11 +66,20 @@ class Count:
 
 @dataclass(frozen=True)
 class Traced:
-    """`whole` model, and what one of its layers adds to it."""
+    """A `whole` model, what one `layer` adds to it, and the work that was traced."""
 
     whole: Count
     layer: Count
     work: Work
+
+    def drawn_on(self, other: Traced, times: float, micro: int) -> Traced:
+        """From `other` over this one and `times` as far beyond it: a larger micro-batch."""
+
+        def on(here: Count, there: Count) -> Count:
+            return here.plus(here.plus(there, -1), times)
+
+        work = replace(self.work, micro=micro)
+        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work)
 
 
 def of(settings: Settings, config: Any, work: Work) -> Traced:
