@@ -11,6 +11,7 @@ import argparse
 import json
 
 from stepladder import console, errors
+from stepladder.planning import hardware
 from stepladder.recipe import load
 
 
@@ -27,9 +28,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
+    device = hardware.device(args.gpu, args.gpu_memory)
 
     console.quiet_libraries()
-    from stepladder.planning import choose, hardware, report
+    from stepladder.planning import choose, report
 
     strategies = (args.strategy,) if args.strategy else choose.STRATEGIES
     if args.strategy not in (None, *choose.STRATEGIES):
@@ -38,7 +40,6 @@ def main() -> None:
             where="command line --strategy",
             way_out=f"one of {', '.join(choose.STRATEGIES)}",
         )
-    device = hardware.device(args.gpu, args.gpu_memory)
     plan = choose.Plan(recipe, args.nodes, args.gpus, device)
     ways = plan.ways(strategies)
     best = plan.best(ways)
