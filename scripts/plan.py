@@ -22,8 +22,12 @@ def main() -> None:
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="of each node (default: 8)")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)")
-    parser.add_argument("--gpu_memory", "--gpu-memory", type=float, metavar="GiB", help="for a GPU that has no name here")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)"
+    )
+    parser.add_argument(
+        "--gpu_memory", "--gpu-memory", type=float, metavar="GiB", help="for a GPU that has no name here"
+    )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()

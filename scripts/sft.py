@@ -50,10 +50,17 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
+    from stepladder.planning import choose
     from stepladder.training import announce, out_of_memory, progress, result, telemetry, trainer, watchdog
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
+    planned, unplanned = {}, []
+    if launch.rank == 0:  # before DeepSpeed is there, which would shard what the plan builds
+        try:
+            planned = choose.of_run(recipe, launch.strategy, step, precision, not use_cpu)
+        except errors.ModelError as error:
+            unplanned = [f"no plan: {error.what}"]
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
     checkpoint = ranks.from_first(checkpoint)
@@ -84,11 +91,12 @@ def main() -> int | None:
         gradient_accumulation_steps=step.accumulation,
         seed=training_args.seed,
         parameters=result.parameter_counts(model),
+        plan=planned,
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
     signals.install(trains=True)
     with record.recording():
-        console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
+        console.say(announce.beginning(record, notes + unplanned + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
         meter = telemetry.Telemetry(record)
         sft = trainer.Trainer(
@@ -102,7 +110,7 @@ def main() -> int | None:
             on_nan=recipe.get("on_nan"),
             callbacks=[progress.Progress(), watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)],
         )
-        with out_of_memory.explained(recipe, launch):
+        with out_of_memory.explained(recipe, launch, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:

@@ -9,9 +9,6 @@ were alive at once from the second optimizer step on (the first creates the opti
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ def main() -> None:
 
 
 def run(job: dict, rank: int) -> None:
-    from stepladder.planning.live import LiveBytes, plain
+    from stepladder.planning.live import LiveBytes
     from stepladder.training import telemetry
 
     live = LiveBytes()

@@ -14,7 +14,7 @@ from stepladder.planning import choose, hardware
 from stepladder.recipe import load
 
 sys.path.append(str(ROOT / "benchmarks"))
-import plan as benchmark  # noqa: E402
+import plan as benchmark
 
 Case = benchmark.Case
 SLICE = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import resource
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +90,32 @@ class Plan:
 
         return min((way for way in ways if way.fits), key=order, default=None)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - a plan lives as long as its script
+    @functools.cache  # noqa: B019 - a plan lives as long as its script
     def _traced(self, micro: int, checkpointing: bool, cast: bool) -> trace.Traced:
         if micro > 4:  # padded batches grow by the same amount with every row
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
             return four.drawn_on(two, (micro - 4) / 2, micro)
         work = trace.Work(micro, self.length, self.precision, checkpointing, cast, gpu=True)
         return trace.of(self.settings, self.config, work)
+
+
+def of_run(settings: Settings, strategy: str, step: batch.Layout, precision: str, gpu: bool) -> dict[str, Any]:
+    """What a run that begins now will hold, for its run.json: as `totals.peak_memory_bytes` measures it.
+
+    On a GPU that is PyTorch's tensors; on a CPU the resident set, so that what the process holds
+    already is the fixed part.
+    """
+    config = hardware.config(settings)
+    if not gpu and strategy.startswith("fsdp"):
+        strategy = "ddp"  # what accelerate 1.15 makes of it on a CPU
+    length = min(settings.get("max_length") or 1024, getattr(config, "max_position_embeddings", None) or 1024)
+    checkpointing = bool(settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"))
+    work = trace.Work(step.micro, length, precision, checkpointing, memory.casts(strategy), gpu)
+    overhead = 0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    traced = trace.of(settings, config, work)
+    need = memory.estimate(traced, settings, config, strategy, step.ranks, step.accumulation > 1, overhead)
+    parts = {f"{name}_bytes": round(value) for name, value in vars(need).items()}
+    return {"peak_memory_bytes": round(need.total), "memory": parts}
 
 
 def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:

@@ -5,6 +5,7 @@ The same count is the forecast (a step on fake tensors) and the truth it is held
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -40,11 +41,11 @@ class LiveBytes(TorchDispatchMode):
             storage = part.untyped_storage()
             key = storage._cdata
             if key not in self._sizes:
-                ref = weakref.ref(storage, lambda _, key=key: self._forget(key))
+                ref = weakref.ref(storage, functools.partial(self._forget, key))
                 self._sizes[key] = ref, storage.nbytes()
                 self.now += storage.nbytes()
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _: Any) -> None:
         self.now -= self._sizes.pop(key)[1]
 
     def restart(self) -> None:

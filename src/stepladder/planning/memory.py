@@ -67,7 +67,14 @@ def estimate(
 
 
 def _moment(
-    traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool, overhead: float, n: int
+    traced: Traced,
+    settings: Settings,
+    config: Any,
+    strategy: str,
+    ranks: int,
+    accumulates: bool,
+    overhead: float,
+    n: int,
 ) -> Memory:
     """Phase `n` of the trace; after the last one, the optimizer's step."""
     whole, layer = traced.whole, traced.layer
@@ -80,7 +87,9 @@ def _moment(
     held = every if accumulates or in_step else gradients
     communication = host = 0.0
     element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4  # bytes of what ZeRO reduces
-    buckets = ZERO_BUCKETS * config.hidden_size**2 * element if backward else 0  # Transformers' `auto` for `reduce_bucket_size`
+    buckets = (
+        ZERO_BUCKETS * config.hidden_size**2 * element if backward else 0
+    )  # Transformers' `auto` for `reduce_bucket_size`
     outside = whole.computed - config.num_hidden_layers * layer.computed
 
     if strategy == "ddp" and ranks > 1:

@@ -88,9 +88,17 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     Raises:
         ModelError: the architecture cannot be built, or not be traced.
     """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
-    few, more = (_traced(settings, config, depth, work) for depth in depths)
+    try:
+        few, more = (_traced(settings, config, depth, work) for depth in depths)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ModelError(
+            f"the architecture {config.model_type} cannot be traced without its values",
+            why=f"what it computes depends on them ({error})",
+        ) from None
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
     return Traced(more.plus(layer, layers - depths[1]), layer, work)
 
