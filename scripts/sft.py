@@ -55,12 +55,6 @@ def main() -> int | None:
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
-    planned, unplanned = {}, []
-    if launch.rank == 0:  # before DeepSpeed is there, which would shard what the plan builds
-        try:
-            planned = choose.of_run(recipe, launch.strategy, step, precision, not use_cpu)
-        except errors.ModelError as error:
-            unplanned = [f"no plan: {error.what}"]
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
     checkpoint = ranks.from_first(checkpoint)
@@ -71,6 +65,13 @@ def main() -> int | None:
     train_set, eval_set = prepare.opened(folder)
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
         train_set = prepare.streamed(train_rows, tokenizer, recipe)
+    planned, unplanned = {}, []
+    if launch.rank == 0:
+        longest = min(filter(None, (recipe.get("max_length"), prepare.longest(train_set))), default=None)
+        try:
+            planned = choose.of_run(recipe, launch.strategy, step, precision, longest, gpu=not use_cpu)
+        except errors.ModelError as error:
+            unplanned = [f"no plan: {error.what}"]
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)

@@ -99,23 +99,29 @@ class Plan:
         return trace.of(self.settings, self.config, work)
 
 
-def of_run(settings: Settings, strategy: str, step: batch.Layout, precision: str, gpu: bool) -> dict[str, Any]:
+def of_run(
+    settings: Settings, strategy: str, step: batch.Layout, precision: str, longest: int | None, gpu: bool
+) -> dict[str, Any]:
     """What a run that begins now will hold, for its run.json: as `totals.peak_memory_bytes` measures it.
 
     On a GPU that is PyTorch's tensors; on a CPU the resident set, so that what the process holds
     already is the fixed part.
+
+    Args:
+        longest: tokens of the longest row.
     """
     config = hardware.config(settings)
     if not gpu and strategy.startswith("fsdp"):
         strategy = "ddp"  # what accelerate 1.15 makes of it on a CPU
-    length = min(settings.get("max_length") or 1024, getattr(config, "max_position_embeddings", None) or 1024)
+    most = getattr(config, "max_position_embeddings", None) or 1024
+    length = min(longest or settings.get("max_length") or most, most)
     checkpointing = bool(settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"))
     work = trace.Work(step.micro, length, precision, checkpointing, memory.casts(strategy), gpu)
     overhead = 0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     traced = trace.of(settings, config, work)
     need = memory.estimate(traced, settings, config, strategy, step.ranks, step.accumulation > 1, overhead)
     parts = {f"{name}_bytes": round(value) for name, value in vars(need).items()}
-    return {"peak_memory_bytes": round(need.total), "memory": parts}
+    return {"peak_memory_bytes": round(need.total), "tokens_a_row": length, "memory": parts}
 
 
 def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:

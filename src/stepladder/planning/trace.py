@@ -7,8 +7,10 @@ have shapes and no values: a layer of any size takes a fraction of a second and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +95,8 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
     try:
-        few, more = (_traced(settings, config, depth, work) for depth in depths)
+        with _unsharded():
+            few, more = (_traced(settings, config, depth, work) for depth in depths)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
             f"the architecture {config.model_type} cannot be traced without its values",
@@ -180,6 +183,20 @@ def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             base.enable_input_require_grads()
         base.activation_checkpointing_enable()
     return model, base
+
+
+@contextlib.contextmanager
+def _unsharded() -> Iterator[None]:
+    """Under a ZeRO-3 launch, Transformers shards every model that is built, and TRL gathers it; not this one."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def _dtype(settings: Settings, precision: str) -> Any:
