@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test same-curve chaos lint format clean
+.PHONY: help install demo test same-curve chaos plan-check lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under ever
 
 chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny runs, compare their curves, write docs/reliability.md (about an hour)
 	$(BIN)/python tests/chaos.py --runs 100 --report docs/reliability.md
+
+plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak memory against real steps; writes docs/planning.md (about 20 minutes)
+	$(BIN)/python benchmarks/plan.py --folder runs/plan-check --page docs/planning.md
 
 lint: $(INSTALLED) ## ruff, mypy and shellcheck, changing nothing
 	$(BIN)/ruff check .

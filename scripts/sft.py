@@ -52,6 +52,7 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.model import adapter
+    from stepladder.planning import choose
     from stepladder.training import announce, callback, out_of_memory, profiling, progress, result, telemetry
     from stepladder.training import trackers, trainer, utilization, watchdog  # isort: skip
 
@@ -68,6 +69,13 @@ def main() -> int | None:
     train_set, eval_set = prepare.opened(folder)
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
         train_set = prepare.streamed(train_rows, tokenizer, recipe)
+    planned, unplanned = {}, []
+    if launch.rank == 0:
+        longest = min(filter(None, (recipe.get("max_length"), prepare.longest(train_set))), default=None)
+        try:
+            planned = choose.of_run(recipe, launch.strategy, step, precision, longest, gpu=not use_cpu)
+        except errors.ModelError as error:
+            unplanned = [f"no plan: {error.what}"]
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
@@ -88,11 +96,12 @@ def main() -> int | None:
         gradient_accumulation_steps=step.accumulation,
         seed=training_args.seed,
         parameters=result.parameter_counts(model),
+        plan=planned,
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
     signals.install(trains=True)
     with record.recording():
-        console.say(announce.beginning(record, notes + (train_rows.notes if train_rows else [])))
+        console.say(announce.beginning(record, notes + unplanned + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
         meter = telemetry.Telemetry(record, work)
@@ -113,7 +122,7 @@ def main() -> int | None:
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
-        with out_of_memory.explained(recipe, launch):
+        with out_of_memory.explained(recipe, launch, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:

@@ -16,10 +16,11 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
-def main() -> None:
+def main(each: Callable[[dict, int], None]) -> None:
     from stepladder import console
     from stepladder.training import ranks
 
@@ -29,7 +30,7 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         failed = Path(f"{job['log']}.failed")
         if (child := os.fork()) == 0:
-            run(job, launch.rank)
+            each(job, launch.rank)
         while True:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
@@ -76,4 +77,4 @@ def run(job: dict, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

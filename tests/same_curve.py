@@ -137,7 +137,9 @@ def run_all(cells: list[Cell], folder: Path, steps: int = STEPS) -> None:
         print(f"{config} × {ranks}: {len(jobs)} runs in {time.perf_counter() - began:.0f} s", flush=True)
 
 
-def launch_many(config: str, ranks: int, jobs: list[dict[str, Any]], file: Path) -> None:
+def launch_many(
+    config: str, ranks: int, jobs: list[dict[str, Any]], file: Path, script: str = "tests/many_runs.py"
+) -> None:
     file.write_text(json.dumps(jobs))
     for job in jobs:
         Path(f"{job['log']}.failed").unlink(missing_ok=True)  # of an earlier attempt
@@ -149,7 +151,7 @@ def launch_many(config: str, ranks: int, jobs: list[dict[str, Any]], file: Path)
     # Sleeping threads: more ranks than cores would else wait for each other at full speed.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT / "src")}
     with file.with_suffix(".out").open("w") as out:
-        subprocess.run([*command, "tests/many_runs.py", str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
+        subprocess.run([*command, script, str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
 
 
 def free_port() -> int:

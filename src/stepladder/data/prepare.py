@@ -87,6 +87,15 @@ def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
     return train, evaluation
 
 
+def longest(dataset: Dataset | IterableDataset) -> int | None:
+    """Tokens of the longest sequence; None of a stream, whose rows nobody has seen."""
+    import pyarrow.compute as pc
+
+    if not hasattr(dataset, "data"):
+        return None
+    return int(pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py())
+
+
 def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
     """The training set of a stream, which each rank renders and packs as it reads."""
     return packing.packed(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))

@@ -14,8 +14,11 @@ from stepladder.training.telemetry import peak_memory_bytes
 
 
 @contextlib.contextmanager
-def explained(recipe: Settings, launch: Launch) -> Iterator[None]:
+def explained(recipe: Settings, launch: Launch, planned: int | None = None) -> Iterator[None]:
     """Turn a failed allocation, on GPU or CPU, into one message.
+
+    Args:
+        planned: the peak that the plan foretold, in bytes.
 
     Raises:
         TrainingError: of this rank, with its peak and the ways down.
@@ -26,8 +29,9 @@ def explained(recipe: Settings, launch: Launch) -> Iterator[None]:
         cpu = "can't allocate memory" in str(error)  # torch has no class of its own for it
         if not (cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
+        said = f"; the plan said that it needs {planned / 2**30:.2f}" if planned else ""
         raise TrainingError(
-            f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most",
+            f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most{said}",
             why=str(error).splitlines()[0] if str(error) else "",
             way_out="\n".join(ways_down(recipe, launch)),
             this_rank_only=True,

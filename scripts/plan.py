@@ -1,0 +1,64 @@
+"""Before the queue, without a GPU or the weights: what each rank will hold, whether it fits, what to type.
+
+    python scripts/plan.py --recipe models/llama-3.1-8b/lora --gpus 1 --gpu 4090
+    python scripts/plan.py --recipe models/qwen3-8b/full --nodes 2 --gpus 8 --gpu h100 --json
+
+Any key of the recipe can be set on the command line, as for sft.py. How it is computed, and how
+far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the input is wrong.
+"""
+
+import argparse
+import json
+
+from stepladder import console, errors
+from stepladder.planning import hardware
+from stepladder.recipe import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=8, help="of each node (default: 8)")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)"
+    )
+    parser.add_argument(
+        "--gpu_memory", "--gpu-memory", type=float, metavar="GiB", help="for a GPU that has no name here"
+    )
+    parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    args, overrides = parser.parse_known_args()
+    recipe = load.load(args.recipe, overrides)
+    device = hardware.device(args.gpu, args.gpu_memory)
+
+    console.quiet_libraries()
+    from stepladder.planning import choose, report
+
+    strategies = (args.strategy,) if args.strategy else choose.STRATEGIES
+    if args.strategy not in (None, *choose.STRATEGIES):
+        raise errors.LaunchError(
+            f"unknown strategy '{args.strategy}'",
+            where="command line --strategy",
+            way_out=f"one of {', '.join(choose.STRATEGIES)}",
+        )
+    plan = choose.Plan(recipe, args.nodes, args.gpus, device)
+    ways = plan.ways(strategies)
+    best = plan.best(ways)
+    if args.json:
+        rows = [choose.as_json(way) for way in ways]
+        commands = choose.command(args.recipe, plan, best) if best else None
+        chosen = choose.as_json(best) if best else None
+        print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands}))
+    else:
+        report.write(plan, ways, best)
+    if best is None:
+        raise choose.nowhere(plan, ways)
+    if not args.json:
+        print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
+
+
+if __name__ == "__main__":
+    errors.exit_with(main)

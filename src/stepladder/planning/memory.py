@@ -1,0 +1,120 @@
+"""From one traced micro-batch to what each rank holds under a strategy, part by part.
+
+What a strategy shards, gathers and buffers is read from its own code or, where that did not tell (ZeRO-2 keeps the
+trained weights twice), from what `make plan-check` measures of real steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stepladder.planning.trace import PHASES, Traced
+from stepladder.settings import Settings
+
+# Bytes of optimizer state for a trained parameter. In 8 bits: two moments of a byte each, with a
+# scale in fp32 for 256 values of each (bitsandbytes, `optimizer.py`).
+STATES = {"sgd": 0.0, "adafactor": 4.0, "lion_32bit": 4.0, "lion_8bit": 1 + 4 / 256, "rmsprop": 4.0, "adagrad": 4.0}
+TWO_MOMENTS, TWO_MOMENTS_8BIT = 8.0, 2 * (1 + 4 / 256)
+# ZeRO-3 keeps a weight gathered if it is used again within so many weights
+# (`stage3_max_reuse_distance`, and `stage3_max_live_parameters`, the defaults of DeepSpeed).
+ZERO3_LIVE = 1e9
+ZERO_BUCKETS = 2  # of `reduce_bucket_size`: one fills while the other is reduced (`overlap_comm`)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its worst moment, and what lies in host memory instead (for offload)."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    communication: float
+    overhead: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        return sum(value for name, value in vars(self).items() if name != "host")
+
+
+def casts(strategy: str) -> bool:
+    """Whether the strategy holds in bf16 what is computed with; else autocast makes copies."""
+    return strategy.startswith(("zero", "fsdp"))
+
+
+def state_bytes(optimizer: str) -> float:
+    """Bytes of state for a trained parameter; a paged optimizer may move them to the host, but begins on the device."""
+    name = optimizer.removeprefix("paged_")
+    low = name.endswith("8bit") or name == "adamw_bnb_8bit"
+    return STATES.get(name, TWO_MOMENTS_8BIT if low else TWO_MOMENTS)
+
+
+def estimate(
+    traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool, overhead: float = 0
+) -> Memory:
+    """The worst moment of a training step in its steady state.
+
+    Args:
+        accumulates: whether an optimizer step takes several micro-batches, so that gradients are there from the start.
+        overhead: bytes that the device needs whatever runs on it.
+    """
+    moments = [_moment(traced, settings, config, strategy, ranks, accumulates, overhead, n) for n in range(5)]
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _moment(
+    traced: Traced,
+    settings: Settings,
+    config: Any,
+    strategy: str,
+    ranks: int,
+    accumulates: bool,
+    overhead: float,
+    n: int,
+) -> Memory:
+    """Phase `n` of the trace; after the last one, the optimizer's step."""
+    whole, layer = traced.whole, traced.layer
+    in_step, backward = n == len(PHASES), n >= 2
+    activations, gradients = (0.0, 4 * whole.trainable) if in_step else (whole.activations[n], whole.gradients[n])
+    kept = activations - (0 if in_step else whole.activations[0])
+    loss = kept if not in_step and PHASES[n] == "loss" else 0.0
+    weights, optimizer = whole.held, state_bytes(str(settings.get("optim"))) * whole.trainable
+    master = every = 4 * whole.trainable  # in fp32: an optimizer's own copy; all gradients
+    held = every if accumulates or in_step else gradients
+    communication = host = 0.0
+    element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4  # bytes of what ZeRO reduces
+    buckets = (
+        ZERO_BUCKETS * config.hidden_size**2 * element if backward else 0
+    )  # Transformers' `auto` for `reduce_bucket_size`
+    outside = whole.computed - config.num_hidden_layers * layer.computed
+
+    if strategy == "ddp" and ranks > 1:
+        communication = every  # the buckets stay, beside the gradients (`gradient_as_bucket_view=False`)
+    elif strategy == "zero2":
+        # DeepSpeed 0.19.8 makes one flat buffer of the trained weights and keeps those that it was made of.
+        weights = whole.computed + element * whole.trainable
+        optimizer, part = (optimizer + master) / ranks, element * whole.trainable / ranks
+        held = part + master / ranks if in_step else part if accumulates or backward else 0.0
+        communication = buckets
+    elif strategy.startswith("zero3"):
+        gathered = whole.computed * min(1, ZERO3_LIVE / whole.parameters)
+        communication = buckets + (0 if in_step else gathered)
+        weights, optimizer = whole.computed / ranks, (optimizer + master) / ranks
+        held = element * whole.trainable / ranks + (master / ranks if in_step else 0)
+        if strategy.endswith("offload"):
+            host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
+    elif strategy.startswith("fsdp"):
+        # The layer that computes and the one fetched before it, each beside the buffer it came in; what
+        # belongs to no layer stays whole from the forward pass to its end.
+        communication = 0 if in_step else outside + 3 * layer.computed
+        if backward and not in_step:
+            communication += 2 * layer.gradients[3]  # a layer's whole gradients and their way to the ranks
+        weights, optimizer = whole.held / ranks, optimizer / ranks
+        held = every / ranks if accumulates or backward or in_step else 0.0
+        if strategy.endswith("offload"):
+            host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
+    return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)

@@ -1,0 +1,340 @@
+"""One micro-batch through a model that nobody has loaded, on fake tensors: what is alive, and when.
+
+The model is built from its configuration, a few layers deep, with the recipe's adapter and
+quantization, and goes through forward, loss and backward as TRL's trainer runs them. Fake tensors
+have shapes and no values: a layer of any size takes a fraction of a second and no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from stepladder.errors import ModelError
+from stepladder.model import adapter, load
+from stepladder.planning.live import LiveBytes
+from stepladder.settings import Settings
+
+DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
+PHASES = ("forward", "loss", "last layer", "first layer")  # the last two: their part of the backward pass
+TOKEN_TILE, VOCABULARY_TILE = 4096, 32_768  # of TRL's loss (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)
+COUNT = 64.0  # any: the loss is divided by it
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is traced: a micro-batch on one device.
+
+    `cast`: the strategy itself holds what is computed with in bf16 (ZeRO, FSDP); else autocast
+    makes copies. `gpu`: the loss runs in Triton's kernels and attention keeps no mask of its dropout.
+    """
+
+    micro: int
+    length: int
+    precision: str
+    checkpointing: bool
+    cast: bool = False
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes by what they are, of which each grows by the same amount with every layer.
+
+    `held` are the weights as loaded, `computed` as they are computed with, `quantized` those of
+    them in 4 or 8 bits, `outside` what belongs to no layer; `trainable` are numbers, not bytes.
+    Of a phase: all that is alive at its worst moment but weights and gradients, and the gradients.
+    """
+
+    held: float
+    computed: float
+    trainable: float
+    parameters: float
+    activations: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+    def plus(self, other: Count, times: float) -> Count:
+        def add(a: Any, b: Any) -> Any:
+            return tuple(map(add, a, b)) if isinstance(a, tuple) else a + times * b
+
+        return Count(*(add(a, vars(other)[name]) for name, a in vars(self).items()))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A `whole` model, what one `layer` adds to it, and the work that was traced."""
+
+    whole: Count
+    layer: Count
+    work: Work
+
+    def drawn_on(self, other: Traced, times: float, micro: int) -> Traced:
+        """From `other` over this one and `times` as far beyond it: a larger micro-batch."""
+
+        def on(here: Count, there: Count) -> Count:
+            return here.plus(here.plus(there, -1), times)
+
+        work = replace(self.work, micro=micro)
+        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work)
+
+
+def of(settings: Settings, config: Any, work: Work) -> Traced:
+    """What a micro-batch of the whole model holds: traced on few layers, drawn on in a straight line.
+
+    Raises:
+        ModelError: the architecture cannot be built, or not be traced.
+    """
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    layers = config.num_hidden_layers
+    depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
+    try:
+        with _unsharded():
+            few, more = (_traced(settings, config, depth, work) for depth in depths)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ModelError(
+            f"the architecture {config.model_type} cannot be traced without its values",
+            why=f"what it computes depends on them ({error})",
+        ) from None
+    layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
+    return Traced(more.plus(layer, layers - depths[1]), layer, work)
+
+
+def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, base = _on_meta(settings, _shortened(config, depth, work.gpu), work)
+    held = _bytes(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
+        moments = _Moments(model)
+        _follow(base, depth, moments)
+        ids = torch.zeros((work.micro, work.length), dtype=torch.long)
+        # Rows of one length need no mask; of several, or packed, SDPA takes one of all pairs of tokens.
+        square = work.micro > 1 or settings.get("packing")
+        mask = torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool) if square else None
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
+        with moments:
+            with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
+                if work.gpu:
+                    hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    loss = _TritonLoss.apply(hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings().weight)
+                else:
+                    loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True,
+                                 num_items_in_batch=COUNT).loss  # fmt: skip
+            loss.backward()
+    trainable = sum(parameter.numel() for parameter in moments.parameters if parameter.requires_grad)
+    held = moments.weights + (held - _bytes(model))
+    phases = [moments.worst[phase] for phase in PHASES]
+    return Count(
+        held, moments.weights, trainable, _parameters(model),
+        tuple(alive - moments.weights - gradients for alive, gradients in phases),
+        tuple(gradients for _, gradients in phases),
+    )  # fmt: skip
+
+
+class _Moments(LiveBytes):
+    """Keeps the worst moment of each phase: all bytes alive, and those of gradients among them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.phase = PHASES[0]
+        self.worst = dict.fromkeys(PHASES, (0, 0))
+        self.parameters = list(model.parameters())
+        for tensor in [*self.parameters, *model.buffers(), *_constants(model)]:
+            self.add(tensor)
+        self.weights = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.now > self.worst[self.phase][0]:
+            gradients = sum(p.grad.untyped_storage().nbytes() for p in self.parameters if p.grad is not None)
+            self.worst[self.phase] = self.now, gradients
+        return out
+
+
+def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
+    """The model as sft.py makes it, without storage: with its adapter, and without."""
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    with torch.device("meta"):
+        try:
+            base = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings, work.precision))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(
+                f"the architecture {config.model_type} cannot be built from its configuration",
+                why=str(error).splitlines()[0],
+                way_out="a causal language model that the installed Transformers know",
+            ) from None
+        if quantization := load.quantization_config(settings, work.precision):
+            _quantize(base, quantization)
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
+        model = adapter.attach(base, settings)
+    model.train()
+    if work.checkpointing:
+        if settings.get("use_peft"):
+            base.enable_input_require_grads()
+        base.activation_checkpointing_enable()
+    return model, base
+
+
+@contextlib.contextmanager
+def _unsharded() -> Iterator[None]:
+    """Under a ZeRO-3 launch, Transformers shards every model that is built, and TRL gathers it; not this one."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+def _dtype(settings: Settings, precision: str) -> Any:
+    dtype = load.weights_dtype(settings, precision)
+    return torch.bfloat16 if dtype == "auto" else dtype  # what the models of today are saved in
+
+
+def _shortened(config: Any, depth: int, gpu: bool) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:depth]
+    config.use_cache = False
+    config._attn_implementation = "sdpa"  # flash attention keeps the same: no scores
+    if gpu:  # CUDA's fused attention draws its dropout anew in the backward pass; the CPU's keeps all scores
+        for name in ("attn_pdrop", "attention_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+    return config
+
+
+def _quantize(base: Any, config: Any) -> None:
+    """Put bitsandbytes' layers in the place of the linear ones, as Transformers does before it loads weights."""
+    from bitsandbytes.functional import quantize_4bit
+    from transformers.integrations import bitsandbytes as integration
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    integration.replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization_config=config)
+    base.requires_grad_(False)
+    base.is_loaded_in_4bit = config.load_in_4bit
+    base.is_loaded_in_8bit = config.load_in_8bit
+    with torch.device("cpu"):  # bitsandbytes keeps the table that it makes at first: it must not be a fake one
+        quantize_4bit(torch.zeros(64, 64), compress_statistics=True)
+
+
+def _materialize(model: Any, dtype: torch.dtype | None) -> None:
+    """From meta to (fake) CPU tensors: autocast knows no meta device, and PEFT adds no layers to fake ones."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None and id(old) not in made:
+                made[id(old)] = _packed(module, old) if type(old).__name__ == "Params4bit" else torch.nn.Parameter(
+                    torch.empty(old.shape, dtype=dtype if dtype and old.is_floating_point() else old.dtype),
+                    old.requires_grad,
+                )  # fmt: skip
+            module._parameters[name] = None if old is None else made[id(old)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # as model/load.py has it
+
+
+def _packed(module: Any, old: Any) -> Any:
+    """A weight in 4 bits: a plain parameter, since a fake tensor cannot be a `Params4bit`."""
+    from bitsandbytes.functional import quantize_4bit
+
+    data, state = quantize_4bit(
+        torch.empty((module.out_features, module.in_features), dtype=module.compute_dtype),
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+    )
+    made: Any = torch.nn.Parameter(data, requires_grad=False)
+    made.quant_state = state
+    return made
+
+
+def _constants(model: Any) -> list[torch.Tensor]:
+    """The quantization's constants, which are no parameters."""
+    states = [state for module in model.modules() if (state := getattr(_weight(module), "quant_state", None))]
+    nested = [state.state2 for state in states if state.nested]
+    return [tensor for state in [*states, *nested] for tensor in (state.absmax, state.code)]
+
+
+def _weight(module: Any) -> Any:
+    return module._parameters.get("weight")
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
+
+
+def _is_packed(parameter: Any) -> bool:
+    return type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
+
+
+def _parameters(model: Any) -> int:
+    def stands_for(p: Any) -> int:
+        return int(torch.Size(p.quant_state.shape).numel()) if hasattr(p, "quant_state") else p.numel()
+
+    return sum(map(stands_for, model.parameters()))
+
+
+def _follow(base: Any, depth: int, moments: _Moments) -> None:
+    """Let the counter know when each phase begins."""
+    layers = next(m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+
+    def begin(phase: str, *_: Any) -> None:
+        moments.phase = phase
+
+    def watch(phase: str, module: Any, args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(functools.partial(begin, phase))
+
+    for layer, phase in ((layers[-1], PHASES[2]), (layers[0], PHASES[3])):
+        layer.register_forward_hook(functools.partial(watch, phase))
+    base.get_decoder().register_forward_hook(functools.partial(begin, "loss"))
+
+
+class _TritonLoss(torch.autograd.Function):
+    """What TRL's loss allocates on a GPU (`ChunkedLogProbFunction`): its kernels need no copy of a tile.
+
+    All tokens are trained, at worst. The weight's gradient is summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        chosen = hidden.clone()  # hidden_states[mask]
+        statistics = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(9)]
+        tile = _tile(hidden, weight)
+        ctx.save_for_backward(chosen, weight, *statistics[:2])
+        del tile
+        return statistics[0].sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        hidden, weight, *_ = ctx.saved_tensors
+        to_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        tile = _tile(hidden, weight)
+        del tile
+        return to_hidden.to(hidden.dtype), None if to_weight is None else to_weight.to(weight.dtype)
+
+
+def _tile(hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """A tile of logits, and its part of the weight where that is cast."""
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    rows = min(len(weight), VOCABULARY_TILE)
+    tile = hidden.new_empty((min(len(hidden), TOKEN_TILE), VOCABULARY_TILE), dtype=low)
+    return [tile, weight[:rows] if weight.dtype == low else weight[:rows].to(low)]

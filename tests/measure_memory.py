@@ -1,0 +1,50 @@
+"""What real runs of scripts/sft.py hold at most, as PyTorch counts it; several in one launch.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/measure_memory.py JOBS.json
+
+JOBS.json is as for many_runs.py; each rank leaves `LOG.RANK.peak`: the most bytes of tensors that
+were alive at once from the second optimizer step on (the first creates the optimizer's state).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import many_runs
+
+
+def main() -> None:
+    many_runs.main(run)
+
+
+def run(job: dict, rank: int) -> None:
+    from stepladder.planning.live import LiveBytes
+    from stepladder.training import telemetry
+
+    live = LiveBytes()
+
+    class Probe(telemetry.Telemetry):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_begin(args, state, control, **kwargs)
+            for tensor in known(kwargs["model"], kwargs["optimizer"]):
+                live.add(tensor)
+            if state.global_step == 1:
+                live.restart()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            Path(f"{job['log']}.{rank}.peak").write_text(json.dumps(live.peak))
+
+    telemetry.Telemetry = Probe  # type: ignore[misc]
+    with live:
+        many_runs.run(job, rank)
+
+
+def known(model: Any, optimizer: Any) -> list[Any]:
+    return [*model.parameters(), *model.buffers()]
+
+
+if __name__ == "__main__":
+    main()
