@@ -87,7 +87,8 @@ def test_a_file_that_is_no_sweep_is_refused(content: str, said: str, tmp_path: P
 def test_hostile_names_stay_words(tmp_path: Path) -> None:
     """Guards `submit.py`: what a user types becomes one argument each, and no option of sbatch or of the shell."""
     folder = tmp_path / "a; touch pwned $(touch pwned) `touch pwned` 'x' \"y\" %j"
-    done = script("submit", "--recipe", "lora", "--output_dir", folder, "--run_name", "x\n#SBATCH --uid=0", "--dry_run")
+    done = script("submit", "--recipe", "lora", "--output_dir", folder, "--report_to", "wandb",
+                  "--run_name", "x\n#SBATCH --uid=0", "--dry_run")  # fmt: skip
     assert done.code == 0, done
     command = done.out.partition("\n\n#!/usr/bin/env bash")[0].removeprefix("# ")
     # What a shell makes of the line that was printed: sbatch and its words.

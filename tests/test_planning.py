@@ -18,11 +18,8 @@ import plan as benchmark
 
 Case = benchmark.Case
 SLICE = [
-    Case("tiny", "full", checkpointing=True),
     Case("tiny", "qlora", length=64, steps_a_batch=2),
     Case("gpt2", "lora", precision="bf16"),
-    Case("gpt2", "full", micro=1),
-    Case("gpt2", "full", "ddp", 2),
     Case("tiny", "lora", "ddp", 2, checkpointing=True),
     Case("gpt2", "full", length=64, steps_a_batch=2, checkpointing=True),
     Case("gpt2", "lora", "zero3", 2),

@@ -1,4 +1,4 @@
-"""What a GPU can do, by the name that its driver gives: dense bf16 peak, memory, memory bandwidth."""
+"""What a GPU can do: dense 16-bit peak, memory, links; by the driver's name or the short one that a person types."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from dataclasses import dataclass
 class GPU:
     """A row of the table.
 
-    `tflops` is the dense matrix rate in bf16 (fp16 where it has no bf16) with fp32 sums, at the boost
-    clock; data sheets often print twice that, which holds for sparse weights. `memory_gib` is what the
-    driver reports, rounded down, and `bandwidth` is in GB/s.
+    `tflops` is the dense matrix rate in bf16 (fp16 where it has no bf16) with fp32 sums, at the boost clock; data
+    sheets often print twice that, which holds for sparse weights. `memory` is in GiB as the driver reports it, `link`
+    to the next GPU of a node in GB/s one way (NVLink, else PCIe).
     """
 
+    name: str
     pattern: str
     tflops: float
-    memory_gib: int
-    bandwidth: int
+    memory: float
+    link: float
     source: str
+    bf16: bool = True
 
 
-# The first pattern found in the name counts, so variants stand before the plain name.
+# The first pattern found in the driver's name counts, so variants stand before the plain name.
 GPUS = (
-    GPU(r"B200", 2250, 178, 8000, "NVIDIA HGX B200 data sheet"),
-    GPU(r"GH200", 989, 94, 4000, "NVIDIA GH200 data sheet"),
-    GPU(r"H200", 989, 139, 4800, "NVIDIA H200 data sheet"),
-    GPU(r"H100 NVL", 835, 93, 3900, "NVIDIA H100 data sheet"),
-    GPU(r"H100 PCIe", 756, 79, 2000, "NVIDIA H100 data sheet"),
-    GPU(r"H100", 989, 79, 3350, "NVIDIA H100 data sheet"),
-    GPU(r"A100.*80GB", 312, 79, 2039, "NVIDIA A100 data sheet"),
-    GPU(r"A100", 312, 39, 1555, "NVIDIA A100 data sheet"),
-    GPU(r"A40\b", 149.7, 44, 696, "NVIDIA A40 data sheet"),
-    GPU(r"A10\b", 125, 22, 600, "NVIDIA A10 data sheet"),
-    GPU(r"L40S", 362, 44, 864, "NVIDIA L40S data sheet"),
-    GPU(r"L40\b", 181, 44, 864, "NVIDIA L40 data sheet"),
-    GPU(r"L4\b", 121, 22, 300, "NVIDIA L4 data sheet"),
-    GPU(r"RTX 5090", 209.5, 31, 1792, "NVIDIA RTX Blackwell white paper"),
-    GPU(r"RTX 4090", 165.2, 23, 1008, "NVIDIA Ada white paper"),
-    GPU(r"RTX 3090", 71, 23, 936, "NVIDIA GA102 white paper"),
-    GPU(r"V100.*32GB", 125, 31, 900, "NVIDIA V100 data sheet (fp16)"),
-    GPU(r"V100", 125, 15, 900, "NVIDIA V100 data sheet (fp16)"),
-    GPU(r"\bT4\b", 65, 14, 320, "NVIDIA T4 data sheet (fp16)"),
-    GPU(r"MI300X", 1307, 191, 5300, "AMD Instinct MI300X data sheet"),
+    GPU("b200", r"B200", 2250, 178, 900, "NVIDIA HGX B200 data sheet"),
+    GPU("gh200", r"GH200", 989, 94, 450, "NVIDIA GH200 data sheet"),
+    GPU("h200", r"H200", 989, 139.8, 450, "NVIDIA H200 data sheet"),
+    GPU("h100-nvl", r"H100 NVL", 835, 93, 300, "NVIDIA H100 data sheet"),
+    GPU("h100-pcie", r"H100 PCIe", 756, 79.1, 64, "NVIDIA H100 data sheet"),
+    GPU("h100", r"H100", 989, 79.1, 450, "NVIDIA H100 data sheet (SXM)"),
+    GPU("a100", r"A100.*80GB", 312, 79.1, 300, "NVIDIA A100 data sheet (SXM)"),
+    GPU("a100-40", r"A100", 312, 39.4, 300, "NVIDIA A100 data sheet (SXM)"),
+    GPU("a40", r"A40\b", 149.7, 44, 32, "NVIDIA A40 data sheet"),
+    GPU("a6000", r"RTX A6000", 155, 47.4, 32, "NVIDIA RTX A6000 data sheet"),
+    GPU("a10g", r"A10G", 70, 22.0, 32, "NVIDIA A10G data sheet"),
+    GPU("a10", r"A10\b", 125, 22.0, 32, "NVIDIA A10 data sheet"),
+    GPU("l40s", r"L40S", 362, 44.4, 32, "NVIDIA L40S data sheet"),
+    GPU("l40", r"L40\b", 181, 44.4, 32, "NVIDIA L40 data sheet"),
+    GPU("l4", r"L4\b", 121, 22.0, 32, "NVIDIA L4 data sheet"),
+    GPU("5090", r"RTX 5090", 209.5, 31, 64, "NVIDIA RTX Blackwell white paper"),
+    GPU("4090", r"RTX 4090", 165.2, 23.5, 32, "NVIDIA Ada white paper"),
+    GPU("3090", r"RTX 3090", 71, 23.5, 32, "NVIDIA GA102 white paper"),
+    GPU("v100", r"V100.*32GB", 125, 31.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("v100-16", r"V100", 125, 15.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("t4", r"\bT4\b", 65, 14.6, 16, "NVIDIA T4 data sheet (fp16)", bf16=False),
+    GPU("mi300x", r"MI300X", 1307, 191, 448, "AMD Instinct MI300X data sheet"),
 )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepladder.errors import LaunchError
+from stepladder.hardware import GPU, GPUS
 from stepladder.planning import hardware, memory, speed, trace
-from stepladder.planning.hardware import GIB, Device
+from stepladder.planning.hardware import GIB
 from stepladder.planning.memory import Memory
 from stepladder.recipe import batch
 from stepladder.settings import Settings
@@ -38,7 +39,7 @@ class Way:
 class Plan:
     """A recipe on so many nodes of so many GPUs."""
 
-    def __init__(self, settings: Settings, nodes: int, gpus: int, device: Device):
+    def __init__(self, settings: Settings, nodes: int, gpus: int, device: GPU):
         if nodes < 1 or gpus < 1:
             raise LaunchError(
                 f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", way_out="--nodes 1 --gpus 1"
@@ -46,7 +47,7 @@ class Plan:
         self.settings, self.nodes, self.ranks, self.device = settings, nodes, nodes * gpus, device
         self.config = hardware.config(settings)
         fixed = settings.get("bf16")
-        self.precision = "fp32" if fixed is False and not settings.get("fp16") else device.precision
+        self.precision = "fp32" if fixed is False and not settings.get("fp16") else ("bf16" if device.bf16 else "fp16")
         length = settings.get("max_length") or 1024
         self.length = min(length, getattr(self.config, "max_position_embeddings", None) or length)
         own = settings.get("per_device_train_batch_size") * settings.get("gradient_accumulation_steps") * self.ranks
@@ -128,7 +129,7 @@ def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
     """That nothing fits, the smallest hardware that would do, and what to change."""
     least = min(ways, key=lambda way: way.memory.total)
     need = least.memory.total * (1 + hardware.ALLOCATOR) / GIB
-    enough = sorted((d for d in hardware.devices().values() if d.memory >= need), key=lambda d: d.memory)
+    enough = sorted((d for d in GPUS if d.memory >= need), key=lambda d: d.memory)
     gpus = f"{plan.ranks} × {enough[0].name} ({enough[0].memory:.0f} GiB)" if enough else "more GPUs, to shard over"
     ways_out = [f"{gpus}: the least that would do, under {least.strategy}"]
     if not plan.settings.get("use_peft"):

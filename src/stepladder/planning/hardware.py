@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stepladder.errors import LaunchError, ModelError
+from stepladder.hardware import GPU, GPUS
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -17,36 +18,15 @@ GIB = 2**30
 # 0.5 GiB on today's drivers; NCCL's channels add 0.3 where there are several ranks.
 CONTEXT, NCCL = 0.5 * GIB, 0.3 * GIB
 ALLOCATOR = 0.05  # of the tensors: what PyTorch's caching allocator reserves and cannot use (not measured here)
-WITHOUT_BF16 = ("t4", "v100")
 
 
-@dataclass(frozen=True)
-class Device:
-    """One GPU: memory in GiB, peak TFLOP/s in 16 bits, memory in TB/s, link to the next GPU in GB/s one way."""
-
-    name: str
-    memory: float
-    tflops: float
-    bandwidth: float
-    link: float
-
-    @property
-    def precision(self) -> str:
-        return "fp16" if self.name in WITHOUT_BF16 else "bf16"
-
-
-def devices() -> dict[str, Device]:
-    table = yaml.safe_load(Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))
-    return {name: Device(name, **facts) for name, facts in table.items()}
-
-
-def device(name: str, memory: float | None = None) -> Device:
-    """A GPU by its name; with `memory`, one of that name's speed and so many GiB.
+def device(name: str, memory: float | None = None) -> GPU:
+    """A GPU by its short name; with `memory`, one of that name's speed and so many GiB.
 
     Raises:
         LaunchError: it is not known, or the memory is no positive number.
     """
-    known = devices()
+    known = {row.name: row for row in GPUS}
     if name.lower() not in known:
         raise LaunchError(
             f"unknown GPU '{name}'",
@@ -54,9 +34,11 @@ def device(name: str, memory: float | None = None) -> Device:
             way_out=f"{suggest(name, known) or 'one of ' + ', '.join(known)}; or any with --gpu_memory GiB",
         )
     found = known[name.lower()]
-    if memory is not None and memory <= 0:
+    if memory is None:
+        return found
+    if memory <= 0:
         raise LaunchError(f"a GPU of {memory} GiB cannot be", where="command line --gpu_memory", way_out="its GiB")
-    return found if memory is None else Device(f"{memory:g} GiB", memory, found.tflops, found.bandwidth, found.link)
+    return dataclasses.replace(found, name=f"{memory:g} GiB", memory=memory)
 
 
 def config(settings: Settings) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepladder.planning.hardware import Device
+from stepladder.hardware import GPU
 from stepladder.planning.trace import Traced
 
 EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41, torchtitan's full one 0.33
@@ -30,7 +30,7 @@ def flops_a_token(traced: Traced, config: Any, full: bool) -> float:
 
 
 def tokens_per_second(
-    traced: Traced, config: Any, strategy: str, ranks: int, nodes: int, accumulation: int, device: Device,
+    traced: Traced, config: Any, strategy: str, ranks: int, nodes: int, accumulation: int, device: GPU,
     full: bool, quantized: bool,
 ) -> float:  # fmt: skip
     """Tokens in a second over all ranks, communication hidden behind arithmetic as far as it goes."""

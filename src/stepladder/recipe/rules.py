@@ -77,7 +77,8 @@ def check(recipe: Recipe) -> list[RuleBreak]:
     for key, (why, way_out) in REFUSED.items():
         accepted = ACCEPTED.get(key, known_keys()[key].default)
         if key in recipe.values and recipe.values[key] not in (accepted, None):
-            what = f"{shown(recipe, key)} cannot be used"
+            # a token is not repeated: the message goes into a job's log
+            what = f"{key if key == 'hub_token' else shown(recipe, key)} cannot be used"
             out = way_out or "remove it"
             broken.append(RuleBreak(what, keys=[key], why=why, way_out=out, where=recipe.where(key)))
     return broken
