@@ -2,7 +2,7 @@
 
     python scripts/submit.py --recipe qlora --strategy zero3 --nodes 2 --gpus 4 --time 04:00:00
     python scripts/submit.py --recipe lora --nodes 1 --ranks 2 --max_steps 60 --dry_run
-    python scripts/submit.py --sweep recipes/sweeps/lora_rank.yaml --gpus 1
+    python scripts/submit.py --sweep slurm/sweeps/lora_rank.yaml --gpus 1
 
 Any key of the recipe can be set, as for sft.py. Runs on a login node: no GPU, no torch. --dry_run prints the
 command and the script, and submits nothing. What the templates in slurm/ need of your cluster is in docs/slurm.md.
@@ -28,7 +28,7 @@ def main() -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="a path, or a name under recipes/")
-    what.add_argument("--sweep", type=Path, help="a grid, such as recipes/sweeps/lora_rank.yaml")
+    what.add_argument("--sweep", type=Path, help="a grid, such as slurm/sweeps/lora_rank.yaml")
     parser.add_argument("--strategy", help="a file in accelerate_configs/ (ddp; single for one rank)")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", metavar="[TYPE:]N", help="a node")

@@ -68,7 +68,7 @@ def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {r.get("max_steps") for r in found} == {5}
     assert len({r.output_dir for r in found}) == 4
-    for shipped in (ROOT / "recipes/sweeps").glob("*.yaml"):
+    for shipped in (ROOT / "slurm/sweeps").glob("*.yaml"):
         assert [job.recipe_of(words) for words in sweep.elements(shipped)]
 
 
@@ -191,6 +191,6 @@ def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Pa
 
 
 def test_every_sweep_file_is_yaml_with_its_own_command() -> None:
-    for file in (ROOT / "recipes/sweeps").glob("*.yaml"):
+    for file in (ROOT / "slurm/sweeps").glob("*.yaml"):
         assert yaml.safe_load(file.read_text())["grid"]
-        assert f"--sweep recipes/sweeps/{file.name}" in file.read_text()
+        assert f"--sweep slurm/sweeps/{file.name}" in file.read_text()

@@ -1,13 +1,13 @@
 """A grid of runs: every combination of the values in a YAML file, one run folder each.
 
-# recipes/sweeps/lora_rank.yaml
+# slurm/sweeps/lora_rank.yaml
 recipe: lora
 strategy: ddp          # optional
 max_steps: 60          # any key, the same for all
 grid:
   lora_r: [8, 16, 32, 64]
 
-python -m stepladder.cluster.sweep recipes/sweeps/lora_rank.yaml 0
+python -m stepladder.cluster.sweep slurm/sweeps/lora_rank.yaml 0
 """
 
 from __future__ import annotations
