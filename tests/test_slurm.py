@@ -163,6 +163,18 @@ def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str
     assert not list(ROOT.glob("pwned")) and not list(site.folder.rglob("pwned"))
 
 
+def test_the_bench_measures_each_strategy(site: Site) -> None:
+    """Guards bench.sbatch: a strategy that fails keeps the others from nothing, and each has its line."""
+    job = site.cluster.sbatch(
+        "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--export=ALL,STRATEGIES=ddp none",
+        "slurm/bench.sbatch", "--recipe", site.recipe,
+    )  # fmt: skip
+    site.ended(job, "bench", "COMPLETED")
+    assert re.search(r"^ddp +[\d,]+ tokens/s +[\d.]+ GiB", site.log("bench"), re.MULTILINE), site.log("bench")
+    assert "no accelerate_configs/none.yaml" in site.log("bench")
+    shutil.rmtree(ROOT / f"runs/bench-{job}")
+
+
 def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
     """Guards the health check: memory in use by others ends the job at once, with the node's name."""
     site.ended(jobs["sick"], "sick", "FAILED")
