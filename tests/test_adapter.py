@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from stepladder.errors import ModelError
 from stepladder.model import adapter
+from stepladder.model.load import check_source
 
 A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"
 EXPECTED = {A: (2, 8), B: (8, 2)}
@@ -40,3 +44,10 @@ def test_a_wrong_adapter_is_refused(tensors, said, tmp_path) -> None:
 def test_no_file_at_all(tmp_path) -> None:
     with pytest.raises(ModelError, match="no adapter was saved"):
         adapter.check_saved(tmp_path, EXPECTED)
+
+
+def test_weights_of_another_user_that_may_not_be_read_are_named(tiny: Path, monkeypatch) -> None:
+    """Guards the message: safetensors says of such a file that it does not exist."""
+    monkeypatch.setattr(os, "access", lambda file, mode: False)  # the tests may run as root, who reads all
+    with pytest.raises(ModelError, match=r"model\.safetensors may not be read by you"):
+        check_source(str(tiny))

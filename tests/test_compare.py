@@ -384,14 +384,17 @@ class Server(BaseHTTPRequestHandler):
 
     behave = "well"
     asked = 0
+    counting = threading.Lock()  # a thread a request
 
     def do_POST(self) -> None:
-        type(self).asked += 1
+        with self.counting:
+            type(self).asked += 1
+            first = self.asked == 1
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
         good = {"choices": [{"message": {"content": f" re: {question} "}, "finish_reason": "stop"}]}
         status, text = 200, json.dumps(good)
-        if self.behave == "busy once" and self.asked == 1:
+        if self.behave == "busy once" and first:
             status, text = 503, "busy"
         elif self.behave == "unknown model":
             status, text = 404, "no such model"

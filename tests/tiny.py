@@ -16,6 +16,8 @@ def make_tiny(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from stepladder.model import weights
+
     if (folder / "model.safetensors").is_file():
         return folder
     texts = (ROOT / "data/techco.jsonl").read_text().splitlines()
@@ -37,4 +39,5 @@ def make_tiny(folder: Path) -> Path:
     )
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM(config).save_pretrained(folder)
+    weights.share(folder)
     return folder

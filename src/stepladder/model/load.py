@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ def check_source(name: str | None, where: str = "") -> None:
     if not name:
         raise ModelError("no model is named", where=where, way_out="model_name_or_path: a folder or a hub id")
     folder = Path(name)
+    for file in folder.glob("*.safetensors"):
+        if not os.access(file, os.R_OK):  # safetensors itself would say that there is no such file
+            raise ModelError(f"{file} may not be read by you", where=where, way_out=f"its owner: chmod a+r {file}")
     if not folder.is_dir():
         looks_local = folder.is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
         if looks_local:

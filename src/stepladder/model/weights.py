@@ -96,6 +96,17 @@ def shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
     return found
 
 
+def share(folder: Path) -> None:
+    """Give the weights in a folder the permissions that any new file gets here.
+
+    safetensors 0.8 leaves its files to their owner alone (0600), whatever the umask: colleagues and a
+    cluster's other users could not load what they are shown.
+    """
+    os.umask(mask := os.umask(0o077))
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
+
+
 def write(
     folder: Path,
     tensors: dict[str, Tensor],

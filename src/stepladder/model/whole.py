@@ -11,7 +11,7 @@ from stepladder.model.injection import configs, whole_because
 from stepladder.model.merge import Merge
 from stepladder.model.quantized import RoundTrip
 from stepladder.model.streaming import NotStreamed
-from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
+from stepladder.model.weights import CODES, FLOATS, Tensor, Weights, share
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,7 @@ class Whole:
     def write(self, folder: Path, dtype: torch.dtype, limit: int, progress: Callable[[int, int], None]) -> int:
         model = self.exact()
         model.to(dtype).save_pretrained(folder, max_shard_size=limit)
+        share(folder)
         return len(list(folder.glob("*.safetensors")))
 
 

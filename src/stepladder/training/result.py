@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter, card
+from stepladder.model import adapter, card, weights
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training import reloaded
@@ -53,6 +53,7 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
     # Transformers pickles its arguments beside the model. Nothing reads them, and a pickle can
     # run code on the machine of whoever opens it.
     (run.folder / "training_args.bin").unlink(missing_ok=True)
+    weights.share(run.folder)
     if shapes:
         adapter.check_saved(run.folder, shapes)
     else:

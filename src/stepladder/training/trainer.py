@@ -55,6 +55,7 @@ class Trainer(SFTTrainer):
             for name, parameter in model.named_parameters():
                 if name in adapter:
                     parameter.data = adapter[name].to(torch.float32)
+        gradients.reduce_in_fp32(self.accelerator)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
