@@ -1,11 +1,13 @@
 """Check a recipe, then queue it: one job, or a sweep with its report.
 
     python scripts/submit.py --recipe qlora --strategy zero3 --nodes 2 --gpus 4 --time 04:00:00
+    python scripts/submit.py --recipe models/qwen3-8b/full --strategy auto --gpus h100:8
     python scripts/submit.py --recipe lora --nodes 1 --ranks 2 --max_steps 60 --dry_run
     python scripts/submit.py --sweep slurm/sweeps/lora_rank.yaml --gpus 1
 
-Any key of the recipe can be set, as for sft.py. Runs on a login node: no GPU, no torch. --dry_run prints the
-command and the script, and submits nothing. What the templates in slurm/ need of your cluster is in docs/slurm.md.
+Any key of the recipe can be set, as for sft.py. Runs on a login node, without a GPU; torch is loaded only where the
+GPUs' type is known, to plan what each will hold (docs/planning.md). --dry_run prints the command and the script, and
+submits nothing. What the templates in slurm/ need of your cluster is in docs/slurm.md.
 """
 
 import argparse
@@ -13,9 +15,10 @@ import itertools
 import shlex
 from pathlib import Path
 
-from stepladder import errors
+from stepladder import console, errors
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture
+from stepladder.hardware import GPUS
 from stepladder.model import load as model_load
 from stepladder.training import arguments
 
@@ -29,9 +32,10 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="a path, or a name under recipes/")
     what.add_argument("--sweep", type=Path, help="a grid, such as slurm/sweeps/lora_rank.yaml")
-    parser.add_argument("--strategy", help="a file in accelerate_configs/ (ddp; single for one rank)")
+    parser.add_argument("--strategy", help="a file in accelerate_configs/ (ddp; single for one rank), or auto")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", metavar="[TYPE:]N", help="a node")
+    parser.add_argument("--gpu", metavar="NAME", help="h100, a100-40 …: where Slurm's type does not say it")
     parser.add_argument("--ranks", type=int, default=1, help="a node, where there are no GPUs (1)")
     parser.add_argument("--cpus", type=int, help="a rank without GPUs, or the node's in all (4)")
     for name in SBATCH_NAMES:
@@ -43,6 +47,9 @@ def main() -> None:
     strategies = set()
     for words in runs:  # every element of a sweep is checked before the first of them waits in the queue
         strategies.add(_check(words + overrides, args))
+    planned = _plan(runs, args, overrides)
+    if "auto" in strategies:
+        strategies = {args.strategy}
     options = submit.options(
         {
             "nodes": args.nodes,
@@ -63,9 +70,11 @@ def main() -> None:
     script += ["--strategy", args.strategy] if args.strategy else []
     command = ["sbatch", *options, f"--output={submit.log_pattern(folder, log)}", *script, *overrides]
     if args.dry_run:
-        print(f"# {shlex.join(command)}\n\n{Path(script[0]).read_text()}")
+        print(f"# {planned}\n" * bool(planned) + f"# {shlex.join(command)}\n\n{Path(script[0]).read_text()}")
         return
 
+    if planned:
+        print(planned)
     print(submit.sbatch([command[0], "--test-only", *command[1:]]).splitlines()[-1])
     folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail without a word
     number = submit.sbatch([command[0], "--parsable", *command[1:]]).split(";")[0]
@@ -80,6 +89,54 @@ def main() -> None:
     print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {shlex.quote(str(folder))}/stop")
 
 
+def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str]) -> str:
+    """Whether the GPUs hold what they are asked for, in a line; `--strategy auto` becomes the fastest way that fits.
+
+    Without a type that is known nothing is planned, and the line is empty.
+    """
+    kind, _, count = (args.gpus or "").rpartition(":")
+    name = args.gpu or (kind if kind.lower() in {row.name for row in GPUS} else None)
+    auto = args.strategy == "auto"
+    if not name or not count.isdecimal():
+        if auto:
+            raise errors.LaunchError(
+                "--strategy auto needs to know the GPUs", where="command line", way_out="--gpus h100:4, or --gpu h100"
+            )
+        return ""
+    if auto and args.sweep:
+        raise errors.LaunchError("--strategy auto is for one run", where="command line", way_out="--strategy zero3")
+    console.quiet_libraries()
+    from stepladder.planning import choose, hardware
+
+    lines = []
+    for words in runs:
+        recipe = job.recipe_of(words + overrides)
+        plan = choose.Plan(recipe, args.nodes, int(count), hardware.device(name))
+        ways = plan.ways()
+        best = plan.best(ways)
+        if best is None:
+            raise choose.nowhere(plan, ways)
+        if auto:
+            way, args.strategy = best, best.strategy
+            overrides += ["--per_device_train_batch_size", str(best.micro)]
+            overrides += ["--gradient_checkpointing", str(best.checkpointing).lower()]
+        else:
+            checkpointing = bool(recipe.get("gradient_checkpointing") or recipe.get("activation_checkpointing"))
+            strategy = args.strategy or ("ddp" if plan.ranks > 1 else "single")
+            way = plan.way(strategy, recipe.get("per_device_train_batch_size"), checkpointing)
+        lines.append(
+            f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
+            f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"
+        )
+        if not way.fits:
+            raise errors.LaunchError(
+                f"it does not fit: {lines[-1]}",
+                why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
+                way_out=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
+            )
+    return lines[0]
+
+
 def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
     recipe = job.recipe_of(words)
@@ -90,7 +147,7 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     strategy = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
     strategy = strategy or ("ddp" if ranks > 1 else "single")
-    if not Path(f"accelerate_configs/{strategy}.yaml").is_file():
+    if strategy != "auto" and not Path(f"accelerate_configs/{strategy}.yaml").is_file():
         there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
         raise errors.LaunchError(f"--strategy {strategy}: no accelerate_configs/{strategy}.yaml", way_out=there)
     return strategy

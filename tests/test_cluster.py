@@ -110,6 +110,21 @@ def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
     assert done.code == 2 and "HF_TOKEN" in done.err and "hf_secret" not in done.out + done.err
 
 
+def test_submit_plans_where_it_knows_the_gpus() -> None:
+    """Guards the queue against jobs that never fitted, and `auto` against a plan that the job is not given."""
+    full = ("--recipe", "models/qwen3-8b/full", "--gpus", "h100:8", "--dry_run")
+    done = script("submit", *full, "--strategy", "ddp")
+    assert done.code == 2 and "it does not fit: plan: ddp, micro-batch 1" in done.err and "Traceback" not in done.err, (
+        done
+    )
+    assert not done.out
+    done = script("submit", *full, "--strategy", "auto")
+    assert done.code == 0 and done.out.startswith("# plan: zero2, micro-batch 1, checkpointing off"), done
+    assert "--strategy zero2 --per_device_train_batch_size 1 --gradient_checkpointing false" in done.out.splitlines()[1]
+    done = script("submit", "--recipe", "lora", "--gpus", "8", "--strategy", "auto", "--dry_run")
+    assert done.code == 2 and "needs to know the GPUs" in done.err, done
+
+
 def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards each check of a node's health, with a stand-in for nvidia-smi."""
     tool = tmp_path / "nvidia-smi"
