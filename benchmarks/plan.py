@@ -38,6 +38,7 @@ class Case:
     checkpointing: bool = False
     precision: str = "fp32"
     steps_a_batch: int = 1  # micro-batches of an optimizer step
+    optim: str = "adamw_torch_fused"
 
     @property
     def name(self) -> str:
@@ -55,6 +56,9 @@ class Case:
             "gradient_checkpointing": self.checkpointing,
             "train_sampling_strategy": "sequential",
             "bf16": self.precision == "bf16",
+            "optim": self.optim,
+            # torch multiplies the experts' groups on a CPU in bf16 only, and autocast does not know them
+            **({"dtype": "bfloat16"} if self.model == "moe" else {}),
         }
 
 
@@ -93,12 +97,24 @@ CASES = [
     Case("smollm2", "lora", "zero2", 2),
     Case("smollm2", "full", "zero3", 2, micro=1, checkpointing=True),
     Case("smollm2", "lora", "zero3", 2),
+    Case("tiny", "full", "fsdp", 2),
+    Case("gpt2", "full", "fsdp", 2),
+    Case("gpt2", "full", "fsdp", 4, micro=1, checkpointing=True),
+    Case("smollm2", "full", "fsdp", 2, micro=1),
+    Case("smollm2", "lora", "fsdp", 2),
+    Case("smollm2", "qlora", "fsdp", 2, precision="bf16"),
+    Case("moe", "full", precision="bf16"),
+    Case("moe", "lora", micro=4, precision="bf16"),
+    Case("gpt2", "full", optim="adafactor"),
+    Case("smollm2", "full", micro=1, length=64, steps_a_batch=2, optim="adafactor"),
+    Case("smollm2", "full", micro=1, length=64, steps_a_batch=2, optim="adamw_8bit"),
+    Case("smollm2", "full", micro=1, length=64, steps_a_batch=2, optim="lion_32bit"),
 ]
 
 
 def prepare(folder: Path) -> None:
     """The models, and rows that are by turns longer than any length here and short: full batches, padded."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     make_tiny(folder / "tiny")
     if not (folder / "gpt2").is_dir():
@@ -106,6 +122,15 @@ def prepare(folder: Path) -> None:
         tokenizer.save_pretrained(folder / "gpt2")
         config = GPT2Config(n_layer=6, n_embd=256, n_head=4, vocab_size=8192, n_positions=512)
         GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
+    if not (folder / "moe").is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+        tokenizer.save_pretrained(folder / "moe")
+        config = Qwen3MoeConfig(
+            hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=6,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
+            vocab_size=8192, max_position_embeddings=512,
+        )  # fmt: skip
+        Qwen3MoeForCausalLM(config).save_pretrained(folder / "moe")
     words = " ".join(f"word {number}" for number in range(400))
     rows = [{"input": f"Tell me {number}.", "output": "Well." if number % 2 else words} for number in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,9 +188,10 @@ def table(cases: list[Case], found: dict[str, int], folder: Path) -> tuple[str, 
     for case in cases:
         plan, real = predict(case, folder), found[case.name]
         errors.append(100 * (plan / real - 1))
+        method = case.method if case.optim == Case.optim else f"{case.method}, {case.optim}"
         batch = f"{case.micro} × {case.length}" + (f", {case.steps_a_batch} a step" if case.steps_a_batch > 1 else "")
         ranks = f"{case.strategy} × {case.ranks}" if case.ranks > 1 else case.strategy
-        cells = (case.model, case.method, ranks, batch, "on" if case.checkpointing else "off", case.precision)
+        cells = (case.model, method, ranks, batch, "on" if case.checkpointing else "off", case.precision)
         rows.append(f"| {' | '.join(cells)} | {real / 1e6:,.1f} | {plan / 1e6:,.1f} | {errors[-1]:+.2f} % |")
     return "\n".join(rows), errors
 

@@ -1,6 +1,7 @@
-"""Check a recipe or its data before it runs, see where each value comes from, or have it explained.
+"""Everything that can be wrong before a run, on one screen; or where each value comes from, or what it means.
 
     python scripts/check.py --recipe lora
+    python scripts/check.py --recipe models/llama-3.1-8b/lora --gpus 8 --gpu h100 --strategy zero3
     python scripts/check.py --recipe models/qwen3-8b/lora --show --learning_rate 1e-4
     python scripts/check.py --recipe lora --explain
     python scripts/check.py --explain axolotl.yml
@@ -8,8 +9,9 @@
     python scripts/check.py --recipe lora --audit
     python scripts/check.py --recipe lora --show 3
 
-Any key of the recipe can be set on the command line, as for sft.py. An Axolotl configuration is
-explained by its own key names. --audit looks at the rows that the recipe trains on, as text and
+Without a view, the whole pre-flight: versions, recipe, data, model, strategy, memory, disk, accounts;
+of this machine, or of the one that --gpus and --gpu name. Any key of the recipe can be set on the
+command line, as for sft.py. An Axolotl configuration is explained by its own key names. --audit looks at the rows that the recipe trains on, as text and
 as tokens; --show N prints N of them too, the trained tokens in colour.
 Exit code 0: all is right; 2: the errors are printed.
 """
@@ -18,8 +20,11 @@ import argparse
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from stepladder import console, errors
+from stepladder import console, errors, requirements
 from stepladder.data import audit, audit_report
 from stepladder.recipe import explain, load
 
@@ -38,8 +43,10 @@ def main() -> int:
     recipe = load.load(name, overrides)
     if args.audit:
         return _audit(recipe, limits, args.rows, args.json)
-    _keys(recipe, args)
-    return 0
+    if args.show or args.explain:
+        _keys(recipe, args)
+        return 0
+    return _preflight(recipe, args)
 
 
 def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
@@ -56,6 +63,10 @@ def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
     parser.add_argument("--data", metavar="FILE", help="look at a file, folder or hub data set, without a recipe")
     parser.add_argument("--min_input", "--min-input", type=int, metavar="N", help="shortest input (10 characters)")
     parser.add_argument("--min_output", "--min-output", type=int, metavar="N", help="shortest output (20 characters)")
+    parser.add_argument("--nodes", type=int, default=1, help="of the machine that it will run on (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="of each node (default: what this machine has)")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="with --gpus: h100 a100 4090 t4 …")
+    parser.add_argument("--strategy", metavar="NAME", help="a file of accelerate_configs/ (default: single or ddp)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()
     if args.show not in (None, KEYS) and not args.show.isdecimal():
@@ -102,6 +113,108 @@ def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
     return errors.EXIT_BAD_INPUT if found.errors else 0
 
 
+def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
+    """A line each, with the way out where something is wrong; what follows from a fault is not looked at."""
+    checks: list[dict[str, Any]] = []
+
+    def check(name: str, look: Callable[[], Any]) -> Any:
+        try:
+            found = look()
+        except errors.StepladderError as error:
+            checks.append({"name": name, "right": False, "said": error.what, "where": error.where, "why": error.why,
+                           "way_out": error.way_out})  # fmt: skip
+            return None
+        said, value = found if isinstance(found, tuple) else (found, True)
+        checks.append({"name": name, "right": True, "said": said})
+        return value
+
+    files = Counter(entry.where.rsplit(":", 2)[0] for entry in explain.of_recipe(recipe) if "." not in entry.key)
+    keys = ", ".join(f"{count} from {file}" for file, count in files.items())
+    check("recipe", lambda: f"keys: {keys}; each is known, well typed and with an effect")
+    check("versions", requirements.versions)
+    check("accounts", lambda: requirements.accounts(recipe))
+    console.quiet_libraries()
+    from stepladder.data import audit_tokens, templates
+    from stepladder.model import load as model_load
+    from stepladder.planning import choose, hardware
+    from stepladder.training import arguments, ranks, strategy
+
+    name = recipe.get("model_name_or_path")
+    model = check("model", lambda: model_load.check_source(name, recipe.where("model_name_or_path")) or (name, True))
+
+    def data() -> tuple[str, Any]:
+        arguments.check_streaming(recipe)
+        found = audit.of_recipe(recipe, audit.Limits())
+        audit.stop_on_errors(found.findings)
+        warned = sum(finding.severity == audit.WARNING for finding in found.findings)
+        held = f", {len(found.evaluation)} held out" if found.evaluation else ""
+        return f"{found.name}: {len(found.train or [])} rows{held}, {warned} warnings (--audit shows all)", found
+
+    def template() -> tuple[str, int]:
+        tokenizer = model_load.tokenizer(recipe)
+        templates.prepare(tokenizer, recipe)
+        found = audit_tokens.check(rows.train, tokenizer, recipe)
+        audit.stop_on_errors(found)
+        figures = {finding.name: finding.figures for finding in found}
+        share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
+        return f"{most} tokens in the longest row; {share:.0%} of all are trained, each end of turn too", most
+
+    def launch() -> tuple[str, ranks.Launch]:
+        gpus = args.gpus or hardware.gpus_here() or 1
+        name = args.strategy or ("ddp" if args.nodes * gpus > 1 else "single")
+        if not Path(f"accelerate_configs/{name}.yaml").is_file():
+            there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
+            raise errors.LaunchError(f"there is no accelerate_configs/{name}.yaml", way_out=there)
+        asked = ranks.Launch(args.nodes * gpus, 0, 0, gpus, name)
+        step = arguments.layout(recipe, asked.ranks)
+        notes = strategy.check(recipe, asked)
+        return f"{name} on {asked.ranks} rank{'s' * (asked.ranks > 1)}, {step.rows} rows a step" + "".join(
+            f"; {note}" for note in notes
+        ), asked
+
+    def memory() -> tuple[str, Any]:
+        gpu = bool(args.gpus or hardware.gpus_here())
+        if args.gpus:
+            device = hardware.device(args.gpu)
+            plan = choose.Plan(recipe, args.nodes, args.gpus, device, longest)
+            way = plan.of_recipe(asked.strategy)
+        else:
+            precision = model_load.precision(recipe)
+            plan, way = choose.of_run(recipe, asked.strategy, asked.ranks, asked.local_ranks, precision, longest, gpu)
+        said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
+        said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
+        if not way.fits:
+            better = choose.fastest(plan.ways()) or choose.fastest(plan.each(asked.strategy))
+            if better is None:
+                raise choose.nowhere(plan, plan.ways())
+            micro, checkpointing = better.micro, str(better.checkpointing).lower()
+            way_out = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
+            raise errors.LaunchError(f"it needs {said}", way_out=f"{way_out} --gradient_checkpointing {checkpointing}")
+        return said, plan.sizes(way)
+
+    rows = check("data", data)
+    longest = check("template", template) if model and rows and rows.train else None
+    asked = check("strategy", launch)
+    sizes = check("memory", memory) if model and asked else None
+    if sizes:
+        check("disk", lambda: requirements.disk(recipe, recipe.output_dir, *sizes))
+
+    right = all(line["right"] for line in checks)
+    if args.json:
+        facts = {"recipe": recipe.name, "path": str(recipe.path), "hash": recipe.hash(), "notes": recipe.notes}
+        print(json.dumps(facts | {"right": right, "checks": checks}, ensure_ascii=False))
+        return 0 if right else errors.EXIT_BAD_INPUT
+    for line in checks:
+        place = f"{line['where']}: " if line.get("where") else ""
+        print(f"{'✔' if line['right'] else '✘'} {line['name']:10}{place}{line['said']}")
+        for label, key in (("why", "why"), ("way out", "way_out")):
+            if line.get(key):
+                print(f"            {label + ':':9}" + line[key].replace("\n", "\n" + " " * 21))
+    for note in recipe.notes:
+        print(f"note: {note}")
+    return 0 if right else errors.EXIT_BAD_INPUT
+
+
 def _keys(recipe: load.Recipe, args: argparse.Namespace) -> None:
     entries = explain.of_recipe(recipe)
     unset = explain.defaults(recipe) if args.show else []
@@ -111,12 +224,8 @@ def _keys(recipe: load.Recipe, args: argparse.Namespace) -> None:
         return
     if args.show:
         explain.write(explain.Table(entries, unset))
-    elif args.explain:
-        explain.write(explain.Lesson(entries))
     else:
-        files = Counter(entry.where.rsplit(":", 2)[0] for entry in entries if "." not in entry.key)
-        print(f"✔ {recipe.path}: every key is known, well typed and has an effect")
-        print(f"  {', '.join(f'{count} from {file}' for file, count in files.items())}; --show prints them")
+        explain.write(explain.Lesson(entries))
     for note in recipe.notes:
         print(f"note: {note}")
 

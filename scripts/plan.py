@@ -2,6 +2,7 @@
 
     python scripts/plan.py --recipe models/llama-3.1-8b/lora --gpus 1 --gpu 4090
     python scripts/plan.py --recipe models/qwen3-8b/full --nodes 2 --gpus 8 --gpu h100 --json
+    python scripts/plan.py --recipe models/llama-3.1-8b/full --gpu h100 --scale 8,64,512
 
 Any key of the recipe can be set on the command line, as for sft.py. How it is computed, and how
 far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the input is wrong.
@@ -11,6 +12,7 @@ import argparse
 import json
 
 from stepladder import console, errors
+from stepladder.data import mixture, stream
 from stepladder.planning import hardware
 from stepladder.recipe import load
 
@@ -29,15 +31,15 @@ def main() -> None:
         "--gpu_memory", "--gpu-memory", type=float, metavar="GiB", help="for a GPU that has no name here"
     )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
+    parser.add_argument("--scale", metavar="8,64,512", help="how it would go on so many GPUs, on paper")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
     device = hardware.device(args.gpu, args.gpu_memory)
 
     console.quiet_libraries()
-    from stepladder.planning import choose, report
+    from stepladder.planning import choose, report, scale
 
-    strategies = (args.strategy,) if args.strategy else choose.STRATEGIES
     if args.strategy not in (None, *choose.STRATEGIES):
         raise errors.LaunchError(
             f"unknown strategy '{args.strategy}'",
@@ -45,19 +47,37 @@ def main() -> None:
             way_out=f"one of {', '.join(choose.STRATEGIES)}",
         )
     plan = choose.Plan(recipe, args.nodes, args.gpus, device)
-    ways = plan.ways(strategies)
+    if args.scale:
+        micro, checkpointing = plan.one_micro_batch()
+        points = scale.points(plan, scale.counts(args.scale), micro, checkpointing)
+        if args.json:
+            print(json.dumps({"scale": scale.as_json(points)}))
+        else:
+            scale.write(plan, points, micro, checkpointing)
+        return
+    ways = plan.each(args.strategy) if args.strategy else plan.ways()
     best = plan.best(ways)
+    steps = choose.steps(recipe, _rows(recipe), plan.rows)
     if args.json:
         rows = [choose.as_json(way) for way in ways]
         commands = choose.command(args.recipe, plan, best) if best else None
         chosen = choose.as_json(best) if best else None
-        print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands}))
+        print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
     else:
-        report.write(plan, ways, best)
+        report.write(plan, ways, best, steps)
     if best is None:
         raise choose.nowhere(plan, ways)
     if not args.json:
         print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
+
+
+def _rows(recipe: load.Recipe) -> int | None:
+    """How many rows the recipe trains on; None where they are not here, or nobody knows."""
+    try:
+        train = mixture.load(recipe)[0]
+    except errors.DataError:
+        return None
+    return None if isinstance(train, stream.Stream) else len(train)
 
 
 if __name__ == "__main__":

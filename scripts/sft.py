@@ -12,7 +12,7 @@ See docs/reliability.md.
 
 import argparse
 
-from stepladder import console, errors, run
+from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
@@ -37,6 +37,8 @@ def main() -> int | None:
     # Whatever can be wrong is found before torch is imported: it takes seconds.
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
+    requirements.versions()
+    requirements.accounts(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
     notes = recipe.notes + strategy.check(recipe, launch)
@@ -73,9 +75,23 @@ def main() -> int | None:
     if launch.rank == 0:
         longest = min(filter(None, (recipe.get("max_length"), prepare.longest(train_set))), default=None)
         try:
-            planned = choose.of_run(recipe, launch.strategy, step, precision, longest, gpu=not use_cpu)
+            plan, way = choose.of_run(
+                recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu=not use_cpu
+            )
+            planned = choose.of_manifest(plan, way)
+            requirements.disk(recipe, record.folder, *plan.sizes(way))
         except errors.ModelError as error:
+            if recipe.plans():
+                raise
             unplanned = [f"no plan: {error.what}"]
+    if recipe.plans():  # `auto`: the plan cuts the global batch
+        planned = ranks.from_first(planned)
+        settled = recipe.with_values(**{key: planned["chosen"][key] for key in recipe.plans()})
+        step = arguments.layout(settled, launch.ranks)
+        training_args = arguments.build(settled, step, precision, use_cpu)
+        unplanned = [planned["reason"]]
+    else:
+        settled = recipe
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
@@ -122,7 +138,7 @@ def main() -> int | None:
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
-        with out_of_memory.explained(recipe, launch, planned.get("peak_memory_bytes")):
+        with out_of_memory.explained(settled, launch, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:

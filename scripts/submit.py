@@ -121,9 +121,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
             overrides += ["--per_device_train_batch_size", str(best.micro)]
             overrides += ["--gradient_checkpointing", str(best.checkpointing).lower()]
         else:
-            checkpointing = bool(recipe.get("gradient_checkpointing") or recipe.get("activation_checkpointing"))
-            strategy = args.strategy or ("ddp" if plan.ranks > 1 else "single")
-            way = plan.way(strategy, recipe.get("per_device_train_batch_size"), checkpointing)
+            way = plan.of_recipe(args.strategy or ("ddp" if plan.ranks > 1 else "single"))
         lines.append(
             f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
             f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"

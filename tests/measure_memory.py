@@ -23,7 +23,19 @@ def run(job: dict, rank: int) -> None:
     from stepladder.planning.live import LiveBytes
     from stepladder.training import telemetry
 
-    live = LiveBytes()
+    class Resized(LiveBytes):
+        """FSDP frees what it gathered by resizing the storage to nothing, which no operator tells."""
+
+        def note(self) -> None:
+            if self.now > self.peak:
+                for key, (ref, size) in list(self._sizes.items()):
+                    storage = ref()
+                    if storage is not None and storage.nbytes() != size:
+                        self._sizes[key] = ref, storage.nbytes()
+                        self.now += storage.nbytes() - size
+            super().note()
+
+    live = Resized()
 
     class Probe(telemetry.Telemetry):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

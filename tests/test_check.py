@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from conftest import Done, run, script
+from conftest import ROOT, Done, run, script
+from stepladder import requirements
+from stepladder.errors import LaunchError
 
 AXOLOTL = """\
 base_model: teknium/OpenHermes-2.5-Mistral-7B
@@ -53,10 +55,41 @@ def shortened(origin: str) -> str:
     return label + (place if len(place) <= room else "…" + place[-room + 1 :])
 
 
-def test_a_right_recipe() -> None:
+def test_a_right_recipe(smollm2: Path) -> None:
+    """Guards the pre-flight as a whole: each of its checks is made, and says what it found."""
     done = check("--recipe", "lora")
-    assert done.code == 0 and done.out.startswith("✔ recipes/lora.yaml"), done
-    assert len(done.out.splitlines()) < 25, "one screen"
+    assert done.code == 0 and "✘" not in done.out and len(done.out.splitlines()) < 25, "one screen"
+    names = [line.split()[1] for line in done.out.splitlines() if line.startswith("✔")]
+    assert names == "recipe versions accounts model data template strategy memory disk".split(), done
+    assert "72 rows, 24 held out" in done.out and "68% of all are trained" in done.out, done
+    assert re.search(r"memory +\d+\.\d of \d+\.\d GiB of (cpu|\w+): micro-batch 4, checkpointing off", done.out), done
+
+
+def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Guards the night in the queue: a pre-flight that stops at the first fault sends people there for each."""
+    recipe = write_recipe("all", extends=str(ROOT / "recipes/models/llama-3.1-8b/full.yaml"), push_to_hub=True,
+                          dataset_name=str(tmp_path / "nowhere.jsonl"), output_dir=str(tmp_path))  # fmt: skip
+    words = ("--recipe", recipe, "--gpus", 1, "--gpu", "t4", "--strategy", "zero9")
+    done = check(*words, "--json", HF_TOKEN="", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    wrong = {line["name"]: line for line in json.loads(done.out)["checks"] if not line["right"]}
+    assert done.code == 2 and not wrong.keys() ^ {"accounts", "data", "strategy"}, done
+    assert f"{recipe}:" in wrong["accounts"]["where"] and "hf auth login" in wrong["accounts"]["way_out"]
+    assert "zero3" in wrong["strategy"]["way_out"], "what there is"
+    done = check(*words[:-1], "single", HF_TOKEN="", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.code == 2 and "✘ memory" in done.out and "--strategy zero3_offload" in done.out, done
+    assert "Traceback" not in done.err, done
+
+
+def test_a_full_disk_is_seen_before_the_run(settings, tmp_path: Path) -> None:
+    """Guards the first checkpoint of a long run, which would find no room."""
+    few = settings(save_strategy="steps", save_total_limit=2, output_dir=str(tmp_path))
+    assert requirements.disk(few, tmp_path / "run", 2**20, 2**21, 2**20).startswith(
+        "3 checkpoints and the result take 10 MiB"
+    )
+    with pytest.raises(LaunchError, match=r"3 checkpoints and the result take .* GiB, and .* free"):
+        requirements.disk(few, tmp_path / "run", 2**50, 0, 0)
+    none = settings(save_strategy="no")
+    assert requirements.disk(none, tmp_path, 2**20, 2**21, 2**20).startswith("the result takes 1 MiB")
 
 
 def test_a_typo_exits_2_at_its_place(tmp_path: Path) -> None:
@@ -77,7 +110,7 @@ def test_a_typo_on_the_command_line() -> None:
 
 def test_the_verdict_comes_without_the_heavy_libraries() -> None:
     """Guards the one second from return to verdict: torch alone takes several to import."""
-    assert check("--recipe", "lora").code == 0  # what the libraries know is in the cache from here on
+    assert check("--recipe", "lora", "--show").code == 0  # what the libraries know is in the cache from here on
     done = run(sys.executable, "-X", "importtime", "scripts/check.py", "--recipe", "lora", "--explain")
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.err.splitlines()}
     assert done.code == 0 and "stepladder.recipe.explain" in imported, done

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT, script
 from stepladder.errors import LaunchError, ModelError, RecipeError
-from stepladder.planning import choose, hardware
+from stepladder.planning import choose, hardware, scale, speed
 from stepladder.recipe import load
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -23,6 +23,9 @@ SLICE = [
     Case("tiny", "lora", "ddp", 2, checkpointing=True),
     Case("gpt2", "full", length=64, steps_a_batch=2, checkpointing=True),
     Case("gpt2", "lora", "zero3", 2),
+    Case("gpt2", "full", "fsdp", 2),
+    Case("gpt2", "full", optim="adafactor"),
+    Case("moe", "full", precision="bf16"),
 ]
 
 
@@ -98,3 +101,62 @@ def test_bad_input(settings) -> None:
     with pytest.raises(ModelError, match=r"no config\.json"):
         hardware.config(settings(model_name_or_path="models/none"))
     assert hardware.device("h100", memory=40).memory == 40
+
+
+def test_auto_takes_the_fastest_that_fits() -> None:
+    """Guards `per_device_train_batch_size: auto` and `gradient_checkpointing: auto`: large where there is room,
+    checkpointing only where it must, and a refusal where nothing fits; the global batch stays."""
+    auto = ("--per_device_train_batch_size", "auto", "--gradient_checkpointing", "auto", "--global_batch_size", "64")
+    small = ("--max_length", "128", *auto)
+    wide = plan_of("models/qwen3-0.6b/lora", "h100", 1, *small).of_recipe("single")
+    assert wide.micro > 1 and not wide.checkpointing and wide.micro * wide.accumulation == 64
+    tight = plan_of("models/llama-3.1-8b/lora", "4090", 1, *auto).of_recipe("single")
+    assert tight.checkpointing and tight.fits
+    with pytest.raises(LaunchError, match="no way fits into 1 × t4"):
+        plan_of("models/llama-3.1-8b/full", "t4", 1, *auto).of_recipe("single")
+
+
+def test_auto_in_a_run(tmp_path: Path, smollm2: Path) -> None:
+    """Guards that the choice is made, told and recorded, and that the curve is that of a fixed micro-batch."""
+    losses = {}
+    for name, micro in (("fixed", 1), ("auto", "auto")):
+        words = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no", "--bf16", "false",
+                 "--global_batch_size", 4, "--per_device_train_batch_size", micro)  # fmt: skip
+        done = script("sft", "--recipe", "lora", "--output_dir", tmp_path / name, *words)
+        assert done.code == 0, done
+        facts = json.loads((tmp_path / name / "run.json").read_text())
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if "loss" in row]
+    assert facts["plan"]["chosen"] == {"per_device_train_batch_size": facts["micro_batch_size"]}
+    assert facts["plan"]["reason"] in done.out and facts["plan"]["peak_memory_bytes"] > 0
+    assert facts["micro_batch_size"] * facts["gradient_accumulation_steps"] == 4
+    # 2 rows of a batch are padded together or not: sums in another order, in fp32
+    assert losses["auto"] == pytest.approx(losses["fixed"], abs=2e-5) and len(losses["auto"]) == 2
+
+
+def test_auto_needs_a_global_batch(write_recipe) -> None:
+    """Guards the curve: without a global batch, the memory would decide it."""
+    for words in (("--global_batch_size", "null"), ("--gradient_accumulation_steps", "4")):
+        with pytest.raises(RecipeError, match="per_device_train_batch_size: auto"):
+            load.load("lora", ["--per_device_train_batch_size", "auto", *words])
+
+
+def test_scale_against_published_figures() -> None:
+    """Guards the model of communication: torchtitan's Llama 3.1 8B with FSDP and 2 rows of 8,192 tokens loses 2.7 %
+    from 8 to 128 H100 (benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3)."""
+    plan = plan_of("models/llama-3.1-8b/full", "h100", 8, "--max_length", "8192", "--global_batch_size", "16")
+    found = {(p.strategy, p.gpus): p for p in scale.points(plan, [8, 128, 512], micro=2, checkpointing=True)}
+    eight, many = (found["fsdp", gpus].efficiency(speed.INFINIBAND) for gpus in (8, 128))
+    assert many / eight == pytest.approx(5605 / 5762, abs=0.03)
+    for strategy in scale.STRATEGIES:
+        shares = [found[strategy, gpus].efficiency(speed.INFINIBAND) for gpus in (8, 128, 512)]
+        assert shares == sorted(shares, reverse=True), "more GPUs never use each better"
+    slow = {name: found[name, 512].efficiency(speed.ETHERNET) for name in scale.STRATEGIES}
+    assert max(slow, key=slow.get) == "hybrid", "sharding within a node sends least between nodes"
+
+
+def test_scale_on_the_command_line() -> None:
+    done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--gpus", 1, "--scale", "8,64", "--json")
+    assert done.code == 0 and len(json.loads(done.out)["scale"]) == 2 * len(scale.STRATEGIES), done
+    done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--scale", "8,63")
+    assert done.code == 2 and "63 GPUs are no whole nodes of 8" in done.err, done

@@ -30,7 +30,7 @@ def quiet_libraries() -> None:
 
     # bitsandbytes looks for an optional kernel package at import and warns that it is absent;
     # DeepSpeed warns on every machine without a GPU.
-    for name in ("bitsandbytes", "DeepSpeed", "torchao", "kernels", "torch.distributed"):
+    for name in ("bitsandbytes", "DeepSpeed", "torchao", "kernels", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import resource
 from dataclasses import dataclass
 from typing import Any
@@ -37,51 +38,107 @@ class Way:
 
 
 class Plan:
-    """A recipe on so many nodes of so many GPUs."""
+    """A recipe on so many nodes of so many GPUs.
 
-    def __init__(self, settings: Settings, nodes: int, gpus: int, device: GPU):
+    Args:
+        length: tokens of a row, where it is not the recipe's `max_length`.
+        precision: where it is known already.
+        overhead: bytes of a rank that the device needs whatever runs on it.
+        on_gpu: whether the loss runs in a GPU's kernels.
+    """
+
+    def __init__(
+        self, settings: Settings, nodes: int, gpus: int, device: GPU, length: int | None = None,
+        precision: str | None = None, overhead: float | None = None, on_gpu: bool = True,
+    ):  # fmt: skip
         if nodes < 1 or gpus < 1:
             raise LaunchError(
                 f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", way_out="--nodes 1 --gpus 1"
             )
-        self.settings, self.nodes, self.ranks, self.device = settings, nodes, nodes * gpus, device
+        self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.config = hardware.config(settings)
         fixed = settings.get("bf16")
-        self.precision = "fp32" if fixed is False and not settings.get("fp16") else ("bf16" if device.bf16 else "fp16")
-        length = settings.get("max_length") or 1024
+        asked = "fp32" if fixed is False and not settings.get("fp16") else ("bf16" if device.bf16 else "fp16")
+        self.precision = precision or asked
+        given = hardware.CONTEXT + (hardware.NCCL if self.ranks > 1 else 0)
+        self.overhead = given if overhead is None else overhead
+        length = length or settings.get("max_length") or 1024
         self.length = min(length, getattr(self.config, "max_position_embeddings", None) or length)
-        own = settings.get("per_device_train_batch_size") * settings.get("gradient_accumulation_steps") * self.ranks
-        self.rows = settings.get("global_batch_size") or own
+        self.rows = settings.get("global_batch_size") or (
+            settings.get("per_device_train_batch_size") * settings.get("gradient_accumulation_steps") * self.ranks
+        )
         batch.layout(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
 
     def ways(self, strategies: tuple[str, ...] = STRATEGIES) -> list[Way]:
-        """For each strategy, without and with checkpointing, the largest micro-batch that fits, or the smallest."""
+        """For each strategy, without and with checkpointing, the fastest that fits, or the smallest."""
         found = []
         for strategy in strategies:
             alone = strategy == "single" or strategy.endswith("offload")  # one rank has nothing to shard over
             if alone if self.ranks == 1 else strategy != "single":
                 for checkpointing in (False, True):
                     tried = [self.way(strategy, micro, checkpointing) for micro in self.micros()]
-                    found.append(next((way for way in reversed(tried) if way.fits), tried[0]))
+                    found.append(fastest(tried) or tried[0])
         return found
+
+    def each(self, strategy: str) -> list[Way]:
+        """Every micro-batch of one strategy, without and with checkpointing."""
+        return [self.way(strategy, micro, checkpointing) for checkpointing in (False, True) for micro in self.micros()]
 
     def micros(self) -> list[int]:
         most = self.rows // self.ranks
         return [micro for micro in (1, 2, 4, 8, 16, 32, 64) if micro <= most]
 
+    def one_micro_batch(self) -> tuple[int, bool]:
+        """The micro-batch and checkpointing of the best way that fits; else what holds least."""
+        best = self.best(self.ways())
+        return (best.micro, best.checkpointing) if best else (1, True)
+
+    def of_recipe(self, strategy: str) -> Way:
+        """The recipe's own micro-batch and checkpointing; where it leaves them to the plan, the fastest that fits.
+
+        Raises:
+            LaunchError: it leaves them to the plan, and nothing fits.
+        """
+        micro = self.settings.get("per_device_train_batch_size")
+        kept = self.settings.get("gradient_checkpointing")
+        newer = self.settings.get("activation_checkpointing")  # the same under its new name, which wins
+        if "auto" not in (micro, kept):
+            return self.way(strategy, micro, bool(kept if newer is None else newer))
+        micros = self.micros() if micro == "auto" else [micro]
+        checkpoints = (False, True) if kept == "auto" else (bool(kept if newer is None else newer),)
+        tried = [self.way(strategy, micro, checkpointing) for checkpointing in checkpoints for micro in micros]
+        found = fastest(tried)
+        if found is None:
+            raise nowhere(self, tried)
+        return found
+
     def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
         step = batch.layout(self.rows, micro, self.ranks)
-        traced = self._traced(micro, checkpointing, memory.casts(strategy) and self.precision != "fp32")
-        overhead = hardware.CONTEXT + (hardware.NCCL if self.ranks > 1 else 0)
+        traced = self._traced(micro, checkpointing, self._casts(strategy))
         need = memory.estimate(
-            traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, overhead
+            traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
-        fast = speed.tokens_per_second(
-            traced, self.config, strategy, self.ranks, self.nodes, step.accumulation, self.device,
-            full=not self.settings.get("use_peft"), quantized=bool(self.settings.get("load_in_4bit")),
-        ) * self.rows / step.places  # fmt: skip
+        took = self.step(strategy, micro, checkpointing, step.accumulation, self.ranks, self.nodes)
+        fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places
         limit = self.device.memory * GIB / (1 + hardware.ALLOCATOR)
         return Way(strategy, micro, step.accumulation, checkpointing, need, limit, fast)
+
+    def step(
+        self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
+        network: speed.Network = speed.INFINIBAND,
+    ) -> speed.Step:  # fmt: skip
+        """The time of an optimizer step on any number of ranks."""
+        traced = self._traced(micro, checkpointing, self._casts(strategy))
+        full, quantized = not self.settings.get("use_peft"), bool(self.settings.get("load_in_4bit"))
+        return speed.step(
+            traced, self.config, strategy, ranks, nodes, accumulation, self.device, full, quantized, network
+        )
+
+    def sizes(self, way: Way) -> tuple[float, float, float]:
+        """Bytes of the trained weights, of the optimizer's state, and of the result."""
+        whole = self._traced(way.micro, way.checkpointing, self._casts(way.strategy)).whole
+        adapter = bool(self.settings.get("use_peft"))
+        return whole.trained, whole.states, whole.trained if adapter else whole.held
 
     def best(self, ways: list[Way]) -> Way | None:
         """The fastest that fits, offloading only where nothing else does; of equally fast ones the simplest."""
@@ -91,38 +148,76 @@ class Plan:
 
         return min((way for way in ways if way.fits), key=order, default=None)
 
+    def _casts(self, strategy: str) -> bool:
+        return memory.casts(strategy) and self.precision != "fp32"
+
     @functools.cache  # noqa: B019 - a plan lives as long as its script
     def _traced(self, micro: int, checkpointing: bool, cast: bool) -> trace.Traced:
         if micro > 4:  # padded batches grow by the same amount with every row
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
             return four.drawn_on(two, (micro - 4) / 2, micro)
-        work = trace.Work(micro, self.length, self.precision, checkpointing, cast, gpu=True)
+        work = trace.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
         return trace.of(self.settings, self.config, work)
 
 
+def fastest(ways: list[Way]) -> Way | None:
+    """Of those that fit the fastest; of equally fast ones (to a hundredth) that which holds least."""
+    fit = [way for way in ways if way.fits]
+    most = max((way.tokens_per_second for way in fit), default=0)
+    equal = [way for way in fit if way.tokens_per_second >= 0.99 * most]
+    return min(equal, key=lambda way: way.memory.total, default=None)
+
+
 def of_run(
-    settings: Settings, strategy: str, step: batch.Layout, precision: str, longest: int | None, gpu: bool
-) -> dict[str, Any]:
-    """What a run that begins now will hold, for its run.json: as `totals.peak_memory_bytes` measures it.
+    settings: Settings, strategy: str, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
+) -> tuple[Plan, Way]:
+    """What a run that begins now will hold, as `totals.peak_memory_bytes` measures it.
 
     On a GPU that is PyTorch's tensors; on a CPU the resident set, so that what the process holds
     already is the fixed part.
 
     Args:
         longest: tokens of the longest row.
+
+    Raises:
+        ModelError: the architecture cannot be planned.
+        LaunchError: the recipe leaves the micro-batch to the plan, and nothing fits.
     """
-    config = hardware.config(settings)
+    device = hardware.here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
         strategy = "fsdp"  # the shards lie in host memory anyhow (training/ranks.py)
-    most = getattr(config, "max_position_embeddings", None) or 1024
-    length = min(longest or settings.get("max_length") or most, most)
-    checkpointing = bool(settings.get("gradient_checkpointing") or settings.get("activation_checkpointing"))
-    work = trace.Work(step.micro, length, precision, checkpointing, memory.casts(strategy), gpu)
     overhead = 0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    traced = trace.of(settings, config, work)
-    need = memory.estimate(traced, settings, config, strategy, step.ranks, step.accumulation > 1, overhead)
-    parts = {f"{name}_bytes": round(value) for name, value in vars(need).items()}
-    return {"peak_memory_bytes": round(need.total), "tokens_a_row": length, "memory": parts}
+    plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu)
+    return plan, plan.of_recipe(strategy)
+
+
+def of_manifest(plan: Plan, way: Way) -> dict[str, Any]:
+    """The plan of a run for its run.json: what was chosen, and why, where the recipe left that open."""
+    found = {"tokens_a_row": plan.length, **as_json(way)}
+    if not plan.on_gpu or hardware.gpu_here() is None:
+        del found["tokens_per_second"]  # no stated peak to reckon with
+    asked = {
+        "per_device_train_batch_size": way.micro,
+        "gradient_checkpointing": way.checkpointing,
+    }
+    chosen = {key: value for key, value in asked.items() if plan.settings.get(key) == "auto"}
+    if chosen:
+        words = ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items())
+        found |= {
+            "chosen": chosen,
+            "reason": f"auto: {words}, the fastest that fits: {way.memory.total / GIB:.2f} of "
+            f"{way.limit / GIB:.2f} GiB a rank",
+        }
+    return found
+
+
+def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None:
+    """Optimizer steps of the whole run; None where it has no number of steps and the rows are not known."""
+    if settings.get("max_steps") > 0:
+        return int(settings.get("max_steps"))
+    if rows is None:
+        return None
+    return math.ceil(settings.get("num_train_epochs") * math.ceil(rows / global_batch))
 
 
 def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:

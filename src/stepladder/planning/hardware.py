@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError
 from stepladder.hardware import GPU, GPUS
 from stepladder.settings import Settings
@@ -17,6 +20,7 @@ GIB = 2**30
 # What a GPU holds beside PyTorch's tensors: CUDA's context and the libraries' workspaces. About
 # 0.5 GiB on today's drivers; NCCL's channels add 0.3 where there are several ranks.
 CONTEXT, NCCL = 0.5 * GIB, 0.3 * GIB
+HOST_SHARE = 0.75  # of the host's memory: the system and what else runs have the rest
 ALLOCATOR = 0.05  # of the tensors: what PyTorch's caching allocator reserves and cannot use (not measured here)
 
 
@@ -39,6 +43,41 @@ def device(name: str, memory: float | None = None) -> GPU:
     if memory <= 0:
         raise LaunchError(f"a GPU of {memory} GiB cannot be", where="command line --gpu_memory", way_out="its GiB")
     return dataclasses.replace(found, name=f"{memory:g} GiB", memory=memory)
+
+
+def here(local_ranks: int, gpu: bool) -> GPU:
+    """What one rank of this machine has for tensors: of its GPU, or its share of the host's memory."""
+    import torch
+
+    if gpu and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory - CONTEXT - (NCCL if local_ranks > 1 else 0)
+        known = gpu_here() or dataclasses.replace(GPUS[0], name=torch.cuda.get_device_name())
+        return dataclasses.replace(known, memory=total / GIB)
+    # Its speed only puts the ways in order: arithmetic bounds them all.
+    return GPU("cpu", "", 1.0, HOST_SHARE * host_memory() / GIB / local_ranks, 10.0, "")
+
+
+def gpu_here() -> GPU | None:
+    """This machine's GPU, where its peak is stated."""
+    import torch
+
+    return hardware.gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory that its processes may take: a container or a job may have less than it has."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(ValueError):
+        limits.append(int(os.environ.get("SLURM_MEM_PER_NODE", "")) * 2**20)
+    return min(limit for limit in limits if limit > 0)
 
 
 def config(settings: Settings) -> Any:

@@ -32,8 +32,11 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
-        self.peak = max(self.peak, self.now)
+        self.note()
         return out
+
+    def note(self) -> None:
+        self.peak = max(self.peak, self.now)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that was made before."""
@@ -63,6 +66,7 @@ def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that hold the bytes of one which may be a wrapper, as a DTensor is of its local part."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from plain(getattr(tensor, name))
+            if isinstance(part := getattr(tensor, name), torch.Tensor):  # a DTensor names its mesh too
+                yield from plain(part)
     else:
         yield tensor

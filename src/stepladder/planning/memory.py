@@ -12,10 +12,6 @@ from typing import Any
 from stepladder.planning.trace import PHASES, Traced
 from stepladder.settings import Settings
 
-# Bytes of optimizer state for a trained parameter. In 8 bits: two moments of a byte each, with a
-# scale in fp32 for 256 values of each (bitsandbytes, `optimizer.py`).
-STATES = {"sgd": 0.0, "adafactor": 4.0, "lion_32bit": 4.0, "lion_8bit": 1 + 4 / 256, "rmsprop": 4.0, "adagrad": 4.0}
-TWO_MOMENTS, TWO_MOMENTS_8BIT = 8.0, 2 * (1 + 4 / 256)
 # ZeRO-3 keeps a weight gathered if it is used again within so many weights
 # (`stage3_max_reuse_distance`, and `stage3_max_live_parameters`, the defaults of DeepSpeed).
 ZERO3_LIVE = 1e9
@@ -43,14 +39,7 @@ class Memory:
 
 def casts(strategy: str) -> bool:
     """Whether the strategy holds in bf16 what is computed with; else autocast makes copies."""
-    return strategy.startswith(("zero", "fsdp"))
-
-
-def state_bytes(optimizer: str) -> float:
-    """Bytes of state for a trained parameter; a paged optimizer may move them to the host, but begins on the device."""
-    name = optimizer.removeprefix("paged_")
-    low = name.endswith("8bit") or name == "adamw_bnb_8bit"
-    return STATES.get(name, TWO_MOMENTS_8BIT if low else TWO_MOMENTS)
+    return strategy.startswith(("zero", "fsdp", "hybrid"))
 
 
 def estimate(
@@ -79,11 +68,12 @@ def _moment(
     """Phase `n` of the trace; after the last one, the optimizer's step."""
     whole, layer = traced.whole, traced.layer
     in_step, backward = n == len(PHASES), n >= 2
-    activations, gradients = (0.0, 4 * whole.trainable) if in_step else (whole.activations[n], whole.gradients[n])
+    activations, gradients = (0.0, whole.trained) if in_step else (whole.activations[n], whole.gradients[n])
     kept = activations - (0 if in_step else whole.activations[0])
     loss = kept if not in_step and PHASES[n] == "loss" else 0.0
-    weights, optimizer = whole.held, state_bytes(str(settings.get("optim"))) * whole.trainable
-    master = every = 4 * whole.trainable  # in fp32: an optimizer's own copy; all gradients
+    weights, optimizer = whole.held, whole.states
+    every, master = whole.trained, 4 * whole.trainable  # all gradients; ZeRO's own copy of the weights, in fp32
+    in_fp32 = optimizer * master / every if every else 0.0  # states of that copy
     held = every if accumulates or in_step else gradients
     communication = host = 0.0
     element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4  # bytes of what ZeRO reduces
@@ -97,13 +87,13 @@ def _moment(
     elif strategy == "zero2":
         # DeepSpeed 0.19.8 makes one flat buffer of the trained weights and keeps those that it was made of.
         weights = whole.computed + element * whole.trainable
-        optimizer, part = (optimizer + master) / ranks, element * whole.trainable / ranks
+        optimizer, part = (in_fp32 + master) / ranks, element * whole.trainable / ranks
         held = part + master / ranks if in_step else part if accumulates or backward else 0.0
         communication = buckets
     elif strategy.startswith("zero3"):
         gathered = whole.computed * min(1, ZERO3_LIVE / whole.parameters)
         communication = buckets + (0 if in_step else gathered)
-        weights, optimizer = whole.computed / ranks, (optimizer + master) / ranks
+        weights, optimizer = whole.computed / ranks, (in_fp32 + master) / ranks
         held = element * whole.trainable / ranks + (master / ranks if in_step else 0)
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0

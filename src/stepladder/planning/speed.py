@@ -6,6 +6,8 @@ A forecast to choose by, not to promise: published runs of 1 to 8 billion parame
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from stepladder.hardware import GPU
@@ -13,37 +15,142 @@ from stepladder.planning.trace import Traced
 
 EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41, torchtitan's full one 0.33
 IN_FOUR_BITS = 0.78  # of LoRA's speed: torchtune's Llama-3.1-8B on a 4090, 2,413 against 3,083 tokens/s
-BETWEEN_NODES = 50.0  # GB/s a GPU one way: a 400 Gb/s InfiniBand port for each
+# Tokens of a micro-batch below which weights are read more slowly than they are used: an H100 does 989 TFLOP/s
+# and reads 3.35 TB/s, 295 operations a byte, and a bf16 weight takes part in one a token and byte.
+SATURATED = 300
+OPERATOR = 10e-6  # seconds that PyTorch takes to launch one; `make bench-launch` measures it on a CPU
 TO_HOST = 25.0  # GB/s one way: PCIe 4.0 × 16 as it is reached
+REACHED = 0.8  # of a link's stated rate: nccl-tests reach 230 to 250 of an A100's 300 GB/s
+BUCKET = 25 * 2**20  # bytes of an all-reduce of DDP's (`bucket_cap_mb`)
+# Seconds: of a collective, of a hop within a node and between nodes (NCCL 2.9, `src/graph/tuning.cc`, ring and simple
+# protocol), and of a hop between nodes of the tree that an all-reduce takes where it is shorter.
+START, HOP_INSIDE, HOP_BETWEEN, TREE_HOP = 8.4e-6, 3.4e-6, 9.6e-6, 50e-6
+
+
+@dataclass(frozen=True)
+class Network:
+    """What links nodes: GB/s one way, for each GPU or for a node as a whole."""
+
+    name: str
+    of_gpu: float = 0.0
+    of_node: float = 0.0
+
+    def rate(self, gpus: int) -> float:
+        return self.of_node or self.of_gpu * gpus
+
+
+INFINIBAND = Network("InfiniBand, 400 Gb/s a GPU", of_gpu=50.0)
+ETHERNET = Network("Ethernet, 100 Gb/s a node", of_node=12.5)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step: arithmetic, and each collective; `exposed` is what no arithmetic hides."""
+
+    compute: float
+    collectives: dict[str, float]
+    offload: float
+    exposed: float
+
+    @property
+    def communication(self) -> float:
+        return sum(self.collectives.values())
+
+    @property
+    def total(self) -> float:
+        return max(self.compute, self.communication, self.offload) + self.exposed
 
 
 def flops_a_token(traced: Traced, config: Any, full: bool) -> float:
     """Forward 2, gradients of activations 2, of weights 2 a parameter (frozen ones: none), and attention.
 
     Kaplan et al. 2020 (arXiv 2001.08361), table 1; attention as PaLM counts it (arXiv 2204.02311,
-    appendix B), half of it for causal kernels. Checkpointing computes the forward pass twice.
+    appendix B), half of it for causal kernels. Checkpointing computes the forward pass twice. Of
+    experts, those count that a token goes through.
     """
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    matrix = traced.whole.parameters - embedding
+    matrix = traced.whole.parameters - embedding - _idle_experts(config)
     forward = 2 * matrix + 2 * config.num_hidden_layers * config.hidden_size * traced.work.length
     return forward * ((3 if full else 2) + (1 if traced.work.checkpointing else 0))
 
 
-def tokens_per_second(
+def _idle_experts(config: Any) -> float:
+    """Parameters of the experts that a token does not go through."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not experts:
+        return 0
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    expert = 3 * config.hidden_size * width
+    return config.num_hidden_layers * (experts - config.num_experts_per_tok) * expert
+
+
+def step(
     traced: Traced, config: Any, strategy: str, ranks: int, nodes: int, accumulation: int, device: GPU,
-    full: bool, quantized: bool,
-) -> float:  # fmt: skip
-    """Tokens in a second over all ranks, communication hidden behind arithmetic as far as it goes."""
-    tokens = traced.work.micro * traced.work.length * accumulation  # of a rank, in a step
+    full: bool, quantized: bool, network: Network = INFINIBAND,
+) -> Step:  # fmt: skip
+    """An optimizer step of `accumulation` micro-batches on each of `ranks`."""
+    tokens = max(traced.work.micro * traced.work.length, SATURATED)
     reached = device.tflops * 1e12 * EFFICIENCY * (IN_FOUR_BITS if quantized else 1)
-    compute = tokens * flops_a_token(traced, config, full) / reached
-    link = (device.link if nodes == 1 else min(device.link, BETWEEN_NODES)) * 1e9
-    share = (ranks - 1) / ranks
-    gradients, weights = 4 * traced.whole.trainable * share, traced.whole.computed * share
-    sharded = strategy.startswith(("zero3", "fsdp"))
-    # Ring all-reduce sends everything twice (a step); sharded weights are gathered forward and backward.
-    moved = accumulation * (2 * weights + gradients) if sharded else 2 * gradients
-    offloaded = 0.0
+    arithmetic = tokens * flops_a_token(traced, config, full) / reached
+    again = 4 / 3 if traced.work.checkpointing else 1  # the trace counts them too, but for the second forward pass
+    compute = accumulation * max(arithmetic, OPERATOR * traced.whole.operators * again)
+    ring = Ring(ranks, nodes, device, network)
+    layers = config.num_hidden_layers
+    gradients, weights = 4 * traced.whole.trainable, traced.whole.computed
+    collectives: dict[str, float] = {}
+    exposed = offload = 0.0
+    if ranks > 1 and strategy == "hybrid":  # sharded in a node, the same in each
+        inside = Ring(ranks // nodes, 1, device, network)
+        collectives["all-gather"] = accumulation * 2 * inside.gather(weights, layers)
+        collectives["reduce-scatter"] = accumulation * inside.gather(gradients, layers)
+        between = Ring(nodes, nodes, device, network)
+        collectives["all-reduce"] = between.reduce(gradients * nodes / ranks) if nodes > 1 else 0.0
+        exposed = inside.gather(weights / layers, 1)
+    elif ranks > 1 and strategy.startswith(("zero3", "fsdp")):
+        collectives["all-gather"] = accumulation * 2 * ring.gather(weights, layers)
+        collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)
+        exposed = ring.gather(weights / layers, 1)  # the first layer waits for its weights
+    elif ranks > 1 and strategy == "zero2":
+        collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)
+        exposed = ring.gather(traced.whole.trainable * 2, 1)  # the updated weights, after the step
+    elif ranks > 1:
+        collectives["all-reduce"] = ring.reduce(gradients)
+        exposed = ring.reduce(min(gradients, BUCKET))  # the last bucket has nothing left to hide behind
     if strategy.endswith("offload"):
-        offloaded = accumulation * 2 * traced.whole.computed / ranks + 8 * traced.whole.trainable / ranks
-    return ranks * tokens / max(compute, moved / link, offloaded / (TO_HOST * 1e9))
+        moved = accumulation * 2 * weights / ranks + 8 * traced.whole.trainable / ranks
+        offload = moved / (TO_HOST * 1e9)
+    return Step(compute, collectives, offload, exposed)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Collectives over `ranks` on `nodes`, as NCCL's own model has them."""
+
+    ranks: int
+    nodes: int
+    device: GPU
+    network: Network
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second through the slowest place. A node's rings share the links of all its GPUs."""
+        inside = self.device.link if self.ranks > self.nodes else math.inf
+        between = self.network.rate(self.ranks // self.nodes) if self.nodes > 1 else math.inf
+        return min(inside, between) * 1e9 * REACHED
+
+    def gather(self, size: float, calls: int) -> float:
+        """Seconds to gather `size` bytes in `calls` parts, or to reduce and scatter them."""
+        hops = (self.ranks - self.nodes) * HOP_INSIDE + (self.nodes - 1) * HOP_BETWEEN
+        return size * (self.ranks - 1) / self.ranks / self.rate + calls * (START + hops)
+
+    def reduce(self, size: float) -> float:
+        """Seconds of an all-reduce of `size` bytes in buckets."""
+        ring = 2 * ((self.ranks - self.nodes) * HOP_INSIDE + (self.nodes - 1) * HOP_BETWEEN)
+        tree = 2 * ((self.ranks / self.nodes - 1) * HOP_INSIDE + math.log2(self.nodes) * TREE_HOP)
+        latency = START + min(ring, tree)
+        return 2 * size * (self.ranks - 1) / self.ranks / self.rate + math.ceil(size / BUCKET) * latency
+
+
+def tokens_per_second(traced: Traced, ranks: int, accumulation: int, took: Step) -> float:
+    """Tokens in a second over all ranks."""
+    return ranks * traced.work.micro * traced.work.length * accumulation / took.total

@@ -19,6 +19,7 @@ import torch
 from stepladder.errors import ModelError
 from stepladder.model import adapter, load
 from stepladder.planning.live import LiveBytes
+from stepladder.planning.optimizer_states import state_bytes
 from stepladder.settings import Settings
 
 DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
@@ -48,14 +49,18 @@ class Count:
     """Bytes by what they are, of which each grows by the same amount with every layer.
 
     `held` are the weights as loaded, `computed` as they are computed with, `quantized` those of
-    them in 4 or 8 bits, `outside` what belongs to no layer; `trainable` are numbers, not bytes.
+    them in 4 or 8 bits, `outside` what belongs to no layer; `states` are the optimizer's. Not bytes
+    but numbers: `trainable` and all `parameters`, and the `operators` of a forward and backward pass.
     Of a phase: all that is alive at its worst moment but weights and gradients, and the gradients.
     """
 
     held: float
     computed: float
+    trained: float
     trainable: float
     parameters: float
+    states: float
+    operators: float
     activations: tuple[float, ...]
     gradients: tuple[float, ...]
 
@@ -110,7 +115,8 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, base = _on_meta(settings, _shortened(config, depth, work.gpu), work)
-    held = _bytes(model)
+    held, states = _bytes(model), _states(model, str(settings.get("optim")))
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
@@ -133,7 +139,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
     held = moments.weights + (held - _bytes(model))
     phases = [moments.worst[phase] for phase in PHASES]
     return Count(
-        held, moments.weights, trainable, _parameters(model),
+        held, moments.weights, trained, trainable, _parameters(model), states, moments.operators,
         tuple(alive - moments.weights - gradients for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
     )  # fmt: skip
@@ -145,6 +151,7 @@ class _Moments(LiveBytes):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.phase = PHASES[0]
+        self.operators = 0
         self.worst = dict.fromkeys(PHASES, (0, 0))
         self.parameters = list(model.parameters())
         for tensor in [*self.parameters, *model.buffers(), *_constants(model)]:
@@ -153,6 +160,7 @@ class _Moments(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.operators += func.namespace == "aten" and not func.is_view
         if self.now > self.worst[self.phase][0]:
             gradients = sum(p.grad.untyped_storage().nbytes() for p in self.parameters if p.grad is not None)
             self.worst[self.phase] = self.now, gradients
@@ -281,6 +289,12 @@ def _bytes(model: Any) -> int:
 
 def _is_packed(parameter: Any) -> bool:
     return type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
+
+
+def _states(model: Any, optimizer: str) -> float:
+    """Bytes of the optimizer's state, each parameter once."""
+    embeddings = {id(_weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return sum(state_bytes(optimizer, p, id(p) in embeddings) for p in model.parameters() if p.requires_grad)
 
 
 def _parameters(model: Any) -> int:

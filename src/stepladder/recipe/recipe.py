@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from stepladder.recipe.schema import known_keys
+from stepladder.recipe.schema import BY_PLAN, known_keys
 
 # Keys that say where a run lies and how it is watched, not what it computes.
 NOT_PART_OF_THE_RUN = {
@@ -64,6 +65,14 @@ class Recipe:
     @property
     def output_dir(self) -> Path:
         return Path(self.values.get("output_dir") or Path("runs") / self.name)
+
+    def plans(self) -> list[str]:
+        """The keys that are left to the plan."""
+        return [key for key in BY_PLAN if self.values.get(key) == "auto"]
+
+    def with_values(self, **values: Any) -> Recipe:
+        """The same recipe with these keys set."""
+        return dataclasses.replace(self, values=self.values | values)
 
     def owned_by(self, owner: str) -> dict[str, Any]:
         """The keys set that belong to one of TRL's dataclasses, as its constructor takes them."""

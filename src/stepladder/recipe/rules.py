@@ -241,6 +241,21 @@ def smoothing_needs_the_plain_loss(recipe: Recipe) -> RuleBreak | None:
 
 
 @rule
+def a_planned_micro_batch_needs_the_global_one(recipe: Recipe) -> RuleBreak | None:
+    """The plan cuts the global batch as the memory allows: were it not fixed, the curve would follow the hardware."""
+    if recipe.get("per_device_train_batch_size") != "auto":
+        return None
+    keys = ["per_device_train_batch_size", "global_batch_size"]
+    if not recipe.get("global_batch_size"):
+        return conflict(recipe, "per_device_train_batch_size: auto without global_batch_size", keys,
+                        "global_batch_size: 8, say")  # fmt: skip
+    if "gradient_accumulation_steps" in recipe.values:
+        what = "gradient_accumulation_steps is set, and with per_device_train_batch_size: auto it follows"
+        return conflict(recipe, what, [keys[0], "gradient_accumulation_steps"], "remove gradient_accumulation_steps")
+    return None
+
+
+@rule
 def one_name_for_checkpointing(recipe: Recipe) -> RuleBreak | None:
     """It is Transformers' older name for activation_checkpointing, which wins."""
     for end in ("", "_kwargs"):

@@ -112,8 +112,10 @@ class DatasetEntryArguments:
     )
 
 
+# Keys whose `auto` the plan answers: how a step is cut and what it keeps, but not what it computes.
+BY_PLAN = ("per_device_train_batch_size", "gradient_checkpointing")
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.
-AUTO_KEYS = {"bf16"}
+AUTO_KEYS = {"bf16", *BY_PLAN}
 # Fields of TRL's dataclasses that a recipe does not set: the launcher or the script does.
 NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
 
@@ -214,7 +216,8 @@ def keys_of(owner: type) -> list[Key]:
         if default is dataclasses.MISSING:
             default = factory() if factory is not dataclasses.MISSING else None
         if item.name in AUTO_KEYS:
-            types, choices, default = {"bool", "str"}, ("auto",), "auto"
+            types, choices = types | {"str"}, ("auto",)
+            default = default if item.name in BY_PLAN else "auto"
         keys.append(
             Key(
                 name=item.name,

@@ -33,8 +33,9 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
     """
     from trl import SFTConfig
 
+    asked = recipe.owned_by("SFTConfig")
     values: dict[str, Any] = {
-        **recipe.owned_by("SFTConfig"),
+        **{key: value for key, value in asked.items() if key not in recipe.plans()},
         "output_dir": str(recipe.output_dir),
         "gradient_accumulation_steps": step.accumulation,
         "bf16": precision == "bf16",
@@ -67,6 +68,8 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
         RecipeError: the global batch is smaller than the ranks, or contradicts the accumulation.
     """
     total, micro = recipe.get("global_batch_size"), recipe.get("per_device_train_batch_size")
+    if micro == "auto":  # until the plan has answered
+        micro = 1
     if total is None:
         steps = recipe.get("gradient_accumulation_steps")
         return Layout(micro * steps * ranks, micro, ranks, steps)

@@ -1,0 +1,104 @@
+"""What a run needs beside its recipe: library versions, room on the disk, accounts. Found out before it starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import shutil
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from stepladder.errors import LaunchError
+from stepladder.settings import Settings
+
+SHOWN = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+def versions() -> str:
+    """The versions of the libraries that compute.
+
+    Raises:
+        LaunchError: one is missing or older than what the code uses.
+    """
+    for text in importlib.metadata.requires("stepladder") or []:
+        needed = Requirement(text)
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+        if found == "not installed" or not needed.specifier.contains(found, prereleases=True):
+            raise LaunchError(
+                f"{needed.name} {needed.specifier} is needed, and {found} is here" if found[0].isdigit()
+                else f"{needed.name} is not installed", way_out="make install",
+            )  # fmt: skip
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
+
+
+def accounts(settings: Settings) -> str:
+    """Which accounts the run uses. W&B does without: it is offline then, and says how to upload the run.
+
+    Raises:
+        LaunchError: the result is to be pushed to the hub, and there is no token.
+    """
+    said = []
+    report_to = settings.get("report_to")
+    if "wandb" in ([report_to] if isinstance(report_to, str) else report_to or []):
+        key = os.environ.get("WANDB_API_KEY") or "api.wandb.ai" in _text(Path.home() / ".netrc")
+        said.append("W&B with its key" if key else "W&B offline, since there is no key (wandb login)")
+    if settings.get("push_to_hub"):
+        from huggingface_hub import get_token
+
+        if not get_token():
+            raise LaunchError(
+                "push_to_hub: true, and there is no token of the hub",
+                where=settings.where("push_to_hub"),
+                way_out="hf auth login, or HF_TOKEN, or push_to_hub: false",
+            )
+        said.append("the hub with its token")
+    return ", ".join(said) or "none needed"
+
+
+def disk(settings: Settings, folder: Path, trained: float, states: float, whole: float) -> str:
+    """The room that checkpoints and the result take, of what is free.
+
+    Args:
+        trained: bytes of the trained weights, which every checkpoint holds.
+        states: bytes of the optimizer's state, which it holds too.
+        whole: bytes of the result: the model, or the adapter.
+
+    Raises:
+        LaunchError: they do not fit.
+    """
+    kept = settings.get("save_total_limit") or math.inf
+    if settings.get("save_strategy") == "no":
+        count = 0.0
+    elif kept < math.inf:
+        count = kept + 1  # an old one goes only when the new one is whole
+    else:
+        count = 2  # how many there will be is not known here: the first two, then
+    need = count * (trained + (0 if settings.get("save_only_model") else states)) + whole
+    parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(parent).free
+    checkpoints = f"{count:.0f} checkpoints and the result take" if count else "the result takes"
+    if need > free:
+        raise LaunchError(
+            f"{checkpoints} {_gib(need)}, and {parent} has {_gib(free)} free",
+            where=settings.where("output_dir"),
+            way_out="another output_dir, save_total_limit: 1, or save_only_model: true (which cannot be resumed)",
+        )
+    return f"{checkpoints} {_gib(need)} of {_gib(free)} free in {parent}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
