@@ -353,7 +353,7 @@ def test_flags_through_the_script(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("dataset_name: data/techco.jsonl\n")
     flags = ["--max_steps", "-1", "--prompt_template", "Q: {input} #1\nA: ", "--report_to", "wandb", "none", "--seed=7"]
-    done = script("check", "--recipe", path, "--json", *flags)
+    done = script("check", "--recipe", path, "--show", "--json", *flags)
     assert done.code == 0, done
     values = {entry["key"]: entry["value"] for entry in json.loads(done.out)["keys"]}
     assert values["prompt_template"] == "Q: {input} #1\nA: " and values["report_to"] == ["wandb", "none"]

@@ -19,6 +19,11 @@ from stepladder.recipe.schema import known_keys
 # rule: (a recipe that breaks it, the key that is blamed, a recipe that does not break it)
 TABLE = {
     "adapter_keys_need_an_adapter": ("use_peft: false\nlora_r: 8", "lora_r", "use_peft: true\nlora_r: 8"),
+    "a_planned_micro_batch_needs_the_global_one": (
+        "per_device_train_batch_size: auto",
+        "per_device_train_batch_size",
+        "per_device_train_batch_size: auto\nglobal_batch_size: 8",
+    ),
     "quantization_keys_need_4_bits": (
         "use_peft: true\nload_in_8bit: true\nbnb_4bit_quant_type: nf4",
         "bnb_4bit_quant_type",

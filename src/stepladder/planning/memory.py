@@ -98,11 +98,15 @@ def _moment(
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
     elif strategy.startswith("fsdp"):
-        # The layer that computes and the one fetched before it, each beside the buffer it came in; what
-        # belongs to no layer stays whole from the forward pass to its end.
-        communication = 0 if in_step else outside + 3 * layer.computed
-        if backward and not in_step:
+        # What belongs to no layer is whole from the forward pass to its end. So is the layer that computes; with it
+        # the one fetched before, each beside the buffer that it came in, but for the loss and the embedding's gradient.
+        outside_trained = every - config.num_hidden_layers * layer.trained
+        at_an_end = n == 1 or (n == 3 and outside_trained > 0)
+        communication = 0 if in_step else outside + (1 if at_an_end else 3) * layer.computed
+        if backward and not in_step and not at_an_end:
             communication += 2 * layer.gradients[3]  # a layer's whole gradients and their way to the ranks
+        if n == 3 and at_an_end and not accumulates:
+            every -= outside_trained  # they are whole still, among the activations
         weights, optimizer = whole.held / ranks, optimizer / ranks
         held = every / ranks if accumulates or backward or in_step else 0.0
         if strategy.endswith("offload"):
