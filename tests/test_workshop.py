@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, script
-from played import Played, played, player  # noqa: F401 - the fixtures
+from played import Played
 
 PAGES = sorted((ROOT / "docs/workshop").glob("*.md"))
 ELSEWHERE = [
