@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test same-curve chaos plan-check workshop lint format clean
+.PHONY: help install demo test same-curve chaos plan-check plan-gpu workshop lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny run
 
 plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak memory against real steps; writes docs/planning.md (about 20 minutes)
 	$(BIN)/python benchmarks/plan.py --folder runs/plan-check --page docs/planning.md
+
+plan-gpu: $(INSTALLED) ## the same on a CUDA GPU, with random weights of 0.6 to 8 billion parameters (not run yet: see docs/planning.md)
+	$(BIN)/python benchmarks/plan_gpu.py --folder runs/plan-gpu --page docs/planning.md
 
 workshop: $(INSTALLED) models/smollm2-135m-instruct ## run every activity of the workshop in full, and refresh what its pages show
 	$(BIN)/python tests/pages.py $(sort $(wildcard docs/workshop/*.md))

@@ -11,8 +11,9 @@
 
 Without a view, the whole pre-flight: versions, recipe, data, model, strategy, memory, disk, accounts;
 of this machine, or of the one that --gpus and --gpu name. Any key of the recipe can be set on the
-command line, as for sft.py. An Axolotl configuration is explained by its own key names. --audit looks at the rows that the recipe trains on, as text and
-as tokens; --show N prints N of them too, the trained tokens in colour.
+command line, as for sft.py. An Axolotl configuration is explained by its own key names. --audit looks
+at the rows that the recipe trains on, as text and as tokens; --show N prints N of them too, the
+trained tokens in colour.
 Exit code 0: all is right; 2: the errors are printed.
 """
 

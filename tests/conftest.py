@@ -14,6 +14,8 @@ import pytest
 
 from tiny import ROOT, SMOLLM2, make_tiny
 
+pytest_plugins = ["played"]
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

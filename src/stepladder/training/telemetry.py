@@ -181,6 +181,7 @@ def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
 
     The percentiles of the step times are of this start's steps alone.
     """
+    import torch
     import torch.distributed as dist
 
     peaks = [peak_memory_bytes()]
@@ -200,6 +201,7 @@ def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
         **({"peak_flops": work.peak, "peak_flops_source": work.peak_source} if work else {}),
         **{f"step_seconds_p{q}": round(times[len(times) * q // 100], 4) for q in (50, 90, 99) if times},
         "peak_memory_bytes": peaks,
+        **({"reserved_memory_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_available() else {}),
     }
 
 
