@@ -119,8 +119,8 @@ def test_submit_plans_where_it_knows_the_gpus() -> None:
     )
     assert not done.out
     done = script("submit", *full, "--strategy", "auto")
-    assert done.code == 0 and done.out.startswith("# plan: zero2, micro-batch 1, checkpointing off"), done
-    assert "--strategy zero2 --per_device_train_batch_size 1 --gradient_checkpointing false" in done.out.splitlines()[1]
+    assert done.code == 0 and done.out.startswith("# plan: fsdp, micro-batch 1, checkpointing off"), done
+    assert "--strategy fsdp --per_device_train_batch_size 1 --gradient_checkpointing false" in done.out.splitlines()[1]
     done = script("submit", "--recipe", "lora", "--gpus", "8", "--strategy", "auto", "--dry_run")
     assert done.code == 2 and "needs to know the GPUs" in done.err, done
 

@@ -27,10 +27,11 @@ def write(plan: Plan, ways: list[Way], best: Way | None, steps: int | None) -> N
         f"{plan.precision}: GiB a rank",
         title_justify="left",
     )
-    for name in ("strategy", "ckpt", "batch", "peak", *PARTS.values(), "host", "fits", "tokens/s", "hours"):
+    for name in ("strategy", "ckpt", "batch", "peak", *PARTS.values(), "host/node", "fits", "tokens/s", "hours"):
         table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     for way in ways:
-        parts = [f"{getattr(way.memory, name) / GIB:.1f}" for name in (*PARTS, "host")]
+        parts = [f"{getattr(way.memory, name) / GIB:.1f}" for name in PARTS]
+        parts.append(f"{way.memory.host * plan.ranks / plan.nodes / GIB:.1f}")
         room = (way.limit - way.memory.total) / GIB
         table.add_row(
             ("▸ " if way is best else "  ") + way.strategy, "on" if way.checkpointing else "off", str(way.micro),
