@@ -1,0 +1,120 @@
+"""Non-padding tokens per second of training on this machine, beside `trl sft` and a bare PyTorch loop.
+
+    python benchmarks/train.py --repeat 3
+    python benchmarks/train.py --repeat 1 --method lora
+
+Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns. A line is
+printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
+the same tokens, so that imports, loading and the first steps do not count. `first step` is the time from the command to
+the end of the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models/smollm2-135m-instruct"
+ROWS, BATCH = 72, 8
+EPOCH = ROWS // BATCH
+METHODS = {
+    "lora": ("--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"),
+    "full": (),
+}
+RATE = {"lora": "5e-4", "full": "5e-5"}
+# What raises the most elsewhere too: glibc would map and unmap each activation.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+
+
+def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """By contender: what is typed, and the environment."""
+    steps = str(2 * EPOCH)
+    common = ["--model_name_or_path", str(MODEL), "--max_length", "512", "--max_steps", steps, "--report_to", "none"]
+    common += ["--learning_rate", RATE[method], "--lr_scheduler_type", "constant"]
+    common += ["--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no", "--seed", "42"]
+    trl = [str(Path(sys.executable).parent / "trl"), "sft", *common, *METHODS[method], "--dataset_name", str(folder)]
+    trl += ["--per_device_train_batch_size", str(BATCH), "--use_cpu", "true", "--output_dir", str(folder / "trl")]
+    best = ["--gradient_checkpointing", "false", "--bf16", "true", "--train_sampling_strategy", "group_by_length"]
+    recipe = "lora" if method == "lora" else "sft"
+    ours = [sys.executable, "scripts/sft.py", "--recipe", recipe, *common, "--output_dir", str(folder / "ours")]
+    bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
+    return {
+        "Stepladder": ([*ours, "--overwrite"], {}),
+        "`trl sft`": (trl, {}),
+        "`trl sft`, its best flags": ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
+        "a bare PyTorch loop": (bare, MALLOC),
+    }
+
+
+def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[float]]:
+    """Seconds to the first step and of the second epoch, and the losses."""
+    began, times, losses = time.perf_counter(), [], []
+    process = subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, **env, "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if found := re.search(r"(?:'loss': '?|\bloss )([\d.]+)", line):
+            times.append(time.perf_counter() - began)
+            losses.append(float(found[1]))
+    if process.wait() or len(times) < 2 * EPOCH:
+        sys.exit(f"✘ {' '.join(words)}\n{''.join(printed[-30:])}")
+    return times[0], times[2 * EPOCH - 1] - times[EPOCH - 1], losses[: 2 * EPOCH]
+
+
+def tokens(folder: Path) -> int:
+    """Non-padding tokens of an epoch; the rows are written as TRL wants them."""
+    from transformers import AutoTokenizer
+
+    tokenizer, count, lines = AutoTokenizer.from_pretrained(MODEL), 0, []
+    for line in (ROOT / "data/techco.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        turns = [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]
+        count += len(tokenizer.apply_chat_template(turns, return_dict=False))
+        lines.append(json.dumps({"prompt": turns[:1], "completion": turns[1:]}))
+    assert len(lines) == ROWS
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--method", choices=METHODS, action="append")
+    args = parser.parse_args()
+    for method in args.method or METHODS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            count = tokens(folder)
+            runs: dict[str, list[tuple[float, float, list[float]]]] = {}
+            for _ in range(args.repeat):
+                for contender, (words, env) in commands(method, folder).items():
+                    runs.setdefault(contender, []).append(play(words, env))
+                    first, epoch, losses = runs[contender][-1]
+                    print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
+                          f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
+        floor = statistics.median(epoch for _, epoch, _ in runs["`trl sft`"])
+        print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
+        print("| | tokens/s | × `trl sft` | first step, s | loss of the second epoch |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        for contender, found in runs.items():
+            first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))
+            loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
+            print(f"| {contender} | {count / epoch:.0f} | {floor / epoch:.2f} | {first:.1f} | {loss:.3f} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
