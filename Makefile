@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test same-curve chaos plan-check plan-gpu workshop lint format clean
+.PHONY: help install demo test same-curve chaos plan-check plan-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ plan-gpu: $(INSTALLED) ## the same on a CUDA GPU, with random weights of 0.6 to 
 
 workshop: $(INSTALLED) models/smollm2-135m-instruct ## run every activity of the workshop in full, and refresh what its pages show
 	$(BIN)/python tests/pages.py $(sort $(wildcard docs/workshop/*.md))
+
+docs: $(INSTALLED) ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(INSTALLED) ## ruff, mypy and shellcheck, changing nothing
 	$(BIN)/ruff check .

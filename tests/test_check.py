@@ -80,6 +80,13 @@ def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tm
     assert "Traceback" not in done.err, done
 
 
+def test_a_tracker_that_is_not_installed(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the start of a run whose tracker would end it with a traceback."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="report_to: trackio, which is not installed"):
+        requirements.accounts(settings(report_to=["none", "trackio"]))
+
+
 def test_a_full_disk_is_seen_before_the_run(settings, tmp_path: Path) -> None:
     """Guards the first checkpoint of a long run, which would find no room."""
     few = settings(save_strategy="steps", save_total_limit=2, output_dir=str(tmp_path))

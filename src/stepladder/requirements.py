@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import shutil
@@ -13,6 +14,7 @@ from packaging.requirements import Requirement
 from stepladder.errors import LaunchError
 from stepladder.settings import Settings
 
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab")  # named as their packages are
 SHOWN = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -42,11 +44,19 @@ def accounts(settings: Settings) -> str:
     """Which accounts the run uses. W&B does without: it is offline then, and says how to upload the run.
 
     Raises:
-        LaunchError: the result is to be pushed to the hub, and there is no token.
+        LaunchError: a tracker's package is missing, or the result is to be pushed to the hub, and there is no token.
     """
     said = []
     report_to = settings.get("report_to")
-    if "wandb" in ([report_to] if isinstance(report_to, str) else report_to or []):
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    for name in names:
+        if name in TRACKERS and not importlib.util.find_spec(name):
+            raise LaunchError(
+                f"report_to: {name}, which is not installed",
+                where=settings.where("report_to"),
+                way_out=f"pip install {name}, or report_to: none",
+            )
+    if "wandb" in names:
         key = os.environ.get("WANDB_API_KEY") or "api.wandb.ai" in _text(Path.home() / ".netrc")
         said.append("W&B with its key" if key else "W&B offline, since there is no key (wandb login)")
     if settings.get("push_to_hub"):

@@ -1,0 +1,61 @@
+"""Chapters 1 to 3 of the workshop: the first steps, memory, your own data, a broken model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from played import Played
+
+
+def test_1_1_prompt_the_base(played: Played) -> None:
+    """The transcript is kept, and it is measured whether answers repeat and stop."""
+    rows = [json.loads(line) for line in (played.folder / "runs/before.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and not rows[0]["stopped"], "12 tokens are too few for quantum physics"
+    said = played.outputs[1].splitlines()
+    assert len(said) == 3 and said[0].endswith("is cut off") and all("% of its runs" in line for line in said)
+
+
+def test_1_2_twice_the_steps(played: Played) -> None:
+    """Twice the steps; the first 60 are the same; the page holds both curves; the loss went lower."""
+    short, long = ([row["loss"] for row in played.metrics(name) if "loss" in row] for name in ("steps60", "steps120"))
+    assert (len(short), len(long)) == (60, 120) and long[:60] == pytest.approx(short, abs=1e-4)
+    assert sum(long[-18:]) < sum(short[-18:]), "an epoch each"
+    page = (played.folder / "runs/60-against-120.html").read_text()
+    assert "steps60" in page and "steps120" in page
+
+
+def test_2_1_memory_balancing(played: Played) -> None:
+    """Micro-batch 2 to 4 is accumulation 4 to 2, on the same curve; out of memory is one message with ways down."""
+    facts = [played.run(name) for name in ("micro2", "micro4")]
+    cut = [(run["micro_batch_size"], run["gradient_accumulation_steps"], run["global_batch_size"]) for run in facts]
+    assert cut == [(2, 4, 8), (4, 2, 8)]
+    (difference,) = json.loads(played.outputs[3])["differences"]
+    assert difference["the same curve (fp32)"] == "yes"
+    assert facts[1]["plan"]["peak_memory_bytes"] > 0
+    assert "out of memory on rank 0" in played.outputs[4] and "--per_device_train_batch_size 16" in played.outputs[4]
+
+
+def test_3_1_bring_your_own_data(played: Played) -> None:
+    """Two rows of a Python list are learned: asked who the best instructor is, the model says it."""
+    assert played.outputs[2].strip() == "Obviously, the person running this workshop."
+
+
+def test_3_2_break_the_model(played: Played) -> None:
+    """The verdicts name memorization and overfitting."""
+    assert re.search(r"^break: memorized, overfitting", played.outputs[1], re.MULTILINE), played.outputs[1]
+
+
+def test_3_3_fp16_and_bf16(played: Played) -> None:
+    """A gradient of 1e-8 is lost in fp16 and kept in bf16; training in bf16 ends where fp32 does."""
+    lines = dict(line.split(maxsplit=1) for line in played.outputs[0].splitlines())
+    assert lines["float16"].startswith("gradient 0, with loss scaling 1e-08")
+    assert lines["bfloat16"].startswith("gradient 1e-08")
+    assert [played.run(name)["precision"] for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    ends = [
+        played.metrics(name)[-1]["train_loss" if "train_loss" in played.metrics(name)[-1] else "loss"]
+        for name in ("fp32", "bf16")
+    ]
+    assert ends[0] == pytest.approx(ends[1], abs=0.05)  # bf16 keeps 2 to 3 digits of a loss of 9
