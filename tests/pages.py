@@ -3,7 +3,7 @@
     python tests/pages.py docs/workshop/2.2-rank-doubling.md
 
 A page's blocks marked `bash` are run from the top, a command a line, in the folder of the repository; one
-that fails ends it. What follows a block may say
+that fails ends it, but for those with `|| true`. What follows a block may say
 
     <!-- in tests: sft --max_steps 3; compare --limit 2 -->    flags that the tests add to its scripts
     <!-- output: REGEX -->                                      which lines the `text` block below it shows
@@ -101,7 +101,7 @@ def serve() -> None:
         command, folder = json.loads(line)
         log = Path(folder) / ".output"
         words = shlex.split(command)
-        if words[0] == "python":
+        if words[0] == "python" and "||" not in words:
             code = _forked(words[1:], folder, log)
         else:
             env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

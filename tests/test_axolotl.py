@@ -249,7 +249,7 @@ def test_values_of_another_type_at_their_place(tmp_path: Path) -> None:
     file = tmp_path / "c.yml"
     file.write_text("base_model: m\nmicro_batch_size: two\n")
     done = script("import_axolotl", file, "-o", tmp_path / "r.yaml")
-    assert done.code == 2 and f"{file}:2:1" in done.err and "whole number, found text (two)" in done.err, done
+    assert done.code == 2 and f"{file}:2:1" in done.err and "'two' is not an allowed value" in done.err, done
     file.write_text("base_model: m\nval_set_size: some\n")
     done = script("import_axolotl", file, "-o", tmp_path / "r.yaml", "--force")
     assert done.code == 2 and f"{file}:2:1: val_set_size takes a number, found 'some'" in done.err, done

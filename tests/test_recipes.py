@@ -63,7 +63,9 @@ def test_no_recipe_is_missed() -> None:
 def test_a_recipe_loads_and_its_resolved_form_is_the_same(path: Path, tmp_path: Path) -> None:
     """Guards against a shipped key that a library has dropped, and a run folder's recipe that means another run."""
     recipe = load.load(str(path), [])
-    assert not recipe.notes, "a shipped recipe uses today's names"
+    # What a recipe of the workshop switches off, its parent's keys for that are left out.
+    notes = [note for note in recipe.notes if path.parent.name != "workshop" or " is left out: " not in note]
+    assert not notes, "a shipped recipe uses today's names"
     resolved = tmp_path / "recipe.yaml"
     resolved.write_text(recipe.to_yaml(), encoding="utf-8")
     again = load.load(str(resolved), [])

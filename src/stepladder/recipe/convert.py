@@ -115,10 +115,11 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
         )
     result = _scalar(key, node, where, source)
     if key.choices and isinstance(result, str) and result not in key.choices:
+        others = [words for kind, words in TYPE_NAMES.items() if kind in key.types and kind != "str"]
         raise RecipeError(
             f"{key.name}: '{result}' is not an allowed value",
             where=where,
-            why=f"allowed: {', '.join(key.choices)}" if len(key.choices) <= 16 else "",
+            why=f"allowed: {', '.join([*others, *key.choices])}" if len(key.choices) <= 16 else "",
             way_out=suggest(result, key.choices),
         )
     if expected := ranges.outside(key.name, result):
