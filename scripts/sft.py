@@ -95,7 +95,7 @@ def main() -> int | None:
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
-    model = adapter.attach(base, recipe, new_tokens)
+    model = adapter.attach(base, recipe, tokenizer, new_tokens)
 
     record.begin(
         recipe.to_yaml(),

@@ -39,7 +39,7 @@ def of_rows(
         batch = {k: v.to(model.device) for k, v in collate([items[i] for i in numbers]).items()}
         labels = batch.pop("labels")[:, 1:]
         with torch.inference_mode():
-            logits = model(**batch).logits[:, :-1]
+            logits = model(**batch).logits[:, -1 - labels.shape[1] : -1]  # after virtual tokens, where there are any
         found = []
         for row, targets in zip(logits, labels, strict=True):
             trained = targets != IGNORED

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
+from stepladder.model import virtual_tokens
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def attach(model: PreTrainedModel, recipe: Settings, new_tokens: Sequence[str] = ()) -> PreTrainedModel:
+def attach(
+    model: PreTrainedModel,
+    recipe: Settings,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    new_tokens: Sequence[str] = (),
+) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
 
     The adapter is in fp32 whatever the base: in bf16, small updates would round to nothing.
 
     Args:
+        tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow.
         new_tokens: tokens that a template added to the vocabulary.
 
     Raises:
@@ -37,6 +44,11 @@ def attach(model: PreTrainedModel, recipe: Settings, new_tokens: Sequence[str] =
         )
     from peft import LoraConfig, get_peft_model
 
+    if recipe.get("peft_type") != "lora":
+        wrapped = get_peft_model(model, virtual_tokens.config(recipe))
+        if tokenizer:
+            virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
+        return wrapped
     config = LoraConfig(
         r=recipe.get("lora_r"),
         lora_alpha=recipe.get("lora_alpha"),

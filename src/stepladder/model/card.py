@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from stepladder.model import virtual_tokens
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -29,6 +31,8 @@ def method(trained: dict[str, Any]) -> str:
     recipe = trained["recipe"]
     if not recipe.get("use_peft"):
         return "full fine-tuning"
+    if (kind := recipe.get("peft_type", "lora")) != "lora":
+        return virtual_tokens.NAMES[kind]
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
@@ -135,6 +139,8 @@ def _commands(folder: Path, base: str, trained: dict[str, Any], adapter: bool) -
             "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n"
             f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{folder.name}.gguf --outtype bf16"
         )
+    if trained["recipe"].get("peft_type", "lora") != "lora":
+        return ask
     rank = trained["recipe"].get("lora_r", 16)
     return (
         f"{ask}\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {folder.name}={folder}\n"

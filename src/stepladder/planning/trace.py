@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter, load
+from stepladder.model import adapter, load, virtual_tokens
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
 from stepladder.settings import Settings
@@ -124,12 +124,16 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
         ids = torch.zeros((work.micro, work.length), dtype=torch.long)
         # Rows of one length need no mask; of several, or packed, SDPA takes one of all pairs of tokens.
         square = work.micro > 1 or settings.get("packing")
-        mask = torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool) if square else None
+        virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"  # their mask is small: left out
+        mask = (
+            torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool) if square and not virtual else None
+        )
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
                 if work.gpu:
-                    hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                    given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
+                    hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
                     loss = _TritonLoss.apply(hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings().weight)
                 else:
                     loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True,

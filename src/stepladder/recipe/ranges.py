@@ -44,6 +44,7 @@ RANGES: dict[str, Range] = {
     "lora_alpha": COUNT,
     "lora_dropout": PROPER_SHARE,
     "lora_r": COUNT,
+    "num_virtual_tokens": COUNT,
     "router_aux_loss_coef": NOT_NEGATIVE,
     # ---- training ----
     "adam_beta1": PROPER_SHARE,

@@ -61,6 +61,7 @@ DATA_KEYS = {
 }
 
 QUANTIZATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+VIRTUAL_TOKENS = ("num_virtual_tokens", "virtual_tokens_text")
 WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor")
 # Keys of a block in model_init_kwargs that the recipe has at its top, by which name.
 OWN_KEY = {
@@ -90,8 +91,41 @@ def check(recipe: Recipe) -> list[RuleBreak]:
 @rule
 def adapter_keys_need_an_adapter(recipe: Recipe) -> RuleBreak | None:
     """They shape an adapter, and without use_peft there is none: every weight is trained."""
-    keys = [key for key in recipe.values if key.startswith("lora_") or key in ("use_rslora", "use_dora")]
+    keys = [*_of_lora(recipe), "peft_type", *VIRTUAL_TOKENS]
     return None if recipe.get("use_peft") else idle(recipe, "use_peft", keys, "use_peft: true")
+
+
+@rule
+def each_adapter_has_its_own_keys(recipe: Recipe) -> RuleBreak | None:
+    """LoRA has matrices of a rank, prefix and prompt tuning have virtual tokens."""
+    lora = recipe.get("peft_type") == "lora"
+    way_out = "peft_type: prefix (or prompt)" if lora else "peft_type: lora"
+    return idle(recipe, "peft_type", VIRTUAL_TOKENS if lora else _of_lora(recipe), way_out)
+
+
+@rule
+def virtual_tokens_stand_before_each_row(recipe: Recipe) -> RuleBreak | None:
+    """Virtual tokens come before a sequence, and rows laid end to end are one: only the first would see them."""
+    for key in ("packing", "eval_packing", "padding_free"):
+        if recipe.get("use_peft") and recipe.get("peft_type") != "lora" and recipe.get(key):
+            what = f"{key}: true with {shown(recipe, 'peft_type')}"
+            return conflict(recipe, what, ["peft_type", key], f"{key}: false", at=key)
+    return None
+
+
+@rule
+def a_prefix_is_a_cache(recipe: Recipe) -> RuleBreak | None:
+    """PEFT gives the model a prefix as cached keys and values, which checkpointing's second forward would grow."""
+    newer = recipe.get("activation_checkpointing") is not None
+    key = "activation_checkpointing" if newer else "gradient_checkpointing"
+    if recipe.get("use_peft") and recipe.get("peft_type") == "prefix" and recipe.get(key):
+        what = f"{shown(recipe, key)} with peft_type: prefix"
+        return conflict(recipe, what, ["peft_type", key], f"{key}: false, or peft_type: prompt")
+    return None
+
+
+def _of_lora(recipe: Recipe) -> list[str]:
+    return [key for key in recipe.values if key.startswith("lora_") or key in ("use_rslora", "use_dora")]
 
 
 @rule

@@ -72,6 +72,19 @@ class StepladderArguments:
             "help": "For base models: the text before the answer, such as '### User: {input}\\n### Assistant: '."
         },
     )
+    peft_type: str = field(
+        default="lora",
+        metadata={
+            "help": "With use_peft, what is trained: low-rank matrices beside the weights, or virtual tokens before "
+            "every prompt, by their keys and values in each layer (prefix) or their embeddings (prompt).",
+            "choices": ["lora", "prefix", "prompt"],
+        },
+    )
+    num_virtual_tokens: int = field(default=20, metadata={"help": "How many tokens prefix or prompt tuning learns."})
+    virtual_tokens_text: str = field(
+        default="You are a helpful assistant. Answer the user's question in the style of the examples.",
+        metadata={"help": "What the virtual tokens begin as, cut or repeated to their number."},
+    )
     on_nan: str = field(
         default="stop",
         metadata={

@@ -45,7 +45,7 @@ def _configuration(run: LoggedRun) -> list[str]:
     facts, recipe = run.facts, run.facts.get("recipe") or {}
     counts, totals = facts.get("parameters") or {}, facts.get("totals") or {}
     rows: dict[str, Any] = {"Base model": recipe.get("model_name_or_path")}
-    if recipe.get("use_peft"):
+    if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":
         rows["LoRA rank"] = recipe.get("lora_r")
     rows |= {
         "Learning rate": recipe.get("learning_rate"),

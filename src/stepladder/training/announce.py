@@ -52,7 +52,7 @@ def ending(run: Run) -> str:
     base = recipe["model_name_or_path"]
     if data := recipe.get("eval_dataset_name"):
         lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder} --data {data}")
-    if recipe.get("use_peft"):
+    if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":  # virtual tokens cannot be merged
         lines.append(
             f"  merge it:    python scripts/merge.py --adapter {run.folder} --output_dir merged/{run.folder.name}"
         )

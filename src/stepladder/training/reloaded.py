@@ -67,6 +67,8 @@ def _names_in_file(trainer: Any, parameters: dict[str, Any]) -> dict[str, str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
         return {}
+    if model.active_peft_config.is_prompt_learning:  # one tensor, for which PEFT has a name of its own
+        return dict.fromkeys(["prompt_embeddings"], *parameters)
     return dict(get_peft_model_state_dict(model, {name: name for name in parameters}, save_embedding_layers=False))
 
 

@@ -39,6 +39,14 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             "the curve would be another one (adafactor's by 5e-2 within 7 steps)",
             way_out="optim: adamw_torch_fused, or accelerate_configs/fsdp.yaml, which keeps the matrices",
         )
+    kind = recipe.get("peft_type")
+    if recipe.get("use_peft") and kind != "lora" and launch.strategy.startswith(("zero3", "fsdp")):
+        raise RecipeError(
+            f"peft_type: {kind} cannot run under {launch.strategy}",
+            where=recipe.where("peft_type"),
+            why="PEFT runs the virtual tokens through their encoder as it saves, on one rank, which has a shard of it",
+            way_out="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
+        )
     if recipe.get("load_in_8bit") and launch.ranks > 1:
         notes.append(
             f"{recipe.where('load_in_8bit')}: load_in_8bit finds outliers batch by batch, so evaluation "
