@@ -52,6 +52,8 @@ def answers(
         ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).tolist()
         return [Answer(text.strip(), stopped) for text, stopped in zip(said, ended, strict=True)]
 
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PROMPT_TUNING":
+        batch_size = 1  # PEFT 0.21 leaves out position ids here, so that padding would move a prompt's positions
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # the answer begins where the prompt ends
     try:
         batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
