@@ -48,6 +48,8 @@ def main() -> None:
     if args.json:
         print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
         return
+    if others:
+        print("\n".join(runs.side_by_side(logged)))
     for run in logged:
         print(f"{run.name}: {', '.join(verdict.name for verdict in page.judge(run))}")
         for remark in run.remarks:

@@ -95,18 +95,25 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     Raises:
         ModelError: the architecture cannot be built, or not be traced.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
+    if settings.get("load_in_8bit"):
+        raise ModelError(
+            "a base in 8 bits cannot be planned",
+            where=settings.where("load_in_8bit"),
+            why="bitsandbytes' 8-bit layers look at their values, and a plan has none",
+            way_out="load_in_4bit: true, which is planned and takes less",
+        )
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
     try:
         with _unsharded():
             few, more = (_traced(settings, config, depth, work) for depth in depths)
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a model does that was never traced before: training goes on without a plan
         raise ModelError(
             f"the architecture {config.model_type} cannot be traced without its values",
-            why=f"what it computes depends on them ({error})",
-        ) from None
+            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        ) from error
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
     return Traced(more.plus(layer, layers - depths[1]), layer, work)
 

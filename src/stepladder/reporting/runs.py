@@ -166,3 +166,29 @@ def _read_metrics(run: LoggedRun) -> None:
         run.remarks.append(f"{METRICS} is damaged at line {shown}: left out")
     if not run.rows:
         run.remarks.append(f"{METRICS} holds no metrics yet")
+
+
+def side_by_side(logged: list[LoggedRun]) -> list[str]:
+    """The runs as lines of a table: what each trained, took and reached."""
+    rows: list[tuple[str, ...]] = [("run", "trained", "steps", "seconds", "tokens/s", "GiB", "loss", "held-out loss")]
+    for run in logged:
+        totals, final = run.facts.get("totals") or {}, run.facts.get("final") or {}
+        counts, peaks = run.facts.get("parameters") or {}, totals.get("peak_memory_bytes") or []
+        cells = (
+            (counts.get("trainable"), "{:,}"),
+            (totals.get("steps"), "{:,}"),
+            (totals.get("seconds"), "{:,.0f}"),
+            (totals.get("tokens_per_second"), "{:,.0f}"),
+            (max(peaks) / 2**30 if peaks else None, "{:.2f}"),
+            (final.get("loss"), "{:.4f}"),
+            (final.get("eval_loss"), "{:.4f}"),
+        )
+        rows.append((run.name, *("–" if value is None else form.format(value) for value, form in cells)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
