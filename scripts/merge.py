@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several add up")
     parser.add_argument("--weights", type=float, nargs="+", help="one a --adapter (1 each)")
     parser.add_argument("--output_dir", "--output-dir", required=True, type=Path)
+    parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
     parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (the base's)")
     parser.add_argument("--quantized_base", "--quantized-base", choices=("original", "dequantized"))
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
     parser.add_argument("--json", action="store_true", help="print merge.json")
     args = parser.parse_args()
-    weights.check_output(args.output_dir)
+    weights.check_output(args.output_dir, args.overwrite)
     scales = args.weights or [1.0] * len(args.adapter)
     if len(scales) != len(args.adapter):
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"note: the whole model is loaded, in fp32: {because}", file=sys.stderr)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else weights.dtype(work.disk)
     size = sum(tensor.bytes for tensor in work.plan(dtype).values())
-    with weights.beside(args.output_dir, size) as part:
+    with weights.beside(args.output_dir, size, args.overwrite) as part:
         check = None
         if not args.no_verify:
             check = proof.Proof(work, prompts.token_ids(_rows(args), tokenizer))

@@ -53,6 +53,7 @@ def main() -> int | None:
     import transformers
 
     from stepladder.data import prepare, templates
+    from stepladder.evaluation import samples
     from stepladder.model import adapter
     from stepladder.planning import choose
     from stepladder.training import announce, callback, out_of_memory, profiling, progress, result, telemetry
@@ -120,9 +121,9 @@ def main() -> int | None:
         console.say(announce.beginning(record, notes + unplanned + (train_rows.notes if train_rows else [])))
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
-        meter = telemetry.Telemetry(record, work)
+        meter = telemetry.Telemetry(record, work, launch.local_ranks)
         own = callback.of(args.callback)
-        told = trackers.of(record, recipe, training_args)
+        told = trackers.of(record, recipe, training_args, samples.asker(eval_rows, tokenizer, launch.strategy))
         watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
         sft = trainer.Trainer(
             model=model,

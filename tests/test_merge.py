@@ -357,6 +357,21 @@ def test_nothing_is_left_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         weights.beside(tmp_path / "other", 16 * 10**9).__enter__()
 
 
+def test_a_merge_replaces_another_only_when_asked(tmp_path: Path) -> None:
+    """Guards --overwrite: nothing goes without it, nothing that is no merge goes with it, and nothing is left over."""
+    out = tmp_path / "out"
+    with weights.beside(out, 0):
+        pass
+    with pytest.raises(ModelError, match=r"--overwrite to replace"), weights.beside(out, 0):
+        pass
+    with weights.beside(out, 0, overwrite=True) as part:
+        (part / "new").touch()
+    assert (out / "new").exists() and [*tmp_path.iterdir()] == [out]
+    (out / "merge.json").unlink()
+    with pytest.raises(ModelError, match="is no merge"), weights.beside(out, 0, overwrite=True):
+        pass
+
+
 def test_ollama_renders_the_chat_template(smollm2: Path) -> None:
     """Guards against a TEMPLATE that asks the model otherwise than it was trained; what cannot be shown is refused."""
     from transformers import AutoTokenizer

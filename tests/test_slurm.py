@@ -160,6 +160,11 @@ def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str
     found = curves.difference(reference, site.folder / name)
     assert found.steps == STEPS and found.within(), found
     assert site.run_json(name)["world_size"] == 4
+    lines = (site.folder / name / "metrics.jsonl").read_text().splitlines()
+    (load,) = {
+        frozenset(key for key in json.loads(line) if key.startswith("node_")) for line in lines if '"loss"' in line
+    }
+    assert load == {f"node_{node}/{what}_percent" for node in (0, 1) for what in ("cpu", "memory")}
     assert not list(ROOT.glob("pwned")) and not list(site.folder.rglob("pwned"))
 
 

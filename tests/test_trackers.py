@@ -87,6 +87,13 @@ def test_one_curve_over_a_resumption(tmp_path, tiny, learnable, write_recipe, cl
     assert json.loads((again / "checkpoint-4/COMPLETE.json").read_text())["wandb_run_id"] == name
     assert told(server.history[name]) == rows(again)
     assert server.summary[name]["report"]["_type"] == "html-file"
+    assert server.summary[name]["samples"]["_type"] == "table-file"
+    (table,) = (json.loads(file.read_text()) for file in files[-1].glob("files/media/table/*.json"))
+    asked = manifest(again)["samples"]
+    assert table["columns"] == ["question", "reference", "before", "after"] and len(table["data"]) == 3
+    assert [row[2:] for row in table["data"]] == [
+        [a["answer"], b["answer"]] for a, b in zip(asked["before"], asked["after"], strict=True)
+    ]
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

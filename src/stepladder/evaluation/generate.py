@@ -26,6 +26,7 @@ def answers(
     conversations: list[list[Message]],
     batch_size: int = 16,
     streamer: BaseStreamer | None = None,
+    shared: bool = True,
     **sampling: Any,
 ) -> list[Answer]:
     """The model's next turn for each conversation, in their order; the ranks share them out.
@@ -34,6 +35,7 @@ def answers(
         conversations: each ends with the user's turn. Without a chat template, the user's
             text is the prompt as it stands.
         streamer: is given the tokens as they come (of one conversation).
+        shared: False where one rank alone asks.
         sampling: Transformers' generation flags (`max_new_tokens`, `temperature`, …); greedy
             unless `do_sample` is set.
     """
@@ -57,7 +59,8 @@ def answers(
     side, tokenizer.padding_side = tokenizer.padding_side, "left"  # the answer begins where the prompt ends
     try:
         batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-        return [answer for batch in shared_out.each(batches, batch_of) for answer in batch]
+        each = shared_out.each(batches, batch_of) if shared else map(batch_of, batches)
+        return [answer for batch in each for answer in batch]
     finally:
         tokenizer.padding_side = side
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name, torch's
+MARK = "merge.json"  # what tells a merge from other folders
 CODES = {name: code for code, name in FLOATS.items()}
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -167,25 +168,33 @@ def more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def check_output(folder: Path) -> None:
-    """Raise ModelError where the folder holds anything: nothing that existed is overwritten."""
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise ModelError where the folder holds anything, but for a merge that may be overwritten."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"{folder} exists", why="nothing that existed is overwritten", way_out="another --output_dir")
+        is_merge = (folder / MARK).is_file()
+        if overwrite and is_merge:
+            return
+        raise ModelError(
+            f"{folder} exists" + (" and is no merge" if overwrite else ""),
+            why="nothing that existed is overwritten",
+            way_out="another --output_dir" + (", or --overwrite to replace that merge" if is_merge else ""),
+        )
 
 
 @contextmanager
-def beside(folder: Path, needed: int) -> Iterator[Path]:
+def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
 
     Args:
         needed: bytes that will be written.
+        overwrite: whether it may take the place of another merge, which stands until then.
 
     Raises:
         ModelError: not enough space, or a file of the user's where the work would be.
     """
-    check_output(folder)
-    part, mark = folder.with_name(folder.name + ".part"), "merge.json"
-    if (part / mark).is_file():  # what a merge left that was killed
+    check_output(folder, overwrite)
+    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    if (part / MARK).is_file():  # what a merge left that was killed
         shutil.rmtree(part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
@@ -199,9 +208,12 @@ def beside(folder: Path, needed: int) -> Iterator[Path]:
     except FileExistsError:
         raise ModelError(f"{part} exists, and the work is done there", way_out="remove it") from None
     try:
-        (part / mark).write_text('{"status": "merging"}\n')
+        (part / MARK).write_text('{"status": "merging"}\n')
         yield part
+        if (folder / MARK).is_file():
+            os.replace(folder, old)
         os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part)
         raise

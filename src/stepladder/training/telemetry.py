@@ -32,10 +32,11 @@ class Telemetry(TrainerCallback):
 
     Args:
         work: the operations of the model; None where they are not known, and there is no MFU then.
+        ranks_a_node: where the ranks are more, each node's load is told too; a tracker sees rank 0's alone.
     """
 
-    def __init__(self, run: Run, work: Work | None = None):
-        self.run, self.work = run, work
+    def __init__(self, run: Run, work: Work | None = None, ranks_a_node: int = 0):
+        self.run, self.work, self.ranks_a_node = run, work, ranks_a_node
         # Over all ranks, since the run began: tokens, those of them with a loss, places of the batches,
         # query–key pairs; optimizer steps, their seconds, and those of them in which a rank waited for data.
         self.tokens = self.trained_tokens = self.places = self.pairs = self.steps = 0
@@ -102,7 +103,7 @@ class Telemetry(TrainerCallback):
 
     def figures(self, device: Any) -> dict[str, float]:
         """What a logged step shows of the steps since the last one; every rank calls it."""
-        waits, forwards, memory = self._gathered(device)
+        waits, forwards, memory, *load = self._gathered(device)
         self.waited += max(waits)
         new = {key: getattr(self, key) - self._since_log[key] for key in COUNTED}
         self._since_log = {key: getattr(self, key) for key in COUNTED}
@@ -118,11 +119,16 @@ class Telemetry(TrainerCallback):
             own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
             found["slowest_rank"] = own.index(max(own))
             found["slowest_rank_lag_seconds"] = round(max(own) - statistics.median(own), 4)
+        if self.ranks_a_node and len(waits) > self.ranks_a_node:
+            for name, shares in zip(("cpu_percent", "memory_percent"), load, strict=True):
+                for node, share in enumerate(shares[:: self.ranks_a_node]):
+                    found[f"node_{node}/{name}"] = round(share, 1)
         return found
 
-    def _gathered(self, device: Any) -> tuple[list[float], list[float], list[float]]:
-        """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, and its
-        peak memory in bytes."""
+    def _gathered(self, device: Any) -> list[tuple[float, ...]]:
+        """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, its
+        peak memory in bytes; the share of its machine's processors and memory that is in use, in percent."""
+        import psutil
         import torch
         import torch.distributed as dist
 
@@ -130,14 +136,14 @@ class Telemetry(TrainerCallback):
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
         own = [self._waits, self._forward, float(peak_memory_bytes())]
+        own += [psutil.cpu_percent(), psutil.virtual_memory().percent]
         self._waits, self._forward, self._events = 0.0, 0.0, []
         if not dist.is_initialized():
-            return own[:1], own[1:2], own[2:]
+            return [(value,) for value in own]
         here = torch.tensor(own, dtype=torch.float64, device=device)
         every = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
         dist.all_gather(every, here)
-        waits, forwards, memory = zip(*(rank.tolist() for rank in every), strict=True)
-        return list(waits), list(forwards), list(memory)
+        return list(zip(*(rank.tolist() for rank in every), strict=True))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -26,8 +27,20 @@ from stepladder.recipe.recipe import Recipe
 from stepladder.run import METRICS, Run
 from stepladder.training.telemetry import DROPPED
 
+Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
-NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "saved", "error"}
+NOT_CONFIGURATION = {
+    "status",
+    "progress",
+    "resumed",
+    "started",
+    "ended",
+    "totals",
+    "final",
+    "saved",
+    "error",
+    "samples",
+}
 NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
 
 
@@ -65,16 +78,24 @@ class Tracker(TrainerCallback):
             self.tell("close")
 
 
-def of(record: Run, recipe: Recipe, args: Any) -> list[Tracker]:
-    """The trackers that `report_to` names; none on other ranks than 0. Transformers adds none of its own then."""
+def of(record: Run, recipe: Recipe, args: Any, ask: Ask | None = None) -> list[Tracker]:
+    """The trackers that `report_to` names; none on other ranks than 0. Transformers adds none of its own then.
+
+    Args:
+        ask: asks the model a few questions, for W&B's table of answers before and after the training.
+    """
     names, args.report_to = args.report_to, []
     own = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
     if not record.is_writer:
         return []
-    return [
+    made = [
         Tracker(own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]())
         for name in names
     ]
+    for tracker in made:
+        if isinstance(tracker.callback, Wandb):
+            tracker.callback.ask = ask
+    return made
 
 
 class Wandb(WandbCallback):
@@ -89,9 +110,12 @@ class Wandb(WandbCallback):
     def __init__(self, record: Run, recipe: Recipe):
         super().__init__()
         self.record, self.recipe = record, recipe
+        self.ask: Ask | None = None
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         self._initialized = True
+        if self.ask and not state.global_step:  # a resumed run has asked already
+            self.record.update(samples={"before": self.ask(model), "after": []})
         wandb, recipe, facts = self._wandb, self.recipe, self.record.manifest
         for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
             os.environ.setdefault(name, PATIENCE)
@@ -137,13 +161,21 @@ class Wandb(WandbCallback):
         if "train_runtime" not in logs:  # the closing summary: totals take its place
             self._show(state.global_step, logs)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: Transformers would save the model once more here, which a sharded one cannot."""
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Ask again. Transformers would save the model once more here, which a sharded one cannot."""
+        if self.ask and state.global_step >= state.max_steps:
+            before = self.record.manifest.get("samples", {}).get("before", [])
+            self.record.update(samples={"before": before, "after": self.ask(model)})
 
     def close(self) -> None:
         """Add what the run has come to, and wait for the upload, but not for long."""
         wandb, folder = self._wandb, self.record.folder
         self.run.summary.update({f"totals/{key}": value for key, value in self.record.manifest["totals"].items()})
+        samples = self.record.manifest.get("samples")
+        if samples and samples["after"]:
+            pairs = zip(samples["before"] or [{}] * len(samples["after"]), samples["after"], strict=True)
+            table = [[b["question"], b["reference"], a.get("answer", ""), b["answer"]] for a, b in pairs]
+            self.run.summary["samples"] = wandb.Table(["question", "reference", "before", "after"], table)
         if (folder / "report.html").is_file():
             self.run.summary["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"))
         if self.recipe.get("wandb_log_model") or self._log_model.is_enabled:
