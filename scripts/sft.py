@@ -97,6 +97,8 @@ def main() -> int | None:
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
     model = adapter.attach(base, recipe, tokenizer, new_tokens)
+    if launch.strategy in ("single", "ddp"):
+        adapter.hold_as_computed(model, precision)
 
     record.begin(
         recipe.to_yaml(),
@@ -123,7 +125,8 @@ def main() -> int | None:
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
         meter = telemetry.Telemetry(record, work, launch.local_ranks)
         own = callback.of(args.callback)
-        told = trackers.of(record, recipe, training_args, samples.asker(eval_rows, tokenizer, launch.strategy))
+        ask = samples.asker(eval_rows, tokenizer, launch.strategy, precision)
+        told = trackers.of(record, recipe, training_args, ask)
         watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
         sft = trainer.Trainer(
             model=model,

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 COUNT, LENGTH = 3, 64  # questions, and tokens of an answer: seconds, not minutes
 
 
-def asker(rows: Any, tokenizer: PreTrainedTokenizerBase, strategy: str) -> Callable[[Any], list[dict[str, str]]] | None:
+def asker(
+    rows: Any, tokenizer: PreTrainedTokenizerBase, strategy: str, precision: str
+) -> Callable[[Any], list[dict[str, str]]] | None:
     """What asks a model the first questions of `rows`.
 
     None where there are none, or the strategy shards the weights: only rank 0 asks, and has a part of them.
@@ -25,13 +27,16 @@ def asker(rows: Any, tokenizer: PreTrainedTokenizerBase, strategy: str) -> Calla
     asked = questions.of_rows(rows.take(range(min(COUNT, len(rows)))))
 
     def ask(model: Any) -> list[dict[str, str]]:
+        import torch
+
         trains, caches = model.training, model.config.use_cache
         model.eval()
         model.config.use_cache = True
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        asked_of = [question.messages for question in asked]
         try:
-            said = answers(
-                model, tokenizer, [question.messages for question in asked], shared=False, max_new_tokens=LENGTH
-            )
+            with torch.autocast(model.device.type, low, enabled=low is not None):  # as it trains
+                said = answers(model, tokenizer, asked_of, shared=False, max_new_tokens=LENGTH)
         finally:
             model.train(trains)
             model.config.use_cache = caches

@@ -196,6 +196,8 @@ def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             _quantize(base, quantization)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
         model = adapter.attach(base, settings)
+        if not work.cast:
+            adapter.hold_as_computed(model, work.precision)
     model.train()
     if work.checkpointing:
         if settings.get("use_peft"):
