@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test same-curve chaos plan-check plan-gpu workshop docs lint format clean
+.PHONY: help install demo test same-curve chaos plan-check plan-gpu bench bench-quick bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -55,6 +55,16 @@ plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak me
 
 plan-gpu: $(INSTALLED) ## the same on a CUDA GPU, with random weights of 0.6 to 8 billion parameters (not run yet: see docs/planning.md)
 	$(BIN)/python benchmarks/plan_gpu.py --folder runs/plan-gpu --page docs/planning.md
+
+bench: $(INSTALLED) models/smollm2-135m-instruct ## training beside `trl sft` and a bare loop, and what each setting is worth (about an hour)
+	$(BIN)/python benchmarks/train.py --repeat 3
+	$(BIN)/python benchmarks/train.py --repeat 3 --ladder
+
+bench-quick: $(INSTALLED) models/smollm2-135m-instruct ## the ratio to `trl sft`, once
+	$(BIN)/python benchmarks/train.py --quick
+
+bench-gpu: $(INSTALLED) ## tokens/s, MFU and memory on a CUDA GPU beside `trl sft`, with random weights (not run yet)
+	$(BIN)/python benchmarks/train_gpu.py --folder runs/bench-gpu
 
 workshop: $(INSTALLED) models/smollm2-135m-instruct ## run every activity of the workshop in full, and refresh what its pages show
 	$(BIN)/python tests/pages.py $(sort $(wildcard docs/workshop/*.md))

@@ -2,6 +2,8 @@
 
     python benchmarks/train.py --repeat 3
     python benchmarks/train.py --repeat 1 --method lora
+    python benchmarks/train.py --ladder        # what each setting of the recipe is worth, one change a row
+    python benchmarks/train.py --quick         # two contenders, once: the ratio, in three minutes
 
 Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
@@ -29,8 +31,23 @@ EPOCH = ROWS // BATCH
 METHODS = {
     "lora": ("--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear"),
     "full": (),
-}
-RATE = {"lora": "5e-4", "full": "5e-5"}
+    "qlora": ("--use_peft", "true", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "all-linear",
+              "--load_in_4bit", "true"),
+}  # fmt: skip
+RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
+# Each row is the one above it with one change.
+LADDER = {
+    "fp32, gradient checkpointing, micro-batch 1": (
+        "--bf16", "false", "--gradient_checkpointing", "true", "--per_device_train_batch_size", "1"),
+    "no checkpointing": (
+        "--bf16", "false", "--gradient_checkpointing", "false", "--per_device_train_batch_size", "1"),
+    "bf16 (`bf16: auto` on AMX)": ("--per_device_train_batch_size", "1"),
+    "micro-batch 4 (the recipe as it is)": (),
+    "micro-batch 8": ("--per_device_train_batch_size", "8"),
+    "`train_sampling_strategy: group_by_length` (another order of rows, so another curve)": (
+        "--per_device_train_batch_size", "8", "--train_sampling_strategy", "group_by_length"),
+}  # fmt: skip
+RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
 # What raises the most elsewhere too: glibc would map and unmap each activation.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 
@@ -44,15 +61,25 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
     trl = [str(Path(sys.executable).parent / "trl"), "sft", *common, *METHODS[method], "--dataset_name", str(folder)]
     trl += ["--per_device_train_batch_size", str(BATCH), "--use_cpu", "true", "--output_dir", str(folder / "trl")]
     best = ["--gradient_checkpointing", "false", "--bf16", "true", "--train_sampling_strategy", "group_by_length"]
-    recipe = "lora" if method == "lora" else "sft"
-    ours = [sys.executable, "scripts/sft.py", "--recipe", recipe, *common, "--output_dir", str(folder / "ours")]
+    ours = [sys.executable, "scripts/sft.py", "--recipe", RECIPE[method], *common, "--output_dir", str(folder / "ours")]
     bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
-    return {
-        "Stepladder": ([*ours, "--overwrite"], {}),
+    ladder = LADDER["`train_sampling_strategy: group_by_length` (another order of rows, so another curve)"]
+    contenders = {
+        "Stepladder, the recipe": ([*ours, "--overwrite"], {}),
+        "Stepladder, micro-batch 8 and rows grouped by length": ([*ours, "--overwrite", *ladder], {}),
         "`trl sft`": (trl, {}),
         "`trl sft`, its best flags": ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
         "a bare PyTorch loop": (bare, MALLOC),
     }
+    if method == "qlora":
+        del contenders["a bare PyTorch loop"]
+    return contenders
+
+
+def ladder(folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """By setting: what is typed."""
+    words, env = commands("lora", folder)["Stepladder, the recipe"]
+    return {name: ([*words, *flags], env) for name, flags in LADDER.items()}
 
 
 def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[float]]:
@@ -93,21 +120,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, action="append")
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    for method in args.method or METHODS:
+    if args.quick:
+        args.repeat, args.method = 1, ["lora"]
+    for method in ["lora"] if args.ladder else args.method or METHODS:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             count = tokens(folder)
             runs: dict[str, list[tuple[float, float, list[float]]]] = {}
+            contenders = ladder(folder) if args.ladder else commands(method, folder)
+            if args.quick:
+                contenders = {name: contenders[name] for name in ("Stepladder, the recipe", "`trl sft`")}
             for _ in range(args.repeat):
-                for contender, (words, env) in commands(method, folder).items():
+                for contender, (words, env) in contenders.items():
                     runs.setdefault(contender, []).append(play(words, env))
                     first, epoch, losses = runs[contender][-1]
                     print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
                           f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
-        floor = statistics.median(epoch for _, epoch, _ in runs["`trl sft`"])
+        reference = next(iter(LADDER)) if args.ladder else "`trl sft`"
+        floor = statistics.median(epoch for _, epoch, _ in runs[reference])
         print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
-        print("| | tokens/s | × `trl sft` | first step, s | loss of the second epoch |")
+        print(
+            f"| | tokens/s | × {'the first' if args.ladder else reference} | first step, s | loss of the second epoch |"
+        )
         print("| --- | ---: | ---: | ---: | ---: |")
         for contender, found in runs.items():
             first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))

@@ -51,3 +51,32 @@ def test_weights_of_another_user_that_may_not_be_read_are_named(tiny: Path, monk
     monkeypatch.setattr(os, "access", lambda file, mode: False)  # the tests may run as root, who reads all
     with pytest.raises(ModelError, match=r"model\.safetensors may not be read by you"):
         check_source(str(tiny))
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_weights_held_as_they_are_computed_with_change_nothing(kind: str, tiny: Path, settings) -> None:
+    """Guards the promise of `hold_as_computed`: loss and gradients are the same to the bit, in half the memory."""
+    from transformers import AutoModelForCausalLM
+
+    def step(held: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        keys = {"lora_r": 4, "lora_target_modules": ["all-linear"]} if kind == "lora" else {}
+        model = adapter.attach(base, settings(use_peft=True, peft_type=kind, **keys))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        if held:
+            adapter.hold_as_computed(model, "bf16")
+        ids = torch.arange(24).reshape(2, 12)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        frozen = [m for m in model.modules() if type(m) is torch.nn.Linear and not m.weight.requires_grad]
+        linear = sum(m.weight.nbytes for m in frozen if m is not model.get_output_embeddings())
+        return loss.detach(), gradients, linear
+
+    (loss, gradients, size), (same, others, half) = step(held=False), step(held=True)
+    assert torch.equal(loss, same) and all(map(torch.equal, gradients, others))
+    assert half == size / 2

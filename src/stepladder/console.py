@@ -35,6 +35,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    # PEFT counts positions itself behind virtual tokens, and says so at each answer.
+    warnings.filterwarnings("ignore", message="Position ids are not supported.*")
 
 
 def quiet_progress_bars() -> None:
