@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test same-curve chaos plan-check plan-gpu bench bench-quick bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve chaos plan-check plan-gpu bench bench-quick bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -36,13 +36,16 @@ demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answer
 
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.
-test: $(INSTALLED) models/smollm2-135m-instruct ## run the whole test suite (under 15 minutes on 2 cores)
+test: WHICH = -m "not proof"
+test: prove ## run the tests but for the longest proofs (under 15 minutes on 2 cores)
+
+prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm, the workshop's pages too (about 35 minutes)
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
 	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WHICH)
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
 	$(BIN)/python tests/same_curve.py

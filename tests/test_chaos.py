@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from conftest import ROOT, run
+
+pytestmark = pytest.mark.proof
 
 
 def test_eight_faults_leave_no_trace_in_the_curve(tiny) -> None:

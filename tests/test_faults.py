@@ -14,6 +14,8 @@ from conftest import manifest, metrics, script
 from stepladder.errors import TrainingError
 from stepladder.training.ranks import Launch
 
+pytestmark = pytest.mark.proof
+
 
 @pytest.fixture
 def keys(tiny, learnable) -> dict:

@@ -15,6 +15,8 @@ import pytest
 from background import PATIENCE, Running, steps_logged
 from conftest import manifest, metrics, script
 
+pytestmark = pytest.mark.proof
+
 
 @pytest.fixture
 def recipe(tiny, learnable, write_recipe) -> Path:

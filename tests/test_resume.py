@@ -11,6 +11,8 @@ import pytest
 
 from conftest import ROOT, Done, manifest, metrics, run
 
+pytestmark = pytest.mark.proof
+
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_target_modules": "all-linear"}
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "full": {},

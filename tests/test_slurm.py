@@ -30,6 +30,8 @@ from slurm_cluster import Cluster, missing
 from stepladder.evaluation import curves
 from tiny import make_tiny
 
+pytestmark = pytest.mark.proof
+
 STEPS = 8
 SFT = "slurm/sft.sbatch"
 # Training runs on CPU: this nvidia-smi answers for the null devices that Slurm hands out.

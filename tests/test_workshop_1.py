@@ -9,6 +9,8 @@ import pytest
 
 from played import Played
 
+pytestmark = pytest.mark.proof
+
 
 def test_1_1_prompt_the_base(played: Played) -> None:
     """The transcript is kept, and it is measured whether answers repeat and stop."""

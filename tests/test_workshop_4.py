@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from played import Played
+
+pytestmark = pytest.mark.proof
 
 
 def test_4_1_data_set_preparation(played: Played) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from played import Played
+
+pytestmark = pytest.mark.proof
 
 
 def test_7_1_four_techniques(played: Played) -> None:
