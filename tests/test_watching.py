@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, manifest, metrics, script
-from stepladder import hardware
+from stepladder import hardware, run
 from stepladder.reporting import watch
+from stepladder.training import telemetry
 from stepladder.training.utilization import Work
 
 
@@ -140,3 +141,26 @@ def test_a_callback_that_is_none(content, tmp_path, tiny, learnable) -> None:
 def test_watch_by_the_command_line(watched) -> None:
     done = script("report", watched[0], "--watch")
     assert done.code == 0 and done.out.count("  loss ") == 6 and done.out.endswith("the run is finished\n"), done
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path: Path) -> None:
+    """Guards the claim of the run folder: a file where a folder should be, and a place that takes none."""
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file/run", Path("/proc/run")):
+        done = script("sft", "--recipe", "lora", "--output_dir", place)
+        assert done.code == 2 and f"{place} cannot be written" in done.err and "Traceback" not in done.err, done
+
+
+def test_a_clock_that_jumps_changes_no_figure(tmp_path: Path, monkeypatch) -> None:
+    """Guards the monotonic clock: with the machine's time set an hour back and forth, steps take what they take."""
+    jumps = iter(range(10**6))
+    monkeypatch.setattr(time, "time", lambda: 1e9 + 3600 * (-1) ** next(jumps))
+    meter = telemetry.Telemetry(run.Run(tmp_path / "run", is_writer=True))
+    for _ in range(4):
+        assert [*meter.batches(iter(["batch"]))] == ["batch"]
+        time.sleep(0.002)
+        meter.count(1, tokens=10, trained=5, places=16, pairs=50)
+        meter.on_step_end(None, None, None)
+    found = meter.figures("cpu")
+    assert all(0 <= seconds < 60 for seconds in meter.step_seconds) and 0 < found["step_seconds"] < 60
+    assert found["tokens"] == 40 and found["padding"] == 1 - 40 / 64 and found["tokens_per_second"] > 0
