@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 
@@ -25,6 +26,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, a bar is a line at each of its steps
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
     import logging
 
