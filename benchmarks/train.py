@@ -41,7 +41,7 @@ LADDER = {
         "--bf16", "false", "--gradient_checkpointing", "true", "--per_device_train_batch_size", "1"),
     "no checkpointing": (
         "--bf16", "false", "--gradient_checkpointing", "false", "--per_device_train_batch_size", "1"),
-    "bf16 (`bf16: auto` on AMX)": ("--per_device_train_batch_size", "1"),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("--per_device_train_batch_size", "1"),
     "micro-batch 4 (the recipe as it is)": (),
     "micro-batch 8": ("--per_device_train_batch_size", "8"),
     "`train_sampling_strategy: group_by_length` (another order of rows, so another curve)": (
