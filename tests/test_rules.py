@@ -24,6 +24,21 @@ TABLE = {
         "per_device_train_batch_size",
         "per_device_train_batch_size: auto\nglobal_batch_size: 8",
     ),
+    "each_adapter_has_its_own_keys": (
+        "use_peft: true\npeft_type: prefix\nlora_r: 8",
+        "lora_r",
+        "use_peft: true\npeft_type: prefix\nnum_virtual_tokens: 8\ngradient_checkpointing: false",
+    ),
+    "virtual_tokens_stand_before_each_row": (
+        "use_peft: true\npeft_type: prompt\npacking: true",
+        "packing",
+        "use_peft: true\npeft_type: lora\npacking: true",
+    ),
+    "a_prefix_is_a_cache": (
+        "use_peft: true\npeft_type: prefix\ngradient_checkpointing: true",
+        "gradient_checkpointing",
+        "use_peft: true\npeft_type: prompt\ngradient_checkpointing: true",
+    ),
     "quantization_keys_need_4_bits": (
         "use_peft: true\nload_in_8bit: true\nbnb_4bit_quant_type: nf4",
         "bnb_4bit_quant_type",
@@ -206,6 +221,8 @@ TABLE = {
 # Further recipes that break a rule: the branches that the table's first one does not take.
 ALSO_BROKEN = [
     ("use_dora: true\nuse_rslora: true", "adapter_keys_need_an_adapter"),
+    ("use_peft: true\nnum_virtual_tokens: 8", "each_adapter_has_its_own_keys"),
+    ("use_peft: false\npeft_type: prefix", "adapter_keys_need_an_adapter"),
     ("load_in_8bit: true", "quantized_base_needs_an_adapter"),
     ("use_peft: true\nload_in_4bit: true\ndtype: float32\nbf16: true", "dtype_of_a_quantized_base"),
     ("model_init_kwargs: {use_safetensors: false}", "model_init_kwargs_repeat_no_key"),
