@@ -56,9 +56,14 @@ def blocks(page: Path) -> list[Block]:
 
 
 def shortened(command: str, block: Block) -> str:
-    """The command with the flags that its script is given in tests."""
+    """The command with the flags that its script is given in tests, in place of its own of that name."""
     name = next((name for name in block.shorter if f"scripts/{name}.py" in command), None)
-    return command if name is None else f"{command} {shlex.join(block.shorter[name])}"
+    if name is None:
+        return command
+    flags = block.shorter[name]
+    for flag in (word for word in flags if word.startswith("--")):
+        command = re.sub(rf" {flag} [^ ]+", "", command)
+    return f"{command} {shlex.join(flags)}"
 
 
 def lay_out(folder: Path) -> None:

@@ -38,6 +38,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to.*")  # of GPT-2's Conv1D, and PEFT mends it
     # PEFT counts positions itself behind virtual tokens, and says so at each answer.
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")
 
