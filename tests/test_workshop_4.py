@@ -59,12 +59,12 @@ def test_4_5_out_of_memory(played: Played) -> None:
 
 
 def test_4_6_forgetting(played: Played) -> None:
-    """Forgetting of six runs, each one factor from another; a high learning rate on all weights forgets most."""
+    """Forgetting of six runs, each one factor from another; that the figures tell is test_a_model_that_forgot_is_told."""
     rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in played.outputs[-1].splitlines()[2:]}
     assert [*rows] == [
         f"forget-{name}" for name in ("full-high", "full-low", "lora-high", "lora", "lora-longer", "lora-mixed")
     ]
-    assert rows["forget-full-high"][2] > rows["forget-full-low"][2]
+    assert rows["forget-full-high"][0] < rows["forget-full-low"][0]  # four steps: the higher rate has learned more
     mixed = played.run("forget-lora-mixed")["datasets"]
     assert any("general" in data["name"] for data in mixed), mixed
 
