@@ -59,7 +59,7 @@ def test_4_5_out_of_memory(played: Played) -> None:
 
 
 def test_4_6_forgetting(played: Played) -> None:
-    """Forgetting of six runs, each one factor from another; that the figures tell is test_a_model_that_forgot_is_told."""
+    """Forgetting of six runs, each one factor from another (what it means: test_a_model_that_forgot_is_told)."""
     rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in played.outputs[-1].splitlines()[2:]}
     assert [*rows] == [
         f"forget-{name}" for name in ("full-high", "full-low", "lora-high", "lora", "lora-longer", "lora-mixed")

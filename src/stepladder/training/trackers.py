@@ -7,7 +7,9 @@ told by rank 0 alone, and the same figures as metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
+import html
 import io
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -173,9 +175,7 @@ class Wandb(WandbCallback):
         self.run.summary.update({f"totals/{key}": value for key, value in self.record.manifest["totals"].items()})
         samples = self.record.manifest.get("samples")
         if samples and samples["after"]:
-            pairs = zip(samples["before"] or [{}] * len(samples["after"]), samples["after"], strict=True)
-            table = [[b["question"], b["reference"], a.get("answer", ""), b["answer"]] for a, b in pairs]
-            self.run.summary["samples"] = wandb.Table(["question", "reference", "before", "after"], table)
+            self.run.summary["samples"] = wandb.Html(_table(samples["before"], samples["after"]))
         if (folder / "report.html").is_file():
             self.run.summary["report"] = wandb.Html((folder / "report.html").read_text(encoding="utf-8"))
         if self.recipe.get("wandb_log_model") or self._log_model.is_enabled:
@@ -224,6 +224,15 @@ class Trackio(TrackioCallback):
         if state.global_step > self.record.logged_until:
             shown = {key: value for key, value in logs.items() if key not in NOT_SHOWN}
             super().on_log(args, state, control, model, shown, **kwargs)
+
+
+def _table(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
+    """Answers side by side. Not a `wandb.Table`, which is an artifact and doubles what can fail at the end of a run."""
+    rows = [("question", "reference", "before", "after")]
+    for first, last in itertools.zip_longest(before, after, fillvalue={"answer": ""}):
+        rows.append((last["question"], last["reference"], first["answer"], last["answer"]))
+    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table border=1>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def brief(error: Exception) -> str:
