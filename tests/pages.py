@@ -22,6 +22,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,9 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     many_runs.import_all()
+    log = Path(tempfile.mkdtemp()) / "output"
     for line in sys.stdin:
         command, folder = json.loads(line)
-        log = Path(folder) / ".output"
         words = shlex.split(command)
         if words[0] == "python" and "||" not in words:
             code = _forked(words[1:], folder, log)

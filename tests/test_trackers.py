@@ -138,6 +138,7 @@ def test_a_server_that_fails_changes_nothing(tmp_path, tiny, learnable, write_re
 def test_a_server_that_hangs_is_not_waited_for(fault, tmp_path, monkeypatch, settings, capsys) -> None:
     """Guards against a silent server: at the start the run goes offline, later it is left at the end."""
     import wandb
+
     from stepladder.run import Run
     from stepladder.training.trackers import Tracker, Wandb
 
