@@ -11,6 +11,7 @@ See docs/reliability.md.
 """
 
 import argparse
+import contextlib
 
 from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, stream
@@ -119,14 +120,19 @@ def main() -> int | None:
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
     signals.install(trains=True)
-    with record.recording():
-        console.say(announce.beginning(record, notes + unplanned + (train_rows.notes if train_rows else [])))
+    with contextlib.ExitStack() as at_the_end, record.recording():
+        sequences = len(train_set) if hasattr(train_set, "__len__") else None
+        steps = choose.steps(settled, sequences, step.rows)
+        notes += unplanned + (train_rows.notes if train_rows else [])
+        console.say(announce.beginning(record, settled, steps, sequences, notes))
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
         meter = telemetry.Telemetry(record, work, launch.local_ranks)
         own = callback.of(args.callback)
         ask = samples.asker(eval_rows, tokenizer, launch.strategy, precision)
-        told = trackers.of(record, recipe, training_args, ask)
+        told = at_the_end.enter_context(trackers.closing(record))
+        told += trackers.of(record, recipe, training_args, ask)
+        line = at_the_end.enter_context(contextlib.closing(progress.ProgressLine()))
         watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
         sft = trainer.Trainer(
             model=model,
@@ -137,7 +143,7 @@ def main() -> int | None:
             eval_dataset=eval_set,
             meter=meter,
             on_nan=recipe.get("on_nan"),
-            callbacks=[*own, progress.ProgressLine(), watch, *told],
+            callbacks=[*own, line, watch, *told],
         )
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
@@ -147,14 +153,13 @@ def main() -> int | None:
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:
             record.update(status="preempted")
+            trackers.close(told, errors.EXIT_PREEMPTED)
             sft.accelerator.wait_for_everyone()  # a queue ends all nodes with the first that has ended
             console.say(announce.preempted(record))
             return errors.EXIT_PREEMPTED
         result.save(sft, record, recipe, shapes)
-    if record.is_writer:
-        page.write(record.folder)
-    for tracker in told:
-        tracker.close()
+        if record.is_writer:
+            at_the_end.callback(page.write, record.folder)  # once run.json says that it is finished
     console.say(announce.ending(record))
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, Done, manifest, metrics, run
+from stepladder.errors import LaunchError
+from stepladder.run import STUCK_AFTER, Run
+from stepladder.training import resume
 
 pytestmark = pytest.mark.proof
 
@@ -175,3 +179,25 @@ def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process,
         assert max(found.values()) <= 1e-5, found
         assert norm <= (1e-3 if config.startswith("zero") else 1e-4)
         assert manifest(again)["world_size"] == ranks
+
+
+def test_a_start_that_ends_before_it_trains_is_counted(tmp_path, settings) -> None:
+    """Guards a run without a checkpoint whose starts die while the model loads: the folder is cleared, and neither the
+    count of starts nor the run's id in W&B is lost; --overwrite draws another."""
+    known = {"status": "running", "recipe": {}, "wandb_run_id": "abc", "progress": {"step": 0, "starts": 1}}
+    (tmp_path / "run.json").write_text(json.dumps(known))
+    for starts in range(2, STUCK_AFTER + 2):
+        record = Run(tmp_path, is_writer=True)
+        claim = functools.partial(resume.claim, record, settings(output_dir=tmp_path), "auto", allowed=[])
+        if starts > STUCK_AFTER:
+            with pytest.raises(LaunchError, match="makes no progress"):
+                claim(overwrite=False)
+        else:
+            assert claim(overwrite=False) is None
+            assert manifest(tmp_path)["progress"]["starts"] == starts
+        assert manifest(tmp_path)["wandb_run_id"] == "abc"
+        record._lock.close()
+    record = Run(tmp_path, is_writer=True)
+    resume.claim(record, settings(output_dir=tmp_path), "auto", True, [])
+    record.begin("", world_size=1, strategy="single")
+    assert manifest(tmp_path)["wandb_run_id"] != "abc"

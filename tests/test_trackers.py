@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, manifest, metrics, run, script
+from conftest import ROOT, launch, manifest, metrics, run, script
 from wandb_server import Server
 
 KEY = "k3y" * 13 + "k"  # forty characters, as the client wants
@@ -72,7 +73,9 @@ def test_one_curve_over_a_resumption(tmp_path, tiny, learnable, write_recipe, cl
 
     Without a key W&B is offline; its own `wandb sync` then reads the newest file back, which holds the whole run.
     """
-    keys = {"report_to": ["wandb", "tensorboard", "trackio"], "run_name": "mine", "project": "tests"}
+    keys = {"report_to": ["wandb", "tensorboard", "trackio"], "run_name": "mine", "project": "tests",
+            "wandb_entity": "us", "wandb_run_group": "group", "wandb_tags": ["a", "b"],
+            "wandb_log_model": True}  # fmt: skip
     commands = resumed(tmp_path, tiny, learnable, write_recipe, **keys)
     said = in_turn(tmp_path, commands, **clean)
     again = tmp_path / "again"
@@ -87,6 +90,14 @@ def test_one_curve_over_a_resumption(tmp_path, tiny, learnable, write_recipe, cl
     assert name == manifest(again)["wandb_run_id"]
     assert json.loads((again / "checkpoint-4/COMPLETE.json").read_text())["wandb_run_id"] == name
     assert told(server.history[name]) == rows(again)
+    sent, facts = server.asked["UpsertBucket"][0], manifest(again)
+    asked_for = {"entity": "us", "project": "tests", "groupName": "group", "displayName": "mine", "tags": ["a", "b"]}
+    assert asked_for.items() <= sent.items()
+    config = {key: entry["value"] for key, entry in json.loads(sent["config"]).items()}
+    for key in ("recipe", "strategy", "world_size", "packages", "parameters"):
+        assert config[key] == facts[key]
+    (artifact,) = (asked["input"] for asked in server.asked["CreateArtifact"])
+    assert (artifact["artifactCollectionName"], artifact["artifactTypeName"]) == (f"model-{name}", "model")
     assert server.summary[name]["report"]["_type"] == "html-file"
     assert server.summary[name]["samples"]["_type"] == "html-file"
     asked = manifest(again)["samples"]
@@ -123,15 +134,118 @@ def test_online_a_resumed_run_goes_on(tmp_path, tiny, learnable, write_recipe, c
     assert not [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()]
 
 
-def test_a_server_that_fails_changes_nothing(tmp_path, tiny, learnable, write_recipe, clean) -> None:
-    """Guards a run against W&B: a server that answers 500 is left after the time-out, and said once."""
-    recipe = write_recipe(**TRAIN, model_name_or_path=str(tiny), dataset_name=str(learnable),
+ENDS = {
+    "preempted": ("os.kill(os.getpid(), signal.SIGTERM)", 75),
+    "failed": ("raise RuntimeError('mine')", 1),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_one_run_over_a_stop_and_a_failure(end, tmp_path, tiny, learnable, write_recipe, clean) -> None:
+    """Guards the end of a start that is not the run's: W&B is told how it ended, and goes on in the same run.
+
+    The one that failed never reached a checkpoint and starts anew. Damaged metrics are left out, and no password
+    of an address, key or token is in any file or output.
+    """
+    what, code = ENDS[end]
+    mine, folder = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text(
+        "import os, signal\nfrom transformers import TrainerCallback\nclass Callback(TrainerCallback):\n"
+        f"  def on_step_end(self, args, state, control, **kwargs):\n    if state.global_step == 2: {what}\n"
+    )
+    recipe = write_recipe(**TRAIN | {"save_steps": 10}, model_name_or_path=str(tiny), dataset_name=str(learnable),
                           eval_dataset_name=str(learnable), report_to="wandb")  # fmt: skip
+    words = ["--recipe", recipe, "--output_dir", folder]
+    with Server() as server:
+        url = server.url.replace("//", "//us:s3cret@")
+        env = {**clean, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "HF_TOKEN": "hf_t0ken"}
+        first = script("sft", *words, "--callback", mine, **env)
+        assert (first.code, manifest(folder)["status"]) == (code, end), first
+        name = manifest(folder)["wandb_run_id"]
+        with (folder / "metrics.jsonl").open("a") as out:
+            out.write('5\n[]\n{}\n{"step": null}\n{"step":"3"}\n{"step": 99, "lo')
+        again = script("sft", *words, **env)
+    assert again.code == 0 and again.out.count("metrics.jsonl has 5 damaged lines: left out") == 1, again
+    assert [name] == [*server.history] == [manifest(folder)["wandb_run_id"]]
+    assert sorted({row["_step"] for row in server.history[name].values()}) == sorted(rows(folder)) == [1, 2, 3, 4]
+    steps = [row["_step"] for row in server.history[name].values() if "train/loss" in row]
+    assert len(steps) == len({*steps})
+    assert (server.exits, server.preempted) == ([code, 0], end == "preempted")
+    said = first.out + first.err + again.out + again.err
+    files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert not [secret for secret in (KEY, "s3cret", "hf_t0ken") if secret in said or
+                any(secret.encode() in content for content in files)]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["error", "refused"])
+def test_a_server_that_fails_changes_nothing(fault, tmp_path, tiny, learnable, write_recipe, clean) -> None:
+    """Guards a run against its trackers: a W&B server that answers 500, or none, is left after the time-out, and a
+    folder that TensorBoard cannot write is too; each is said once."""
+    recipe = write_recipe(**TRAIN, model_name_or_path=str(tiny), dataset_name=str(learnable),
+                          eval_dataset_name=str(learnable), report_to=["wandb", "tensorboard"])  # fmt: skip
     with Server("error") as server:
-        env = {**clean, **SHORT, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        url = server.url if fault == "error" else "http://127.0.0.1:1"
+        env = {**clean, **SHORT, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "TENSORBOARD_LOGGING_DIR": "/proc/tb"}
         done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / "run", **env)
     assert done.code == 0 and len(metrics(tmp_path / "run")) == 6, done
     assert done.out.count("its server cannot be used") == 1 and "wandb sync" in done.out
+    assert done.out.count("tensorboard fails and is left out") == 1
+
+
+def test_rank_0_alone_speaks(tmp_path, tiny, learnable, write_recipe, clean) -> None:
+    """Guards a log of two ranks: each step's line once and plain, quiet libraries, one W&B run."""
+    recipe = write_recipe(**TRAIN, model_name_or_path=str(tiny), dataset_name=str(learnable),
+                          eval_dataset_name=str(learnable), report_to="wandb")  # fmt: skip
+    done = launch("ddp", 2, "sft", "--recipe", recipe, "--output_dir", tmp_path / "run", **clean)
+    assert done.code == 0 and len([*tmp_path.glob("run/wandb/offline-run-*")]) == 1, done
+    assert re.findall(r"^  step +(\d/4) ", done.out, re.MULTILINE) == ["1/4", "2/4", "3/4", "4/4"]
+    assert not {"\r", "\x1b"} & {*done.out} and not done.err.strip(), done
+
+
+def test_what_wandb_goes_without_is_said(tmp_path, monkeypatch, settings, capsys) -> None:
+    """Guards the rest against questions that fail, or that no rank can ask, and WANDB_MODE=disabled against "None".
+
+    The artifact is waited for longer than the curves.
+    """
+    from stepladder.run import Run
+    from stepladder.training.trackers import Tracker, Wandb
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    record = Run(tmp_path, is_writer=True)
+    record.manifest = {"wandb_run_id": "abc", "strategy": "zero3"}
+    (tmp_path / "metrics.jsonl").write_text("")
+    args = SimpleNamespace(project="p", run_name=None)
+    state = SimpleNamespace(global_step=0, max_steps=0, is_hyper_param_search=False)
+    tracker = Tracker(Wandb(record, settings(wandb_log_model=True, eval_dataset_name="rows.jsonl")))
+    tracker.on_train_begin(args, state, None)
+    assert "under zero3 no rank has the whole model" in (said := capsys.readouterr().out)
+    assert said.count("since WANDB_MODE is disabled") == 1 and "None" not in said
+    tracker.callback.ask = lambda model: 1 / 0
+    tracker.on_train_begin(args, state, None)
+    tracker.on_train_end(args, state, None)
+    assert capsys.readouterr().out.count("sample questions fail") == 1 and tracker.callback is not None
+    own, waited = tracker.callback, []
+    assert isinstance(own, Wandb)
+    tracker.close(1)
+
+    logged, record.manifest["totals"] = SimpleNamespace(wait=waited.append), {}
+    settings_of_run = SimpleNamespace(mode="online", finish_timeout=30.0)
+    own.run = SimpleNamespace(id="abc", summary={}, settings=settings_of_run, log_artifact=lambda artifact: logged)
+    own._add_results()
+    assert waited == [600]
+
+
+@pytest.mark.parametrize(("host", "found"), [("api.wandb.ai", False), ("wandb.ours", True)])
+def test_the_key_of_the_server_that_is_used(host, found, tmp_path, monkeypatch, settings) -> None:
+    """Guards `check`: a key in the file of NETRC counts for WANDB_BASE_URL's host, and for no other."""
+    from stepladder import requirements
+
+    (tmp_path / "keys").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+    env = {"WANDB_API_KEY": "", "WANDB_BASE_URL": "https://wandb.ours:8080", "NETRC": str(tmp_path / "keys")}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    said = requirements.accounts(settings(report_to="wandb"))
+    assert said.startswith("W&B with its key" if found else "W&B offline")
 
 
 @pytest.mark.parametrize("fault", ["hang", "later"])
@@ -154,10 +268,12 @@ def test_a_server_that_hangs_is_not_waited_for(fault, tmp_path, monkeypatch, set
         tracker.on_train_begin(args, state, None)
         for state.global_step in (1, 2, 3):
             tracker.on_log(args, state, None, logs={"loss": 1.0})
-        tracker.close()
+        callback = tracker.callback
+        tracker.close(0)
         wandb.teardown()
-    assert tracker.callback is not None  # it failed in no event
+    assert callback is not None  # it failed in no event
     said = capsys.readouterr().out
+    assert "left out" not in said
     assert ("its server cannot be used" if fault == "hang" else "did not take everything") in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
@@ -31,11 +34,18 @@ def watched(tmp_path_factory, tiny, learnable) -> tuple[Path, str]:
             "bf16": False, "logging_steps": 1, "use_peft": True, "lora_target_modules": "all-linear",
             "eval_strategy": "epoch", "save_strategy": "no", "gradient_checkpointing": True}  # fmt: skip
     recipe.write_text(json.dumps(keys))
+    words = ["--recipe", recipe, "--output_dir", folder, "--profile", "--callback", "docs/prometheus.py"]
+    code, shown = on_a_terminal(*words)
+    assert code == 0, shown
+    return folder, without_codes(shown)
+
+
+def on_a_terminal(*words: str | Path, kind: str = "xterm") -> tuple[int, str]:
+    """Run sft.py on a pseudo-terminal of a kind: its exit code, and what it showed."""
     ours, theirs = pty.openpty()
-    words = ["scripts/sft.py", "--recipe", recipe, "--output_dir", folder, "--profile", "--callback"]
     process = subprocess.Popen(
-        [sys.executable, *map(str, words), "docs/prometheus.py"],
-        cwd=ROOT, stdout=theirs, stderr=subprocess.STDOUT, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+        [sys.executable, "scripts/sft.py", *map(str, words)],
+        cwd=ROOT, stdout=theirs, stderr=subprocess.STDOUT, env={**os.environ, "TERM": kind, "COLUMNS": "120"},
     )  # fmt: skip
     os.close(theirs)
     shown = b""
@@ -44,8 +54,11 @@ def watched(tmp_path_factory, tiny, learnable) -> tuple[Path, str]:
             shown += part
     except OSError:  # Linux' way to say that the other side is closed
         pass
-    assert process.wait(60) == 0, shown.decode()
-    return folder, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return process.wait(60), shown.decode()
+
+
+def without_codes(shown: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 def test_the_line_on_a_terminal(watched) -> None:
@@ -56,10 +69,97 @@ def test_the_line_on_a_terminal(watched) -> None:
         assert f"python scripts/{command}" in shown
 
 
+def test_the_block_at_the_start(watched) -> None:
+    """Guards what is said before anything happens: method, length, checkpoints, trackers, planned memory."""
+    folder, shown = watched
+    assert "run         LoRA, 6 steps (3 epochs), no checkpoints\r\n" in shown
+    memory = manifest(folder)["plan"]["peak_memory_bytes"] / 2**30
+    assert f"watch       metrics.jsonl; {memory:.1f} GiB planned at most on a rank\r\n" in shown
+
+
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_failure_on_a_terminal(kind, watched, tmp_path) -> None:
+    """Guards the error against standing in the progress line, and a terminal that can move no cursor against one."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from transformers import TrainerCallback\nclass Callback(TrainerCallback):\n"
+        "  def on_step_end(self, args, state, control, **kwargs):\n    assert state.global_step < 3\n"
+    )
+    recipe = watched[0].with_name("recipe.yaml")
+    code, shown = on_a_terminal("--recipe", recipe, "--output_dir", tmp_path / "run", "--callback", mine, kind=kind)
+    lines = [line.strip() for line in without_codes(shown).split("\n")]
+    assert code == 1 and "Traceback (most recent call last):" in lines, shown
+    assert ("\x1b" in shown, "step     2/6" in shown) == ((True, False) if kind == "xterm" else (False, True))
+
+
+FULL_DISK = """
+import resource
+from pathlib import Path
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):  # in steps 2 and 3 a file takes ten bytes more
+        size = (Path(args.output_dir) / "metrics.jsonl").stat().st_size + 10
+        limit = size if state.global_step in (1, 2) else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+"""
+
+
+def test_a_disk_that_is_full_for_a_while(watched, tmp_path) -> None:
+    """Guards the run against it: said once, no half line, and what could not be written comes later."""
+    (tmp_path / "mine.py").write_text(FULL_DISK)
+    words = ["--recipe", watched[0].with_name("recipe.yaml"), "--output_dir", tmp_path / "run", "--eval_strategy", "no"]
+    done = script("sft", *words, "--callback", tmp_path / "mine.py")
+    assert done.code == 0 and done.out.count("the run goes on, and tries again") == 1, done
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_disk_that_stays_full(tmp_path, monkeypatch) -> None:
+    """Guards the first error, which that of writing it down does not hide, and a run whose end is not on the disk."""
+    from stepladder.errors import TrainingError
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_whole", full)
+    record = run.Run(tmp_path, is_writer=True)
+    record.manifest = {"status": "running"}
+    with pytest.raises(ZeroDivisionError), record.recording():
+        raise ZeroDivisionError
+    record.manifest = {"status": "running"}
+    with pytest.raises(TrainingError, match="No space left on device"), record.recording():
+        record.log({"step": 1})
+
+
 def test_a_profile_names_the_largest_costs(watched) -> None:
     folder, shown = watched
     assert len(re.findall(r"\d\.\d %  [\d,.]+ ms in [\d,]+ calls of ", shown)) == 5
     assert json.loads((folder / "profile.json").read_text())["traceEvents"]
+
+
+def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
+    """Guards the shares: a kernel's time stands with its operator, with itself and with an annotation around both."""
+    from torch.autograd import DeviceType
+
+    from stepladder.training import profiling
+
+    def one(key: str, device: DeviceType, microseconds: int, annotation: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, count=1,
+                               self_device_time_total=microseconds, self_cpu_time_total=7)  # fmt: skip
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    found = [one("aten::mm", cpu, 3000), one("gemm", cuda, 3000), one("aten::add", cpu, 1000), one("add", cuda, 1000),
+             one("Optimizer.step", cpu, 4000, True), one("Optimizer.step", cuda, 4000, True)]  # fmt: skip
+    head, *lines = profiling.costs(found, 2)
+    assert head == "  where 2 steps spend their time on the GPU:"
+    assert [line.split("%")[0].strip() for line in lines] == ["75.0", "25.0"]
+
+    profile, state = profiling.Profile(run.Run(tmp_path, is_writer=True)), SimpleNamespace(global_step=2, max_steps=2)
+    for _ in range(2):
+        profile.on_step_begin(None, state, None)
+        profile.on_step_end(None, state, None)
+    profile.on_train_end(None, state, None)
+    assert "--profile recorded nothing" in capsys.readouterr().out
 
 
 def test_a_callback_of_ones_own(watched) -> None:
@@ -68,6 +168,21 @@ def test_a_callback_of_ones_own(watched) -> None:
     assert all("tokens_a_step" in row for row in metrics(folder) if "loss" in row)
     lines = (folder / "metrics.prom").read_text().splitlines()
     assert "stepladder_step 6" in lines and all(re.fullmatch(r"stepladder_\w+ \S+", line) for line in lines)
+
+
+def test_the_callback_of_the_docs(tmp_path) -> None:
+    """Guards what Prometheus refuses: a node's figure by its name, what is no number. The page shows the file."""
+    from stepladder.training import callback
+
+    file = "docs/prometheus.py"
+    assert f"```python\n{(ROOT / file).read_text()}```" in (ROOT / "docs/monitoring.md").read_text()
+    (own,) = callback.of(str(ROOT / file))
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+    logs = {"loss": 1.0, "tokens_per_second": 2.0, "step_seconds": 3.0, "node_0/cpu_percent": 4.0, "text": "x"}
+    own.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None, logs=dict(logs))
+    written = (tmp_path / "metrics.prom").read_text()
+    assert "stepladder_node_0_cpu_percent 4.0\n" in written and "text" not in written and "/" not in written
+    own.on_log(SimpleNamespace(output_dir=str(tmp_path / "missing")), state, None, logs=dict(logs))
 
 
 def test_the_figures_agree(watched) -> None:
@@ -79,6 +194,9 @@ def test_the_figures_agree(watched) -> None:
     # 4 rows of about one length in 6 places, of which the empty ones hold one pad token beside longer rows
     assert 0.2 < totals["padding"] < 0.5
     assert 0 < totals["mfu"] < totals["hfu"] < 1
+    assert totals["peak_flops"] > 0 and "1024×1024 matrix products in fp32" in totals["peak_flops_source"]
+    assert 0 < totals["step_seconds_p50"] <= totals["step_seconds_p90"] <= totals["step_seconds_p99"]
+    assert [rows[-1]["peak_memory_bytes"]] <= totals["peak_memory_bytes"] and totals["data_wait_seconds"] >= 0
     assert totals["seconds"] == pytest.approx(sum(row["step_seconds"] for row in rows), rel=0.01)  # each is rounded
 
 
@@ -121,8 +239,23 @@ def test_follow_a_run_that_is_written(tmp_path, monkeypatch) -> None:
     assert "resumed" in next(lines)
     with file.open("a") as out:
         out.write('{"step": 3, "loss": 1.0}\n')
+    (tmp_path / "run.json").write_text('{"status": "preempted"}')
+    *rest, last = lines
+    assert [line.split()[-1] for line in rest] == ["1.0000"]
+    assert last.startswith("the run is preempted: started again it goes on")
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "{}", '{"step": null}', '{"step": "3"}', '{"step": Infinity}', "\0\0"])
+def test_a_line_that_is_damaged(line, tmp_path, capsys) -> None:
+    """Guards --watch and a resumption against any content: left out and said, but for a last line that was cut off."""
     (tmp_path / "run.json").write_text('{"status": "finished"}')
-    assert [line.split()[-1] for line in lines] == ["1.0000", "finished"]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2}}\n{line}')
+    assert ["line 2 is damaged" in shown for shown in watch.follow(tmp_path)] == [False, True, False, False]
+    record = run.Run(tmp_path, is_writer=True)
+    record._rewind(1)
+    assert file.read_text() == '{"step": 1, "loss": 2.0}\n' and record.logged_until == 2
+    assert "has 1 damaged line: left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "x = 1"])
@@ -141,6 +274,12 @@ def test_a_callback_that_is_none(content, tmp_path, tiny, learnable) -> None:
 def test_watch_by_the_command_line(watched) -> None:
     done = script("report", watched[0], "--watch")
     assert done.code == 0 and done.out.count("  loss ") == 6 and done.out.endswith("the run is finished\n"), done
+
+
+def test_watch_where_there_is_no_run(tmp_path) -> None:
+    """Guards a folder without run.json: one message, and no wait for what does not come."""
+    done = script("report", tmp_path, "--watch")
+    assert done.code == 2 and "run.json" in done.err and "Traceback" not in done.err, done
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path: Path) -> None:
@@ -164,3 +303,61 @@ def test_a_clock_that_jumps_changes_no_figure(tmp_path: Path, monkeypatch) -> No
     found = meter.figures("cpu")
     assert all(0 <= seconds < 60 for seconds in meter.step_seconds) and 0 < found["step_seconds"] < 60
     assert found["tokens"] == 40 and found["padding"] == 1 - 40 / 64 and found["tokens_per_second"] > 0
+
+
+def test_what_is_in_a_step(tmp_path: Path, monkeypatch) -> None:
+    """Guards the definitions by a clock of its own: waiting for data is in a step, an evaluation between two is not.
+
+    The first batch of a start is not waited for, since workers are started then.
+    """
+    now = 0.0
+
+    def takes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def loader(wait: float):
+        for _ in range(2):
+            takes(wait)
+            yield "batch"
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = telemetry.Telemetry(run.Run(tmp_path / "run", is_writer=True))
+    for wait in (1.0, 2.0, 3.0):
+        for _ in meter.batches(loader(wait)):
+            with meter.forward(torch.device("cpu")):
+                takes(10.0)
+        meter.count(1, tokens=10, trained=5, places=20, pairs=50)
+        meter.on_step_end(None, None, None)
+        takes(1000.0)  # an evaluation, or a checkpoint
+    found, totals = meter.figures("cpu"), telemetry.totals(meter, 3)
+    assert meter.step_seconds == [21.0, 24.0, 26.0] and totals["seconds"] == 71.0
+    assert found["data_wait_seconds"] == totals["data_wait_seconds"] == 1 + 2 * 2 + 2 * 3
+    assert found["tokens_per_second"] == round(30 / 71, 1) and found["padding"] == 0.5
+    assert [totals[f"step_seconds_p{q}"] for q in (50, 90, 99)] == [24.0, 26.0, 26.0]
+
+
+def test_the_figures_of_several_ranks_and_nodes(tmp_path: Path, monkeypatch) -> None:
+    """Guards who is slow, the fullest rank, and each node's load, a GPU's too where it is known: two ranks on each of
+    two nodes."""
+    gathered = [
+        (1.0, 2.0, 100.0, 50.0, 20.0, 80.0, 40.0), (1.0, 2.0, 300.0, 50.0, 20.0, 60.0, 60.0),
+        (1.0, 7.0, 100.0, 10.0, 30.0, math.nan, 5.0), (2.0, 2.0, 100.0, 10.0, 30.0, math.nan, 5.0),
+    ]  # fmt: skip
+
+    def all_gather(every: list[torch.Tensor], here: torch.Tensor) -> None:
+        assert len(here) == len(gathered[0])
+        for rank, values in zip(every, gathered, strict=True):
+            rank.copy_(torch.tensor(values))
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    found = telemetry.Telemetry(run.Run(tmp_path, is_writer=True), ranks_a_node=2).figures("cpu")
+    assert (found["slowest_rank"], found["slowest_rank_lag_seconds"]) == (2, 8 - 3.5)
+    assert (found["peak_memory_bytes"], found["data_wait_seconds"]) == (300, 2.0)
+    assert {key: value for key, value in found.items() if key.startswith("node_")} == {
+        "node_0/cpu_percent": 50.0, "node_1/cpu_percent": 10.0, "node_0/memory_percent": 20.0,
+        "node_1/memory_percent": 30.0, "node_0/gpu_percent": 70.0, "node_0/gpu_memory_percent": 50.0,
+        "node_1/gpu_memory_percent": 5.0,
+    }  # fmt: skip

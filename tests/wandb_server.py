@@ -22,7 +22,9 @@ class Server(ThreadingHTTPServer):
         self.fault = fault
         self.history: dict[str, dict[int, dict[str, Any]]] = {}  # of each run: line number → row
         self.summary: dict[str, dict[str, Any]] = {}
-        self.asked: list[str] = []
+        self.exits: list[int] = []  # the exit code of each start
+        self.preempted = False  # whether a start said that it is
+        self.asked: dict[str, list[dict[str, Any]]] = {}  # of each GraphQL operation: its variables, in turn
         self.ended = threading.Event()
 
     @property
@@ -69,7 +71,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, body: bytes) -> dict[str, Any]:
         run = self.path.split("/")[-2]
-        files = json.loads(body).get("files", {})
+        content = json.loads(body)
+        files = content.get("files", {})
+        if "exitcode" in content:
+            self.server.exits.append(content["exitcode"])
+        self.server.preempted |= bool(content.get("preempting"))
         if part := files.get("wandb-summary.json"):
             self.server.summary[run] = json.loads(part["content"][-1])
         if part := files.get("wandb-history.jsonl"):
@@ -79,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def graphql(self, body: dict[str, Any]) -> dict[str, Any]:
         name, variables = body["operationName"], body.get("variables") or {}
-        self.server.asked.append(name)
+        self.server.asked.setdefault(name, []).append(variables)
         if name == "RunResumeStatus":
             return {"model": self.project(variables["project"]) | {"bucket": self.resumable(variables["name"])}}
         if name == "UpsertBucket":
@@ -87,6 +93,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.history.setdefault(run, {})
             bucket = {"id": run, "name": run, "displayName": run, "project": self.project("p")}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if name == "CreateArtifact":  # it has the files already: none is uploaded
+            sequence = {"id": "s", "latestArtifact": {"id": "a", "versionIndex": 0}}
+            return {"createArtifact": {"artifact": {"id": "a", "state": "COMMITTED", "artifactSequence": sequence}}}
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.server.url}/upload"} for file in variables["files"]]
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
@@ -57,7 +58,9 @@ def accounts(settings: Settings) -> str:
                 way_out=f"pip install {name}, or report_to: none",
             )
     if "wandb" in names:
-        key = os.environ.get("WANDB_API_KEY") or "api.wandb.ai" in _text(Path.home() / ".netrc")
+        server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+        keys = _text(Path(os.environ.get("NETRC") or Path.home() / ".netrc").expanduser())
+        key = os.environ.get("WANDB_API_KEY") or server in keys.split()
         said.append("W&B with its key" if key else "W&B offline, since there is no key (wandb login)")
     if settings.get("push_to_hub"):
         from huggingface_hub import get_token

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import say
-from stepladder.errors import LaunchError, RunError, lost_a_rank
+from stepladder.errors import LaunchError, RunError, TrainingError, lost_a_rank
 
 PACKAGES = (
     "stepladder",
@@ -44,6 +44,8 @@ class Run:
         self.manifest: dict[str, Any] = {}
         self.logged_until = -1  # the step to which metrics were logged before this start
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
+        self._rows = ""  # of metrics.jsonl, not written yet
+        self._unwritten: OSError | None = None  # why the last try to write failed
 
     def lock(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends.
@@ -86,12 +88,13 @@ class Run:
             )
         return False
 
-    def clear(self) -> None:
+    def clear(self, but: str = "") -> None:
         for file in self._files():
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if file.name != but:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _files(self) -> list[Path]:
-        return [file for file in self.folder.iterdir() if file.name != LOCK and not file.name.startswith(JOB_LOGS)]
+        return [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS))]
 
     def read(self) -> dict[str, Any]:
         """The manifest on the disk."""
@@ -104,7 +107,7 @@ class Run:
         """Write the resolved recipe and the manifest with `status: running`.
 
         A run that is resumed keeps its start and its past, and its metrics up to the checkpoint's
-        step: no gap, no repeat.
+        step: no gap, no repeat. One that starts anew by itself keeps its id in W&B.
 
         Args:
             resumed: of the checkpoint: `step`, `from`.
@@ -116,8 +119,10 @@ class Run:
         if resumed and self.is_writer:
             self._check_same(facts)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        past = {"started": now, "wandb_run_id": None, "resumed": [], **(self.manifest if resumed else {})}
+        past = {"started": now, "resumed": [], **(self.manifest if resumed else {})}
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
+        known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
+        past["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
         past.pop("error", None)
         self.manifest = {
             **past,
@@ -127,8 +132,6 @@ class Run:
             "slurm": slurm_job(),
             **facts,
         }
-        known = past["wandb_run_id"] or os.environ.get("WANDB_RUN_ID")
-        self.manifest["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
         if resumed:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
@@ -155,31 +158,53 @@ class Run:
                 )
 
     def _rewind(self, step: int) -> None:
-        """Keep the metrics up to a step; a last line that was cut off goes."""
-        kept = []
-        self.logged_until = step
+        """Keep the metrics up to a step. A last line that was cut off goes; others that are damaged are counted."""
+        kept, damaged, self.logged_until = [], 0, step
         if (self.folder / METRICS).is_file():
-            for line in (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    logged = json.loads(line)["step"]
-                    self.logged_until = max(self.logged_until, logged)
-                    if logged <= step:
-                        kept.append(line + "\n")
+            text = (self.folder / METRICS).read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines(keepends=True):
+                if row := row_of(line):
+                    self.logged_until = max(self.logged_until, row["step"])
+                    if row["step"] <= step:
+                        kept.append(line.rstrip("\n") + "\n")
+                else:
+                    damaged += line.endswith("\n")
+        if damaged:
+            say(f"⚠ {self.folder / METRICS} has {damaged} damaged line{'s' * (damaged > 1)}: left out")
         write_whole(self.folder / METRICS, "".join(kept))
 
     def update(self, **facts: Any) -> None:
         self.manifest.update(facts)
-        self._write()
+        if self.is_writer:
+            self._keep()
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_writer:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+            self._rows += json.dumps(row) + "\n"
+            self._keep(manifest=False)
+
+    def _keep(self, manifest: bool = True) -> None:
+        """Write what is new. On a full disk the run goes on, and the next time tries again with all of it."""
+        try:
+            if self._rows:
+                append_whole(self.folder / METRICS, self._rows.encode())
+                self._rows = ""
+            if manifest or self._unwritten:
+                self._write()
+            self._unwritten = None
+        except OSError as error:
+            if not self._unwritten:
+                say(f"⚠ {self.folder} cannot be written ({error.strerror}): the run goes on, and tries again")
+            self._unwritten = error
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """`finished` at the end of a block that has set no other status, `failed` with its reason where it raises."""
+        """`finished` at the end of a block that has set no other status, `failed` with its reason where it raises.
+
+        Raises:
+            TrainingError: at the end the disk still takes no more.
+        """
         try:
             yield
         except BaseException as error:
@@ -188,10 +213,24 @@ class Run:
             raise
         if self.manifest["status"] == "running":
             self.update(status="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if self._unwritten:
+            raise TrainingError(
+                f"{self.folder / MANIFEST} and {METRICS} lack the end of the run",
+                why=f"they cannot be written: {self._unwritten.strerror}",
+                way_out="make room; the same command again goes on from the newest whole checkpoint",
+            )
 
     def _write(self) -> None:
-        if self.is_writer:
-            write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is damaged, or not whole yet."""
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
 
 
 def status(folder: Path) -> str:
@@ -222,6 +261,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append to a file all of it or nothing: a full disk takes a part at first."""
+    with path.open("ab", buffering=0) as out:
+        end = out.tell()
+        if out.write(content) < len(content):
+            out.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def package_versions() -> dict[str, str]:

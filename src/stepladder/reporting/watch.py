@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder.run import METRICS, status
+from stepladder.run import METRICS, row_of, status
 
 POLL = 1.0  # seconds
+FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}
 QUIET = 600  # seconds without a line after which it is said that nothing comes
 
 
@@ -20,28 +22,34 @@ def follow(folder: Path) -> Iterator[str]:
     A line of metrics.jsonl that is being written is waited for, a damaged one is named, and where the file
     is written anew (the run was resumed, and rewound to its checkpoint) the following goes on from there.
     """
-    at, number, last, heard, quiet = 0, 0, -1, time.monotonic(), False
+    at, number, last, heard, quiet, inode = 0, 0, -1, time.monotonic(), False, 0
     while True:
-        ended = status(folder) not in ("running", "unreadable")  # before the reading: what comes last is read too
-        data = (folder / METRICS).read_bytes() if (folder / METRICS).is_file() else b""
-        if len(data) < at:
-            yield "  the run was resumed from a checkpoint"
-            at = number = 0
-        whole = data[at : data.rfind(b"\n") + 1]
+        state, data = status(folder), b""  # before the reading: what comes last is read too
+        with contextlib.suppress(OSError), (folder / METRICS).open("rb") as file:  # not there yet, or a share's hiccup
+            facts = os.fstat(file.fileno())
+            anew = at > 0 and (facts.st_size < at or facts.st_ino != inode)
+            at, number, inode = (0, 0, facts.st_ino) if anew else (at, number, facts.st_ino)
+            file.seek(at)
+            data = file.read()
+            if anew:
+                yield "  the run was resumed from a checkpoint"
+        whole = data[: data.rfind(b"\n") + 1]
         at += len(whole)
         for line in whole.decode("utf-8", errors="replace").splitlines():
             number += 1
             try:
-                row = json.loads(line)
-                step = int(row["step"])
-            except (ValueError, TypeError, KeyError):
+                row = row_of(line)
+                text = shown(row) if row else ""
+            except OverflowError:  # a number of 400 digits
+                row = None
+            if not row:
                 yield f"  {METRICS} line {number} is damaged: left out"
                 continue
-            if step > last or "eval_loss" in row:
-                yield shown(row)
-            last, heard, quiet = max(last, step), time.monotonic(), False
-        if ended:
-            yield f"the run is {status(folder)}"
+            if row["step"] > last or "eval_loss" in row:
+                yield text
+            last, heard, quiet = max(last, row["step"]), time.monotonic(), False
+        if state not in ("running", "unreadable"):
+            yield f"the run is {state}{FOLLOW_ON.get(state, '')}"
             return
         if not quiet and time.monotonic() - heard > QUIET:
             yield f"  nothing for {QUIET // 60} minutes: the run may have been killed before it could say so"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 
 
-def beginning(run: Run, notes: list[str]) -> str:
-    """What will happen, in one block before it does."""
+def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None, notes: list[str]) -> str:
+    """What will happen, in one block before it does.
+
+    Args:
+        steps: of the whole run; and sequences of an epoch: None of a stream.
+    """
     f = run.manifest
     counts = f["parameters"]
     data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in f["datasets"])
@@ -23,10 +29,42 @@ def beginning(run: Run, notes: list[str]) -> str:
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
+            f"run         {_method(recipe)}, {steps} steps{_epochs(steps, sequences, f['global_batch_size'])}, "
+            f"{_checkpoints(recipe)}",
+            f"watch       {_watched(recipe, f['plan'])}",
             *(f"resumed     from step {r['step']}, {r['from']}" for r in f["resumed"][-1:]),
             *(f"note        {note}" for note in notes),
         )
     )
+
+
+def _method(recipe: Recipe) -> str:
+    if not recipe.get("use_peft"):
+        return "full fine-tuning"
+    kind = str(recipe.get("peft_type") or "lora")
+    name = {"lora": "LoRA", "dora": "DoRA"}.get(kind, f"{kind} tuning")
+    return f"{name} on 4-bit weights" if recipe.get("load_in_4bit") else name
+
+
+def _epochs(steps: int | None, sequences: int | None, batch: int) -> str:
+    return f" ({steps / math.ceil(sequences / batch):.3g} epochs)" if steps and sequences else ""
+
+
+def _checkpoints(recipe: Recipe) -> str:
+    every = {"no": "no checkpoints", "epoch": "a checkpoint each epoch", "best": "a checkpoint at each better loss"}
+    strategy = str(getattr(recipe.get("save_strategy"), "value", recipe.get("save_strategy")))
+    steps = recipe.get("save_steps")
+    share = f"{100 * steps:g} % of the run" if steps < 1 else f"{steps:g} steps" if steps > 1 else "step"
+    return every.get(strategy, f"a checkpoint every {share}")
+
+
+def _watched(recipe: Recipe, plan: dict[str, Any]) -> str:
+    """Where its figures go, and the memory that it is planned to take."""
+    names = recipe.get("report_to") or []
+    names = [names] if isinstance(names, str) else names
+    told = ", ".join(["metrics.jsonl", *(name for name in names if name != "none")])
+    memory = plan.get("peak_memory_bytes")
+    return told + (f"; {memory / 2**30:.1f} GiB planned at most on a rank" if memory else "")
 
 
 def _unused(f: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
 from stepladder.console import say
@@ -34,24 +35,40 @@ class Profile(TrainerCallback):
         self._steps += 1
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._profiler and (self._steps == BEFORE + STEPS or state.global_step >= state.max_steps):
+        if self._steps == BEFORE + STEPS or state.global_step >= state.max_steps:
+            self._end()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
+        if self._steps <= BEFORE:
+            say(f"⚠ --profile recorded nothing: it leaves out {BEFORE} steps, and this start had {self._steps}")
+
+    def _end(self) -> None:
+        if self._profiler:
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self.run.folder / TRACE))
-            for line in costs(self._profiler.key_averages()):
+            for line in costs(self._profiler.key_averages(), self._steps - BEFORE):
                 say(line)
             say(f"  the whole trace: {self.run.folder / TRACE}, which ui.perfetto.dev opens")
             self._profiler = None
 
 
-def costs(averages: Any) -> list[str]:
-    """The operations that cost most by themselves, without those that they call."""
+def costs(averages: Any, steps: int) -> list[str]:
+    """The operations that cost most by themselves, without those that they call.
+
+    On a GPU the time of its kernels stands with the operators that started them, and once more with the
+    kernels themselves and with the annotations around them: the operators alone count.
+    """
     on_gpu = any(one.self_device_time_total for one in averages)
+    if on_gpu:
+        averages = [one for one in averages if one.device_type == DeviceType.CPU and not one.is_user_annotation]
 
     def cost(one: Any) -> float:
         return float(one.self_device_time_total if on_gpu else one.self_cpu_time_total)  # microseconds
 
     total = sum(map(cost, averages)) or 1.0
-    lines = [f"  where {STEPS} steps spend their time on the {'GPU' if on_gpu else 'CPU'}:"]
+    count = f"{steps} steps spend their" if steps > 1 else "a step spends its"
+    lines = [f"  where {count} time on the {'GPU' if on_gpu else 'CPU'}:"]
     for one in sorted(averages, key=cost, reverse=True)[:SHOWN]:
         share, words = 100 * cost(one) / total, WORDS.get(one.key.removeprefix("aten::"), "")
         what = f"{words} ({one.key})" if words else one.key

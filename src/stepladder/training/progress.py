@@ -28,10 +28,12 @@ class ProgressLine(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first_step = time.perf_counter(), state.global_step
-        if sys.stdout.isatty() and is_main_rank():
+        console = Console()
+        # rich takes any stream for a terminal where FORCE_COLOR is set; isatty() also one that can move no cursor
+        if sys.stdout.isatty() and console.is_interactive and is_main_rank():
             columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(16), TextColumn("{task.fields[figures]}"))
             # stderr stays as it is: what libraries say there goes above the line by itself
-            self.line = Progress(*columns, console=Console(), redirect_stderr=False)
+            self.line = Progress(*columns, console=console, redirect_stderr=False)
             self.task = self.line.add_task("", total=state.max_steps, completed=state.global_step, figures="")
             self.line.start()
             self.line.console.show_cursor()  # a run that is killed would leave the terminal without one
@@ -45,7 +47,7 @@ class ProgressLine(TrainerCallback):
         self.figures = self._figures(logs)
         every = max(1, state.max_steps // LINES)
         due = state.global_step >= self.last_line + every or state.global_step == state.max_steps
-        if sys.stdout.isatty():
+        if self.line:
             self._draw(state)
         elif due:
             say(f"  step {state.global_step:>5}/{state.max_steps}  {self.figures}  {self._left(state)}")
@@ -55,6 +57,10 @@ class ProgressLine(TrainerCallback):
         self._draw(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """What is said next, an error too, has a line of its own."""
         if self.line:
             self.line.stop()
 

@@ -13,7 +13,7 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import STUCK_AFTER, Run, status
+from stepladder.run import METRICS, STUCK_AFTER, Run, status
 
 COMPLETE = "COMPLETE.json"
 
@@ -77,8 +77,10 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
         )
     if found is None:
         say(f"the run in {folder} ended before its first checkpoint: it starts anew")
-        run.clear()
+        run.clear(but=METRICS)  # it tells the trackers which steps they know
     run.manifest = {**before, "progress": {"step": step, "starts": starts}}
+    if found is None:
+        run.update()  # a start that ends before it trains leaves the count of starts, and the run's id in W&B
     run.allowed = [key.replace("-", "_") for key in allowed]
     return found
 

@@ -11,6 +11,7 @@ any order, on any number of ranks.
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import statistics
 import sys
@@ -24,6 +25,7 @@ from stepladder.run import Run
 from stepladder.training.utilization import Work
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
+LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node
 COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
 
 
@@ -47,6 +49,7 @@ class Telemetry(TrainerCallback):
         self._waits = self._forward = 0.0  # of this rank, since the last logged step
         self._events: list[tuple[Any, Any]] = []  # around each forward pass on a GPU, which runs on by itself
         self._began: float | None = None
+        load("cpu")  # the share of the processors in use is since the call before
 
     def checkpointed(self) -> dict[str, Any]:
         """What a resumed run goes on counting from."""
@@ -103,7 +106,7 @@ class Telemetry(TrainerCallback):
 
     def figures(self, device: Any) -> dict[str, float]:
         """What a logged step shows of the steps since the last one; every rank calls it."""
-        waits, forwards, memory, *load = self._gathered(device)
+        waits, forwards, memory, *loads = self._gathered(device)
         self.waited += max(waits)
         new = {key: getattr(self, key) - self._since_log[key] for key in COUNTED}
         self._since_log = {key: getattr(self, key) for key in COUNTED}
@@ -120,23 +123,23 @@ class Telemetry(TrainerCallback):
             found["slowest_rank"] = own.index(max(own))
             found["slowest_rank_lag_seconds"] = round(max(own) - statistics.median(own), 4)
         if self.ranks_a_node and len(waits) > self.ranks_a_node:
-            for name, shares in zip(("cpu_percent", "memory_percent"), load, strict=True):
-                for node, share in enumerate(shares[:: self.ranks_a_node]):
-                    found[f"node_{node}/{name}"] = round(share, 1)
+            for name, shares in zip(LOAD, loads, strict=True):
+                for first in range(0, len(shares), self.ranks_a_node):
+                    share = statistics.fmean(shares[first : first + self.ranks_a_node])
+                    if not math.isnan(share):
+                        found[f"node_{first // self.ranks_a_node}/{name}"] = round(share, 1)
         return found
 
     def _gathered(self, device: Any) -> list[tuple[float, ...]]:
         """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, its
-        peak memory in bytes; the share of its machine's processors and memory that is in use, in percent."""
-        import psutil
+        peak memory in bytes; its load."""
         import torch
         import torch.distributed as dist
 
         for start, end in self._events:
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
-        own = [self._waits, self._forward, float(peak_memory_bytes())]
-        own += [psutil.cpu_percent(), psutil.virtual_memory().percent]
+        own = [self._waits, self._forward, float(peak_memory_bytes()), *load(device)]
         self._waits, self._forward, self._events = 0.0, 0.0, []
         if not dist.is_initialized():
             return [(value,) for value in own]
@@ -170,6 +173,20 @@ def rates(counted: dict[str, float], work: Work | None) -> dict[str, float]:
         shares = work.shares(int(tokens), int(counted["pairs"]), seconds)
         found["mfu"], found["hfu"] = (float(f"{share:.4g}") for share in shares)
     return found
+
+
+def load(device: Any) -> tuple[float, ...]:
+    """What is in use of this machine's processors and memory, and of this rank's GPU, in percent; NaN: not known."""
+    import psutil
+    import torch
+
+    gpu = gpu_memory = math.nan
+    if torch.device(device).type == "cuda":
+        with contextlib.suppress(Exception):  # it asks a library of the driver, which a container may lack
+            gpu = float(torch.cuda.utilization(device))
+        free, total = torch.cuda.mem_get_info(device)
+        gpu_memory = 100 * (1 - free / total)
+    return psutil.cpu_percent(), psutil.virtual_memory().percent, gpu, gpu_memory
 
 
 def peak_memory_bytes() -> int:

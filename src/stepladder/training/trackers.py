@@ -10,9 +10,9 @@ import contextlib
 import html
 import io
 import itertools
-import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback
@@ -25,24 +25,16 @@ from transformers.integrations import (
 )
 
 from stepladder.console import say
+from stepladder.errors import EXIT_FAILED, EXIT_PREEMPTED
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import METRICS, Run
+from stepladder.run import METRICS, Run, row_of
 from stepladder.training.telemetry import DROPPED
 
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
-NOT_CONFIGURATION = {
-    "status",
-    "progress",
-    "resumed",
-    "started",
-    "ended",
-    "totals",
-    "final",
-    "saved",
-    "error",
-    "samples",
-}
+MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, that the upload of the result may take
+NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "saved", "error",
+                     "samples"}  # fmt: skip
 NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
 
 
@@ -58,8 +50,7 @@ class Tracker(TrainerCallback):
         try:
             getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
-            name = type(self.callback).__name__.removesuffix("Callback")
-            say(f"⚠ {name} fails and is left out: {brief(error)}; the run goes on, and metrics.jsonl holds everything")
+            left_out(type(self.callback).__name__.removesuffix("Callback"), error)
             self.callback = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -74,10 +65,30 @@ class Tracker(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.tell("on_train_end", *args, **kwargs)
 
-    def close(self) -> None:
-        """The run is whole and its page written."""
-        if isinstance(self.callback, Wandb):
-            self.tell("close")
+    def close(self, code: int) -> None:
+        """With the run's exit code. Where it is 0, the run is whole and its page written."""
+        if hasattr(self.callback, "close"):
+            self.tell("close", code)
+        self.callback = None
+
+
+@contextlib.contextmanager
+def closing(record: Run) -> Iterator[list[Tracker]]:
+    """A list of trackers that are closed at the end of the block, by what run.json says of the run then."""
+    told: list[Tracker] = []
+    try:
+        yield told
+    finally:
+        close(told, {"finished": 0, "preempted": EXIT_PREEMPTED}.get(record.manifest["status"], EXIT_FAILED))
+
+
+def close(told: list[Tracker], code: int) -> None:
+    for tracker in told:
+        tracker.close(code)
+
+
+def left_out(name: str, error: Exception) -> None:
+    say(f"⚠ {name} fails and is left out: {brief(error)}; the run goes on, and metrics.jsonl holds everything")
 
 
 def of(record: Run, recipe: Recipe, args: Any, ask: Ask | None = None) -> list[Tracker]:
@@ -90,13 +101,16 @@ def of(record: Run, recipe: Recipe, args: Any, ask: Ask | None = None) -> list[T
     own = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
     if not record.is_writer:
         return []
-    made = [
-        Tracker(own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]())
-        for name in names
-    ]
-    for tracker in made:
-        if isinstance(tracker.callback, Wandb):
-            tracker.callback.ask = ask
+    made = []
+    for name in names:
+        try:
+            found = own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]()
+        except Exception as error:
+            left_out(name, error)
+            continue
+        if isinstance(found, Wandb):
+            found.ask = ask
+        made.append(Tracker(found))
     return made
 
 
@@ -106,19 +120,23 @@ class Wandb(WandbCallback):
     W&B takes no step twice, so a resumed run first sends what its server does not have yet of metrics.jsonl,
     and steps that it has are left out (the curve is the same). Offline each start has a file of its own, and
     the newest one holds the whole run, so that it alone is to be synced. (The client can rewind
-    too, `resume_from`, but not offline, and not every server can.)
+    too, `resume_from`, but not offline, and not every server can.) By its `_step` W&B draws all of them
+    already, so no axes are declared.
     """
 
     def __init__(self, record: Run, recipe: Recipe):
         super().__init__()
         self.record, self.recipe = record, recipe
         self.ask: Ask | None = None
+        self.run: Any = None
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         self._initialized = True
-        if self.ask and not state.global_step:  # a resumed run has asked already
-            self.record.update(samples={"before": self.ask(model), "after": []})
         wandb, recipe, facts = self._wandb, self.recipe, self.record.manifest
+        if self.ask and not state.global_step:  # a resumed run has asked already
+            self.record.update(samples={"before": self._asked(model), "after": []})
+        elif recipe.get("eval_dataset_name") and facts.get("strategy", "").startswith(("zero3", "fsdp")):
+            say(f"W&B is given no sample answers: under {facts['strategy']} no rank has the whole model to ask")
         for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
             os.environ.setdefault(name, PATIENCE)
         # no git: a remote's address may hold a password, and the commit is in the configuration
@@ -146,14 +164,16 @@ class Wandb(WandbCallback):
             why = f", since its server cannot be used ({brief(error)})"
             wandb.teardown()  # its service holds the id of the run that did not come to be
             self.run = wandb.init(**asked, mode="offline")
-        if self.run.offline:
+        if mode == "disabled":
+            say("W&B is told nothing, since WANDB_MODE is disabled")
+        elif self.run.offline:
             say(f"W&B is offline{why}; to upload the run later: wandb sync {self.run.settings.sync_dir}")
         else:
-            say(f"W&B shows the run at {self.run.url}")
+            say(f"W&B shows the run at {without_secrets(self.run.url)}")
         self._next = self.run.step
         for line in (self.record.folder / METRICS).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            self._show(row["step"], row)
+            if row := row_of(line):
+                self._show(row["step"], row)
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         if step >= self._next:
@@ -167,10 +187,36 @@ class Wandb(WandbCallback):
         """Ask again. Transformers would save the model once more here, which a sharded one cannot."""
         if self.ask and state.global_step >= state.max_steps:
             before = self.record.manifest.get("samples", {}).get("before", [])
-            self.record.update(samples={"before": before, "after": self.ask(model)})
+            self.record.update(samples={"before": before, "after": self._asked(model)})
 
-    def close(self) -> None:
-        """Add what the run has come to, and wait for the upload, but not for long."""
+    def _asked(self, model: Any) -> list[dict[str, str]]:
+        try:
+            return self.ask(model) if self.ask else []
+        except Exception as error:
+            say(f"⚠ the sample questions fail and are left out: {brief(error)}; W&B gets all else")
+            self.ask = None
+            return []
+
+    def close(self, code: int) -> None:
+        """End the run as it ended here, and wait for the upload, but not for long."""
+        if self.run is None:
+            return
+        try:
+            if code == 0:
+                self._add_results()
+            elif code == EXIT_PREEMPTED:
+                self.run.mark_preempting()
+        finally:
+            self._finish(code)
+
+    def _finish(self, code: int) -> None:
+        try:
+            self.run.finish(exit_code=code)
+        except TimeoutError:
+            seconds, folder = self.run.settings.finish_timeout, self.run.settings.sync_dir
+            say(f"⚠ W&B did not take everything in {seconds:g} s; for the rest: wandb sync {folder}")
+
+    def _add_results(self) -> None:
         wandb, folder = self._wandb, self.record.folder
         self.run.summary.update({f"totals/{key}": value for key, value in self.record.manifest["totals"].items()})
         samples = self.record.manifest.get("samples")
@@ -183,12 +229,9 @@ class Wandb(WandbCallback):
             for file in sorted(folder.iterdir()):
                 if file.suffix in (".safetensors", ".json", ".jinja", ".md", ".yaml", ".model"):
                     artifact.add_file(str(file))
-            self.run.log_artifact(artifact)
-        try:
-            self.run.finish()
-        except TimeoutError:
-            seconds, folder = self.run.settings.finish_timeout, self.run.settings.sync_dir
-            say(f"⚠ W&B did not take everything in {seconds:g} s; for the rest: wandb sync {folder}")
+            logged, settings = self.run.log_artifact(artifact), self.run.settings
+            if settings.mode == "online":
+                logged.wait(int(max(MODEL_PATIENCE, settings.finish_timeout)))
 
 
 class TensorBoard(TensorBoardCallback):
@@ -198,9 +241,13 @@ class TensorBoard(TensorBoardCallback):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(record.folder / "tensorboard")
-        resumed = record.manifest["resumed"]
-        super().__init__(SummaryWriter(folder, purge_step=resumed[-1]["step"] + 1 if resumed else None))
+        begins = record.manifest["resumed"][-1]["step"] + 1 if record.manifest["resumed"] else 0
+        super().__init__(SummaryWriter(folder, purge_step=begins if record.logged_until >= 0 else None))
         say(f"TensorBoard shows the run with: tensorboard --logdir {folder}")
+
+    def close(self, code: int) -> None:
+        if self.tb_writer:  # the run failed: else Transformers has closed it at the training's end
+            self.tb_writer.close()
 
 
 class Trackio(TrackioCallback):
@@ -219,6 +266,12 @@ class Trackio(TrackioCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             super().on_train_end(*args, **kwargs)
+        self._initialized = False
+
+    def close(self, code: int) -> None:
+        if self._initialized:  # the run failed before its end
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._trackio.finish()
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         if state.global_step > self.record.logged_until:
@@ -236,4 +289,10 @@ def _table(before: list[dict[str, str]], after: list[dict[str, str]]) -> str:
 
 
 def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    lines = str(error).strip().splitlines() or [""]
+    return without_secrets(f"{type(error).__name__}: {lines[0]}")[:200]
+
+
+def without_secrets(text: str) -> str:
+    """WANDB_BASE_URL may hold a password, and the client prints it."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
