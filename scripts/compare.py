@@ -7,11 +7,13 @@
 
 --base takes a transcript of generate.py too. A server that speaks OpenAI's chat completions (--endpoint URL
 --model NAME) takes the side that is not given. Writes evaluation_results.md, compare.json and report.html
-into --output_dir (the first --tuned, where it is a run folder). See docs/evaluation.md.
+into --output_dir (the first --tuned, where it is a run folder), and each other run's own compare.json into
+its folder. See docs/evaluation.md.
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from stepladder import console, errors, run
 from stepladder.data import mixture
-from stepladder.evaluation import compare, learned, questions, results, rubric, sides
+from stepladder.evaluation import compare, flags, generate, learned, questions, results, rubric, sides
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training import ranks
@@ -33,13 +35,14 @@ def main() -> None:
     parser.add_argument("--tuned", action="append", default=[], help="a model after: a run folder, …; repeatable")
     parser.add_argument("--endpoint", metavar="URL", help="a server in place of a side, such as http://localhost:11434")
     parser.add_argument("--model", metavar="NAME", help="the server's model")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds that the server has for an answer (60)")
+    parser.add_argument("--timeout", type=flags.above_0, default=60, help="seconds that a server has to answer (60)")
     parser.add_argument("--data", help="held-out rows: JSONL, …")
     parser.add_argument("--prompts", type=Path, help="ask these in place of the data's questions: .txt or JSONL")
     parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")
-    parser.add_argument("--general", default=mixture.GENERAL, type=Path, help="general knowledge, against forgetting")
-    parser.add_argument("--limit", type=int, help="ask the first so many questions (all)")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--general", metavar="FILE", help=f"general knowledge, against forgetting ({mixture.GENERAL})")
+    parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
+                        help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=Path)
     parser.add_argument("--show", type=int, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")
@@ -52,22 +55,26 @@ def main() -> None:
     sources = [args.base, *args.tuned, *server] if args.base else [*server, *args.tuned]
     if len(sources) < 2:
         parser.error("two sides are needed: --base and --tuned, or one of them and --endpoint")
-    is_run = bool(args.tuned) and (Path(args.tuned[0]) / run.MANIFEST).is_file()
-    folder = args.output_dir or (Path(args.tuned[0]) if is_run else None)
+    folder = args.output_dir or next((Path(name) for name in args.tuned[:1] if is_run(name)), None)
 
     # What can be wrong with the files is found before torch is imported.
     rules = rubric.read(args.rubric) if args.rubric else []
     held_out = mixture.from_name(args.data) if args.data else None
     asked = questions.from_file(args.prompts) if args.prompts else questions.of_rows(held_out)
-    on = sides.Measured(asked[: args.limit], held_out, notes=questions.remarks(asked))
+    asked = asked[: args.limit]
+    on = sides.Measured(asked, held_out, notes=questions.remarks(asked))
+    wants_general = args.general or mixture.GENERAL.is_file()
+    general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:
         sides.check(source, on)
+    length = sides.length(sources, args.max_new_tokens, on.notes)
     if folder is None:
         parser.error("--output_dir is needed: the first --tuned is no run folder")
     run.make_folder(folder)
-    rows = sides.training_rows(args.tuned[0], on.notes) if args.tuned else None
-    on.training = sides.sample(rows) if rows else None
-    on.general = sides.sample(mixture.from_name(str(args.general)), without=rows) if args.general.is_file() else None
+    rows = {str(name): found for name in sources[1:] if (found := sides.training_rows(name, on.notes))}
+    on.training = {name: drawn for name, found in rows.items() if (drawn := sides.sample(found))}
+    on.general = sides.sample(general, without=rows.values()) if general else None
+    on.notes += sides.not_measured(sources, on)
 
     launch = ranks.launched()
     console.quiet_libraries()
@@ -80,32 +87,52 @@ def main() -> None:
     measured = []
     for source in sources:
         began = time.perf_counter()
-        measured.append(sides.measure(source, on, args.max_new_tokens, template))
+        measured.append(sides.measure(source, on, length, template))
         if not args.json:
             console.say(f"{source}: {len(on.questions)} answers in {time.perf_counter() - began:.0f} s")
     if ranks_here.is_main_process:
-        trained = learned.Trained(sides.answers_of(rows)) if rows else None
+        trained = {name: learned.Trained(sides.answers_of(found)) for name, found in rows.items()}
         facts = {
             "command": "python " + shlex.join(sys.argv),
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "held_out_rows": len(held_out or []),
+            "max_new_tokens": length,
             "notes": on.notes,
-            **compare.compare(measured, on.questions, rules),
-            "verdicts": compare.verdicts(measured, on.questions, trained),
         }
+
+        def found(some: list[compare.Side]) -> dict:
+            return facts | compare.whole(some, on.questions, rules, trained)
+
+        told = found(measured)
         files = {
-            "compare.json": json.dumps(facts, indent=2, ensure_ascii=False) + "\n",
-            "evaluation_results.md": results.markdown(facts),
-            "report.html": page.of_comparison(folder, [Path(name) for name in args.tuned], facts),
+            folder / "compare.json": as_text(told),
+            folder / "evaluation_results.md": results.markdown(told),
+            folder / "report.html": page.of_comparison(folder, [Path(name) for name in args.tuned], told),
         }
-        for name, text in files.items():  # all are made before the first is written
-            run.write_whole(folder / name, text)
-        print(json.dumps(facts, ensure_ascii=False) if args.json else results.for_terminal(facts, args.show))
-        if is_run and not args.json:
-            print(results.of_run(json.loads((Path(args.tuned[0]) / run.MANIFEST).read_text())))
-        if not args.json:
+        # Each other run is left its own comparison with the base: its page and its mini-project are made from it.
+        own = [side for side in measured[1:] if is_run(side.name) and Path(side.name).resolve() != folder.resolve()]
+        own = [side for side in own if os.access(side.name, os.W_OK)]
+        files |= {Path(side.name) / "compare.json": as_text(found([measured[0], side])) for side in own}
+        for file, text in files.items():  # all are made before the first is written
+            run.write_whole(file, text)
+        if args.json:
+            print(json.dumps(told, ensure_ascii=False, allow_nan=False))
+        else:
+            print(results.for_terminal(told, args.show))
+            if args.tuned and is_run(args.tuned[0]):
+                print(results.of_run(page.read(Path(args.tuned[0])).facts))
             print(f"everything lies in {folder}/: evaluation_results.md, compare.json, report.html")
+            for side in own:
+                print(f"{side.name}'s own comparison with the base is kept in {side.name}/compare.json")
     ranks_here.destroy_process_group()
+
+
+def is_run(name: str) -> bool:
+    return (Path(name) / run.MANIFEST).is_file()
+
+
+def as_text(facts: dict) -> str:
+    return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stepladder import console, errors
 from stepladder.data import mixture
-from stepladder.evaluation import harness
+from stepladder.evaluation import flags, harness
 from stepladder.model import load
 
 
@@ -24,18 +24,21 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", required=True, help="a folder or a hub id; repeatable")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of lm-eval, or data files")
-    parser.add_argument("--limit", type=int, help="the first so many questions of each task")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=8)
+    parser.add_argument("--limit", type=flags.count, help="the first so many questions of each task")
+    parser.add_argument("--batch_size", "--batch-size", type=flags.count, default=8)
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args()
-    files = [name for name in args.tasks if "." in name or "/" in name]
-    rows = {name: mixture.from_name(name) for name in files}
+    for given in (args.model, args.tasks):
+        if twice := next((name for name in given if given.count(name) > 1), None):
+            parser.error(f"{twice} is given twice")
+    rows = {name: mixture.from_name(name) for name in args.tasks if harness.is_data(name)}
     for name in args.model:
         load.check_source(name)
 
     console.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         tasks = [harness.local_task(rows[name], Path(folder)) if name in rows else name for name in args.tasks]
+        harness.check_names(tasks)
         found = {name: harness.evaluate(name, tasks, args.limit, args.batch_size) for name in args.model}
     if args.json:
         print(json.dumps({name: [score._asdict() for score in scores] for name, scores in found.items()}))

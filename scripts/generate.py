@@ -5,6 +5,7 @@
     python scripts/generate.py --model models/smollm2-135m-instruct --prompts questions.txt --transcript kept.jsonl
 
 A transcript is a side of a comparison: compare.py --base kept.jsonl --tuned runs/lora --prompts questions.txt
+One that is there already is kept unless --overwrite is given.
 """
 
 import argparse
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stepladder import console, errors, run
-from stepladder.evaluation import questions, transcript
-from stepladder.evaluation.generate import Message, answers
+from stepladder.errors import DataError
+from stepladder.evaluation import flags, questions, transcript
+from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message, answers, no_template
 from stepladder.model import load
 
 HELP = "Ask away. /reset begins anew, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
@@ -30,23 +32,31 @@ def main() -> None:
     what.add_argument("--chat", action="store_true", help="a conversation; /reset begins it anew")
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--transcript", type=Path, metavar="FILE", help="keep questions and answers as JSONL")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, help="above 0 samples; without it the answer is greedy")
-    parser.add_argument("--top_p", "--top-p", type=float)
-    parser.add_argument("--top_k", "--top-k", type=int)
-    parser.add_argument("--repetition_penalty", "--repetition-penalty", type=float)
+    parser.add_argument("--overwrite", action="store_true", help="replace the transcript that is there")
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=MAX_NEW_TOKENS)
+    parser.add_argument("--temperature", type=flags.from_0, default=0.0, help="above 0 samples; at 0 it is greedy (0)")
+    parser.add_argument("--top_p", "--top-p", type=flags.share, help="with --temperature")
+    parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
+    parser.add_argument("--repetition_penalty", "--repetition-penalty", type=flags.above_0)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
+    if (args.top_p or args.top_k) and not args.temperature:
+        parser.error("--top_p and --top_k choose among sampled tokens: they need --temperature above 0")
+    if args.overwrite and not args.transcript:
+        parser.error("--overwrite is of --transcript")
     system: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     if args.chat:
         conversations = _chat(system)
     elif args.prompts:
-        conversations = iter([system + question.messages for question in questions.from_file(args.prompts)])
+        conversations = iter([_under(system, question.messages) for question in questions.from_file(args.prompts)])
     else:
         conversations = iter([[*system, {"role": "user", "content": text}] for text in args.prompt])
     load.check_source(args.model)
     if args.transcript:
         run.make_folder(args.transcript.parent)
+        if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
+            way_out = "name a file in it" if args.transcript.is_dir() else "another name, or --overwrite"
+            raise DataError(f"the transcript {args.transcript} is there already", way_out=way_out)
 
     console.quiet_libraries()
     import transformers
@@ -54,9 +64,11 @@ def main() -> None:
     console.quiet_progress_bars()
     transformers.set_seed(args.seed)
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(args.temperature)}
-    flags = ("top_p", "top_k", "repetition_penalty") + (("temperature",) if args.temperature else ())
-    sampling |= {name: value for name in flags if (value := getattr(args, name)) is not None}
+    given = ("temperature", "top_p", "top_k", "repetition_penalty")
+    sampling |= {name: value for name in given if (value := getattr(args, name))}
     model, tokenizer = load.for_inference(args.model)
+    if tokenizer.chat_template is None and (args.chat or system):
+        raise no_template(args.model)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     kept = []
@@ -66,12 +78,19 @@ def main() -> None:
             print(f"> {messages[-1]['content']}")
         (answer,) = answers(model, tokenizer, [messages], streamer=streamer, **sampling)
         if args.transcript:
-            kept.append(transcript.row(args.model, messages, answer))
+            kept.append(transcript.row(args.model, messages, answer, args.max_new_tokens, args.temperature))
             run.write_whole(args.transcript, "".join(kept))
         if args.chat:
             messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:
             print()
+
+
+def _under(system: list[Message], messages: list[Message]) -> list[Message]:
+    if system and messages[0]["role"] == "system":
+        said = messages[0]["content"][:60]
+        raise DataError(f"--system is given, and a row has one of its own: {said!r}", way_out="leave one of them out")
+    return system + messages
 
 
 def _chat(system: list[Message]) -> Iterator[list[Message]]:

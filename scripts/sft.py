@@ -17,7 +17,7 @@ from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.reporting import page
+from stepladder.reporting import data_audit, page
 from stepladder.training import arguments, ranks, resume, signals, strategy
 
 
@@ -160,6 +160,7 @@ def main() -> int | None:
         result.save(sft, record, recipe, shapes)
         if record.is_writer:
             at_the_end.callback(page.write, record.folder)  # once run.json says that it is finished
+            at_the_end.callback(data_audit.write, record.folder, train_rows, eval_rows)  # before the page: last in
     console.say(announce.ending(record))
     return None
 

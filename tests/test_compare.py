@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,6 @@ from stepladder.data import mixture
 from stepladder.errors import DataError, ModelError
 from stepladder.evaluation import (
     compare,
-    endpoint,
     learned,
     loss,
     metrics,
@@ -26,13 +22,12 @@ from stepladder.evaluation import (
     rubric,
     sides,
     statistics,
-    transcript,
 )
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Question
+from stepladder.reporting import page, runs
 
 TECHCO = rubric.read(ROOT / "data/techco_rubric.yaml")
 
@@ -61,6 +56,9 @@ def test_repetition_and_distinct() -> None:
     # Seven runs of four words, of which one stands there four times and three differ from it once each: 1 - 4/8.
     assert figures("a b c d a b c d a b c")["repetition"] == pytest.approx(1 - 4 / 8)
     assert metrics.distinct(["a a", "a a"], 1) == 1 / 4 and metrics.distinct([""], 2) == 0
+    texts = ["a b c", "a d", "e e", ""]
+    left_out = [metrics.distinct(texts[:i] + texts[i + 1 :], 1) for i in range(4)]
+    assert metrics.distinct_without(texts, 1) == left_out
     assert figures("anything")["chrF"] is None  # nothing to hold it to
 
 
@@ -122,6 +120,9 @@ def test_intervals_and_holm() -> None:
     # A share of 0.5 of 100: the normal interval is ± 1.96 × 0.05.
     assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
     assert statistics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
+    # Of a mean, the jackknife's error is the usual standard error, here sqrt(0.25 / 99) of 100 values.
+    low, high = statistics.jackknife(0.5, [(50 - value) / 99 for value in [0.0, 1.0] * 50])
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05025, 0.5 + 1.96 * 0.05025), abs=1e-4)
     assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
@@ -146,7 +147,7 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
     worse = compare.compare([good, base], asked, [])
     assert {row["name"]: row["winner"] for row in worse["metrics"]}["chrF"] == "good"
     facts = found | {"command": "c", "made": "now", "held_out_rows": 20, "notes": ["a note"],
-                     "verdicts": compare.verdicts([base, good, alike], asked, None)}  # fmt: skip
+                     "verdicts": compare.verdicts([base, good, alike], asked, {})}  # fmt: skip
     text = results.markdown(facts)
     assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
 
@@ -210,18 +211,33 @@ def jumbled(first: int) -> list[tuple[str, str]]:
 
 def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str]:
     asked = questions.of_rows(held_out)
-    on = sides.Measured(asked, held_out, training, general)
+    on = sides.Measured(asked, held_out, {tuned: training}, general)
     both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
-    trained = learned.Trained(sides.answers_of(training))
+    trained = {tuned: learned.Trained(sides.answers_of(training))}
     return {v["name"]: v["severity"] for v in compare.verdicts(both, asked, trained)[0]["verdicts"]}
 
 
-def test_a_model_that_learned_by_heart_is_told_from_one_that_learned(tiny, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_heart(tiny, tmp_path_factory) -> Path:
+    """A folder with a model, `overfit`, that knows the rows of a.jsonl by heart, and held-out rows, b.jsonl."""
+    folder = tmp_path_factory.mktemp("by-heart")
+    rows_of(folder, jumbled(100), "b")
+    train(tiny, folder / "overfit", rows_of(folder, jumbled(0), "a"), 250, 0.01)
+    return folder
+
+
+def as_run(folder: Path, rows: Path) -> Path:
+    """Make a model's folder one of a run that was trained on these rows."""
+    (folder / "recipe.yaml").write_text(json.dumps({"model_name_or_path": "any", "dataset_name": str(rows)}))
+    (folder / "run.json").write_text('{"status": "finished"}')
+    return folder
+
+
+def test_a_model_that_learned_by_heart_is_told_from_one_that_learned(tiny, by_heart, tmp_path: Path) -> None:
     """Guards `memorized`: rows without a rule, learned by heart; and what TechCo's answers have in common."""
     general = rows_of(tmp_path, FACTS, "facts")
-    training, held_out = rows_of(tmp_path, jumbled(0), "a"), rows_of(tmp_path, jumbled(100), "b")
-    tuned = train(tiny, tmp_path / "overfit", training, 250, 0.01)
-    found = judged(tiny, tuned, training, held_out, general)
+    training, held_out = (mixture.from_name(str(by_heart / f"{name}.jsonl")) for name in "ab")
+    found = judged(tiny, str(by_heart / "overfit"), training, held_out, general)
     assert found["memorized"] == "fault", found
 
     # Eight steps on real answers: what they have in common is learned, and none of them yet.
@@ -229,6 +245,82 @@ def test_a_model_that_learned_by_heart_is_told_from_one_that_learned(tiny, tmp_p
     tuned = train(tiny, tmp_path / "well", training, 8, 0.01)
     found = judged(tiny, tuned, training, held_out, general)
     assert found["better than the base"] == "good" and found["not memorized"] == "good", found
+
+
+def test_each_side_is_judged_by_its_own_training(tiny, by_heart, tmp_path: Path) -> None:
+    """Guards the second --tuned: `memorized` by its own rows, its name before its verdicts, its compare.json.
+
+    And the general rows, of which those that any side was trained on are left out.
+    """
+    rows_of(tmp_path, FACTS, "facts")
+    shutil.copytree(tiny, tmp_path / "other")
+    other = as_run(tmp_path / "other", tmp_path / "facts.jsonl")
+    shutil.copytree(by_heart / "overfit", tmp_path / "overfit")
+    overfit = as_run(tmp_path / "overfit", by_heart / "a.jsonl")
+    words = ("--base", tiny, "--tuned", other, "--tuned", overfit, "--data", by_heart / "b.jsonl", "--limit", 4,
+             "--max_new_tokens", 16)  # fmt: skip
+    done = script("compare", *words, "--general", by_heart / "a.jsonl", "--output_dir", tmp_path / "out")
+    assert done.code == 0, done
+    assert f"❌ {overfit}: memorized" in done.out and f"✅ {other}: not memorized" in done.out, done
+    assert "no row of general knowledge is left" in done.out, "the second side was trained on all of them"
+    for run, name in ((other, "not memorized"), (overfit, "memorized")):
+        own = json.loads((run / "compare.json").read_text())
+        assert [side["name"] for side in own["sides"]] == [str(tiny), str(run)]
+        assert name in [verdict["name"] for verdict in own["verdicts"][0]["verdicts"]]
+    done = script("report", overfit, "--project", "Words")
+    text = (overfit / "mini_project_report.md").read_text()
+    assert done.code == 0 and "Not compared yet" not in text and "| held-out loss |" in text, text
+
+
+def test_what_a_transcript_or_server_copies_is_seen_without_losses() -> None:
+    """Guards `memorized` where a side tells no losses: copies of training answers are evidence by themselves."""
+    line = "Open the box and take the red key from it, then go home."
+    asked = [Question([{"role": "user", "content": str(n)}], "I do not know that.") for n in range(4)]
+    said = {"copies": line, "speaks": "That is something else entirely, and nobody has said it before."}
+    both = [
+        Side("base", [Answer("No.", True)] * 4),
+        *(Side(name, [Answer(text, True)] * 4) for name, text in said.items()),
+    ]
+    found = compare.verdicts(both, asked, dict.fromkeys(said, learned.Trained([line])))
+    assert [[v["name"] for v in side["verdicts"]] for side in found] == [["memorized"], ["not memorized"]]
+
+
+def test_a_model_whose_loss_is_no_number_is_not_better(tiny, tmp_path: Path) -> None:
+    """Guards against NaN, than which nothing is larger: p was the smallest there is, and the verdict `better`.
+
+    compare.json and what --json prints hold no NaN, which is no JSON.
+    """
+    from stepladder.model.load import for_inference
+
+    model, tokenizer = for_inference(str(tiny))
+    for weights in model.parameters():
+        weights.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    done = script("compare", "--base", tiny, "--tuned", tmp_path / "nan", "--data", "data/techco_eval.jsonl", "--limit",
+                  4, "--max_new_tokens", 4, "--output_dir", tmp_path / "out", "--json")  # fmt: skip
+    assert done.code == 0, done
+    for text in ((tmp_path / "out/compare.json").read_text(), done.out.strip().splitlines()[-1]):
+        facts = json.loads(text, parse_constant=pytest.fail)
+    assert [verdict["name"] for verdict in facts["verdicts"][0]["verdicts"]] == ["diverged"]
+    row = facts["metrics"][0]
+    assert row["name"] == "held-out loss" and row["sides"][1]["mean"] is None and row["tests"][1]["verdict"] == "worse"
+    assert row["winner"] == str(tiny) and facts["sides"][1]["loss"] is None
+    for name in ("evaluation_results.md", "report.html"):
+        shown = (tmp_path / "out" / name).read_text()
+        assert "no number" in shown and "diverged" in shown, name
+    reread = runs.LoggedRun(tmp_path, "r", comparison=facts)
+    assert "no number" in page.page([reread]) and "no number" in results.for_terminal(facts, 1)
+
+
+def test_a_damaged_run_folder_is_compared_all_the_same(tiny, tmp_path: Path) -> None:
+    """Guards against a traceback over a cut run.json after everything was measured."""
+    shutil.copytree(tiny, tmp_path / "run")
+    (tmp_path / "run/run.json").write_text('{"status": "fin')
+    done = script("compare", "--base", tiny, "--tuned", tmp_path / "run", "--prompts", "docs/workshop/questions.txt",
+                  "--limit", 1, "--max_new_tokens", 2)  # fmt: skip
+    assert done.code == 0 and "everything lies in" in done.out and "Traceback" not in done.err, done
+    assert "run.json cannot be read" in (tmp_path / "run/report.html").read_text()
 
 
 def test_a_model_that_forgot_is_told(tiny, tmp_path: Path) -> None:
@@ -270,49 +362,18 @@ def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) ->
     for a, b in zip(one["sides"], two["sides"], strict=True):
         assert len(a["answers"]) == 20 and a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # fp32; the threads of one process sum in another order
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        # The exchanges of the test are drawn by the seed; a figure of answers is equal, one of losses within rounding.
+        assert (a["name"], a["winner"]) == (b["name"], b["winner"])
+        assert [side["mean"] for side in a["sides"]] == pytest.approx([side["mean"] for side in b["sides"]], rel=1e-4)
+    names = [
+        [(v["severity"], v["name"]) for side in found["verdicts"] for v in side["verdicts"]] for found in (one, two)
+    ]
+    assert names[0] == names[1] and ("good", "better than the base") in names[0]
     page = (tmp_path / "one/report.html").read_text()
     assert "Base and tuned" in page and "friendly opening" in page and "did not forget" in page
     table = (tmp_path / "one/evaluation_results.md").read_text()
     assert "| held-out loss (nats a token) |" in table and "numbered steps" in table and "**Prompt**" in table
-
-
-@pytest.fixture(scope="module")
-def generate():
-    """scripts/generate.py as a module: its main is called as the command line calls it."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts/generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(module, monkeypatch, *words) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
-    module.main()
-
-
-def test_a_transcript_is_the_bases_side(generate, tiny, monkeypatch, tmp_path: Path) -> None:
-    """Guards 'keep this output to compare': what generate.py keeps answers compare.py's questions."""
-    (tmp_path / "q.txt").write_text("Where is my order?\n\nWho are you?\n")
-    kept = tmp_path / "kept.jsonl"
-    call(generate, monkeypatch, "--model", tiny, "--prompts", tmp_path / "q.txt", "--transcript", kept,
-         "--max_new_tokens", 6)  # fmt: skip
-    asked = questions.from_file(tmp_path / "q.txt")
-    side = sides.measure(str(kept), sides.Measured(asked), 6)
-    assert side.texts == sides.measure(str(tiny), sides.Measured(asked), 6).texts and not side.losses
-    with pytest.raises(DataError, match="1 of 2"):
-        transcript.answers(kept, [asked[0], Question([{"role": "user", "content": "Another?"}])])
-
-
-def test_a_chat_remembers_until_reset(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:
-    """Guards the history: a second question comes with the first one's answer, none of it after /reset."""
-    said = iter(["first", "second", "/reset", "/what", "third", ""])
-    monkeypatch.setattr("builtins.input", lambda _: next(said))
-    call(generate, monkeypatch, "--model", tiny, "--chat", "--system", "Be brief.", "--transcript",
-         tmp_path / "t.jsonl", "--max_new_tokens", 3)  # fmt: skip
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    asked = [[turn["content"] for turn in row["messages"] if turn["role"] != "assistant"] for row in rows]
-    assert asked == [["Be brief.", "first"], ["Be brief.", "first", "second"], ["Be brief.", "third"]]
-    assert "a new conversation" in capsys.readouterr().out
 
 
 # --- what people get wrong
@@ -353,6 +414,8 @@ def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
         (["--base", "a", "--endpoint", "http://x", "--data", "data/techco_eval.jsonl"], "go together"),
         (["--base", "none.jsonl", "--tuned", "b", "--data", "data/techco_eval.jsonl"], "none.jsonl"),
         (["--base", "a", "--tuned", "b", "--prompts", "none.txt"], "none.txt"),
+        (["--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--general", "no.jsonl"], "no.jsonl"),
+        (["--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--limit", "-23"], "less than 1"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_at_once(words: list[str], said: str, tmp_path: Path) -> None:
@@ -377,88 +440,3 @@ def test_a_model_without_a_template_borrows_the_tuned_ones_or_is_refused(tiny, t
     borrowed = sides.measure(str(tmp_path / "bare"), on, 4, template)
     assert borrowed == Side(str(tmp_path / "bare"), *list(vars(sides.measure(str(tiny), on, 4)).values())[1:])
     assert "asked by the tuned model's" in on.notes[0]
-
-
-class Server(BaseHTTPRequestHandler):
-    """A server of chat completions that does what its class says."""
-
-    behave = "well"
-    asked = 0
-    counting = threading.Lock()  # a thread a request
-
-    def do_POST(self) -> None:
-        with self.counting:
-            type(self).asked += 1
-            first = self.asked == 1
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][-1]["content"]
-        good = {"choices": [{"message": {"content": f" re: {question} "}, "finish_reason": "stop"}]}
-        status, text = 200, json.dumps(good)
-        if self.behave == "busy once" and first:
-            status, text = 503, "busy"
-        elif self.behave == "unknown model":
-            status, text = 404, "no such model"
-        elif self.behave == "nonsense":
-            text = "<html>Welcome to nginx!</html>"
-        elif self.behave == "another API":
-            text = '{"choices": []}'
-        elif self.behave == "slow":
-            time.sleep(0.5)
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *args) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
-
-    class Here(Server):
-        asked = 0
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Here)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    yield Here, f"http://127.0.0.1:{http.server_port}"
-    http.shutdown()
-    http.server_close()
-
-
-ASKED = [[{"role": "user", "content": str(n)}] for n in range(6)]
-
-
-@pytest.mark.parametrize("tail", ["", "/", "/v1"])
-def test_a_server_answers_in_the_order_asked(server, tail: str) -> None:
-    _, url = server
-    found = endpoint.answers(Endpoint(url + tail, "m", 5), ASKED, 8)
-    assert found == [Answer(f"re: {n}", True) for n in range(6)]
-
-
-def test_a_busy_server_is_asked_again(server) -> None:
-    here, url = server
-    here.behave = "busy once"
-    assert len(endpoint.answers(Endpoint(url, "m", 5), ASKED, 8)) == 6 and here.asked == 7
-
-
-@pytest.mark.parametrize(
-    ("behave", "said", "asked"),
-    [("nonsense", "no chat completion", 1), ("another API", "no chat completion", 1),
-     ("unknown model", "HTTP 404: no such model", 1), ("slow", "timed out", endpoint.TRIES)],
-)  # fmt: skip
-def test_a_server_that_does_not_answer_ends_clearly(server, behave: str, said: str, asked: int) -> None:
-    """Guards against hanging, against endless retries, and against a traceback out of a foreign reply."""
-    here, url = server
-    here.behave = behave
-    with pytest.raises(ModelError, match=said):
-        endpoint.answers(Endpoint(url, "m", 0.1), ASKED[:1], 8)
-    assert here.asked == asked
-
-
-def test_a_server_that_is_down_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
-    with pytest.raises(ModelError, match=r"127.0.0.1:9 gives no answer"):
-        endpoint.answers(Endpoint("http://127.0.0.1:9", "m", 1), ASKED[:1], 8)
-    with pytest.raises(ModelError, match="is no address"):
-        endpoint.answers(Endpoint("localhost", "m", 1), ASKED[:1], 8)

@@ -28,11 +28,12 @@ def test_a_local_task_holds_each_answer_once(tmp_path: Path) -> None:
 
 def test_two_models_are_scored_side_by_side_without_a_hub(tiny, tmp_path: Path) -> None:
     """Guards the harness's seams: a local task, models of ours, and scores that a program can read."""
+    (tmp_path / "same").symlink_to(tiny)
     words = (
         "--model",
         tiny,
         "--model",
-        f"{tiny}/.",
+        tmp_path / "same",
         "--tasks",
         ROOT / "data/techco_eval.jsonl",
         "--limit",
@@ -44,6 +45,18 @@ def test_two_models_are_scored_side_by_side_without_a_hub(tiny, tmp_path: Path) 
     first, second = json.loads(done.out.strip().splitlines()[-1]).values()
     assert first == second and [score["metric"] for score in first] == ["acc", "acc_norm"]
     assert all(score["task"] == "techco_eval" and 0 <= score["value"] <= 1 and score["error"] > 0 for score in first)
+
+
+def test_what_would_be_one_column_or_row_is_refused(tiny, tmp_path: Path) -> None:
+    """Guards against two data files of one name, of which one was scored, and a model that is given twice."""
+    copy = tmp_path / "techco_eval.jsonl"
+    copy.write_bytes((ROOT / "data/techco_eval.jsonl").read_bytes())
+    done = script("evaluate", "--model", tiny, "--tasks", "data/techco_eval.jsonl", copy)
+    assert done.code == 2 and "two tasks are called 'techco_eval'" in done.err and not done.out, done
+    done = script("evaluate", "--model", tiny, "--model", tiny, "--tasks", copy)
+    assert done.code == 2 and "is given twice" in done.err, done
+    names = ("mmlu.sub/task", "arc_easy", str(copy), "no-such.jsonl")
+    assert [harness.is_data(name) for name in names] == [False, False, True, True]
 
 
 def test_tasks_that_cannot_be_had_are_named(tiny) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import metrics, script
+from conftest import ROOT, metrics, script
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.generate import Answer
@@ -46,13 +46,11 @@ class Text(HTMLParser):
             self.shown += data
 
 
-@pytest.fixture(scope="session")
-def trained(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run through the command line: one answer to all questions, learned by heart."""
-    folder = tmp_path_factory.mktemp("trained")
+def sft(folder: Path, tiny: Path, train: Path, evaluation: Path, rate: float, steps: int) -> Path:
+    """A real run through the command line."""
     keys = {
-        "model_name_or_path": str(tiny), "dataset_name": str(learnable), "eval_dataset_name": str(learnable),
-        "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_steps": 24, "global_batch_size": 8,
+        "model_name_or_path": str(tiny), "dataset_name": str(train), "eval_dataset_name": str(evaluation),
+        "learning_rate": rate, "lr_scheduler_type": "constant", "max_steps": steps, "global_batch_size": 8,
         "per_device_train_batch_size": 8, "bf16": False, "logging_steps": 1, "eval_strategy": "steps",
         "eval_steps": 8, "save_strategy": "no",
     }  # fmt: skip
@@ -60,6 +58,12 @@ def trained(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactor
     done = script("sft", "--recipe", folder / "r.yaml", "--output_dir", folder / "run", OMP_NUM_THREADS="1")
     assert done.code == 0, done
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Path, learnable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One answer to all questions, learned by heart; the evaluation rows are the trained ones."""
+    return sft(tmp_path_factory.mktemp("trained"), tiny, learnable, learnable, 0.02, 24)
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def answered(folder: Path, questions: list[str], *answers: list[str]) -> None:
         Side(f"side {number}", [Answer(text, True) for text in texts], [RowLoss(250 - 100 * number, 100)])
         for number, texts in enumerate(answers)
     ]
-    facts = compare.compare(sides, asked, []) | {"verdicts": compare.verdicts(sides, asked, None), "notes": []}
+    facts = compare.compare(sides, asked, []) | {"verdicts": compare.verdicts(sides, asked, {}), "notes": []}
     (folder / "compare.json").write_text(json.dumps(facts))
 
 
@@ -120,6 +124,42 @@ def test_a_run_leaves_its_page_and_picture(trained: Path) -> None:
     assert png_size(trained / "loss.png") == (960, 480)
     heads = [tag for tag in seen.tags if tag in ("h1", "h2", "h3")]
     assert heads[:2] == ["h1", "h2"] and heads.count("h1") == 1
+    assert "Plan and measure" in seen.shown and "Peak memory a rank" in seen.shown
+    # The audit of the data is the run's own: the rows that it is evaluated on are those that it is trained on.
+    assert "exact copies of trained rows" in seen.shown and "output characters" in seen.shown
+
+
+@pytest.mark.parametrize(
+    ("rate", "told", "not_told"),
+    [(5.0, {"diverged"}, {"converged", "generalizes"}), (0.005, {"still falling", "generalizes"}, {"diverged"})],
+)
+def test_a_run_that_really_diverges_is_told_from_one_that_learns(
+    rate: float, told: set, not_told: set, tiny: Path, tmp_path: Path
+) -> None:
+    """Guards the verdicts on curves that training made, not a formula: a learning rate far too high, and a good one."""
+    run = sft(tmp_path, tiny, ROOT / "data/techco.jsonl", ROOT / "data/techco_eval.jsonl", rate, 40)
+    found = {verdict.name for verdict in page.judge(runs.read(run))}
+    assert told <= found and not not_told & found, found
+    assert all(name in text_of(run / "report.html").shown for name in told)
+
+
+def test_a_comparison_of_no_runs_speaks_of_no_run(tmp_path: Path) -> None:
+    """Guards the page of two models that are no run folders: no status, no steps, no recipe that is not there."""
+    facts = {"questions": ["q"], "references": [""], "metrics": [], "verdicts": [],
+             "command": "python scripts/compare.py --base 'a b' --tuned c",
+             "sides": [{"name": name, "answers": ["x"]} for name in ("a b", "c")]}  # fmt: skip
+    seen = Text(page.of_comparison(tmp_path, [tmp_path / "c"], facts)).shown
+    assert facts["command"] in seen and "recipe.yaml" not in seen and "unknown" not in seen and "Steps" not in seen
+
+
+def test_commands_on_the_page_can_be_pasted(copy) -> None:
+    """Guards folders with spaces, and the comparison's own command beside the run's."""
+    folder = copy("my run")
+    answered(folder, ["q"], ["a"], ["b"])
+    facts = json.loads((folder / "compare.json").read_text()) | {"command": "python scripts/compare.py --base x"}
+    (folder / "compare.json").write_text(json.dumps(facts))
+    seen = Text(page.page([runs.read(folder)])).shown
+    assert f"--recipe '{folder}/recipe.yaml'" in seen and facts["command"] in seen
 
 
 def test_the_page_asks_for_nothing(trained: Path) -> None:
@@ -290,12 +330,18 @@ def test_the_mini_project_is_filled_in(copy) -> None:
     assert done.code == 0, done
     bare = (folder / "mini_project_report.md").read_text()
     assert "Domain: Doors | owls" in bare and "Not compared yet" in bare and "**No**" in bare  # learned by heart
-    answered(folder, ["Which door?", "Who?"], ["none", "me"], ["the third", "an owl"])
+    assert "- warning: exact copies of trained rows" in bare, "what the audit of its data found"
+    answered(folder, ["Which door?\nThis | one?", "Who?"], ["none", "me"], ["the third", "an owl"])
+    compared = (folder / "compare.json").read_text().replace("side 1", "side | 1")
+    (folder / "compare.json").write_text(compared)
     done = script("report", folder, "--project", "Doors")
     text = (folder / "mini_project_report.md").read_text()
     for heading in ("Dataset", "Training configuration", "Results", "Evaluation", "Learnings", "Production readiness"):
         assert text.split(f"## {heading}\n\n")[1].split("\n## ")[0].strip(), heading
     assert "8 examples" in text and "Learning rate: 0.02" in text and "> an owl" in text and "| held-out loss |" in text
+    assert "**Which door? This | one?**" in text
+    table = [line.replace("\\|", "") for line in text.splitlines() if line.startswith("|")]
+    assert "side \\| 1" in text and {line.count("|") for line in table} == {5}, "a bar in a name is no column"
 
 
 def test_peak_memory_over_time_is_drawn_where_it_is_logged(copy) -> None:

@@ -219,3 +219,30 @@ def test_dark_and_light(opened) -> None:
     assert paper() != light and button.text == "Light page"
     button.click()
     assert paper() == light
+
+
+def test_print_is_light_and_the_system_may_be_dark(opened) -> None:
+    """Guards paper: a page that was made dark prints dark on light; and the system's wish where no button was used."""
+    browser = opened("short")
+
+    def colours() -> tuple[str, str]:
+        style = "const s = getComputedStyle(document.documentElement);"
+        swatch = "getComputedStyle(document.querySelector('path.curve')).stroke"
+        return tuple(browser.execute_script(f"{style} return [s.backgroundColor + s.color, {swatch}]"))
+
+    def emulate(**media) -> None:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    light = colours()
+    try:
+        browser.find_element("id", "theme").click()
+        dark = colours()
+        emulate(media="print")
+        assert colours() == light and all(a != b for a, b in zip(dark, light, strict=True))
+        opened("short")
+        emulate(media="screen", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        assert colours() == dark
+        emulate(media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        assert colours() == light
+    finally:
+        emulate(media="", features=[])

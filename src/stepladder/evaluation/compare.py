@@ -24,23 +24,30 @@ Column = list[float | None]  # a value a row; None where the metric says nothing
 class Side:
     """What one model said and how well it predicts the answers that it did not say.
 
-    `losses` are of the held-out rows, `general` of general knowledge, `training` of rows of the training
-    data; empty where they were not measured (a server or a transcript tells no losses).
+    `losses` are of the held-out rows, `general` of general knowledge, `training` of rows that each tuned
+    side (by its name) was trained on; empty where not measured (a server or a transcript tells no losses).
     """
 
     name: str
     answers: list[Answer] = field(default_factory=list)
     losses: list[RowLoss] = field(default_factory=list)
     general: list[RowLoss] = field(default_factory=list)
-    training: list[RowLoss] = field(default_factory=list)
+    training: dict[str, list[RowLoss]] = field(default_factory=dict)
 
     @property
     def texts(self) -> list[str]:
         return [answer.text for answer in self.answers]
 
 
+def whole(
+    sides: list[Side], questions: list[Question], rules: list[Rule], trained: dict[str, learned.Trained]
+) -> dict[str, Any]:
+    """Figures and verdicts, as JSON can hold them."""
+    return as_json(compare(sides, questions, rules) | {"verdicts": verdicts(sides, questions, trained)})
+
+
 def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> dict[str, Any]:
-    """The content of compare.json: the first side against each of the others.
+    """The first side against each of the others.
 
     `metrics` holds a row a figure: each side's mean with its 95 % interval, and each later side's test
     against the first. All p values of a side are corrected together (Holm).
@@ -53,7 +60,7 @@ def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> 
         row = _row(metric, [side.get(metric, []) for side in columns])
         rows += [row] if any(row["sides"]) else []
     for n in (1, 2):
-        shares = [{"mean": metrics.distinct(side.texts, n)} if side.answers else None for side in sides]
+        shares = [_distinct(side.texts, n) if side.answers else None for side in sides]
         rows += [_entry(Metric(f"distinct-{n}", NEITHER, "share"), shares)] if any(shares) else []
     _judge(rows, [side.name for side in sides])
     return {
@@ -64,27 +71,35 @@ def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> 
     }
 
 
-def verdicts(sides: list[Side], questions: list[Question], trained: learned.Trained | None) -> list[dict[str, Any]]:
+def verdicts(sides: list[Side], questions: list[Question], trained: dict[str, learned.Trained]) -> list[dict[str, Any]]:
     """Each later side's verdicts against the first: better, learned by heart, forgotten, as far as measured.
 
-    `trained` are the answers that the second side was trained on; what the others were is not known.
+    `trained` holds the answers that a side was trained on, by its name, where they are known.
     """
     base, *others = sides
     found = []
-    for number, side in enumerate(others):
-        judged = _verdicts(base, side, questions, None if number else trained)
+    for side in others:
+        judged = _verdicts(base, side, questions, trained.get(side.name))
         found.append({"side": side.name, "verdicts": [vars(verdict) for verdict in judged]})
     return found
 
 
 def _verdicts(base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None) -> Iterator[Verdict]:
+    for side in (tuned, base):
+        on_training = side.training.get(tuned.name, [])
+        if verdict := learned.diverged([*side.losses, *side.general, *on_training], side.name):
+            yield verdict
+            return
     if base.losses and tuned.losses:
         yield learned.better(base.losses, tuned.losses)
-    if trained and base.training and base.losses and tuned.training:
-        on_training = loss.mean(base.training), loss.mean(tuned.training, base.training)
-        held_out = loss.mean(base.losses), loss.mean(tuned.losses, base.losses)
-        references = [question.reference for question in questions]
-        yield learned.memorized(trained, tuned.texts, references, on_training, held_out)
+    if trained:
+        before, after = (side.training.get(tuned.name, []) for side in (base, tuned))
+        losses = None
+        if before and after and base.losses and tuned.losses:
+            held_out = loss.mean(base.losses), loss.mean(tuned.losses, base.losses)
+            losses = (loss.mean(before), loss.mean(after, before)), held_out
+        if losses or tuned.texts:
+            yield learned.memorized(trained, tuned.texts, [question.reference for question in questions], losses)
     if base.general and tuned.general:
         yield learned.forgot(base.general, tuned.general)
 
@@ -139,6 +154,12 @@ def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high, "rows": len(values)}
 
 
+def _distinct(texts: list[str], n: int) -> dict[str, float]:
+    mean = metrics.distinct(texts, n)
+    low, high = statistics.jackknife(mean, metrics.distinct_without(texts, n))
+    return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0), "rows": len(texts)}
+
+
 def _entry(metric: Metric, sides: list[Any], tests: list[Any] | None = None) -> dict[str, Any]:
     return {**metric._asdict(), "sides": sides, "tests": tests or [None] * len(sides)}
 
@@ -151,6 +172,9 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
             rose = (test["mean"] > 0) == (row["better"] == HIGHER)
             test["p_corrected"] = p
             test["verdict"] = NO_DIFFERENCE if p >= statistics.LEVEL else BETTER if rose else WORSE
+            of_base, mean = (row["sides"][side]["mean"] for side in (0, number))
+            if math.isfinite(of_base) and not math.isfinite(mean):
+                test["verdict"] = WORSE
     for row in rows:
         row["winner"] = _winner(row, names)
 
@@ -168,9 +192,22 @@ def _winner(row: dict[str, Any], names: list[str]) -> str:
 def _facts(side: Side, base: Side) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": side.name, "answers": side.texts}
     facts["stopped"] = [answer.stopped for answer in side.answers]
-    for key in ("losses", "general", "training"):
-        if losses := getattr(side, key):
-            mean = loss.mean(losses, getattr(base, key) or None)
-            facts |= {"loss" if key == "losses" else f"{key}_loss": mean}
-            facts |= {"tokens": sum(row.tokens for row in losses)} if key == "losses" else {}
+    if side.losses:
+        facts["tokens"] = sum(row.tokens for row in side.losses)
+    for key, mine, of in (
+        ("loss", side.losses, base.losses),
+        ("general_loss", side.general, base.general),
+        ("training_loss", side.training.get(side.name), base.training.get(side.name)),
+    ):
+        if mine:
+            facts[key] = loss.mean(mine, of or None)
     return facts
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON can hold it: None for what is no number."""
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

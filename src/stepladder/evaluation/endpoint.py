@@ -16,6 +16,7 @@ from stepladder.evaluation import shared_out
 from stepladder.evaluation.generate import Answer, Message
 
 AT_ONCE, TRIES, PAUSE = 4, 3, 1.0  # requests in flight; tries a request; seconds before the second, doubled after
+MOST = 10_000_000  # bytes of an answer; a chat completion has thousands
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what may be otherwise on the next try
 
 
@@ -28,6 +29,15 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
+
+
+def probe(endpoint: Endpoint, messages: list[Message]) -> None:
+    """Ask for one token: is it there, does it have the model, does it speak chat completions?
+
+    Raises:
+        ModelError: as `answers`.
+    """
+    _answer(endpoint, messages, 1)
 
 
 def answers(endpoint: Endpoint, conversations: list[list[Message]], max_new_tokens: int) -> list[Answer]:
@@ -66,13 +76,14 @@ def _post(endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         headers["Authorization"] = f"Bearer {key}"
     try:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        request.host.encode("idna")  # what the connection does with it
     except ValueError:
         raise ModelError(f"'{endpoint.url}' is no address", way_out="--endpoint http://localhost:11434") from None
     for number in range(TRIES):
         time.sleep(PAUSE * (2**number - 1))
         try:
             with urllib.request.urlopen(request, timeout=endpoint.timeout) as reply:
-                return bytes(reply.read())
+                return _whole(reply, endpoint.timeout)
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
             if error.code not in BUSY:
@@ -84,3 +95,15 @@ def _post(endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         why=f"{why} (try {number + 1} of {TRIES}, {endpoint.timeout:g} s each)",
         way_out=f"is it running, and does it have the model '{endpoint.model}'? --timeout SECONDS for a slow one",
     )
+
+
+def _whole(reply: http.client.HTTPResponse, seconds: float) -> bytes:
+    """All that a server says, within the time: urllib's timeout is of each read, and one byte a minute passes it."""
+    ends, said = time.monotonic() + seconds, b""
+    while part := reply.read1(65_536):
+        said += part
+        if len(said) > MOST:
+            raise http.client.HTTPException(f"it says more than {MOST:,} bytes")
+        if time.monotonic() > ends:
+            raise TimeoutError("timed out in the middle of its answer")
+    return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stepladder.errors import ModelError
 from stepladder.evaluation import shared_out
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 Message = dict[str, Any]
+MAX_NEW_TOKENS = 128  # of generate.py and compare.py alike: a transcript of one is a side of the other
 
 
 class Answer(NamedTuple):
@@ -38,6 +40,10 @@ def answers(
         shared: False where one rank alone asks.
         sampling: Transformers' generation flags (`max_new_tokens`, `temperature`, …); greedy
             unless `do_sample` is set.
+
+    Raises:
+        ModelError: the template refuses a conversation, or there is none and the conversation needs one; a
+            prompt and its answer take more positions than the model has.
     """
     import torch
 
@@ -47,6 +53,7 @@ def answers(
 
     def batch_of(prompts: list[str]) -> list[Answer]:
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+        _check_positions(model, batch["input_ids"].shape[1], sampling.get("max_new_tokens", 1))
         with torch.inference_mode():
             out = model.generate(**batch, streamer=streamer, **{**defaults, **sampling})
         new = out[:, batch["input_ids"].shape[1] :]
@@ -67,9 +74,44 @@ def answers(
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """The text that the model continues."""
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
+        if len(messages) > 1:
+            raise no_template(str(tokenizer.name_or_path))
         return str(messages[-1]["content"])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = ", ".join(str(turn.get("role")) for turn in messages)
+        way_out = "without the system prompt (--system), or turns that alternate between user and assistant"
+        raise ModelError(
+            f"the model's chat template refuses a conversation: {error}", why=f"its turns: {roles}", way_out=way_out
+        ) from None
+
+
+def no_template(name: str) -> ModelError:
+    return ModelError(
+        f"'{name}' has no chat template",
+        why="of a system prompt or a conversation it would see the last turn alone",
+        way_out="--prompt with all that it should see, or a model with a template (-Instruct)",
+    )
+
+
+def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Models that learned a vector a position (GPT-2, OPT) have no more of them; on a GPU the index kills the process.
+
+    Rotary positions (Llama, Qwen, …) go on.
+    """
+    import torch
+
+    count, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
+    if count and prompt + new > count and any(table.num_embeddings in (count, count + 2) for table in tables):
+        raise ModelError(
+            f"the model has {count} positions: a prompt of {prompt} tokens and {new} new ones need {prompt + new}",
+            way_out=f"--max_new_tokens {count - prompt} at most" if prompt < count else "a shorter prompt",
+        )
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

@@ -12,6 +12,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepladder.data import read
+from stepladder.data.readers import READERS
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, RunError
 from stepladder.evaluation.questions import of_rows
@@ -27,6 +29,19 @@ class Score(NamedTuple):
     metric: str
     value: float
     error: float | None
+
+
+def is_data(name: str) -> bool:
+    """Whether a task's name is a data file's or folder's: names of lm-eval may hold dots and slashes too."""
+    return Path(name).exists() or read.kind(Path(name)) in READERS
+
+
+def check_names(tasks: list[str | dict[str, Any]]) -> None:
+    """Raise DataError where two tasks have one name: lm-eval would score one of them alone."""
+    names = [task if isinstance(task, str) else task["task"] for task in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        why, way_out = "a file's task is named by the file, without its suffix", "rename a file, or ask one at a time"
+        raise DataError(f"two tasks are called '{twice}'", why=why, way_out=way_out)
 
 
 def local_task(rows: Rows, folder: Path) -> dict[str, Any]:

@@ -50,30 +50,46 @@ class Trained:
         return sum(copies) / max(len(texts), 1), max(runs, default=0)
 
 
+def diverged(losses: list[RowLoss], whose: str) -> Verdict | None:
+    """The verdict on a model with a loss that is no number, beside which no other says anything."""
+    bad = sum(not math.isfinite(row.nats) for row in losses)
+    evidence = f"of {whose}, on {bad} of {len(losses)} rows"
+    way_out = "see where its weights became NaN: the run's curves; a third of learning_rate, max_grad_norm: 1.0"
+    figures = {"rows": float(bad), "of": float(len(losses))}
+    return Verdict(FAULT, "diverged", "Its loss is no number.", evidence, way_out, figures) if bad else None
+
+
 def memorized(
     trained: Trained,
     answers: list[str],
     references: list[str],
-    on_training: tuple[float, float],
-    held_out: tuple[float, float],
+    losses: tuple[tuple[float, float], tuple[float, float]] | None,
 ) -> Verdict:
     """Whether the answers to questions not trained on, or the losses, show training answers known by heart.
 
     Args:
-        on_training: the loss on training rows, of the base and of the tuned model; held_out: on the others.
+        losses: on training rows, of the base and of the tuned model, and on held-out rows; where a side
+            tells none, the copies alone are judged by.
     """
     share, run = trained.copied(answers)
     usual, _ = trained.copied([text for text in references if text])
-    gap = (held_out[1] - on_training[1]) - (held_out[0] - on_training[0])
-    figures = {"copied": share, "copied_references": usual, "longest_run": run,
-               "training_loss": on_training[1], "held_out_loss": held_out[1], "gap": gap}  # fmt: skip
+    figures = {"copied": share, "copied_references": usual, "longest_run": float(run)}
     evidence = (
         f"{share:.0%} of the answers are copies of a training answer (of the references {usual:.0%}), longest common "
-        f"run {run} words; loss {on_training[1]:.3f} on training rows, {held_out[1]:.3f} held out, a gap {gap:+.3f} "
-        "beyond the base's"
+        f"run {run} words"
     )
+    known, gap = False, 0.0
+    if losses:
+        on_training, held_out = losses
+        gap = (held_out[1] - on_training[1]) - (held_out[0] - on_training[0])
+        known = on_training[1] < (HALF_KNOWN if gap > WIDE_GAP else KNOWN)
+        figures |= {"training_loss": on_training[1], "held_out_loss": held_out[1], "gap": gap}
+        evidence += (
+            f"; loss {on_training[1]:.3f} on training rows, {held_out[1]:.3f} held out, a gap {gap:+.3f} "
+            "beyond the base's"
+        )
     way_out = "fewer epochs, a lower learning_rate, more and more varied rows, lora_dropout or weight_decay"
-    if share > usual + COPIES or on_training[1] < (HALF_KNOWN if gap > WIDE_GAP else KNOWN):
+    if known or share > usual + COPIES:
         return Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, way_out, figures)
     if gap > GAP:
         what = "It does better on the rows that it was trained on."

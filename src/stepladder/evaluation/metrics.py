@@ -63,6 +63,17 @@ def distinct(texts: list[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def distinct_without(texts: list[str], n: int) -> list[float]:
+    """`distinct` of all texts but one, for each."""
+    each = [Counter(_ngrams(words(text), n)) for text in texts]
+    every: Counter[tuple[str, ...]] = Counter()
+    for own in each:
+        every.update(own)
+    kinds, total = len(every), every.total()
+    lost = [sum(every[gram] == count for gram, count in own.items()) for own in each]
+    return [(kinds - gone) / max(total - own.total(), 1) for gone, own in zip(lost, each, strict=True)]
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from stepladder.evaluation.compare import BETTER, WORSE
@@ -21,9 +22,10 @@ def markdown(facts: dict[str, Any]) -> str:
     for row in facts["metrics"]:
         cells = [_value(row, side, test) for side, test in zip(row["sides"], row["tests"], strict=True)]
         lines.append(f"| {_cell(row['name'])} ({row['unit']}) | " + " | ".join(cells) + f" | {_cell(row['winner'])} |")
-    lines += ["", f"In brackets the 95 % interval (bootstrap over the rows). A winner is named where the paired test "
-              f"says that so large a difference comes by chance less than once in {1 / LEVEL:.0f} times "
-              "(permutation test, corrected for the number of rows of this table by Holm's method). "
+    lines += ["", "In brackets the 95 % interval (bootstrap over the rows; distinct-n: jackknife over the answers). "
+              "A winner is named where the paired test says that so large a difference comes by chance less than "
+              f"once in {1 / LEVEL:.0f} times (permutation test, corrected for the number of "
+              "rows of this table by Holm's method). "
               "▲ better than the base, ▼ worse."]  # fmt: skip
     lines += [f"\nNote: {note}" for note in facts["notes"]]
     for found in facts["verdicts"]:
@@ -60,22 +62,27 @@ def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
         if "loss" in base and "loss" in side:
             tokens, before, after = base["tokens"], base["loss"], side["loss"]
             who = f" by {side['name']}" if len(others) > 1 else ""
-            print(f"held-out loss{who} ({tokens:,} answer tokens): {before:.3f} before, {after:.3f} after", file=out)
+            told = f"{_nats(before)} before, {_nats(after)} after"
+            print(f"held-out loss{who} ({tokens:,} answer tokens): {told}", file=out)
     for line in conclusion(facts):
         print(line, file=out)
     for found in facts["verdicts"]:
         for verdict in found["verdicts"]:
-            print(f"{MARK[verdict['severity']]} {verdict['name']}: {verdict['evidence']}", file=out)
+            whose = f"{found['side']}: " if len(others) > 1 else ""
+            print(f"{MARK[verdict['severity']]} {whose}{verdict['name']}: {verdict['evidence']}", file=out)
     for note in facts["notes"]:
         print(f"note: {note}", file=out)
     return out.getvalue().rstrip("\n")
 
 
 def of_run(manifest: dict[str, Any]) -> str:
-    """A run's size and length, from its run.json."""
-    counts, totals = manifest.get("parameters"), manifest.get("totals")
-    lines = [f"parameters: {counts['trainable']:,} trainable of {counts['all']:,}"] if counts else []
-    if totals:
+    """A run's size and length, from its run.json, as far as it is whole."""
+    lines = []
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        counts = manifest["parameters"]
+        lines.append(f"parameters: {counts['trainable']:,} trainable of {counts['all']:,}")
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        totals = manifest["totals"]
         lines.append(f"training: {totals['steps']} steps, {totals['tokens']:,} tokens, {totals['seconds']:.0f} s")
     return "\n".join(lines)
 
@@ -107,11 +114,17 @@ def _value(row: dict[str, Any], side: dict[str, Any] | None, test: dict[str, Any
     if side is None:
         return "not measured"
     mark = {BETTER: " ▲", WORSE: " ▼"}.get(test["verdict"], "") if test else ""
-    spread = f" [{_number(row, side['low'])}, {_number(row, side['high'])}]" if "low" in side else ""
+    spread = f" [{_number(row, side['low'])}, {_number(row, side['high'])}]" if side.get("low") is not None else ""
     return _number(row, side["mean"]) + spread + mark
 
 
-def _number(row: dict[str, Any], value: float) -> str:
+def _nats(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.3f}"
+
+
+def _number(row: dict[str, Any], value: float | None) -> str:
+    if value is None:
+        return "no number"
     return f"{value:.0%}" if row["unit"].startswith("share") else f"{value:.3f}" if value < 10 else f"{value:,.1f}"
 
 

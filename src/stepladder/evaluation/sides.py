@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,11 +27,14 @@ MOST_TRAINING_ROWS = 50_000  # that are held to find copies of
 
 @dataclass
 class Measured:
-    """What each side is measured on; `held_out`, `training` and `general` may be missing."""
+    """What each side is measured on; `held_out` and `general` may be missing.
+
+    `training` holds rows that a tuned side was trained on, by its name, where they are known.
+    """
 
     questions: list[Question]
     held_out: Rows | None = None
-    training: Rows | None = None
+    training: dict[str, Rows] = field(default_factory=dict)
     general: Rows | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -57,9 +61,12 @@ def measure(source: str | Endpoint, on: Measured, max_new_tokens: int, template:
             way_out="compare it with a model that was tuned with one (chat_template or prompt_template in its recipe)",
         )
     side = Side(source, generate.answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
-    for name, rows in (("losses", on.held_out), ("training", on.training), ("general", on.general)):
-        if rows:
-            setattr(side, name, loss.of_rows(model, tokenizer, rows))
+    if on.held_out:
+        side.losses = loss.of_rows(model, tokenizer, on.held_out)
+    if on.general:
+        side.general = loss.of_rows(model, tokenizer, on.general)
+    own = {source: on.training[source]} if source in on.training else on.training  # the base: all sides' rows
+    side.training = {name: loss.of_rows(model, tokenizer, rows) for name, rows in own.items()}
     return side
 
 
@@ -69,26 +76,60 @@ def check(source: str | Endpoint, on: Measured) -> None:
     Raises:
         ModelError, DataError: it is not, or a transcript lacks a question.
     """
-    if isinstance(source, str):
-        if is_transcript(source):
-            transcript.answers(Path(source), on.questions)
-        else:
-            load.check_source(source)
+    if isinstance(source, Endpoint):
+        if on.questions:
+            endpoint.probe(source, on.questions[0].messages)
+    elif is_transcript(source):
+        transcript.answers(Path(source), on.questions)
+    else:
+        load.check_source(source)
+
+
+def length(sources: Sequence[str | Endpoint], asked: int | None, notes: list[str]) -> int:
+    """Within how many new tokens all sides answer: as asked, as the transcripts among them did, or the default.
+
+    Raises:
+        DataError: a transcript was made within another number.
+    """
+    for source in sources:
+        if isinstance(source, str) and is_transcript(source):
+            cap, temperature = transcript.conditions(Path(source))
+            if temperature:
+                notes.append(f"{source} was sampled at temperature {temperature:g}; models are asked without sampling")
+            if cap is None:
+                notes.append(f"{source} does not say within how many tokens it answers")
+            elif asked not in (None, cap):
+                way_out = f"--max_new_tokens {cap}, or keep the transcript anew with --max_new_tokens {asked}"
+                raise DataError(f"{source} answers within {cap} tokens, the others within {asked}", way_out=way_out)
+            asked = cap or asked
+    return asked or generate.MAX_NEW_TOKENS
+
+
+def not_measured(sources: Sequence[str | Endpoint], on: Measured) -> list[str]:
+    """What no verdict can rest on, and why."""
+    notes = [f"{source} tells no losses: what rests on them (better or not, forgetting, the gap) is not measured"
+             for source in sources if isinstance(source, Endpoint) or is_transcript(source)]  # fmt: skip
+    if not on.held_out:
+        notes.append("without --data no loss on held-out rows is measured")
+    if not on.general:
+        notes.append("forgetting is not measured: no row of general knowledge is left that was not trained on")
+    return notes
 
 
 def template_of(tuned: list[str]) -> str | None:
     """The chat template of the first tuned model that has one."""
-    return next((found for name in tuned if (found := load.tokenizer_of(name).chat_template)), None)
+    models = (name for name in tuned if not is_transcript(name))
+    return next((found for name in models if (found := load.tokenizer_of(name).chat_template)), None)
 
 
 def is_transcript(source: str) -> bool:
     return source.endswith(".jsonl")
 
 
-def training_rows(tuned: str, notes: list[str]) -> Rows | None:
+def training_rows(tuned: str | Endpoint, notes: list[str]) -> Rows | None:
     """The rows that a run was trained on, by its resolved recipe; None where that cannot be told, with a note."""
-    file = Path(tuned) / RECIPE
-    if not file.is_file():
+    file = Path(str(tuned)) / RECIPE
+    if isinstance(tuned, Endpoint) or not file.is_file():
         notes.append(f"{tuned} is no run folder: what it was trained on is not known, nor whether it knows it by heart")
         return None
     try:
@@ -102,9 +143,9 @@ def training_rows(tuned: str, notes: list[str]) -> Rows | None:
     return rows.take(range(min(len(rows), MOST_TRAINING_ROWS)))
 
 
-def sample(rows: Rows, without: Rows | None = None, seed: int = 42) -> Rows | None:
+def sample(rows: Rows, without: Iterable[Rows] = (), seed: int = 42) -> Rows | None:
     """A few rows drawn by the seed, none of them among `without`; None where none is left."""
-    known = {_key(example) for example in without.examples} if without else set()
+    known = {_key(example) for trained in without for example in trained.examples}
     free = [i for i, example in enumerate(rows.examples) if _key(example) not in known]
     return rows.take(sorted(random.Random(seed).sample(free, min(SAMPLE, len(free))))) if free else None
 

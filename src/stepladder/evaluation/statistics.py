@@ -6,6 +6,7 @@ questions would have given other figures, and the interval says how far other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,15 @@ class Difference:
 
 
 def interval(values: Floats, weights: Floats) -> tuple[float, float, float]:
-    """The weighted mean and its 95 % percentile bootstrap interval (Efron, 1979)."""
+    """The weighted mean and its 95 % percentile bootstrap interval (Efron, 1979).
+
+    All are NaN where a value is no number.
+    """
     import numpy as np
 
     v, w = np.asarray(values, float), np.asarray(weights, float)
+    if not np.isfinite(v).all():
+        return math.nan, math.nan, math.nan
     made = np.random.default_rng(SEED)
     drawn = []
     for _ in range(RESAMPLES // BLOCK):  # in blocks: thousands of rows times thousands of resamples are gigabytes
@@ -37,6 +43,17 @@ def interval(values: Floats, weights: Floats) -> tuple[float, float, float]:
         drawn.append((v * w)[rows].sum(1) / w[rows].sum(1))
     low, high = np.quantile(np.concatenate(drawn), [LEVEL / 2, 1 - LEVEL / 2])
     return float(np.average(v, weights=w)), float(low), float(high)
+
+
+def jackknife(whole: float, without: Floats) -> tuple[float, float]:
+    """The 95 % interval of a figure of all items together, by those that leave out one item each (Tukey, 1958).
+
+    For how different items are: a bootstrap draws items twice, and twins are never different.
+    """
+    import numpy as np
+
+    spread = 1.96 * float(np.sqrt((len(without) - 1) * np.asarray(without, float).var()))
+    return whole - spread, whole + spread
 
 
 def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
@@ -50,6 +67,8 @@ def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
     w = np.asarray(weights, float)
     d = np.asarray(second, float) - np.asarray(first, float)
     mean, low, high = interval(d.tolist(), weights)
+    if not math.isfinite(mean):  # NaN is not “at least as extreme” as anything: p would be the smallest there is
+        return Difference(mean, low, high, 1.0)
     made = np.random.default_rng(SEED)
     extreme = 0
     for _ in range(RESAMPLES // BLOCK):

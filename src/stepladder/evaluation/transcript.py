@@ -11,33 +11,54 @@ from stepladder.evaluation.generate import Answer, Message
 from stepladder.evaluation.questions import Question
 
 
-def row(model: str, messages: list[Message], answer: Answer) -> str:
-    """A line of a transcript: a conversation with its answer, as training data has it, and whose it is."""
+def row(model: str, messages: list[Message], answer: Answer, max_new_tokens: int, temperature: float) -> str:
+    """A line of a transcript: a conversation with its answer, as training data has it, whose it is, and how made."""
+    made = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "stopped": answer.stopped}
     said = [*messages, {"role": "assistant", "content": answer.text}]
-    return json.dumps({"model": model, "stopped": answer.stopped, "messages": said}, ensure_ascii=False) + "\n"
+    return json.dumps(made | {"messages": said}, ensure_ascii=False) + "\n"
+
+
+def conditions(path: Path) -> tuple[int | None, float]:
+    """Within how many new tokens a transcript's answers were made (None: it does not say), and how warm.
+
+    Raises:
+        DataError: no such file, or rows made under several conditions.
+    """
+    found = {(row.get("max_new_tokens"), row.get("temperature", 0.0)) for _, row in read.read(path)
+             if isinstance(row, dict)}  # fmt: skip
+    if len(found) > 1:
+        raise DataError(f"the rows of {path} differ in max_new_tokens or temperature", way_out="keep them anew, alike")
+    return found.pop() if found else (None, 0.0)
 
 
 def answers(path: Path, questions: list[Question]) -> list[Answer]:
-    """The answers of a transcript to these questions; a question is found by its text.
+    """The answers of a transcript to these questions; a question is found by its whole conversation.
 
     Raises:
         DataError: no such file, a row that is no transcript's, a question that it does not answer.
     """
     known: dict[str, Answer] = {}
+    texts = set()
     for where, found in read.read(path):
         if isinstance(found, DataError):
             raise found
         try:
-            *_, asked, said = found["messages"]
-            known[asked["content"]] = Answer(str(said["content"]), bool(found["stopped"]))
-        except (KeyError, TypeError, ValueError):
+            *before, said = found["messages"]
+            known[_key(before)] = Answer(str(said["content"]), bool(found["stopped"]))
+            texts.add(before[-1]["content"])
+        except (KeyError, IndexError, TypeError, ValueError):
             way_out = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
             raise DataError("this row is of no transcript", where=where, way_out=way_out) from None
-    missing = [question.text for question in questions if question.text not in known]
+    missing = [question.text for question in questions if _key(question.messages) not in known]
     if missing:
+        other = "; that text is answered in another conversation (a system prompt, or turns before it)"
         raise DataError(
             f"{path} answers {len(questions) - len(missing)} of {len(questions)} questions",
-            why=f"the first without an answer: {missing[0][:80]!r}",
+            why=f"the first without an answer: {missing[0][:80]!r}" + other * (missing[0] in texts),
             way_out="generate.py --prompts with the same file, or --limit with as many questions as it answers",
         )
-    return [known[question.text] for question in questions]
+    return [known[_key(question.messages)] for question in questions]
+
+
+def _key(messages: list[Message]) -> str:
+    return json.dumps([[turn["role"], turn["content"]] for turn in messages])

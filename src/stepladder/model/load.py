@@ -65,6 +65,15 @@ def check_source(name: str | None, where: str = "") -> None:
                 way_out="convert the weights to safetensors, or fetch the model again",
             )
         return
+    if (folder / "run.json").is_file():
+        saved = [file.parent for file in folder.glob("checkpoint-*/*.safetensors")]
+        newest = max(saved, key=lambda checkpoint: checkpoint.stat().st_mtime, default="")
+        raise ModelError(
+            f"{folder} holds no model yet: the run has not finished",
+            where=where,
+            why="run.json lies there, and no config.json",
+            way_out="the same sft.py command again goes on with it" + f"; or name {newest}" * bool(saved),
+        )
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
@@ -220,7 +229,10 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     adapter = Path(name) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else name
+    base = name
+    if adapter.is_file():
+        with _loading(name):
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
     if base != name:
         check_source(base, where=str(adapter))
     tok = tokenizer_of(name)

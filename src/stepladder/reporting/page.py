@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import difflib
 import hashlib
-import html
 import json
 import math
-import re
+import shlex
 import time
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from stepladder.errors import RunError
-from stepladder.reporting import plots, verdicts
+from stepladder.reporting import marked, plots, verdicts
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
-from stepladder.run import MANIFEST, write_whole
+from stepladder.run import MANIFEST, RECIPE, write_whole
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
@@ -34,7 +33,6 @@ CHARTS = (
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
     ("Peak memory", "peak_memory_gib", "", "GiB, the fullest rank", False),
 )
-AKIN = 0.5  # shared words of two answers (difflib's ratio) below which marking each difference says nothing
 TABLE_ROWS = 20  # of the table behind a curve
 SHARED = ("step", *(chart[1] for chart in CHARTS))
 ENVIRONMENT = ("strategy", "world_size", "devices", "precision", "global_batch_size", "micro_batch_size",
@@ -103,11 +101,11 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
         charts=[chart for names in CHARTS if (chart := _chart(runs, *names))],
         differences=differences or [],
         figures=[(run, run.comparison["metrics"]) for run in runs if run.comparison.get("metrics")],
-        answers=[(run, answers) for run in runs if (answers := _answers(run))],
+        answers=[(run, answers) for run in runs if (answers := marked.answers(run))],
         recipe=_side_by_side([run.facts.get("recipe") or {} for run in runs]),
         environment=_side_by_side([_environment(run) for run in runs]),
         predicted=[(run, rows) for run in runs if (rows := _predicted(run))],
-        commands=[_command(run) for run in runs],
+        commands=[command for run in runs for command in _commands(run)],
         made=time.strftime("%Y-%m-%d %H:%M"),
         script=script,
         style=style,
@@ -126,8 +124,10 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def share(value: float, unit: str) -> str:
+def share(value: float | None, unit: str) -> str:
     """A figure of a comparison: a share in per cent, anything else in four digits."""
+    if value is None:
+        return "no number"
     return f"{value:.0%}" if unit.startswith("share") else number(value)
 
 
@@ -195,8 +195,10 @@ def _in_words(curve: Curve) -> str:
 
 
 def _summary(run: LoggedRun) -> dict[str, str]:
-    """The figures that a person looks for first, as far as run.json has them."""
+    """The figures that a person looks for first, as far as run.json has them; none of what is no run."""
     f = run.facts
+    if not (f or run.rows):
+        return {}
     totals, counts = f.get("totals") or {}, f.get("parameters") or {}
     found: dict[str, str] = {"Status": str(f.get("status", "unknown"))}
     for label, key in (("Loss", "loss"), ("Held-out loss", "eval_loss")):
@@ -263,38 +265,13 @@ def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], boo
     return [(key, row, key not in ALWAYS_DIFFER and any(v != row[0] for v in row)) for key, row in rows]
 
 
-def _command(run: LoggedRun) -> str:
-    """What runs it again: its resolved recipe, under the same strategy and on as many ranks."""
+def _commands(run: LoggedRun) -> Iterator[str]:
+    """What runs it again: its resolved recipe, under the same strategy and on as many ranks; and its comparison."""
     strategy, ranks = run.facts.get("strategy", "single"), run.facts.get("world_size", 1)
-    again = f"scripts/sft.py --recipe {run.folder / 'recipe.yaml'} --output_dir runs/again"
-    if strategy == "single":
-        return f"python {again}"
-    return f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
-
-
-def _answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
-    """Each question with the sides' answers, their differences marked, and the reference."""
-    c = run.comparison
-    sides = zip(*(side["answers"] for side in c["sides"]), strict=True) if c else ()
-    return [
-        (question, _marked(answers), reference)
-        for question, answers, reference in zip(c.get("questions", ()), sides, c.get("references", ()), strict=True)
-    ]
-
-
-def _marked(texts: tuple[str, ...]) -> list[Any]:
-    """Each text with what sets it apart from the first (the first: from the second) marked, where the two are akin."""
-    from markupsafe import Markup
-
-    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in texts]
-    marked = []
-    for i, mine in enumerate(words):
-        other, tag = (words[min(1, len(words) - 1)], "del") if i == 0 else (words[0], "ins")
-        match = difflib.SequenceMatcher(None, mine, other)
-        changes = match.get_opcodes() if match.ratio() >= AKIN else [("equal", 0, len(mine), 0, 0)]
-        out = ""
-        for kind, a, b, _, _ in changes:
-            text = html.escape("".join(mine[a:b]))
-            out += text if kind == "equal" or not text.strip() else f"<{tag}>{text}</{tag}>"
-        marked.append(Markup(out))
-    return marked
+    again = f"scripts/sft.py --recipe {shlex.quote(str(run.folder / RECIPE))} --output_dir runs/again"
+    if strategy != "single":
+        yield f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
+    elif run.facts or run.rows:
+        yield f"python {again}"
+    if command := run.comparison.get("command"):
+        yield str(command)

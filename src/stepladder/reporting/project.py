@@ -62,10 +62,9 @@ def _configuration(run: LoggedRun) -> list[str]:
 def _examples(run: LoggedRun) -> list[str]:
     c, lines = run.comparison, []
     for number, question in enumerate(c.get("questions", [])[:EXAMPLES]):
-        lines += [f"**{question}**", ""]
+        lines += [f"**{' '.join(question.split())}**", ""]
         for side in c["sides"]:
-            said = side["answers"][number] or "(nothing)"
-            lines += [f"{side['name']}:", "", *[f"> {line}".rstrip() for line in said.splitlines()], ""]
+            lines += [f"{side['name']}:", "", _quoted(side["answers"][number]), ""]
     return lines[:-1] or [_not_compared(run)]
 
 
@@ -74,11 +73,19 @@ def _evaluation(run: LoggedRun) -> list[str]:
     if not c.get("metrics"):
         return [_not_compared(run)]
     head = ["figure", *(side["name"] for side in c["sides"]), "winner"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [_row(head), "|---" * len(head) + "|"]
     for row in c["metrics"]:
         values = [share(side["mean"], row["unit"]) if side else "not measured" for side in row["sides"]]
-        lines.append("| " + " | ".join([row["name"], *values, row["winner"]]) + " |")
+        lines.append(_row([row["name"], *values, row["winner"]]))
     return lines
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in (text or "(nothing)").splitlines())
 
 
 def _not_compared(run: LoggedRun) -> str:

@@ -22,7 +22,7 @@ class LoggedRun:
     """What a run folder holds; `remarks` says what it lacks and what in it cannot be read.
 
     `facts` is run.json, `rows` are the readable lines of metrics.jsonl; `comparison` is compare.json,
-    `audit` what `check.py --audit --json` prints, kept as audit.json.
+    `audit` is audit.json, of the form that `check.py --audit --json` prints.
     """
 
     folder: Path
@@ -111,7 +111,7 @@ def _has_figures(comparison: dict[str, Any]) -> bool:
     except (KeyError, TypeError, AttributeError):
         return False
     known = all(verdict.severity in (GOOD, LOOK, FAULT) for verdict in verdicts)
-    numbers = all(isinstance(mean, int | float) for mean in means)
+    numbers = all(mean is None or isinstance(mean, int | float) for mean in means)
     return whole and known and numbers and all(isinstance(text, str) for text in texts)
 
 

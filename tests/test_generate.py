@@ -1,0 +1,165 @@
+"""Asking a model: answers as they come, chats, transcripts; and what people get wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, script
+from stepladder.errors import DataError, ModelError
+from stepladder.evaluation import questions, sides, transcript
+from stepladder.evaluation.questions import Question
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """scripts/generate.py as a module: its main is called as the command line calls it."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(module, monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+    module.main()
+
+
+def test_a_transcript_is_the_bases_side(generate, tiny, monkeypatch, tmp_path: Path) -> None:
+    """Guards 'keep this output to compare': what generate.py keeps answers compare.py's questions."""
+    (tmp_path / "q.txt").write_text("Where is my order?\n\nWho are you?\n")
+    kept = tmp_path / "kept.jsonl"
+    call(generate, monkeypatch, "--model", tiny, "--prompts", tmp_path / "q.txt", "--transcript", kept,
+         "--max_new_tokens", 6)  # fmt: skip
+    asked = questions.from_file(tmp_path / "q.txt")
+    side = sides.measure(str(kept), sides.Measured(asked), 6)
+    assert side.texts == sides.measure(str(tiny), sides.Measured(asked), 6).texts and not side.losses
+    with pytest.raises(DataError, match="1 of 2"):
+        transcript.answers(kept, [asked[0], Question([{"role": "user", "content": "Another?"}])])
+    under = Question([{"role": "system", "content": "Be brief."}, *asked[0].messages])
+    with pytest.raises(DataError, match="another conversation"):
+        transcript.answers(kept, [under])
+    assert sides.length([str(kept)], None, []) == 6, "models answer within what the transcript's did"
+    with pytest.raises(DataError, match="within 6 tokens"):
+        sides.length([str(kept)], 7, [])
+
+
+def test_a_chat_remembers_until_reset(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Guards the history: a second question comes with the first one's answer, none of it after /reset."""
+    said = iter(["first", "second", "/reset", "/what", "third", "/system Be kind.", "fourth", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    call(generate, monkeypatch, "--model", tiny, "--chat", "--system", "Be brief.", "--transcript",
+         tmp_path / "t.jsonl", "--max_new_tokens", 3)  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    asked = [[turn["content"] for turn in row["messages"] if turn["role"] != "assistant"] for row in rows]
+    assert asked == [["Be brief.", "first"], ["Be brief.", "first", "second"], ["Be brief.", "third"],
+                     ["Be kind.", "fourth"]]  # fmt: skip
+    assert "a new conversation" in capsys.readouterr().out
+
+
+def test_the_answer_appears_as_it_is_made(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Guards the streaming: the text is on the screen a piece at a time, and is the answer that is kept."""
+    import transformers
+
+    seen = []
+
+    class Watched(transformers.TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(text, stream_end)
+            seen.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(transformers, "TextStreamer", Watched)
+    call(generate, monkeypatch, "--model", tiny, "--prompt", "Where is my order?", "--max_new_tokens", 12,
+         "--transcript", tmp_path / "t.jsonl")  # fmt: skip
+    (row,) = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len([text for text in seen if text.strip()]) > 1, seen
+    assert "".join(seen).strip() == row["messages"][-1]["content"]
+    assert (row["max_new_tokens"], row["temperature"]) == (12, 0)
+
+
+def test_a_transcript_is_the_base_on_the_command_line(generate, tiny, monkeypatch, tmp_path: Path) -> None:
+    """Guards `compare.py --base kept.jsonl`: the same answers, the same length, and notes on what is not measured."""
+    kept = tmp_path / "kept.jsonl"
+    call(generate, monkeypatch, "--model", tiny, "--prompts", "docs/workshop/questions.txt", "--transcript", kept,
+         "--max_new_tokens", 5, "--temperature", 0.7)  # fmt: skip
+    words = ("--base", kept, "--tuned", tiny, "--prompts", "docs/workshop/questions.txt")
+    done = script("compare", *words, "--output_dir", tmp_path / "out")
+    assert done.code == 0, done
+    facts = json.loads((tmp_path / "out/compare.json").read_text())
+    rows = [json.loads(line)["messages"] for line in kept.read_text().splitlines()]
+    assert facts["sides"][0]["answers"] == [row[-1]["content"] for row in rows] and facts["max_new_tokens"] == 5
+    notes = "\n".join(facts["notes"])
+    assert "sampled at temperature 0.7" in notes and "tells no losses" in notes and "without --data" in notes
+    done = script("compare", *words, "--output_dir", tmp_path / "other", "--max_new_tokens", 6)
+    assert done.code == 2 and "answers within 5 tokens" in done.err and not (tmp_path / "other").exists(), done
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max_new_tokens", 0], "less than 1"),
+        (["--temperature", -1], "not above 0"),
+        (["--top_p", 0.9], "need --temperature"),
+        (["--temperature", 1, "--top_p", 1.5], "more than 1"),
+        (["--transcript", "docs"], "name a file in it"),
+        (["--transcript", "README.md"], "is there already"),
+        (["--overwrite"], "--overwrite is of --transcript"),
+    ],
+)
+def test_slips_are_told_before_the_model_is_loaded(words: list, said: str, tiny) -> None:
+    """Guards against a traceback after the answers, and against a flag without effect."""
+    done = script("generate", "--model", tiny, "--prompt", "Hello", *words)
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err and not done.out, done
+
+
+def test_a_row_with_a_system_prompt_of_its_own_gets_no_second_one(tiny, tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    done = script("generate", "--model", tiny, "--prompts", tmp_path / "q.jsonl", "--system", "Be brief.")
+    assert done.code == 2 and "has one of its own: 'Be kind.'" in done.err, done
+
+
+def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monkeypatch, tmp_path: Path) -> None:
+    """Guards against a system prompt that is dropped without a word, and jinja's and PyTorch's tracebacks."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from stepladder.evaluation.generate import answers
+    from stepladder.model.load import for_inference
+
+    _, tokenizer = for_inference(str(tiny))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2))
+    said = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(ModelError, match="has 24 positions"):
+        answers(model, tokenizer, [said], max_new_tokens=24)
+    tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(ModelError, match="no system role here"):
+        answers(model, tokenizer, [said], max_new_tokens=1)
+    tokenizer.chat_template = None
+    assert len(answers(model, tokenizer, [said], max_new_tokens=4)) == 1
+    model.save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    for words in (["--prompt", "Hello", "--system", "Be brief."], ["--chat"]):
+        with pytest.raises(ModelError, match="has no chat template"):
+            call(generate, monkeypatch, "--model", tmp_path / "bare", *words)
+
+
+def test_a_damaged_or_unfinished_model_is_named(generate, monkeypatch, tmp_path: Path) -> None:
+    """Guards a run folder that was preempted, and an adapter whose configuration was cut short."""
+    run = tmp_path / "run"
+    (run / "checkpoint-4").mkdir(parents=True)
+    (run / "run.json").write_text('{"status": "preempted"}')
+    (run / "checkpoint-4/model.safetensors").write_text("")
+    done = script("generate", "--model", run, "--prompt", "Hello")
+    assert done.code == 2 and "has not finished" in done.err and f"or name {run}/checkpoint-4" in done.err, done
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model')
+    (adapter / "adapter_model.safetensors").write_text("")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        call(generate, monkeypatch, "--model", adapter, "--prompt", "Hello")
