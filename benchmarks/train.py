@@ -35,18 +35,22 @@ METHODS = {
               "--load_in_4bit", "true"),
 }  # fmt: skip
 RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
-# Each row is the one above it with one change.
+# Each row is the one above it with one change: what is left out by without.py, and flags.
+PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
+BEST = ("--per_device_train_batch_size", "8", "--train_sampling_strategy", "group_by_length")
 LADDER = {
-    "fp32, gradient checkpointing, micro-batch 1": (
-        "--bf16", "false", "--gradient_checkpointing", "true", "--per_device_train_batch_size", "1"),
-    "no checkpointing": (
-        "--bf16", "false", "--gradient_checkpointing", "false", "--per_device_train_batch_size", "1"),
-    "bf16 (`bf16: auto`, where the CPU has units for it)": ("--per_device_train_batch_size", "1"),
-    "micro-batch 4 (the recipe as it is)": (),
-    "micro-batch 8": ("--per_device_train_batch_size", "8"),
-    "`train_sampling_strategy: group_by_length` (another order of rows, so another curve)": (
-        "--per_device_train_batch_size", "8", "--train_sampling_strategy", "group_by_length"),
-}  # fmt: skip
+    "fp32, gradient checkpointing, micro-batch 1": ("kept,held,fused,sorted", *PLAIN, "--gradient_checkpointing=true"),
+    "no checkpointing": ("kept,held,fused,sorted", *PLAIN),
+    "freed memory is kept (`mallopt`)": ("held,fused,sorted", *PLAIN),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("held,fused,sorted", *PLAIN[2:]),
+    "frozen weights are held in bf16": ("fused,sorted", *PLAIN[2:]),
+    "LoRA's layers are fused": ("sorted", *PLAIN[2:]),
+    "micro-batch 4": ("sorted",),
+    "a step's rows are sorted by length (the recipe as it is)": ("",),
+    "micro-batch 8": ("", *BEST[:2]),
+    "`train_sampling_strategy: group_by_length` (another order of rows, so another curve)": ("", *BEST),
+    "`dtype: bfloat16` (what is between layers is rounded too)": ("", *BEST, "--dtype", "bfloat16"),
+}
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
 # What raises the most elsewhere too: glibc would map and unmap each activation.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
@@ -63,10 +67,10 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
     best = ["--gradient_checkpointing", "false", "--bf16", "true", "--train_sampling_strategy", "group_by_length"]
     ours = [sys.executable, "scripts/sft.py", "--recipe", RECIPE[method], *common, "--output_dir", str(folder / "ours")]
     bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
-    ladder = LADDER["`train_sampling_strategy: group_by_length` (another order of rows, so another curve)"]
+    fast = ["--overwrite", *BEST, *(("--dtype", "bfloat16") if method == "lora" else ())]
     contenders = {
         "Stepladder, the recipe": ([*ours, "--overwrite"], {}),
-        "Stepladder, micro-batch 8 and rows grouped by length": ([*ours, "--overwrite", *ladder], {}),
+        "Stepladder, its best flags": ([*ours, *fast], {}),
         "`trl sft`": (trl, {}),
         "`trl sft`, its best flags": ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
         "a bare PyTorch loop": (bare, MALLOC),
@@ -78,8 +82,11 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
 
 def ladder(folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By setting: what is typed."""
-    words, env = commands("lora", folder)["Stepladder, the recipe"]
-    return {name: ([*words, *flags], env) for name, flags in LADDER.items()}
+    (python, *words), env = commands("lora", folder)["Stepladder, the recipe"]
+    return {
+        name: ([python, "benchmarks/without.py", without, *words, *flags], env)
+        for name, (without, *flags) in LADDER.items()
+    }
 
 
 def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[float]]:

@@ -97,8 +97,9 @@ def main() -> int | None:
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
-    model = adapter.attach(base, recipe, tokenizer, new_tokens)
-    if launch.strategy in ("single", "ddp"):
+    unsharded = launch.strategy in ("single", "ddp")
+    model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=unsharded)
+    if unsharded:
         adapter.hold_as_computed(model, precision)
 
     record.begin(

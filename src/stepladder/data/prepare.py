@@ -89,11 +89,15 @@ def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
 
 def longest(dataset: Dataset | IterableDataset) -> int | None:
     """Tokens of the longest sequence; None of a stream, whose rows nobody has seen."""
+    return max(lengths(dataset)) if hasattr(dataset, "__len__") else None
+
+
+def lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each row, without reading one."""
     import pyarrow.compute as pc
 
-    if not hasattr(dataset, "data"):
-        return None
-    return int(pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py())
+    table = dataset.select_columns("input_ids").with_format("arrow")[:]
+    return list(pc.list_value_length(table.column("input_ids")).to_pylist())
 
 
 def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:

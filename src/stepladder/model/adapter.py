@@ -19,6 +19,7 @@ def attach(
     recipe: Settings,
     tokenizer: PreTrainedTokenizerBase | None = None,
     new_tokens: Sequence[str] = (),
+    fused: bool = False,
 ) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
 
@@ -27,6 +28,8 @@ def attach(
     Args:
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow.
         new_tokens: tokens that a template added to the vocabulary.
+        fused: LoRA's linear layers are those of `fused_lora`, which read the adapter's weights past the
+            modules where ZeRO-3 and FSDP gather them: only where each rank holds them all.
 
     Raises:
         ModelError: the target modules do not exist in this model, or there are new tokens: TRL's
@@ -42,6 +45,7 @@ def attach(
             why="their embeddings would stay as random as they begin",
             way_out="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
+    import torch
     from peft import LoraConfig, get_peft_model
 
     if recipe.get("peft_type") != "lora":
@@ -61,6 +65,10 @@ def attach(
         bias="none",
         task_type=recipe.get("lora_task_type"),
     )
+    if fused and not (recipe.get("load_in_4bit") or recipe.get("load_in_8bit")):  # those are linear layers, too
+        from stepladder.model.fused_lora import FusedLinear
+
+        config._register_custom_module({torch.nn.Linear: FusedLinear})
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -114,7 +114,7 @@ class Plan:
 
     def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
         step = batch.layout(self.rows, micro, self.ranks)
-        traced = self._traced(micro, checkpointing, self._casts(strategy))
+        traced = self._traced(micro, checkpointing, memory.casts(strategy))
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
@@ -128,7 +128,7 @@ class Plan:
         network: speed.Network = speed.INFINIBAND,
     ) -> speed.Step:  # fmt: skip
         """The time of an optimizer step on any number of ranks."""
-        traced = self._traced(micro, checkpointing, self._casts(strategy))
+        traced = self._traced(micro, checkpointing, memory.casts(strategy))
         full, quantized = not self.settings.get("use_peft"), bool(self.settings.get("load_in_4bit"))
         return speed.step(
             traced, self.config, strategy, ranks, nodes, accumulation, self.device, full, quantized, network
@@ -136,7 +136,7 @@ class Plan:
 
     def sizes(self, way: Way) -> tuple[float, float, float]:
         """Bytes of the trained weights, of the optimizer's state, and of the result."""
-        whole = self._traced(way.micro, way.checkpointing, self._casts(way.strategy)).whole
+        whole = self._traced(way.micro, way.checkpointing, memory.casts(way.strategy)).whole
         adapter = bool(self.settings.get("use_peft"))
         return whole.trained, whole.states, whole.trained if adapter else whole.held
 
@@ -147,9 +147,6 @@ class Plan:
             return way.strategy.endswith("offload"), -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
 
         return min((way for way in ways if way.fits), key=order, default=None)
-
-    def _casts(self, strategy: str) -> bool:
-        return memory.casts(strategy) and self.precision != "fp32"
 
     @functools.cache  # noqa: B019 - a plan lives as long as its script
     def _traced(self, micro: int, checkpointing: bool, cast: bool) -> trace.Traced:

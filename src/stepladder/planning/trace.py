@@ -32,8 +32,9 @@ COUNT = 64.0  # any: the loss is divided by it
 class Work:
     """What is traced: a micro-batch on one device.
 
-    `cast`: the strategy itself holds what is computed with in bf16 (ZeRO, FSDP); else autocast
-    makes copies. `gpu`: the loss runs in Triton's kernels and attention keeps no mask of its dropout.
+    `cast`: the strategy itself holds what is computed with, in bf16 where it is to be (ZeRO, FSDP); else
+    autocast makes copies, and LoRA's layers are fused. `gpu`: the loss runs in Triton's kernels and
+    attention keeps no mask of its dropout.
     """
 
     micro: int
@@ -195,7 +196,7 @@ def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
-        model = adapter.attach(base, settings)
+        model = adapter.attach(base, settings, fused=not work.cast)
         if not work.cast:
             adapter.hold_as_computed(model, work.precision)
     model.train()

@@ -4,12 +4,16 @@ Accelerate repeats rows to even out the ranks at an epoch's end, and a last shor
 curve depend on how it is cut. Here every epoch is a whole number of global batches: what lacks
 is filled up with empty rows, whose one token trains nothing, and the loss is normalized by the
 trained tokens of all ranks, so that they change nothing.
+
+A step's rows are laid out from the longest to the shortest: those of alike length share a micro-batch,
+which is padded less, and the micro-batches that the ranks take side by side are of alike size. The
+step's gradient is a sum over its rows, whatever their order (issue 13).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,15 +50,13 @@ class Order(Sampler[int]):
         layout: of an optimizer step.
         seed: of the permutation; the epoch is added to it.
         strategy: Transformers' `train_sampling_strategy`: random, sequential or group_by_length.
-        lengths: tokens of each row, for group_by_length.
-        group: steps whose rows are sorted by length together.
+        lengths: tokens of each row.
+        group: rows that are sorted by length together.
     """
 
-    def __init__(
-        self, rows: int, layout: Layout, seed: int, strategy: str, lengths: list[int] | None = None, group: int = 1
-    ):
+    def __init__(self, rows: int, layout: Layout, seed: int, strategy: str, lengths: Sequence[int], group: int = 1):
         self.rows, self.layout, self.seed, self.strategy = rows, layout, seed, strategy
-        self.lengths, self.group = lengths, group * layout.rows
+        self.lengths, self.group = lengths, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -73,10 +75,10 @@ class Order(Sampler[int]):
         if self.strategy != "sequential":
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self.rows, generator=generator).tolist()
-        if self.strategy == "group_by_length" and self.lengths:
-            lengths = self.lengths
-            groups = [order[start : start + self.group] for start in range(0, self.rows, self.group)]
-            order = [i for rows in groups for i in sorted(rows, key=lambda i: -lengths[i])]
+        sizes = {self.group, self.layout.rows} if self.strategy == "group_by_length" else {self.layout.rows}
+        for size in sorted(sizes, reverse=True):
+            groups = (order[start : start + size] for start in range(0, self.rows, size))
+            order = [i for rows in groups for i in sorted(rows, key=lambda i: -self.lengths[i])]
         for start in range(0, self.rows, self.layout.rows):
             yield from self.layout.spread(order[start : start + self.layout.rows], empty=self.rows)
 
@@ -90,5 +92,6 @@ class StepStream(IterableDataset):
     def __iter__(self) -> Iterator[Row]:
         reading = iter(self.rows)
         while step := list(itertools.islice(reading, self.layout.rows)):
+            step.sort(key=lambda row: -len(row["input_ids"]))
             held = [*step, empty_row(step[0], self.pad_token_id)]
             yield from (held[at] for at in self.layout.spread(range(len(step)), empty=len(step)))

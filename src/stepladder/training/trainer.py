@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
+from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.recipe.batch import Layout
@@ -73,9 +74,9 @@ class Trainer(SFTTrainer):
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
         if not hasattr(rows, "__len__"):
             return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.padding_free)
-        lengths = [len(ids) for ids in rows["input_ids"]] if args.train_sampling_strategy == "group_by_length" else None
         seed = args.seed if args.data_seed is None else args.data_seed
-        order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, lengths, group=LENGTH_GROUP)
+        group = LENGTH_GROUP * self.layout.rows
+        order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
         return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free, order)
 
@@ -83,7 +84,8 @@ class Trainer(SFTTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         micro, ranks = self.args.per_device_eval_batch_size, self.args.world_size
         layout = Layout(micro * ranks, micro, ranks, accumulation=1)
-        order = Order(len(rows), layout, seed=0, strategy="sequential")
+        # The mean over all tokens is the same in any order: rows of alike length side by side are padded least.
+        order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
         flat = self.args.padding_free or "seq_lengths" in rows.column_names
         return self._loader(with_empty_row(rows, self.processing_class.pad_token_id), layout, flat, order)

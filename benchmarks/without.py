@@ -1,0 +1,35 @@
+"""Run a script without some of what Stepladder does by itself, to measure what that is worth.
+
+    python benchmarks/without.py fused,sorted scripts/sft.py --recipe lora
+
+These have no keys in a recipe: they change nothing but the speed.
+"""
+
+from __future__ import annotations
+
+import functools
+import runpy
+import sys
+
+from stepladder.data import prepare
+from stepladder.model import adapter
+from stepladder.training import ranks
+
+WITHOUT = {
+    "kept": lambda: setattr(ranks, "_keep_freed_memory", lambda: None),  # glibc's freed memory
+    "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
+    "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
+    "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
+}
+
+
+def _plain(attach, *args, fused: bool):
+    return attach(*args, fused=False)
+
+
+if __name__ == "__main__":
+    for name in filter(None, sys.argv[1].split(",")):
+        WITHOUT[name]()
+    del sys.argv[:2]
+    sys.path.insert(0, "scripts")
+    runpy.run_path(sys.argv[0], run_name="__main__")
