@@ -7,6 +7,7 @@ that fails ends it, but for those with `|| true`. What follows a block may say
 
     <!-- in tests: sft --max_steps 3; compare --limit 2 -->    flags that the tests add to its scripts
     <!-- output: REGEX -->                                      which lines the `text` block below it shows
+    <!-- paragraphs: REGEX -->                                  the same for paragraphs, by any line of theirs
 
 and `make workshop` puts what was printed into that `text` block. The scripts run in forks of one process,
 which has imported the libraries once.
@@ -34,11 +35,14 @@ BLOCK = re.compile(r"^```bash\n(?P<bash>.*?)^```\n(?P<marks>(?:\s*<!--.*?-->\n)*
 
 @dataclass
 class Block:
-    """Commands, the flags that shorten them by script, and which lines of their output are shown."""
+    """Commands, the flags that shorten them by script, and which lines or paragraphs of their output are shown."""
 
     commands: list[str]
     shorter: dict[str, list[str]] = field(default_factory=dict)
     shown: str = "."
+    by_paragraph: bool = False
+    marked: bool = False  # says that output is shown
+    text: str = ""
 
 
 def blocks(page: Path) -> list[Block]:
@@ -46,14 +50,28 @@ def blocks(page: Path) -> list[Block]:
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         lines = match["bash"].replace("\\\n", " ").splitlines()
         block = Block([line for line in lines if line.strip() and not line.startswith("#")])
-        for kind, text in re.findall(r"<!-- (in tests|output): (.*?) -->", match["marks"]):
-            if kind == "output":
-                block.shown = text
+        block.text = re.sub(r"```(text)?", "", match["text"] or "").strip()
+        for kind, text in re.findall(r"<!-- (in tests|output|paragraphs): (.*?) -->", match["marks"]):
+            if kind != "in tests":
+                block.shown, block.by_paragraph, block.marked = text, kind == "paragraphs", True
             else:
                 words = [shlex.split(part) for part in text.split(";")]
                 block.shorter = {name: flags for name, *flags in words}
         found.append(block)
     return found
+
+
+def unfilled(page: Path) -> list[str]:
+    """The commands whose output is announced by a mark and stands nowhere."""
+    return [block.commands[0] for block in blocks(page) if block.marked and not block.text]
+
+
+def chosen(output: str, block: Block) -> list[str]:
+    """The lines of an output that the block shows."""
+    if not block.by_paragraph:
+        return [line.rstrip() for line in output.splitlines() if re.search(block.shown, line)]
+    parts = [part for part in output.split("\n\n") if re.search(block.shown, part, re.MULTILINE)]
+    return [line.rstrip() for line in "\n\n".join(parts).splitlines()]
 
 
 def shortened(command: str, block: Block) -> str:
@@ -154,7 +172,9 @@ def refresh(page: Path, player: Player) -> None:
             print(f"$ {command}\n{output}", flush=True)
             if code:
                 sys.exit(f"✘ {page.name}: exit code {code}")
-            printed += [line.rstrip() for line in output.splitlines() if re.search(block.shown, line)]
+            printed += chosen(output, block)
+        if block.marked and not (match["text"] and printed):
+            sys.exit(f"✘ {page.name}: no text block, or nothing to show in it, below {block.commands[0]}")
         if match["text"]:
             new = match[0].replace(match["text"], "\n```text\n" + "\n".join(printed) + "\n```\n")
             page.write_text(page.read_text(encoding="utf-8").replace(match[0], new), encoding="utf-8")

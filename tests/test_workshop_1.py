@@ -25,6 +25,9 @@ def test_1_2_twice_the_steps(played: Played) -> None:
     short, long = ([row["loss"] for row in played.metrics(name) if "loss" in row] for name in ("steps60", "steps120"))
     assert (len(short), len(long)) == (60, 120) and long[:60] == pytest.approx(short, abs=1e-4)
     assert sum(long[-18:]) < sum(short[-18:]), "an epoch each"
+    assert re.search(r"^steps120: \w+", played.outputs[2], re.MULTILINE), "the verdict on lower or plateau"
+    ratio = re.search(r"([\d.]+) times for 2.00 times the steps", played.outputs[3])
+    assert ratio and float(ratio[1]) > 0, played.outputs[3]
     page = (played.folder / "runs/60-against-120.html").read_text()
     assert "steps60" in page and "steps120" in page
 
@@ -34,25 +37,31 @@ def test_2_1_memory_balancing(played: Played) -> None:
     facts = [played.run(name) for name in ("micro2", "micro4")]
     cut = [(run["micro_batch_size"], run["gradient_accumulation_steps"], run["global_batch_size"]) for run in facts]
     assert cut == [(2, 4, 8), (4, 2, 8)]
-    (difference,) = json.loads(played.outputs[3])["differences"]
-    assert difference["the same curve (fp32)"] == "yes"
-    assert facts[1]["plan"]["peak_memory_bytes"] > 0
+    assert "4 steps compared" in played.outputs[3] and "the same curve (fp32): yes" in played.outputs[3]
+    planned = [run["plan"]["peak_memory_bytes"] for run in facts]
+    assert planned[1] > planned[0], "more rows at once"
+    for run in facts:
+        assert run["totals"]["tokens_per_second"] > 0 and max(run["totals"]["peak_memory_bytes"]) > 0
     assert "out of memory on rank 0" in played.outputs[4] and "--per_device_train_batch_size 16" in played.outputs[4]
 
 
 def test_3_1_bring_your_own_data(played: Played) -> None:
     """Two rows of a Python list are learned: asked who the best instructor is, the model says it."""
+    assert "Who is the best instructor?" in played.outputs[0]
     assert played.outputs[2].strip() == "Obviously, the person running this workshop."
+    assert played.outputs[3].strip(), "what it says of the worst"
 
 
 def test_3_2_break_the_model(played: Played) -> None:
-    """The verdicts name memorization and overfitting."""
+    """The verdicts name memorization and overfitting; a training question is answered word for word."""
     assert re.search(r"^break: memorized, overfitting", played.outputs[1], re.MULTILINE), played.outputs[1]
+    assert "2 of 2 training questions answered word for word" in played.outputs[3], played.outputs[3]
 
 
 def test_3_3_fp16_and_bf16(played: Played) -> None:
     """A gradient of 1e-8 is lost in fp16 and kept in bf16; training in bf16 ends where fp32 does."""
     lines = dict(line.split(maxsplit=1) for line in played.outputs[0].splitlines())
+    assert "fp16 training needs a GPU" in played.outputs[1]
     assert lines["float16"].startswith("gradient 0, with loss scaling 1e-08")
     assert lines["bfloat16"].startswith("gradient 1e-08")
     assert [played.run(name)["precision"] for name in ("fp32", "bf16")] == ["fp32", "bf16"]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+from conftest import ROOT, script
 from played import Played
 
 pytestmark = pytest.mark.proof
+
+QUESTIONS = ("How long does shipping take?", "Can I change my order?", "Do you ship internationally?")
+PHASES = {"converged", "still falling", "plateau", "diverged", "too short"}  # what the loss went through
 
 
 def test_4_1_data_set_preparation(played: Played) -> None:
@@ -25,7 +30,33 @@ def test_4_2_lora_on_distilgpt2(played: Played) -> None:
     counts = played.run("distilgpt2")["parameters"]
     assert counts["trainable"] == 147_456 < counts["all"] / 100
     assert played.run("style")["recipe"]["model_name_or_path"] == "models/smollm2-135m-instruct"
-    assert played.outputs[-1].strip()
+    shown = played.outputs[1]
+    assert "### User: How do I reset my password?\n### Assistant:⟦" in shown, shown
+    assert all(f"> {question}" in played.outputs[-1] for question in QUESTIONS), played.outputs[-1]
+
+
+def test_4_3_smollm2_wins_on_style(smollm2: Path, tmp_path: Path) -> None:
+    """What 4.2 and 4.3 promise of the real model: it wins on a rule of style, its interval apart from the base's."""
+    folder = tmp_path / "run"
+    done = script(
+        "sft", "--recipe", "lora", "--output_dir", folder, "--max_steps", 20, "--eval_strategy", "no",
+        "--save_strategy", "no", "--learning_rate", "1e-3", "--warmup_steps", 1,
+    )  # fmt: skip
+    assert done.code == 0, done
+    done = script(
+        "compare", "--base", smollm2, "--tuned", folder, "--data", "data/techco_eval.jsonl", "--rubric",
+        "data/techco_rubric.yaml", "--limit", 16, "--max_new_tokens", 40, "--show", 0,
+    )  # fmt: skip
+    assert done.code == 0, done
+    rows = {}
+    for line in (folder / "evaluation_results.md").read_text().splitlines():
+        if line.startswith("| "):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[name.split(" (")[0]] = cells
+    before, after, winner = rows["emojis"]
+    assert winner == str(folder), rows
+    low_after, high_before = (int(re.search(p, cell)[1]) for p, cell in ((r"\[(\d+)%", after), (r", (\d+)%", before)))
+    assert low_after > high_before, "the intervals lie apart"
 
 
 def test_4_3_base_against_tuned(played: Played) -> None:
@@ -33,6 +64,7 @@ def test_4_3_base_against_tuned(played: Played) -> None:
     folder = played.folder / "runs/techco"
     table = (folder / "evaluation_results.md").read_text()
     assert "friendly" in table.lower() and "held-out" in table.lower() and "nan" not in table
+    assert "| friendly opening" in played.outputs[3] and "| Criteria" in played.outputs[3]
     assert "Customer support" in (folder / "mini_project_report.md").read_text()
 
 
@@ -48,14 +80,17 @@ def test_4_4_overfit(played: Played) -> None:
 
 def test_4_5_out_of_memory(played: Played) -> None:
     """Five strategies beside the baseline, ranked by what each was measured to save."""
-    rows = [line.split() for line in played.outputs[-1].splitlines()[1:]]
+    rows = [line.split() for line in played.outputs[7].splitlines()[1:]]
     peaks = [float(row[1]) for row in rows]
     assert {row[0] for row in rows} == {
         f"mem-{name}" for name in ("baseline", "8bit", "micro1", "accumulation", "checkpointing", "smaller")
     }
     assert peaks == sorted(peaks)
     saved = {row[0]: int(row[2].rstrip("%")) for row in rows}
-    assert saved["mem-accumulation"] > 0 and saved["mem-checkpointing"] > 0 and saved["mem-smaller"] > 0, rows
+    assert all(saved[f"mem-{name}"] > 0 for name in ("micro1", "accumulation", "checkpointing", "smaller")), rows
+    together = float(re.search(r"^mem-all +([\d.]+)", played.outputs[-1], re.MULTILINE)[1])
+    alone = next(peak for row, peak in zip(rows, peaks, strict=True) if row[0] == "mem-accumulation")
+    assert together < alone, "all at once take less than the best that keeps the curve"
 
 
 def test_4_6_forgetting(played: Played) -> None:
@@ -72,6 +107,11 @@ def test_4_6_forgetting(played: Played) -> None:
 def test_4_7_mini_project(played: Played) -> None:
     """Three domains are trained, and the report of the first is filled in."""
     assert "Dataset valid! 40 examples" in played.outputs[0]
+    for name in ("medical", "code_docs", "social"):
+        rows = [json.loads(line) for line in (ROOT / f"data/{name}.jsonl").read_text().splitlines()]
+        assert len(rows) >= 40, name
+        if name == "medical":
+            assert all("not medical advice" in row["output"] for row in rows)
     report = played.outputs[4]
     assert "Medical Q&A" in report and "{" not in report and "Production" in report, report
     assert [line.split()[0] for line in played.outputs[-1].splitlines()[1:4]] == ["medical", "code_docs", "social"]
@@ -79,15 +119,24 @@ def test_4_7_mini_project(played: Played) -> None:
 
 def test_5_1_read_a_configuration(played: Played) -> None:
     """Each key is explained; the import refuses what it cannot say, and with --force writes a recipe."""
-    explained, refused, forced = played.outputs
+    explained, refused, forced, _, trained = played.outputs
     assert "micro_batch_size: 1" in explained and "datasets[0].type: openhermes is not supported" in refused
+    assert "The pretrained model that training starts from" in explained, "a sentence on base_model"
     assert (played.folder / "runs/from-axolotl.yaml").is_file(), forced
+    facts = played.run("from-axolotl")
+    assert facts["status"] == "finished" and facts["micro_batch_size"] == 1, trained
+    assert facts["recipe"]["lora_r"] == 32 and facts["gradient_accumulation_steps"] == 2
 
 
 def test_5_2_explore_models(played: Played) -> None:
     """A model and an adapter say what they are."""
-    model, _, adapter = played.outputs
-    assert "134,515,008 parameters" in model and "LoRA" in adapter and "models/tiny" in adapter
+    model, _, _, table = played.outputs
+    assert "134,515,008 parameters" in model
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert head[1:] == ["models/smollm2-135m-instruct", "models/distilgpt2-shape", "runs/tiny-adapter"]
+    said = {name: cells for name, *cells in rows}
+    assert "81,912,576 parameters" in said["size"][1] and "LoRA" in said["method"][2]
+    assert said["base model"][2] == "models/tiny" and "techco" in said["data set"][2]
 
 
 def test_5_3_serve_and_compare(played: Played) -> None:
@@ -100,8 +149,14 @@ def test_5_3_serve_and_compare(played: Played) -> None:
 
 def test_6_1_chat_templates(played: Played) -> None:
     """Each format's own marks; the call of a tool is trained, and what the tool says is not."""
-    chatml, mistral, llama, tools = played.outputs
+    chatml, mistral, llama, ids, tools = played.outputs
     assert "<|im_start|>user" in chatml and "[INST]" in mistral and "<|start_header_id|>user" in llama
+    for text, end in ((chatml, "<|im_end|>"), (mistral, "<|im_end|>"), (llama, "<|eot_id|>")):
+        answers = [part.strip() for part in re.findall(r"⟦(.*?)⟧", text, re.DOTALL)]
+        assert answers == [f"Hi! How can I help you today?{end}", f"I cannot look outside. Which city?{end}"]
+        asked = re.sub(r"⟦.*?⟧", "", text, flags=re.DOTALL)
+        assert all(part in asked for part in ("You are a helpful assistant.", "Hello!", "What's the weather?"))
+    assert ids.rstrip().endswith("<|im_start|>assistant") and "add_generation_prompt=False: 19 tokens" in ids
     trained = re.findall(r"⟦(.*?)⟧", tools, re.DOTALL)
     assert any('"name": "track_order"' in part for part in trained)
     assert "tool_response" in tools and not any("tool_response" in part for part in trained)
@@ -112,18 +167,28 @@ def test_6_2_packing_and_monitoring(played: Played) -> None:
     assert played.run("packed")["totals"]["padding"] < played.run("unpacked")["totals"]["padding"]
     logged = {key for row in played.metrics("packed") for key in row}
     assert {"loss", "eval_loss", "grad_norm", "learning_rate"} <= logged
-    assert "unpacked: " in played.outputs[2] and "packed: " in played.outputs[2]
+    assert all(played.run(name)["totals"]["tokens_per_second"] > 0 for name in ("packed", "unpacked"))
+    for name in ("unpacked", "packed"):
+        verdict = re.search(rf"^{name}: (.+)$", played.outputs[2], re.MULTILINE)
+        assert verdict and set(verdict[1].split(", ")) & PHASES, played.outputs[2]
 
 
 def test_6_3_lora_and_merging(played: Played) -> None:
     """The merged model answers as base and adapter do: the proof stands in merge.json."""
-    proof = json.loads((played.folder / "merged/workshop/merge.json").read_text())
-    assert proof and (played.folder / "merged/workshop/model.safetensors").is_file()
-    assert played.outputs[2].strip()
+    proof = json.loads((played.folder / "merged/workshop/merge.json").read_text())["proof"]
+    assert proof["exact"]["max"] <= proof["exact"]["bound"], proof
+    greedy = proof["greedy"]
+    assert greedy["of"] > 0 and greedy["agree"] >= 0.75 * greedy["of"], (
+        greedy
+    )  # bf16 turns a token where two are as likely
+    assert played.outputs[1].strip(), "the adapter itself answers"
+    assert (played.folder / "merged/workshop/model.safetensors").is_file()
+    assert played.outputs[3].strip()
 
 
 def test_6_4_evaluation(played: Played) -> None:
     """The harness's local task, base and tuned side by side."""
     table = played.outputs[1]
     assert "smollm2" in table and "judged" in table, table
-    assert "techco_eval" in table and "acc" in table, table
+    scores = re.search(r"techco_eval *│ acc *│ *([\d.]+) ± [\d.]+ *│ *([\d.]+) ± [\d.]+", table)
+    assert scores and all(0 <= float(score) <= 1 for score in scores.groups()), table

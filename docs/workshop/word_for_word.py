@@ -1,0 +1,19 @@
+"""How many of its training questions a run answers word for word: word_for_word.py runs/break [ROWS]"""
+
+import sys
+
+from stepladder import console
+
+console.quiet_libraries()
+
+from stepladder.evaluation import generate, questions, sides  # noqa: E402
+from stepladder.model import load  # noqa: E402
+
+rows = sides.training_rows(sys.argv[1], [])
+assert rows is not None, "no run folder"
+asked = questions.of_rows(rows)[: int(sys.argv[2]) if len(sys.argv) > 2 else 8]
+model, tokenizer = load.for_inference(sys.argv[1])
+said = generate.answers(model, tokenizer, [question.messages for question in asked], max_new_tokens=200)
+same = sum(answer.text.strip() == question.reference.strip() for answer, question in zip(said, asked, strict=True))
+print(f"{same} of {len(asked)} training questions answered word for word, the first:")
+print(f"> {asked[0].text}\n{said[0].text.strip()}")
