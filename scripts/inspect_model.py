@@ -68,8 +68,9 @@ def _listed(value: object) -> str:
 
 
 def _task(adapter: dict, config: dict) -> str:
-    named = [adapter.get("task_type") or "", *config.get("architectures", ())]
-    return "text-generation" if any(n.endswith("CausalLM") or n == "CAUSAL_LM" for n in named) else _listed(named)
+    named = [name for name in (adapter.get("task_type"), *config.get("architectures", ())) if name]
+    causal = any(name.endswith(("CausalLM", "LMHeadModel")) or name == "CAUSAL_LM" for name in named)
+    return "text-generation" if causal else _listed(named) or "none named"
 
 
 def _method(adapter: dict, merged: dict, trained: dict, config: dict) -> str:

@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -160,6 +161,20 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
         profile.on_step_end(None, state, None)
     profile.on_train_end(None, state, None)
     assert "--profile recorded nothing" in capsys.readouterr().out
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capfd) -> None:
+    """Guards the run on a full disk, where the profiler leaves no file; here its folder is gone. The costs are told."""
+    from stepladder.training import profiling
+
+    record = run.Run(tmp_path / "run", is_writer=True)
+    profile = profiling.Profile(record)
+    shutil.rmtree(record.folder, ignore_errors=True)
+    for step in range(1, 5):
+        profile.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=9), None)
+        profile.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9), None)
+    shown = capfd.readouterr().out
+    assert "time on the" in shown and f"could not be written: {record.folder / 'profile.json'}" in shown
 
 
 def test_a_callback_of_ones_own(watched) -> None:

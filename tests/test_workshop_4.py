@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, script
+from conftest import ROOT
 from played import Played
 
 pytestmark = pytest.mark.proof
@@ -33,30 +32,6 @@ def test_4_2_lora_on_distilgpt2(played: Played) -> None:
     shown = played.outputs[1]
     assert "### User: How do I reset my password?\n### Assistant:⟦" in shown, shown
     assert all(f"> {question}" in played.outputs[-1] for question in QUESTIONS), played.outputs[-1]
-
-
-def test_4_3_smollm2_wins_on_style(smollm2: Path, tmp_path: Path) -> None:
-    """What 4.2 and 4.3 promise of the real model: it wins on a rule of style, its interval apart from the base's."""
-    folder = tmp_path / "run"
-    done = script(
-        "sft", "--recipe", "lora", "--output_dir", folder, "--max_steps", 20, "--eval_strategy", "no",
-        "--save_strategy", "no", "--learning_rate", "1e-3", "--warmup_steps", 1,
-    )  # fmt: skip
-    assert done.code == 0, done
-    done = script(
-        "compare", "--base", smollm2, "--tuned", folder, "--data", "data/techco_eval.jsonl", "--rubric",
-        "data/techco_rubric.yaml", "--limit", 16, "--max_new_tokens", 40, "--show", 0,
-    )  # fmt: skip
-    assert done.code == 0, done
-    rows = {}
-    for line in (folder / "evaluation_results.md").read_text().splitlines():
-        if line.startswith("| "):
-            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-            rows[name.split(" (")[0]] = cells
-    before, after, winner = rows["emojis"]
-    assert winner == str(folder), rows
-    low_after, high_before = (int(re.search(p, cell)[1]) for p, cell in ((r"\[(\d+)%", after), (r", (\d+)%", before)))
-    assert low_after > high_before, "the intervals lie apart"
 
 
 def test_4_3_base_against_tuned(played: Played) -> None:

@@ -77,11 +77,11 @@ def _unused(f: dict[str, Any]) -> str:
 def ending(run: Run) -> str:
     """What happened, and where it lies."""
     totals, last = run.manifest["totals"], run.manifest["final"]
-    losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in last.items())
+    losses = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in last.items())  # none of a short run
     used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
     memory = max(totals["peak_memory_bytes"]) / 2**30
     lines = [
-        f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s, {losses}",
+        f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s{losses}",
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
         f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
         f'  ask it:      python scripts/generate.py --model {run.folder} --prompt "…"',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -46,10 +47,16 @@ class Profile(TrainerCallback):
     def _end(self) -> None:
         if self._profiler:
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self.run.folder / TRACE))
+            trace = self.run.folder / TRACE
+            trace.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a full disk it raises this, or leaves no file
+                self._profiler.export_chrome_trace(str(trace))
             for line in costs(self._profiler.key_averages(), self._steps - BEFORE):
                 say(line)
-            say(f"  the whole trace: {self.run.folder / TRACE}, which ui.perfetto.dev opens")
+            if trace.is_file():
+                say(f"  the whole trace: {trace}, which ui.perfetto.dev opens")
+            else:
+                say(f"  the whole trace could not be written: {trace}")
             self._profiler = None
 
 
