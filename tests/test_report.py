@@ -331,6 +331,7 @@ def test_the_mini_project_is_filled_in(copy) -> None:
     bare = (folder / "mini_project_report.md").read_text()
     assert "Domain: Doors | owls" in bare and "Not compared yet" in bare and "**No**" in bare  # learned by heart
     assert "- warning: exact copies of trained rows" in bare, "what the audit of its data found"
+    assert "- figure:" not in bare, "nor what is no finding"
     answered(folder, ["Which door?\nThis | one?", "Who?"], ["none", "me"], ["the third", "an owl"])
     compared = (folder / "compare.json").read_text().replace("side 1", "side | 1")
     (folder / "compare.json").write_text(compared)

@@ -75,7 +75,7 @@ def test_the_block_at_the_start(watched) -> None:
     folder, shown = watched
     assert "run         LoRA, 6 steps (3 epochs), no checkpoints\r\n" in shown
     memory = manifest(folder)["plan"]["peak_memory_bytes"] / 2**30
-    assert f"watch       metrics.jsonl; {memory:.1f} GiB planned at most on a rank\r\n" in shown
+    assert f"watch       metrics.jsonl; {memory:.1f} GiB of tensors planned at most on a rank\r\n" in shown
 
 
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])

@@ -37,6 +37,8 @@ def _dataset(run: LoggedRun) -> list[str]:
         for kind, one in zip(("Trained on", "Held out"), sets, strict=False)
     ]
     for finding in run.audit.get("findings") or []:
+        if finding.get("severity") == "figure":  # lengths and languages are no fault; the page shows them
+            continue
         lines.append(f"- {finding.get('severity')}: {finding.get('what')}")
     return lines or [MISSING]
 

@@ -64,7 +64,7 @@ def _watched(recipe: Recipe, plan: dict[str, Any]) -> str:
     names = [names] if isinstance(names, str) else names
     told = ", ".join(["metrics.jsonl", *(name for name in names if name != "none")])
     memory = plan.get("peak_memory_bytes")
-    return told + (f"; {memory / 2**30:.1f} GiB planned at most on a rank" if memory else "")
+    return told + (f"; {memory / 2**30:.1f} GiB of tensors planned at most on a rank" if memory else "")
 
 
 def _unused(f: dict[str, Any]) -> str:
