@@ -12,13 +12,15 @@ import runpy
 import sys
 
 from stepladder.data import prepare
-from stepladder.model import adapter
-from stepladder.training import ranks
+from stepladder.model import adapter, attention
+from stepladder.training import ranks, trainer
 
 WITHOUT = {
     "kept": lambda: setattr(ranks, "_keep_freed_memory", lambda: None),  # glibc's freed memory
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
+    "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),
+    "trained": lambda: setattr(trainer, "TrainedOnly", lambda model, ignored: None),
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
 

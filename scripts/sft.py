@@ -55,7 +55,7 @@ def main() -> int | None:
 
     from stepladder.data import prepare, templates
     from stepladder.evaluation import samples
-    from stepladder.model import adapter
+    from stepladder.model import adapter, attention
     from stepladder.planning import choose
     from stepladder.training import announce, callback, out_of_memory, profiling, progress, result, telemetry
     from stepladder.training import trackers, trainer, utilization, watchdog  # isort: skip
@@ -97,6 +97,7 @@ def main() -> int | None:
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
     model_load.fit_embeddings(base, tokenizer)
+    flat = use_cpu and attention.by_row(base, recipe)
     unsharded = launch.strategy in ("single", "ddp")
     model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=unsharded)
     if unsharded:
@@ -138,6 +139,7 @@ def main() -> int | None:
         sft = trainer.Trainer(
             model=model,
             layout=step,
+            flat=flat,
             args=training_args,
             processing_class=tokenizer,
             train_dataset=train_set,

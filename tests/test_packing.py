@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from stepladder.model import attention
+from stepladder.model.trained_only import TrainedOnly
+from stepladder.recipe.recipe import Recipe
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_losses_and_gradients_are_the_unpacked_ones(attention, tiny) -> None:
+SMALL = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 2}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "gpt2": {"vocab_size": 1000, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 16},
+    "gpt_neox": SMALL,
+    "qwen3_moe": {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+def model_of(architecture: str, implementation: str = "sdpa", **changes: Any) -> Any:
+    """A small model with random weights, the same at each call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
+
+
+def recipe_of(**values: Any) -> Recipe:
+    return Recipe(name="", path=Path(), values=values, origins={})
+
+
+def two_rows() -> dict[str, torch.Tensor]:
+    """A padded batch, of which the second half of each row is trained."""
+    torch.manual_seed(1)
+    ids = torch.randint(10, 1000, (2, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 14:] = 0
+    labels = ids.masked_fill((mask == 0) | (torch.arange(20) < 10), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients_of(model: Any) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "by row"])
+def test_packed_losses_and_gradients_are_the_unpacked_ones(implementation, architecture) -> None:
     """Guards against contamination between packed rows, per token: trl#1230, transformers#31629.
 
     1e-5 is what fp32 sums in another order differ by at losses of about 10.
     """
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl.data_utils import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     torch.manual_seed(1)
     rows = [torch.randint(10, 1000, (length,)).tolist() for length in (17, 5, 30, 9, 22, 3)]
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation=attention).train()
+    model = model_of(architecture, "sdpa" if implementation == "by row" else implementation)
+    if implementation == "by row":
+        assert attention.by_row(model, recipe_of())
 
     def token_losses(batch: dict) -> torch.Tensor:
         labels = batch.pop("labels")
@@ -30,7 +77,7 @@ def test_packed_losses_and_gradients_are_the_unpacked_ones(attention, tiny) -> N
     def gradients(losses: torch.Tensor) -> list[torch.Tensor]:
         model.zero_grad()
         losses.sum().backward()
-        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        return gradients_of(model)
 
     packed_rows = pack_dataset(Dataset.from_dict({"input_ids": rows, "labels": rows}), 48, "bfd", {})
     assert len(packed_rows) < len(rows)
@@ -55,3 +102,66 @@ def _split(packed: dict) -> list[list[int]]:
 def _alone(ids: list[int]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([ids])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_by_row_leaves_padded_batches_and_generation_alone(architecture) -> None:
+    """Guards evaluation and the samples of a run, which use the model that trains: with a cache, with padding."""
+    plain, model = model_of(architecture).eval(), model_of(architecture).eval()
+    assert attention.by_row(model, recipe_of())
+    batch = two_rows()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits[real], plain(**batch).logits[real])
+    left = {key: value.flip(1) for key, value in batch.items() if key != "labels"}
+    asked = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**left, **asked), plain.generate(**left, **asked))
+
+
+def test_by_row_in_bf16_is_nearer_to_fp32_than_sdpa() -> None:
+    """Guards the fp32 of it: under autocast SDPA would round queries, keys and values to bf16."""
+    ids = torch.arange(10, 50)[None]
+    exact = model_of("llama")(input_ids=ids).logits
+
+    def error(model: Any) -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            return float((model(input_ids=ids).logits - exact).abs().mean())
+
+    model = model_of("llama")
+    plain = error(model)
+    assert attention.by_row(model, recipe_of()) and error(model) < plain
+
+
+@pytest.mark.parametrize(
+    ("architecture", "implementation", "changes", "keys"),
+    [
+        ("llama", "eager", {}, {}),
+        ("llama", "sdpa", {}, {"padding_free": False}),
+        ("llama", "sdpa", {}, {"use_peft": True, "peft_type": "prefix"}),
+        ("qwen3", "sdpa", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, {}),
+    ],
+)
+def test_what_is_not_computed_by_row(architecture, implementation, changes, keys) -> None:
+    """Guards against rows laid end to end where nothing keeps them apart, or a window would be lost."""
+    assert not attention.by_row(model_of(architecture, implementation, **changes), recipe_of(**keys))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scoring_the_trained_tokens_only_changes_nothing(architecture) -> None:
+    """Guards the loss, its metrics and all gradients. 1e-6: sums of fp32 in another order, at gradients up to 1."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    def trained(only: bool, inputs: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        model = model_of(architecture)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        output = model(**(TrainedOnly(model, -100).of(inputs) if only else inputs), fused_lm_head=True)
+        output.loss.backward()
+        return output, gradients_of(model)
+
+    for inputs in (two_rows(), {**two_rows(), "labels": torch.full((2, 20), -100)}):
+        (every, reference), (chosen, gradients) = trained(False, inputs), trained(True, inputs)
+        assert chosen.label_mask.sum() == every.label_mask.sum() and chosen.is_top1.sum() == every.is_top1.sum()
+        assert chosen.loss.item() == pytest.approx(every.loss.item(), abs=1e-6)
+        assert chosen.entropy.sum().item() == pytest.approx(every.entropy.sum().item(), rel=1e-6)
+        for a, b in zip(gradients, reference, strict=True):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)

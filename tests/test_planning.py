@@ -26,6 +26,7 @@ SLICE = [
     Case("gpt2", "full", "fsdp", 2),
     Case("gpt2", "full", optim="adafactor"),
     Case("moe", "full", precision="bf16"),
+    Case("smollm2", "lora", precision="bf16"),  # LoRA's layers fused, frozen ones in bf16
 ]
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter, load, virtual_tokens
+from stepladder.model import adapter, attention, load, virtual_tokens
+from stepladder.model.trained_only import TrainedOnly
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
 from stepladder.settings import Settings
@@ -125,17 +126,19 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
     model, base = _on_meta(settings, _shortened(config, depth, work.gpu), work)
     held, states = _bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
-        ids = torch.zeros((work.micro, work.length), dtype=torch.long)
+        flat = base.config._attn_implementation == attention.NAME
+        ids = torch.zeros((1, work.micro * work.length) if flat else (work.micro, work.length), dtype=torch.long)
         # Rows of one length need no mask; of several, or packed, SDPA takes one of all pairs of tokens.
         square = work.micro > 1 or settings.get("packing")
         virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"  # their mask is small: left out
-        mask = (
-            torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool) if square and not virtual else None
-        )
+        mask = rows if flat else None
+        if square and not virtual and not flat:
+            mask = torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool)
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
@@ -144,8 +147,12 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
                     hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
                     loss = _TritonLoss.apply(hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings().weight)
                 else:
-                    loss = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True,
-                                 num_items_in_batch=COUNT).loss  # fmt: skip
+                    labels = {"labels": ids}
+                    if not virtual:  # all tokens are trained, at worst
+                        TrainedOnly(model, ignored=-1).positions = torch.arange(ids.numel())
+                        labels = {"shift_labels": ids.view(1, -1)}
+                    loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
+                                 **labels).loss  # fmt: skip
             loss.backward()
     trainable = sum(parameter.numel() for parameter in moments.parameters if parameter.requires_grad)
     held = moments.weights + (held - _bytes(model))
@@ -195,6 +202,8 @@ def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             ) from None
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
+        if not work.gpu:
+            attention.by_row(base, settings)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
         model = adapter.attach(base, settings, fused=not work.cast)
         if not work.cast:

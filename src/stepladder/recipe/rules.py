@@ -107,7 +107,7 @@ def each_adapter_has_its_own_keys(recipe: Recipe) -> RuleBreak | None:
 def virtual_tokens_stand_before_each_row(recipe: Recipe) -> RuleBreak | None:
     """Virtual tokens come before a sequence, and rows laid end to end are one: only the first would see them."""
     for key in ("packing", "eval_packing", "padding_free"):
-        if recipe.get("use_peft") and recipe.get("peft_type") != "lora" and recipe.get(key):
+        if recipe.get("use_peft") and recipe.get("peft_type") != "lora" and recipe.get(key) is True:
             what = f"{key}: true with {shown(recipe, 'peft_type')}"
             return conflict(recipe, what, ["peft_type", key], f"{key}: false", at=key)
     return None

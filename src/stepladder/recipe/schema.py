@@ -128,7 +128,7 @@ class DatasetEntryArguments:
 # Keys whose `auto` the plan answers: how a step is cut and what it keeps, but not what it computes.
 BY_PLAN = ("per_device_train_batch_size", "gradient_checkpointing")
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.
-AUTO_KEYS = {"bf16", *BY_PLAN}
+AUTO_KEYS = {"bf16", "padding_free", *BY_PLAN}
 # Fields of TRL's dataclasses that a recipe does not set: the launcher or the script does.
 NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
 

@@ -38,6 +38,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         **{key: value for key, value in asked.items() if key not in recipe.plans()},
         "output_dir": str(recipe.output_dir),
         "gradient_accumulation_steps": step.accumulation,
+        "padding_free": recipe.get("padding_free") is True,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu or recipe.get("use_cpu"),

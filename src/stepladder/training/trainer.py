@@ -16,6 +16,7 @@ from trl import SFTTrainer
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
+from stepladder.model.trained_only import TrainedOnly
 from stepladder.recipe.batch import Layout
 from stepladder.training import checkpoint, gradients
 from stepladder.training.agreement import Agreement
@@ -37,10 +38,15 @@ class Trainer(SFTTrainer):
     It differs in what the same curve on every strategy needs: the adapter is in fp32, the rows
     come in `Order`, the gradient norm is exact, and the evaluation loss is the mean over all
     tokens, each row counted once. Its checkpoints are those of `checkpoint.py`.
+
+    Args:
+        flat: whether the rows of a batch lie end to end, whatever `padding_free` says.
     """
 
-    def __init__(self, model: Any, layout: Layout, meter: Telemetry, on_nan: str = "stop", **kwargs: Any):
-        self.layout = layout
+    def __init__(
+        self, model: Any, layout: Layout, meter: Telemetry, on_nan: str = "stop", flat: bool = False, **kwargs: Any
+    ):
+        self.layout, self.flat = layout, flat
         adapter = {
             name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
         }
@@ -57,6 +63,9 @@ class Trainer(SFTTrainer):
                 if name in adapter:
                     parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
+        peft = getattr(model, "active_peft_config", None)
+        scores_all = args.device.type != "cpu" or args.label_smoothing_factor or (peft and peft.is_prompt_learning)
+        self.trained_only = None if scores_all else TrainedOnly(model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
@@ -73,12 +82,14 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
         if not hasattr(rows, "__len__"):
-            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.padding_free)
+            return self._loader(
+                StepStream(rows, self.layout, pad_token_id), self.layout, self.padding_free or self.flat
+            )
         seed = args.seed if args.data_seed is None else args.data_seed
         group = LENGTH_GROUP * self.layout.rows
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
-        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free, order)
+        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free or self.flat, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -87,7 +98,7 @@ class Trainer(SFTTrainer):
         # The mean over all tokens is the same in any order: rows of alike length side by side are padded least.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
-        flat = self.args.padding_free or "seq_lengths" in rows.column_names
+        flat = self.args.padding_free or self.flat or "seq_lengths" in rows.column_names
         return self._loader(with_empty_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
     def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
@@ -113,9 +124,14 @@ class Trainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         return super().get_batch_samples(self.meter.batches(epoch_iterator), num_batches, device)
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self.meter.forward(self.args.device) if model.training else contextlib.nullcontext():
-            return super().compute_loss(model, *args, **kwargs)
+            if self.trained_only is None:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            try:
+                return super().compute_loss(model, self.trained_only.of(inputs), *args, **kwargs)
+            finally:
+                self.trained_only.done()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""
