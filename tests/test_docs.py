@@ -25,3 +25,14 @@ def test_every_page_is_in_the_menu() -> None:
     """Guards against a page that nobody finds."""
     listed = set(re.findall(r"[\w./-]+\.md", yaml.dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    """Guards against a command that a page, a recipe or a comment promises and nobody can type."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    files = [ROOT / "README.md"]
+    for folder in ("docs", "src", "scripts", "recipes", "benchmarks", "tests", "slurm"):
+        files += [path for path in (ROOT / folder).rglob("*") if path.suffix in {".md", ".py", ".yaml", ".sh", ".html"}]
+    for path in files:
+        named = set(re.findall(r"`make ([a-z-]+)[` ]", path.read_text(encoding="utf-8")))
+        assert named <= targets, f"{path}: {named - targets}"

@@ -18,7 +18,7 @@ IN_FOUR_BITS = 0.78  # of LoRA's speed: torchtune's Llama-3.1-8B on a 4090, 2,41
 # Tokens of a micro-batch below which weights are read more slowly than they are used: an H100 does 989 TFLOP/s
 # and reads 3.35 TB/s, 295 operations a byte, and a bf16 weight takes part in one a token and byte.
 SATURATED = 300
-OPERATOR = 10e-6  # seconds that PyTorch takes to launch one; `make bench-launch` measures it on a CPU
+OPERATOR = 10e-6  # seconds that PyTorch takes to launch one, a usual figure; measured nowhere here
 TO_HOST = 25.0  # GB/s one way: PCIe 4.0 × 16 as it is reached
 REACHED = 0.8  # of a link's stated rate: nccl-tests reach 230 to 250 of an A100's 300 GB/s
 BUCKET = 25 * 2**20  # bytes of an all-reduce of DDP's (`bucket_cap_mb`)
