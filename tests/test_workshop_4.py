@@ -138,14 +138,22 @@ def test_6_1_chat_templates(played: Played) -> None:
 
 
 def test_6_2_packing_and_monitoring(played: Played) -> None:
-    """Packing leaves no padding; the four curves are in the logs, and the report has a verdict of each run."""
-    assert played.run("packed")["totals"]["padding"] < played.run("unpacked")["totals"]["padding"]
+    """Only a padded batch holds padding, and rows end to end give its curve; the report has a verdict of each run.
+
+    0.02 is what rounding to bf16 moves a loss by, where the CPU has units for it.
+    """
+    padding = {name: played.run(name)["totals"]["padding"] for name in ("padded", "unpacked", "packed")}
+    assert padding["padded"] > 0 and padding["unpacked"] == padding["packed"] == 0, padding
+    padded, unpacked = (
+        [row["loss"] for row in played.metrics(name) if "loss" in row] for name in ("padded", "unpacked")
+    )
+    assert unpacked == pytest.approx(padded, abs=0.02)
     logged = {key for row in played.metrics("packed") for key in row}
     assert {"loss", "eval_loss", "grad_norm", "learning_rate"} <= logged
-    assert all(played.run(name)["totals"]["tokens_per_second"] > 0 for name in ("packed", "unpacked"))
-    for name in ("unpacked", "packed"):
-        verdict = re.search(rf"^{name}: (.+)$", played.outputs[2], re.MULTILINE)
-        assert verdict and set(verdict[1].split(", ")) & PHASES, played.outputs[2]
+    assert all(played.run(name)["totals"]["tokens_per_second"] > 0 for name in padding)
+    for name in padding:
+        verdict = re.search(rf"^{name}: (.+)$", played.outputs[3], re.MULTILINE)
+        assert verdict and set(verdict[1].split(", ")) & PHASES, played.outputs[3]
 
 
 def test_6_3_lora_and_merging(played: Played) -> None:
