@@ -45,7 +45,9 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
 	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
-	$(BIN)/python -m pytest $(WHICH)
+	@# Two files side by side, each with half of the cores (tests/conftest.py); what fails so is run once more, alone.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WHICH) || \
+		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
 	$(BIN)/python tests/same_curve.py

@@ -61,6 +61,7 @@ SlurmctldTimeout=60
 SlurmdTimeout=60
 MessageTimeout=30
 InactiveLimit=0
+MinJobAge=86400
 KillWait=30
 GresTypes=gpu
 {nodes}
