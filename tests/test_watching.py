@@ -32,8 +32,9 @@ def watched(tmp_path_factory, tiny, learnable) -> tuple[Path, str]:
     recipe = folder.with_name("recipe.yaml")
     keys = {"model_name_or_path": str(tiny), "dataset_name": str(learnable), "eval_dataset_name": str(learnable),
             "max_steps": 6, "max_length": 192, "global_batch_size": 4, "per_device_train_batch_size": 3,
-            "padding_free": False, "bf16": False, "logging_steps": 1, "use_peft": True, "lora_target_modules": "all-linear",
-            "eval_strategy": "epoch", "save_strategy": "no", "gradient_checkpointing": True}  # fmt: skip
+            "bf16": False, "padding_free": False, "logging_steps": 1, "use_peft": True,
+            "lora_target_modules": "all-linear", "eval_strategy": "epoch", "save_strategy": "no",
+            "gradient_checkpointing": True}  # fmt: skip
     recipe.write_text(json.dumps(keys))
     words = ["--recipe", recipe, "--output_dir", folder, "--profile", "--callback", "docs/prometheus.py"]
     code, shown = on_a_terminal(*words)
