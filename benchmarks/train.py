@@ -81,12 +81,12 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
     return contenders
 
 
-def ladder(folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+def ladder(folder: Path, first: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     """By setting: what is typed."""
     (python, *words), env = commands("lora", folder)["Stepladder, the recipe"]
     return {
         name: ([python, "benchmarks/without.py", without, *words, *flags], env)
-        for name, (without, *flags) in LADDER.items()
+        for name, (without, *flags) in list(LADDER.items())[first - 1 :]
     }
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--ladder", type=int, nargs="?", const=1, metavar="ROW", help="from which row on")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
@@ -138,7 +138,7 @@ def main() -> None:
             folder = Path(name)
             count = tokens(folder)
             runs: dict[str, list[tuple[float, float, list[float]]]] = {}
-            contenders = ladder(folder) if args.ladder else commands(method, folder)
+            contenders = ladder(folder, args.ladder) if args.ladder else commands(method, folder)
             if args.quick:
                 contenders = {name: contenders[name] for name in ("Stepladder, the recipe", "`trl sft`")}
             for _ in range(args.repeat):
@@ -147,7 +147,7 @@ def main() -> None:
                     first, epoch, losses = runs[contender][-1]
                     print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
                           f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
-        reference = next(iter(LADDER)) if args.ladder else "`trl sft`"
+        reference = next(iter(contenders)) if args.ladder else "`trl sft`"
         floor = statistics.median(epoch for _, epoch, _ in runs[reference])
         print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
         print(
