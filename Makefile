@@ -39,7 +39,7 @@ demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answer
 test: WHICH = -m "not proof"
 test: prove ## run the tests but for the longest proofs (under 15 minutes on 2 cores)
 
-prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm, the workshop's pages too (up to an hour on 2 cores)
+prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm, the workshop's pages too (about 40 minutes on 2 cores)
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
