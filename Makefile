@@ -36,7 +36,7 @@ demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answer
 
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.
-test: WHICH = -m "not proof"
+test: WHICH = and not proof
 test: prove ## run the tests but for the longest proofs (under 15 minutes on 2 cores)
 
 prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm, the workshop's pages too (about 40 minutes on 2 cores)
@@ -45,9 +45,9 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
 	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
-	@# Two files side by side, each with half of the cores (tests/conftest.py); what fails so is run once more, alone.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WHICH) || \
-		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	@# Two files side by side, each with half of the cores (tests/conftest.py); then what depends on time, by itself.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone $(WHICH)"
+	$(BIN)/python -m pytest -m "alone $(WHICH)"
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
 	$(BIN)/python tests/same_curve.py

@@ -71,7 +71,7 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
     bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
     contenders = {
         "Stepladder, the recipe": ([*ours, "--overwrite"], {}),
-        "Stepladder, its best flags": ([*ours, "--overwrite", *BEST], {}),
+        "Stepladder, micro-batch 8": ([*ours, "--overwrite", *BEST], {}),
         "`trl sft`": (trl, {}),
         "`trl sft`, its best flags": ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
         "a bare PyTorch loop": (bare, MALLOC),

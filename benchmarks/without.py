@@ -20,7 +20,7 @@ WITHOUT = {
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),
-    "trained": lambda: setattr(trainer, "TrainedOnly", lambda model, ignored: None),
+    "trained": lambda: setattr(trainer, "TrainedOnly", lambda model: None),
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
 

@@ -17,8 +17,7 @@ from tiny import ROOT, SMOLLM2, make_tiny
 pytest_plugins = ["played"]
 
 # The longest files, from the longest: begun first, so that none of them is left over for one worker at the end.
-LONGEST = ("test_workshop_4", "test_slurm", "test_train", "test_resume", "test_preemption", "test_planning",
-           "test_workshop_7", "test_faults", "test_chaos", "test_trackers")  # fmt: skip
+LONGEST = ("test_workshop_4", "test_train", "test_planning", "test_workshop_7", "test_trackers")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

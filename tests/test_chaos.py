@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT, run
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 
 def test_eight_faults_leave_no_trace_in_the_curve(tiny) -> None:

@@ -14,7 +14,7 @@ from conftest import manifest, metrics, script
 from stepladder.errors import TrainingError
 from stepladder.training.ranks import Launch
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_scoring_the_trained_tokens_only_changes_nothing(architecture) -> None:
     def trained(only: bool, inputs: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         model = model_of(architecture)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        output = model(**(TrainedOnly(model, -100).of(inputs) if only else inputs), fused_lm_head=True)
+        output = model(**(TrainedOnly(model).of(inputs, -100) if only else inputs), fused_lm_head=True)
         output.loss.backward()
         return output, gradients_of(model)
 

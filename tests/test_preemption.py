@@ -15,7 +15,7 @@ import pytest
 from background import PATIENCE, Running, steps_logged
 from conftest import manifest, metrics, script
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from stepladder.errors import LaunchError
 from stepladder.run import STUCK_AFTER, Run
 from stepladder.training import resume
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 LORA = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_target_modules": "all-linear"}
 TECHNIQUES: dict[str, dict[str, Any]] = {

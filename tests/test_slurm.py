@@ -30,7 +30,7 @@ from slurm_cluster import Cluster, missing
 from stepladder.evaluation import curves
 from tiny import make_tiny
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
 STEPS = 8
 SFT = "slurm/sft.sbatch"

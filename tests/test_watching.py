@@ -24,6 +24,8 @@ from stepladder.reporting import watch
 from stepladder.training import telemetry
 from stepladder.training.utilization import Work
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory, tiny, learnable) -> tuple[Path, str]:

@@ -1,9 +1,9 @@
 """Attention on a CPU for rows that lie end to end: each row by itself, in fp32.
 
 Transformers' SDPA takes rows in one sequence with a mask of all pairs of tokens, most of which are computed to be
-thrown away. Here the mask is the rows' lengths, and each row is a causal product of its own: exact, without padding
-and without a mask, so that a batch need not be padded and packing costs nothing. It is computed in fp32, since the
-backward pass of the CPU's kernel takes twice as long in bf16 (issue 13; docs/benchmarks.md has what it is worth).
+thrown away. Here the mask is the rows' lengths, and each row is a causal product of its own: exact, and with neither
+padding nor a mask of pairs. It is computed in fp32: on a Zen 4 the CPU kernel's backward pass takes twice as long in
+bf16 (`benchmarks/attention.py`; issue 13).
 
 Transformers' seam for it are the two registries of its guide "Attention backends".
 """

@@ -149,7 +149,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
                 else:
                     labels = {"labels": ids}
                     if not virtual:  # all tokens are trained, at worst
-                        TrainedOnly(model, ignored=-1).positions = torch.arange(ids.numel())
+                        TrainedOnly(model).positions = torch.arange(ids.numel())
                         labels = {"shift_labels": ids.view(1, -1)}
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
                                  **labels).loss  # fmt: skip

@@ -65,7 +65,7 @@ class Trainer(SFTTrainer):
         gradients.reduce_in_fp32(self.accelerator)
         peft = getattr(model, "active_peft_config", None)
         scores_all = args.device.type != "cpu" or args.label_smoothing_factor or (peft and peft.is_prompt_learning)
-        self.trained_only = None if scores_all else TrainedOnly(model, IGNORED)
+        self.trained_only = None if scores_all else TrainedOnly(model)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
@@ -129,7 +129,7 @@ class Trainer(SFTTrainer):
             if self.trained_only is None:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             try:
-                return super().compute_loss(model, self.trained_only.of(inputs), *args, **kwargs)
+                return super().compute_loss(model, self.trained_only.of(inputs, IGNORED), *args, **kwargs)
             finally:
                 self.trained_only.done()
 
