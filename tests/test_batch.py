@@ -19,12 +19,16 @@ def test_each_step_holds_each_row_once(total: int) -> None:
         assert len(laid) == step.places
         assert [item for item in laid if item >= 0] == list(range(rows))
         assert step.accumulation * micro * ranks - total < micro * ranks, "a whole round of micro-batches is empty"
-        filled = [sum(item >= 0 for item in laid[at : at + micro]) for at in range(0, len(laid), micro)]
+        assert step.micro <= micro
+        filled = [sum(item >= 0 for item in laid[at : at + step.micro]) for at in range(0, len(laid), step.micro)]
         assert max(filled) - min(filled) <= 1, "one rank would wait for another"
 
 
 def test_no_empty_places_where_it_divides() -> None:
-    assert all(layout(64, micro, ranks).places == 64 for micro in (1, 2, 4) for ranks in (1, 2, 4, 8))
+    """Guards the ladder: a micro-batch that one rank can hold is none too many for eight, which take what is there."""
+    micros, ranks = (1, 2, 4, 16, 100), (1, 2, 4, 8)
+    assert all(layout(64, micro, several).places == 64 for micro in micros for several in ranks)
+    assert [layout(8, 8, several).micro for several in ranks] == [8, 4, 2, 1]
 
 
 def test_fewer_rows_than_ranks_are_refused() -> None:

@@ -62,7 +62,7 @@ def test_a_right_recipe(smollm2: Path) -> None:
     names = [line.split()[1] for line in done.out.splitlines() if line.startswith("✔")]
     assert names == ["recipe", "versions", "accounts", "model", "data", "template", "strategy", "memory", "disk"], done
     assert "72 rows, 24 held out" in done.out and "68% of all are trained" in done.out, done
-    assert re.search(r"memory +\d+\.\d of \d+\.\d GiB of (cpu|\w+): micro-batch 4, checkpointing off", done.out), done
+    assert re.search(r"memory +\d+\.\d of \d+\.\d GiB of (cpu|\w+): micro-batch 8, checkpointing off", done.out), done
 
 
 def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tmp_path: Path) -> None:

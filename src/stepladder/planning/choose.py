@@ -114,14 +114,14 @@ class Plan:
 
     def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
         step = batch.layout(self.rows, micro, self.ranks)
-        traced = self._traced(micro, checkpointing, memory.casts(strategy))
+        traced = self._traced(step.micro, checkpointing, memory.casts(strategy))
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
-        took = self.step(strategy, micro, checkpointing, step.accumulation, self.ranks, self.nodes)
+        took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
         fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places
         limit = self.device.memory * GIB / (1 + hardware.ALLOCATOR)
-        return Way(strategy, micro, step.accumulation, checkpointing, need, limit, fast)
+        return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, fast)
 
     def step(
         self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,

@@ -39,7 +39,10 @@ class Layout:
 
 
 def layout(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> Layout:
-    """The fewest micro-batches of `micro_batch_size` sequences that hold the global batch on `ranks` ranks.
+    """The fewest micro-batches of at most `micro_batch_size` sequences that hold the global batch on `ranks` ranks.
+
+    They are no larger than they need to be: 8 sequences on 4 ranks are 2 for each, whatever one rank could hold, so
+    that a recipe that is right for one GPU is right for a node of them.
 
     Raises:
         RecipeError: a batch size below 1, or fewer sequences than ranks.
@@ -54,4 +57,5 @@ def layout(global_batch_size: int, micro_batch_size: int, ranks: int, where: str
             way_out=f"global_batch_size: {ranks}, or --num_processes {global_batch_size}",
         )
     accumulation = -(-global_batch_size // (micro_batch_size * ranks))
-    return Layout(global_batch_size, micro_batch_size, ranks, accumulation)
+    micro = -(-global_batch_size // (accumulation * ranks))
+    return Layout(global_batch_size, micro, ranks, accumulation)

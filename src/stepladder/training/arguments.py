@@ -37,6 +37,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
     values: dict[str, Any] = {
         **{key: value for key, value in asked.items() if key not in recipe.plans()},
         "output_dir": str(recipe.output_dir),
+        "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
         "padding_free": recipe.get("padding_free") is True,
         "bf16": precision == "bf16",

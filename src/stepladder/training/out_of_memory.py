@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from stepladder.errors import TrainingError
+from stepladder.recipe import batch
 from stepladder.settings import Settings
 from stepladder.training.ranks import Launch
 from stepladder.training.telemetry import peak_memory_bytes
@@ -41,11 +42,13 @@ def explained(recipe: Settings, launch: Launch, planned: int | None = None) -> I
 def ways_down(recipe: Settings, launch: Launch) -> list[str]:
     """What costs least first; the curve stays the same with each of them."""
     ways = []
-    micro = recipe.get("per_device_train_batch_size")
+    total, micro = recipe.get("global_batch_size"), recipe.get("per_device_train_batch_size")
+    if total:
+        micro = batch.layout(total, micro, launch.ranks).micro
     if micro > 1:
         half = f"--per_device_train_batch_size {micro // 2}"
-        if recipe.get("global_batch_size"):
-            ways.append(f"{half} (the accumulation follows: the global batch stays {recipe.get('global_batch_size')})")
+        if total:
+            ways.append(f"{half} (the accumulation follows: the global batch stays {total})")
         else:
             ways.append(f"{half} --gradient_accumulation_steps {2 * recipe.get('gradient_accumulation_steps')}")
     if not recipe.get("gradient_checkpointing"):
