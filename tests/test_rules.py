@@ -12,7 +12,7 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder.errors import RecipeErrors
-from stepladder.recipe import load, optimizer_rules, outcome_rules, rules
+from stepladder.recipe import load, model_rules, optimizer_rules, outcome_rules, rules
 from stepladder.recipe.ruling import RULES, RuleBreak
 from stepladder.recipe.schema import known_keys
 
@@ -268,7 +268,7 @@ def breaks(path: Path, text: str, *flags: str) -> list[RuleBreak]:
 
 def why(name: str) -> str:
     """The reason that a rule gives, by its function's docstring."""
-    module = next(module for module in (rules, outcome_rules, optimizer_rules) if name in vars(module))
+    module = next(module for module in (rules, model_rules, outcome_rules, optimizer_rules) if name in vars(module))
     tree = ast.parse(Path(inspect.getfile(module)).read_text())
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
     return " ".join((ast.get_docstring(function) or "").split()).rstrip(".").lower()

@@ -10,7 +10,7 @@ from typing import Any
 
 from stepladder.errors import LaunchError
 from stepladder.hardware import GPU, GPUS
-from stepladder.planning import hardware, memory, speed, trace
+from stepladder.planning import hardware, memory, speed, trace, unloaded
 from stepladder.planning.hardware import GIB
 from stepladder.planning.memory import Memory
 from stepladder.recipe import batch
@@ -153,7 +153,7 @@ class Plan:
         if micro > 4:  # padded batches grow by the same amount with every row
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
             return four.drawn_on(two, (micro - 4) / 2, micro)
-        work = trace.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
+        work = unloaded.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
         return trace.of(self.settings, self.config, work)
 
 

@@ -7,43 +7,25 @@ have shapes and no values: a layer of any size takes a fraction of a second and 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter, attention, load, virtual_tokens
+from stepladder.model import attention, virtual_tokens
 from stepladder.model.trained_only import TrainedOnly
+from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
+from stepladder.planning.unloaded import Work
 from stepladder.settings import Settings
 
 DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
 PHASES = ("forward", "loss", "last layer", "first layer")  # the last two: their part of the backward pass
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32_768  # of TRL's loss (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)
 COUNT = 64.0  # any: the loss is divided by it
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is traced: a micro-batch on one device.
-
-    `cast`: the strategy itself holds what is computed with, in bf16 where it is to be (ZeRO, FSDP); else
-    autocast makes copies, and LoRA's layers are fused. `gpu`: the loss runs in Triton's kernels and
-    attention keeps no mask of its dropout.
-    """
-
-    micro: int
-    length: int
-    precision: str
-    checkpointing: bool
-    cast: bool = False
-    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
     try:
-        with _unsharded():
+        with unloaded.unsharded():
             few, more = (_traced(settings, config, depth, work) for depth in depths)
     except ModelError:
         raise
@@ -123,12 +105,12 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
 def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model, base = _on_meta(settings, _shortened(config, depth, work.gpu), work)
-    held, states = _bytes(model), _states(model, str(settings.get("optim")))
+    model, base = unloaded.on_meta(settings, unloaded.shortened(config, depth, work.gpu), work)
+    held, states = unloaded.weight_bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
+        unloaded.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
         flat = base.config._attn_implementation == attention.NAME
@@ -155,10 +137,10 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
                                  **labels).loss  # fmt: skip
             loss.backward()
     trainable = sum(parameter.numel() for parameter in moments.parameters if parameter.requires_grad)
-    held = moments.weights + (held - _bytes(model))
+    held = moments.weights + (held - unloaded.weight_bytes(model))
     phases = [moments.worst[phase] for phase in PHASES]
     return Count(
-        held, moments.weights, trained, trainable, _parameters(model), states, moments.operators,
+        held, moments.weights, trained, trainable, unloaded.parameters(model), states, moments.operators,
         tuple(alive - moments.weights - gradients for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
     )  # fmt: skip
@@ -173,7 +155,7 @@ class _Moments(LiveBytes):
         self.operators = 0
         self.worst = dict.fromkeys(PHASES, (0, 0))
         self.parameters = list(model.parameters())
-        for tensor in [*self.parameters, *model.buffers(), *_constants(model)]:
+        for tensor in [*self.parameters, *model.buffers(), *unloaded.constants(model)]:
             self.add(tensor)
         self.weights = self.now
 
@@ -186,145 +168,10 @@ class _Moments(LiveBytes):
         return out
 
 
-def _on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
-    """The model as sft.py makes it, without storage: with its adapter, and without."""
-    from transformers import AutoModelForCausalLM
-    from trl.trainer.utils import add_fused_lm_head
-
-    with torch.device("meta"):
-        try:
-            base = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings, work.precision))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(
-                f"the architecture {config.model_type} cannot be built from its configuration",
-                why=str(error).splitlines()[0],
-                way_out="a causal language model that the installed Transformers know",
-            ) from None
-        if quantization := load.quantization_config(settings, work.precision):
-            _quantize(base, quantization)
-        if not work.gpu:
-            attention.by_row(base, settings)
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
-        model = adapter.attach(base, settings, fused=not work.cast)
-        if not work.cast:
-            adapter.hold_as_computed(model, work.precision)
-    model.train()
-    if work.checkpointing:
-        if settings.get("use_peft"):
-            base.enable_input_require_grads()
-        base.activation_checkpointing_enable()
-    return model, base
-
-
-@contextlib.contextmanager
-def _unsharded() -> Iterator[None]:
-    """Under a ZeRO-3 launch, Transformers shards every model that is built, and TRL gathers it; not this one."""
-    from transformers.integrations import deepspeed
-
-    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config:
-            deepspeed.set_hf_deepspeed_config(config)
-
-
-def _dtype(settings: Settings, precision: str) -> Any:
-    dtype = load.weights_dtype(settings, precision)
-    return torch.bfloat16 if dtype == "auto" else dtype  # what the models of today are saved in
-
-
-def _shortened(config: Any, depth: int, gpu: bool) -> Any:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:depth]
-    config.use_cache = False
-    config._attn_implementation = "sdpa"  # flash attention keeps the same: no scores
-    if gpu:  # CUDA's fused attention draws its dropout anew in the backward pass; the CPU's keeps all scores
-        for name in ("attn_pdrop", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-    return config
-
-
-def _quantize(base: Any, config: Any) -> None:
-    """Put bitsandbytes' layers in the place of the linear ones, as Transformers does before it loads weights."""
-    from bitsandbytes.functional import quantize_4bit
-    from transformers.integrations import bitsandbytes as integration
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    integration.replace_with_bnb_linear(base, get_keys_to_not_convert(base), quantization_config=config)
-    base.requires_grad_(False)
-    base.is_loaded_in_4bit = config.load_in_4bit
-    base.is_loaded_in_8bit = config.load_in_8bit
-    with torch.device("cpu"):  # bitsandbytes keeps the table that it makes at first: it must not be a fake one
-        quantize_4bit(torch.zeros(64, 64), compress_statistics=True)
-
-
-def _materialize(model: Any, dtype: torch.dtype | None) -> None:
-    """From meta to (fake) CPU tensors: autocast knows no meta device, and PEFT adds no layers to fake ones."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None and id(old) not in made:
-                made[id(old)] = _packed(module, old) if type(old).__name__ == "Params4bit" else torch.nn.Parameter(
-                    torch.empty(old.shape, dtype=dtype if dtype and old.is_floating_point() else old.dtype),
-                    old.requires_grad,
-                )  # fmt: skip
-            module._parameters[name] = None if old is None else made[id(old)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as model/load.py has it
-
-
-def _packed(module: Any, old: Any) -> Any:
-    """A weight in 4 bits: a plain parameter, since a fake tensor cannot be a `Params4bit`."""
-    from bitsandbytes.functional import quantize_4bit
-
-    data, state = quantize_4bit(
-        torch.empty((module.out_features, module.in_features), dtype=module.compute_dtype),
-        compress_statistics=old.compress_statistics,
-        quant_type=old.quant_type,
-        quant_storage=old.quant_storage,
-    )
-    made: Any = torch.nn.Parameter(data, requires_grad=False)
-    made.quant_state = state
-    return made
-
-
-def _constants(model: Any) -> list[torch.Tensor]:
-    """The quantization's constants, which are no parameters."""
-    states = [state for module in model.modules() if (state := getattr(_weight(module), "quant_state", None))]
-    nested = [state.state2 for state in states if state.nested]
-    return [tensor for state in [*states, *nested] for tensor in (state.absmax, state.code)]
-
-
-def _weight(module: Any) -> Any:
-    return module._parameters.get("weight")
-
-
-def _bytes(model: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
-
-
-def _is_packed(parameter: Any) -> bool:
-    return type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
-
-
 def _states(model: Any, optimizer: str) -> float:
     """Bytes of the optimizer's state, each parameter once."""
-    embeddings = {id(_weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {id(unloaded.weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     return sum(state_bytes(optimizer, p, id(p) in embeddings) for p in model.parameters() if p.requires_grad)
-
-
-def _parameters(model: Any) -> int:
-    def stands_for(p: Any) -> int:
-        return int(torch.Size(p.quant_state.shape).numel()) if hasattr(p, "quant_state") else p.numel()
-
-    return sum(map(stands_for, model.parameters()))
 
 
 def _follow(base: Any, depth: int, moments: _Moments) -> None:
