@@ -13,10 +13,10 @@ import sys
 
 from stepladder.data import prepare
 from stepladder.model import adapter, attention
-from stepladder.training import ranks, trainer
+from stepladder.training import freed_memory, trainer
 
 WITHOUT = {
-    "kept": lambda: setattr(ranks, "_keep_freed_memory", lambda: None),  # glibc's freed memory
+    "kept": lambda: setattr(freed_memory, "keep", lambda: None),  # glibc's freed memory
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),

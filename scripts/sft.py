@@ -57,8 +57,8 @@ def main() -> int | None:
     from stepladder.evaluation import samples
     from stepladder.model import adapter, attention
     from stepladder.planning import choose
-    from stepladder.training import announce, callback, out_of_memory, profiling, progress, result, telemetry
-    from stepladder.training import trackers, trainer, utilization, watchdog  # isort: skip
+    from stepladder.training import announce, callback, freed_memory, out_of_memory, profiling, progress, result
+    from stepladder.training import telemetry, trackers, trainer, utilization, watchdog  # isort: skip
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -146,7 +146,7 @@ def main() -> int | None:
             eval_dataset=eval_set,
             meter=meter,
             on_nan=recipe.get("on_nan"),
-            callbacks=[*own, line, watch, *told],
+            callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if use_cpu else [])],
         )
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:

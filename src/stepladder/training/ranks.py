@@ -6,7 +6,6 @@ rank: axolotl#3839; two ranks on one GPU: accelerate#1840), so all of it is asse
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import fcntl
 import json
@@ -91,10 +90,12 @@ def choose_device(launch: Launch) -> bool:
         return False
     if launch.ranks == 1 and torch.backends.mps.is_available():
         return False
+    from stepladder.training import freed_memory
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE") or cores))  # a job's share, confined to it or not
     torch.set_num_threads(max(1, cores // launch.local_ranks))
-    _keep_freed_memory()
+    freed_memory.keep()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
     if launch.strategy.startswith("zero"):
         _load_cpu_collectives()
@@ -117,20 +118,6 @@ def _load_cpu_collectives() -> None:
         for leftover in folder.rglob(f"{ShareMemCommBuilder.NAME}/lock"):
             leftover.unlink()
         ShareMemCommBuilder().load(verbose=False)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks: by default every activation is mapped and unmapped anew.
-
-    Those page faults took a third of a LoRA step of SmolLM2 on 2 cores (113 against 167 tokens/s).
-    """
-    import ctypes
-
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another libc has no mallopt, and no need of it
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def from_first(value: Any) -> Any:

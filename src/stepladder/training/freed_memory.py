@@ -1,0 +1,45 @@
+"""Freed memory on a CPU: glibc keeps it for the next step, and gives back now and then what no step needs.
+
+Another libc has neither call, and no need of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from typing import Any
+
+from transformers import TrainerCallback
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+EVERY = 20.0  # seconds
+
+
+def keep() -> None:
+    """Let glibc keep freed blocks: by default every activation is mapped and unmapped anew.
+
+    Those page faults took a third of a LoRA step of SmolLM2 on 2 cores (113 against 167 tokens/s).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+class GiveBack(TrainerCallback):
+    """Returns to the system what nothing holds.
+
+    Batches of ever other sizes leave holes that fit none of the next ones: within 27 steps recipes/lora.yaml grew to
+    5.4 GiB on 2 cores, and to 4.0 with this, as fast. (At every step it would take a sixth of the speed.)
+    """
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self._last < EVERY:
+            return
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        self._last = time.monotonic()
