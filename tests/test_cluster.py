@@ -194,6 +194,7 @@ def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
 
 
+@pytest.mark.proof
 def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Path) -> None:
     """Guards ZeRO on CPU: torch's lock file outlives the process that made it, and each later start waits for it."""
     leftover = tmp_path / "py/deepspeed_shm_comm/lock"

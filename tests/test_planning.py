@@ -117,6 +117,7 @@ def test_auto_takes_the_fastest_that_fits() -> None:
         plan_of("models/llama-3.1-8b/full", "t4", 1, *auto).of_recipe("single")
 
 
+@pytest.mark.proof
 def test_auto_in_a_run(tmp_path: Path, smollm2: Path) -> None:
     """Guards that the choice is made, told and recorded, and that the curve is that of a fixed micro-batch."""
     losses = {}

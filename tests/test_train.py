@@ -61,7 +61,10 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory):
 CELLS = [cell for strategy in STRATEGIES for cell in slice_of(*strategy)]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, id=cell.name, marks=[pytest.mark.proof] if cell.ranks > 2 else []) for cell in CELLS],
+)
 def test_the_same_curve(cell: Cell, runs, tiny: Path) -> None:
     """Guards against a strategy that runs but learns nothing, saves nothing, or trains something else.
 
@@ -82,6 +85,7 @@ def test_the_same_curve(cell: Cell, runs, tiny: Path) -> None:
     assert not list(run.glob("*.bin")), "a pickle in the result could run code where it is opened"
 
 
+@pytest.mark.proof
 def test_bf16_under_fsdp_keeps_the_loss_and_the_sums_in_fp32(smollm2: Path, tmp_path: Path) -> None:
     """Guards `gradients.reduce_in_fp32`: without it the loss is rounded to 8 bits and the curves part by 1.2e-2."""
     cell = Cell("lora", "fsdp", 2, 2, "unpacked", "bf16")

@@ -74,6 +74,7 @@ def test_a_batch_is_answered_like_one(kind: str, trained: dict[str, Path]) -> No
     assert together == alone
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("config", ["ddp", "zero2"])
 def test_two_ranks_and_a_resumption_have_the_curve_of_one(
     config: str, recipe: Path, trained: dict[str, Path], tmp_path: Path
