@@ -37,7 +37,7 @@ demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answer
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.
 test: WHICH = and not proof
-test: prove ## run the tests but for the longest proofs (under 15 minutes on 2 cores)
+test: prove ## run the tests but for the longest proofs (about 15 minutes on 2 cores)
 
 prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm, the workshop's pages too (about 40 minutes on 2 cores)
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }

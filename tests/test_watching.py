@@ -209,7 +209,7 @@ def test_the_figures_agree(watched) -> None:
     rows, totals = [row for row in metrics(folder) if "loss" in row], manifest(folder)["totals"]
     assert rows[-1]["tokens"] == totals["tokens"] and rows[-1]["trained_tokens"] == totals["trained_tokens"]
     assert 0 < totals["trained_tokens"] < totals["tokens"]
-    # 5 rows of about one length, then 3, in 6 places each, of which the empty ones hold one pad token beside longer rows
+    # 5 rows of about one length, then 3, in 6 places each; an empty one holds one pad token beside longer rows
     assert 0.2 < totals["padding"] < 0.5
     assert 0 < totals["mfu"] < totals["hfu"] < 1
     assert totals["peak_flops"] > 0 and "1024×1024 matrix products in fp32" in totals["peak_flops_source"]
