@@ -17,6 +17,7 @@ from stepladder.training import freed_memory, trainer
 
 WITHOUT = {
     "kept": lambda: setattr(freed_memory, "keep", lambda: None),  # glibc's freed memory
+    "returned": lambda: setattr(freed_memory, "EVERY", float("inf")),  # what of it no step needs
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),

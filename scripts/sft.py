@@ -151,7 +151,7 @@ def main() -> int | None:
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
-        with out_of_memory.explained(settled, launch, planned.get("peak_memory_bytes")):
+        with out_of_memory.explained(settled, launch, step.micro, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
         if sft.agreement.preempted:

@@ -138,12 +138,12 @@ def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     recipe = settings(global_batch_size=32, per_device_train_batch_size=8, gradient_checkpointing=False)
     launch = Launch(2 if strategy != "single" else 1, 0, 0, 1, strategy)
     message = r"out of memory on rank 0, which held \d+\.\d\d GiB"
-    with pytest.raises(TrainingError, match=message) as caught, out_of_memory.explained(recipe, launch):
+    with pytest.raises(TrainingError, match=message) as caught, out_of_memory.explained(recipe, launch, 8):
         torch.empty(1 << 55, dtype=torch.uint8)
     assert caught.value.exit_code == 1
     first, second, third = caught.value.way_out.splitlines()
     assert first.startswith("--per_device_train_batch_size 4 (the accumulation follows")
     assert second.startswith("--gradient_checkpointing true")
     assert ("zero3_offload.yaml" if strategy == "zero3" else "zero3.yaml") in third
-    with pytest.raises(RuntimeError, match="something else"), out_of_memory.explained(recipe, launch):
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory.explained(recipe, launch, 8):
         raise RuntimeError("something else")

@@ -61,7 +61,7 @@ def runs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory):
 CELLS = [cell for strategy in STRATEGIES for cell in slice_of(*strategy)]
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # more ranks than cores take a minute each
     "cell",
     [pytest.param(cell, id=cell.name, marks=[pytest.mark.proof] if cell.ranks > 2 else []) for cell in CELLS],
 )

@@ -11,4 +11,5 @@ for folder in map(Path, sys.argv[1:]):
     peaks[folder.name] = max(json.loads((folder / "run.json").read_text())["totals"]["peak_memory_bytes"]) / 2**30
 print(f"{'strategy':<18} {'GiB':>6} {'saved':>6}")
 for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
-    print(f"{name:<18} {peak:6.2f} {round(1 - peak / peaks[BASELINE], 2) + 0:6.0%}")
+    saved = round(1 - peak / peaks[BASELINE], 2) + 0  # no "-0%"
+    print(f"{name:<18} {peak:6.2f} {saved:6.0%}")

@@ -77,6 +77,7 @@ def unsharded() -> Iterator[None]:
 
 
 def shortened(config: Any, depth: int, gpu: bool) -> Any:
+    """A copy of the configuration with `depth` layers, computed as a run on that device would."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
@@ -115,14 +116,18 @@ def constants(model: Any) -> list[torch.Tensor]:
 
 
 def weight(module: Any) -> Any:
+    """A module's own weight, of whatever class."""
     return module._parameters.get("weight")
 
 
 def weight_bytes(model: Any) -> int:
+    """Bytes of the weights as they are held, but for those in 4 bits."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
 
 
 def parameters(model: Any) -> int:
+    """Their number; one in 4 bits counts as what it stands for."""
+
     def stands_for(p: Any) -> int:
         return int(torch.Size(p.quant_state.shape).numel()) if hasattr(p, "quant_state") else p.numel()
 

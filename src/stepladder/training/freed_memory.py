@@ -31,7 +31,7 @@ class GiveBack(TrainerCallback):
     """Returns to the system what nothing holds.
 
     Batches of ever other sizes leave holes that fit none of the next ones: within 27 steps recipes/lora.yaml grew to
-    5.4 GiB on 2 cores, and to 4.0 with this, as fast. (At every step it would take a sixth of the speed.)
+    5.4 GiB on 2 cores, and to 4.0 with this, as fast (docs/benchmarks.md). At every step it would cost speed.
     """
 
     def __init__(self) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from stepladder.errors import TrainingError
-from stepladder.recipe import batch
 from stepladder.settings import Settings
 from stepladder.training.ranks import Launch
 from stepladder.training.telemetry import peak_memory_bytes
 
 
 @contextlib.contextmanager
-def explained(recipe: Settings, launch: Launch, planned: int | None = None) -> Iterator[None]:
+def explained(recipe: Settings, launch: Launch, micro: int, planned: int | None = None) -> Iterator[None]:
     """Turn a failed allocation, on GPU or CPU, into one message.
 
     Args:
@@ -34,21 +33,18 @@ def explained(recipe: Settings, launch: Launch, planned: int | None = None) -> I
         raise TrainingError(
             f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most{said}",
             why=str(error).splitlines()[0] if str(error) else "",
-            way_out="\n".join(ways_down(recipe, launch)),
+            way_out="\n".join(ways_down(recipe, launch, micro)),
             this_rank_only=True,
         ) from None
 
 
-def ways_down(recipe: Settings, launch: Launch) -> list[str]:
+def ways_down(recipe: Settings, launch: Launch, micro: int) -> list[str]:
     """What costs least first; the curve stays the same with each of them."""
     ways = []
-    total, micro = recipe.get("global_batch_size"), recipe.get("per_device_train_batch_size")
-    if total:
-        micro = batch.layout(total, micro, launch.ranks).micro
     if micro > 1:
         half = f"--per_device_train_batch_size {micro // 2}"
-        if total:
-            ways.append(f"{half} (the accumulation follows: the global batch stays {total})")
+        if recipe.get("global_batch_size"):
+            ways.append(f"{half} (the accumulation follows: the global batch stays {recipe.get('global_batch_size')})")
         else:
             ways.append(f"{half} --gradient_accumulation_steps {2 * recipe.get('gradient_accumulation_steps')}")
     if not recipe.get("gradient_checkpointing"):
