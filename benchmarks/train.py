@@ -8,7 +8,7 @@
 Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
 the same tokens, so that imports, loading and the first steps do not count. `first step` is the time from the command to
-the end of the first step.
+the end of the first step. MFU is by the formula and the measured peak of training/utilization.py, the same for all.
 """
 
 from __future__ import annotations
@@ -108,6 +108,12 @@ def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[floa
     return times[0], times[2 * EPOCH - 1] - times[EPOCH - 1], losses[: 2 * EPOCH]
 
 
+def mfu(folder: Path) -> float:
+    """Of this machine's matrix products, the share that one token a second takes, by Stepladder's own run."""
+    rows = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
+    return statistics.median(row["mfu"] / row["tokens_per_second"] for row in rows)
+
+
 def tokens(folder: Path) -> int:
     """Non-padding tokens of an epoch; the rows are written as TRL wants them."""
     from transformers import AutoTokenizer
@@ -146,17 +152,18 @@ def main() -> None:
                     first, epoch, losses = runs[contender][-1]
                     print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
                           f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
+            share = mfu(folder)
         reference = next(iter(contenders)) if args.ladder else "`trl sft`"
         floor = statistics.median(epoch for _, epoch, _ in runs[reference])
         print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
-        print(
-            f"| | tokens/s | × {'the first' if args.ladder else reference} | first step, s | loss of the second epoch |"
-        )
-        print("| --- | ---: | ---: | ---: | ---: |")
+        than = "the first" if args.ladder else reference
+        print(f"| | tokens/s | × {than} | MFU | first step, s | loss of the second epoch |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
         for contender, found in runs.items():
             first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))
             loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
-            print(f"| {contender} | {count / epoch:.0f} | {floor / epoch:.2f} | {first:.1f} | {loss:.3f} |")
+            rate = count / epoch
+            print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {first:.1f} | {loss:.3f} |")
         print()
 
 
