@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from stepladder.training import allocator
+
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/smollm2-135m-instruct"
 ROWS, BATCH = 72, 8
@@ -35,7 +37,7 @@ METHODS = {
               "--load_in_4bit", "true"),
 }  # fmt: skip
 RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
-# Each row is the one above it with one change: what is left out by without.py, and flags.
+# Each row is the one above it with one change: what is left out by without.py (glibc's malloc too, at last), and flags.
 PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
 FOUR = ("--per_device_train_batch_size", "4")
 ALL = "kept,held,fused,sorted,trained,flat"
@@ -50,15 +52,21 @@ LADDER = {
     "a step's rows are sorted by length": ("trained,flat", *FOUR),
     "only trained tokens are scored": ("flat", *FOUR),
     "rows lie end to end, attention row by row in fp32": ("", *FOUR),
-    "micro-batch 8 (**the recipe as it is**)": ("",),
-    "`dtype: bfloat16` (what is between layers is rounded too)": ("", "--dtype", "bfloat16"),
+    "micro-batch 8": ("",),
+    "tcmalloc in place of glibc's malloc (**the recipe as it is**)": ("malloc",),
+    "`dtype: bfloat16` (what is between layers is rounded too)": ("malloc", "--dtype", "bfloat16"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
-# What raises the most elsewhere too: glibc would map and unmap each activation.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+# What raises the most elsewhere too: tcmalloc, which the recipe takes by itself; else that glibc keeps freed memory.
+KEPT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+MALLOC = allocator.preload() or KEPT
 
 
-def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
+Contenders = dict[str, tuple[list[str], dict[str, str]]]
+Play = tuple[float, float, list[float]]  # seconds to the first step and of the second epoch, and the losses
+
+
+def commands(method: str, folder: Path) -> Contenders:
     """By contender: what is typed, and the environment."""
     steps = str(2 * EPOCH)
     common = ["--model_name_or_path", str(MODEL), "--max_length", "512", "--max_steps", steps, "--report_to", "none"]
@@ -80,17 +88,16 @@ def commands(method: str, folder: Path) -> dict[str, tuple[list[str], dict[str, 
     return contenders
 
 
-def ladder(folder: Path, first: int) -> dict[str, tuple[list[str], dict[str, str]]]:
+def ladder(folder: Path, first: int) -> Contenders:
     """By setting: what is typed."""
-    (python, *words), env = commands("lora", folder)["Stepladder, the recipe"]
+    (python, *words), _ = commands("lora", folder)["Stepladder, the recipe"]
     return {
-        name: ([python, "benchmarks/without.py", without, *words, *flags], env)
+        name: ([python, "benchmarks/without.py", without, *words, *flags], MALLOC if without == "malloc" else {})
         for name, (without, *flags) in list(LADDER.items())[first - 1 :]
     }
 
 
-def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[float]]:
-    """Seconds to the first step and of the second epoch, and the losses."""
+def play(words: list[str], env: dict[str, str]) -> Play:
     began, times, losses = time.perf_counter(), [], []
     process = subprocess.Popen(
         words, cwd=ROOT, env={**os.environ, **env, "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"}, text=True,
@@ -100,7 +107,7 @@ def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[floa
     printed = []
     for line in process.stdout:
         printed.append(line)
-        if found := re.search(r"(?:'loss': '?|\bloss )([\d.]+)", line):
+        if found := re.search(r"(?:'loss': '?|\bloss (?:train: )?)([\d.]+)", line):
             times.append(time.perf_counter() - began)
             losses.append(float(found[1]))
     if process.wait() or len(times) < 2 * EPOCH:
@@ -109,7 +116,7 @@ def play(words: list[str], env: dict[str, str]) -> tuple[float, float, list[floa
 
 
 def mfu(folder: Path) -> float:
-    """Of this machine's matrix products, the share that one token a second takes, by Stepladder's own run."""
+    """MFU of one token a second, by Stepladder's own run: with the same rows and model it is the others' too."""
     rows = [json.loads(line) for line in (folder / "ours/metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["mfu"] / row["tokens_per_second"] for row in rows)
 
@@ -129,6 +136,31 @@ def tokens(folder: Path) -> int:
     return count
 
 
+def measured(contenders: Contenders, count: int, folder: Path, repeat: int) -> tuple[dict[str, list[Play]], float]:
+    """What each contender came to, by turns, and MFU of one token a second."""
+    runs: dict[str, list[Play]] = {}
+    for _ in range(repeat):
+        for contender, (words, env) in contenders.items():
+            runs.setdefault(contender, []).append(play(words, env))
+            first, epoch, losses = runs[contender][-1]
+            print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
+                  f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
+    return runs, mfu(folder)
+
+
+def table(count: int, runs: dict[str, list[Play]], share: float, reference: str) -> None:
+    """Medians of the repetitions, against one contender's."""
+    floor = statistics.median(epoch for _, epoch, _ in runs[reference])
+    print(f"| | tokens/s | × {reference} | MFU | first step, s | loss of the second epoch |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for contender, found in runs.items():
+        first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))
+        loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
+        rate = count / epoch
+        print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {first:.1f} | {loss:.3f} |")
+    print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3)
@@ -142,29 +174,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             count = tokens(folder)
-            runs: dict[str, list[tuple[float, float, list[float]]]] = {}
             contenders = ladder(folder, args.ladder) if args.ladder else commands(method, folder)
             if args.quick:
                 contenders = {name: contenders[name] for name in ("Stepladder, the recipe", "`trl sft`")}
-            for _ in range(args.repeat):
-                for contender, (words, env) in contenders.items():
-                    runs.setdefault(contender, []).append(play(words, env))
-                    first, epoch, losses = runs[contender][-1]
-                    print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
-                          f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
-            share = mfu(folder)
-        reference = next(iter(contenders)) if args.ladder else "`trl sft`"
-        floor = statistics.median(epoch for _, epoch, _ in runs[reference])
+            runs, share = measured(contenders, count, folder, args.repeat)
         print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
-        than = "the first" if args.ladder else reference
-        print(f"| | tokens/s | × {than} | MFU | first step, s | loss of the second epoch |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        for contender, found in runs.items():
-            first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))
-            loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
-            rate = count / epoch
-            print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {first:.1f} | {loss:.3f} |")
-        print()
+        table(count, runs, share, next(iter(contenders)) if args.ladder else "`trl sft`")
 
 
 if __name__ == "__main__":

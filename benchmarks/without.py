@@ -2,7 +2,8 @@
 
     python benchmarks/without.py fused,sorted scripts/sft.py --recipe lora
 
-These have no keys in a recipe: they change nothing but the speed.
+These have no keys in a recipe: they change nothing but the speed. glibc's `malloc` is left out by LD_PRELOAD, and
+otherwise stays, since PyTorch is imported too early here for sft.py to start anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from stepladder.model import adapter, attention
 from stepladder.training import freed_memory, trainer
 
 WITHOUT = {
+    "malloc": lambda: None,
     "kept": lambda: setattr(freed_memory, "keep", lambda: None),  # glibc's freed memory
     "returned": lambda: setattr(freed_memory, "EVERY", float("inf")),  # what of it no step needs
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),

@@ -18,7 +18,7 @@ from stepladder.data import mixture, stream
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
-from stepladder.training import arguments, ranks, resume, signals, strategy
+from stepladder.training import allocator, arguments, ranks, resume, signals, strategy
 
 
 def main() -> int | None:
@@ -34,6 +34,7 @@ def main() -> int | None:
     parser.add_argument("--profile", action="store_true", help="record two steps, and say where their time goes")
     parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback watches the run too")
     args, overrides = parser.parse_known_args()
+    allocator.use_tcmalloc()
 
     # Whatever can be wrong is found before torch is imported: it takes seconds.
     launch = ranks.launched()
@@ -113,6 +114,7 @@ def main() -> int | None:
         world_size=launch.ranks,
         devices=devices,
         precision=precision,
+        allocator=allocator.name(),
         global_batch_size=step.rows,
         micro_batch_size=step.micro,
         gradient_accumulation_steps=step.accumulation,

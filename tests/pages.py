@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepladder.training import allocator
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```bash\n(?P<bash>.*?)^```\n(?P<marks>(?:\s*<!--.*?-->\n)*)(?P<text>\s*```text\n.*?^```\n)?",
                    re.MULTILINE | re.DOTALL)  # fmt: skip
@@ -97,9 +99,11 @@ class Player:
     """A process that has imported the libraries, and plays one command after the other."""
 
     def __init__(self) -> None:
+        # sft.py, as a person types it, starts anew under tcmalloc; a fork has what its parent has.
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__, "--serve"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**allocator.preload(), **os.environ},
+        )  # fmt: skip
 
     def play(self, command: str, folder: Path) -> tuple[int, str]:
         """The exit code and all that was printed."""

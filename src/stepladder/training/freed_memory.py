@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-EVERY = 20.0  # seconds
+EVERY = 60.0  # seconds
 
 
 def keep() -> None:

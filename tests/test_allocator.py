@@ -1,0 +1,74 @@
+"""A run on a CPU starts anew under tcmalloc where the machine has it, and says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import losses, manifest, run, script
+from stepladder.training import allocator
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or any(Path(gpu).exists() for gpu in allocator.GPUS), reason="for Linux without a GPU"
+)
+STARTS = """
+import json, os, sys
+from stepladder.training import allocator
+with open(sys.argv[1], "a") as log:
+    log.write(json.dumps([os.getpid(), allocator.name(), os.environ.get("LD_PRELOAD")]) + "\\n")
+allocator.use_tcmalloc()
+with open(sys.argv[1], "a") as log:
+    log.write(json.dumps([os.getpid(), allocator.name(), os.environ.get("LD_PRELOAD"), sys.argv[2:]]) + "\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library by tcmalloc's name that changes nothing: what is tested is that it is loaded before all else."""
+    folder = tmp_path_factory.mktemp("lib")
+    (folder / "empty.c").write_text("int nothing;\n")
+    made = ["cc", "-shared", "-fPIC", "-o", folder / allocator.LIBRARIES[0], folder / "empty.c"]
+    subprocess.run(made, check=True)
+    return folder
+
+
+def test_the_process_starts_anew_once_and_its_commands_do_not_inherit_it(library: Path, tmp_path: Path) -> None:
+    """Guards against a start that goes round for ever, loses its arguments or its id, or preloads what it runs."""
+    log, file = tmp_path / "log", tmp_path / "starts.py"
+    file.write_text(STARTS)
+    done = run(sys.executable, file, log, "--a", "b c", LD_LIBRARY_PATH=str(library))
+    assert done.code == 0, done
+    first, again, after = (json.loads(line) for line in log.read_text().splitlines())
+    assert first[1:] == ["libc", None]
+    assert again[1:] == ["tcmalloc", allocator.LIBRARIES[0]]
+    assert after[1:] == ["tcmalloc", None, ["--a", "b c"]]
+    assert first[0] == again[0] == after[0], "the process that was started is the one that ends"
+
+
+def test_a_preload_of_the_user_stays(library: Path, tmp_path: Path) -> None:
+    """Guards someone's own choice of an allocator, and the way to do without."""
+    log, file = tmp_path / "log", tmp_path / "starts.py"
+    file.write_text(STARTS)
+    done = run(sys.executable, file, log, LD_LIBRARY_PATH=str(library), LD_PRELOAD="libc.so.6")
+    assert done.code == 0, done
+    first, after = (json.loads(line) for line in log.read_text().splitlines())
+    assert first[1:] == ["libc", "libc.so.6"] and after[1:3] == ["libc", "libc.so.6"]
+
+
+def test_a_run_has_the_same_curve_under_it(library, tiny, learnable, write_recipe, tmp_path) -> None:
+    """Guards the whole way: sft.py starts anew, its manifest names the allocator, and nothing else differs."""
+    recipe = write_recipe(
+        model_name_or_path=str(tiny), dataset_name=str(learnable), max_steps=2, global_batch_size=4, learning_rate=0.01,
+        max_length=192, logging_steps=1, eval_strategy="no", save_strategy="no",
+    )  # fmt: skip
+    curves = []
+    for name, env in {"tcmalloc": {"LD_LIBRARY_PATH": str(library)}, "libc": {"LD_PRELOAD": "libc.so.6"}}.items():
+        done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / name, **env)
+        assert done.code == 0, done
+        assert manifest(tmp_path / name)["allocator"] == name
+        curves.append(losses(tmp_path / name))
+    assert curves[0] == curves[1] and len(curves[0]) == 2
