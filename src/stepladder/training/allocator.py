@@ -8,8 +8,8 @@ only come before all else, so the process starts anew with it, once, before the 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,10 +38,12 @@ def use_tcmalloc() -> None:
 def preload() -> dict[str, str]:
     """The environment in which a process has tcmalloc; empty where it is not installed."""
     for library in LIBRARIES:
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(library)
-            # or it prints a line at each block of 1 GiB
-            return {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": "0"}
+        # the second: or it prints a line at each block of 1 GiB
+        env = {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": "0"}
+        # Tried on another process: loaded into this one, it would be asked to free what is not its own.
+        tried = subprocess.run([sys.executable, "-S", "-c", ""], env={**os.environ, **env}, capture_output=True)
+        if not tried.returncode and not tried.stderr:  # where it cannot be loaded, the loader says so and goes on
+            return env
     return {}
 
 

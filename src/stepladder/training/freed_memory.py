@@ -1,6 +1,6 @@
-"""Freed memory on a CPU: glibc keeps it for the next step, and gives back now and then what no step needs.
+"""Freed memory on a CPU without tcmalloc: glibc keeps it for the next step, and gives back now and then the rest.
 
-Another libc has neither call, and no need of them.
+Another allocator has neither call, and no need of them (allocator.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def keep() -> None:
 class GiveBack(TrainerCallback):
     """Returns to the system what nothing holds.
 
-    Batches of ever other sizes leave holes that fit none of the next ones: within 27 steps recipes/lora.yaml grew to
-    5.4 GiB on 2 cores, and to 4.0 with this, as fast (docs/benchmarks.md). At every step it would cost speed.
+    Batches of ever other sizes leave holes that fit none of the next ones: within 90 steps recipes/lora.yaml grew to
+    6.9 GiB on 2 cores, and to 6.0 with this, as fast (docs/benchmarks.md). What the next step needs goes too and comes
+    back by page faults, a second's worth, so that it is done seldom.
     """
 
     def __init__(self) -> None:
