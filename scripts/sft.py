@@ -34,11 +34,11 @@ def main() -> int | None:
     parser.add_argument("--profile", action="store_true", help="record two steps, and say where their time goes")
     parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback watches the run too")
     args, overrides = parser.parse_known_args()
-    allocator.use_tcmalloc()
 
     # Whatever can be wrong is found before torch is imported: it takes seconds.
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
+    allocator.use_tcmalloc()  # starts anew, so only once the recipe is known to be right
     requirements.versions()
     requirements.accounts(recipe)
     step = arguments.layout(recipe, launch.ranks)
