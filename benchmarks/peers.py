@@ -1,11 +1,12 @@
-"""LoRA on the same rows by LLaMA-Factory, ms-swift and litgpt, each at its best flags, beside Stepladder's recipe.
+"""LoRA on the same rows by ms-swift and litgpt, each at its best flags, beside Stepladder's recipe.
 
     python benchmarks/peers.py --repeat 2
     python benchmarks/peers.py --only litgpt
 
 As train.py, with which it shares rows, model, batch and how time is taken. Each of them wants other versions of
 the same libraries, so that each gets an environment of its own in runs/peers/, made at the first call (it needs the
-network and takes some minutes).
+network and takes some minutes). LLaMA-Factory 0.9.5 is not among them: it imports torchaudio, whose wheel does not load
+beside a torch without CUDA.
 """
 
 from __future__ import annotations
@@ -23,24 +24,8 @@ import train
 ENVIRONMENTS = train.ROOT / "runs/peers"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 STEPS, RATE, BATCH = 2 * train.EPOCH, train.RATE["lora"], train.BATCH
-# What Transformers' Trainer takes, which two of them are made on.
-TRAINER = {
-    "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1, "learning_rate": RATE, "max_steps": STEPS,
-    "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no",
-    "report_to": "none", "seed": 42, "use_cpu": True,
-}  # fmt: skip
-# By peer: what is installed with all that it asks for, and what without, because it asks for more than a CPU has.
-PACKAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "llamafactory": (
-        ("transformers<=5.6.0,>=4.55.0", "accelerate<=1.11.0", "peft<=0.18.1,>=0.18.0", "trl<=0.24.0",
-         "datasets<=4.0.0", "torchdata<=0.11.0", "av<=16.0.0", "einops", "fastapi", "fire", "hf-transfer", "matplotlib",
-         "modelscope", "omegaconf", "pandas", "scipy", "sentencepiece", "sse-starlette", "tiktoken", "tyro<0.9.0",
-         "uvicorn"),
-        ("llamafactory==0.9.5",),
-    ),
-    "ms-swift": (("ms-swift==4.6.0",), ()),
-    "litgpt": (("litgpt==0.5.13",), ()),
-}  # fmt: skip
+# litgpt's command line wants requests and does not ask for it.
+PACKAGES = {"ms-swift": ("ms-swift==4.6.0",), "litgpt": ("litgpt==0.5.13", "requests")}
 
 
 def environment(name: str) -> Path:
@@ -51,11 +36,8 @@ def environment(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         install = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         torch = f"torch=={importlib.metadata.version('torch').split('+')[0]}"
-        with_all, alone = PACKAGES[name]
         subprocess.run([*install, torch], check=True)
-        subprocess.run([*install, torch, *with_all], check=True)
-        if alone:
-            subprocess.run([*install, "--no-deps", *alone], check=True)
+        subprocess.run([*install, torch, *PACKAGES[name]], check=True)
         (folder / "made").touch()
     return folder / "bin"
 
@@ -66,10 +48,6 @@ def write(folder: Path) -> None:
     texts = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows]
     alpaca = [{"instruction": question, "input": "", "output": answer, "system": SYSTEM} for question, answer in texts]
     talks = [{"messages": [{"role": "system", "content": SYSTEM}, *row["prompt"], *row["completion"]]} for row in rows]
-    columns = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
-    information = {"rows": {"file_name": "rows.json", "columns": columns}}
-    (folder / "dataset_info.json").write_text(json.dumps(information))
-    (folder / "rows.json").write_text(json.dumps(alpaca))
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     (folder / "litgpt").mkdir()
     (folder / "litgpt/train.json").write_text(json.dumps(alpaca))
@@ -80,22 +58,14 @@ def flags(**pairs: object) -> list[str]:
     return [word for key, value in pairs.items() for word in (f"--{key}", str(value))]
 
 
-def llamafactory(bin: Path, folder: Path) -> list[str]:
-    pairs = flags(
-        stage="sft", do_train=True, model_name_or_path=train.MODEL, dataset_dir=folder, dataset="rows",
-        template="smollm2", finetuning_type="lora", lora_rank=16, lora_alpha=32, lora_target="all", cutoff_len=512,
-        bf16=True, disable_gradient_checkpointing=True, train_sampling_strategy="group_by_length",
-        output_dir=folder / "llamafactory", **TRAINER,
-    )  # fmt: skip
-    return [str(bin / "llamafactory-cli"), "train", *pairs]
-
-
 def swift(bin: Path, folder: Path) -> list[str]:
     pairs = flags(
         model=train.MODEL, model_type="llama", template="chatml", dataset=folder / "talks.jsonl", use_hf=True,
         split_dataset_ratio=0, tuner_type="lora", lora_rank=16, lora_alpha=32, lora_dropout=0, warmup_ratio=0,
         target_modules="all-linear", max_length=512, torch_dtype="bfloat16", gradient_checkpointing=False,
-        group_by_length=True, output_dir=folder / "swift", **TRAINER,
+        group_by_length=True, per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, learning_rate=RATE,
+        max_steps=STEPS, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", eval_strategy="no",
+        report_to="none", seed=42, use_cpu=True, output_dir=folder / "swift",
     )  # fmt: skip
     return [str(bin / "swift"), "sft", *pairs]
 
@@ -109,18 +79,19 @@ def litgpt(bin: Path, folder: Path) -> list[str]:
             (model / file.name).symlink_to(file)
         subprocess.run([bin / "litgpt", "convert_to_litgpt", model], check=True, capture_output=True)
     lora = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": float(RATE), "weight_decay": 0.0}}
     pairs = {
         "data": "JSON", "data.json_path": folder / "litgpt", "data.mask_prompt": True, "data.prompt_style": "smollm2",
         "precision": "bf16-mixed", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0, **lora, "train.max_steps": STEPS,
         "train.epochs": 9, "train.global_batch_size": BATCH, "train.micro_batch_size": BATCH,
-        "train.max_seq_length": 512, "train.lr_warmup_steps": 0, "train.min_lr": RATE, "optimizer": "AdamW",
-        "optimizer.lr": RATE, "seed": 42, "train.save_interval": "null", "eval.interval": 1000, "eval.max_iters": 1,
+        "train.max_seq_length": 512, "train.lr_warmup_steps": 1, "train.min_lr": RATE, "optimizer": json.dumps(adamw),
+        "seed": 42, "train.save_interval": "null", "eval.interval": 1000, "eval.max_iters": 1,
         "out_dir": folder / "litgpt_out",
     }  # fmt: skip
     return [str(bin / "litgpt"), "finetune_lora", str(model), *flags(**pairs)]
 
 
-COMMANDS = {"llamafactory": llamafactory, "ms-swift": swift, "litgpt": litgpt}
+COMMANDS = {"ms-swift": swift, "litgpt": litgpt}
 
 
 def main() -> None:
