@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve chaos plan-check plan-gpu bench bench-quick bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ bench: $(INSTALLED) models/smollm2-135m-instruct ## training beside `trl sft` an
 
 bench-quick: $(INSTALLED) models/smollm2-135m-instruct ## the ratio to `trl sft`, once
 	$(BIN)/python benchmarks/train.py --quick
+
+bench-peers: $(INSTALLED) models/smollm2-135m-instruct ## the same rows by ms-swift and litgpt, which it installs into runs/peers
+	$(BIN)/python benchmarks/peers.py --repeat 2
 
 bench-gpu: $(INSTALLED) ## tokens/s, MFU and memory on a CUDA GPU beside `trl sft`, with random weights (not run yet)
 	$(BIN)/python benchmarks/train_gpu.py --folder runs/bench-gpu
