@@ -1,7 +1,6 @@
-"""LoRA on the same rows by ms-swift and litgpt, each at its best flags, beside Stepladder's recipe.
+"""LoRA on the same rows by ms-swift and litgpt, with the flags for speed that train.py gives TRL, beside the recipe.
 
     python benchmarks/peers.py --repeat 2
-    python benchmarks/peers.py --only litgpt
 
 As train.py, with which it shares rows, model, batch and how time is taken. Each of them wants other versions of
 the same libraries, so that each gets an environment of its own in runs/peers/, made at the first call (it needs the
@@ -73,11 +72,10 @@ def swift(bin: Path, folder: Path) -> list[str]:
 def litgpt(bin: Path, folder: Path) -> list[str]:
     """It wants the weights in a form of its own first, in a folder by whose name it knows the model."""
     model = folder / "SmolLM2-135M-Instruct"
-    if not model.exists():
-        model.mkdir()
-        for file in train.MODEL.iterdir():
-            (model / file.name).symlink_to(file)
-        subprocess.run([bin / "litgpt", "convert_to_litgpt", model], check=True, capture_output=True)
+    model.mkdir()
+    for file in train.MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    subprocess.run([bin / "litgpt", "convert_to_litgpt", model], check=True, capture_output=True)
     lora = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
     adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": float(RATE), "weight_decay": 0.0}}
     pairs = {
@@ -97,14 +95,13 @@ COMMANDS = {"ms-swift": swift, "litgpt": litgpt}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--only", choices=PACKAGES, action="append")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = train.tokens(folder)
         write(folder)
         contenders = {"Stepladder": train.commands("lora", folder)["Stepladder, the recipe"]}
-        for peer in args.only or PACKAGES:
+        for peer in PACKAGES:
             contenders[peer] = (COMMANDS[peer](environment(peer), folder), train.MALLOC)
         runs, share = train.measured(contenders, count, folder, args.repeat)
         print(f"\nlora: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")

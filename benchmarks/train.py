@@ -37,24 +37,24 @@ METHODS = {
               "--load_in_4bit", "true"),
 }  # fmt: skip
 RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
-# Each row is the one above it with one change: what is left out by without.py (glibc's malloc too, at last), and flags.
+# Each row is the one above it with one change: what is left out by without.py, and flags.
 PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
 FOUR = ("--per_device_train_batch_size", "4")
-ALL = "kept,held,fused,sorted,trained,flat"
+ALL = "malloc,kept,held,fused,sorted,trained,flat"
 LADDER = {
     "fp32, gradient checkpointing, micro-batch 1": (ALL, *PLAIN, "--gradient_checkpointing=true"),
     "no checkpointing": (ALL, *PLAIN),
-    "freed memory is kept (`mallopt`)": ("held,fused,sorted,trained,flat", *PLAIN),
-    "bf16 (`bf16: auto`, where the CPU has units for it)": ("held,fused,sorted,trained,flat", *PLAIN[2:]),
-    "frozen weights are held in bf16": ("fused,sorted,trained,flat", *PLAIN[2:]),
-    "LoRA's layers are fused": ("sorted,trained,flat", *PLAIN[2:]),
-    "micro-batch 4": ("sorted,trained,flat", *FOUR),
-    "a step's rows are sorted by length": ("trained,flat", *FOUR),
-    "only trained tokens are scored": ("flat", *FOUR),
-    "rows lie end to end, attention row by row in fp32": ("", *FOUR),
-    "micro-batch 8": ("",),
-    "tcmalloc in place of glibc's malloc (**the recipe as it is**)": ("malloc",),
-    "`dtype: bfloat16` (what is between layers is rounded too)": ("malloc", "--dtype", "bfloat16"),
+    "freed memory is kept (`mallopt`)": ("malloc,held,fused,sorted,trained,flat", *PLAIN),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,fused,sorted,trained,flat", *PLAIN[2:]),
+    "frozen weights are held in bf16": ("malloc,fused,sorted,trained,flat", *PLAIN[2:]),
+    "LoRA's layers are fused": ("malloc,sorted,trained,flat", *PLAIN[2:]),
+    "micro-batch 4": ("malloc,sorted,trained,flat", *FOUR),
+    "a step's rows are sorted by length": ("malloc,trained,flat", *FOUR),
+    "only trained tokens are scored": ("malloc,flat", *FOUR),
+    "rows lie end to end, attention row by row in fp32": ("malloc", *FOUR),
+    "micro-batch 8": ("malloc",),
+    "tcmalloc in place of glibc's malloc (**the recipe as it is**)": ("",),
+    "`dtype: bfloat16` (what is between layers is rounded too)": ("", "--dtype", "bfloat16"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
 # What raises the most elsewhere too: tcmalloc, which the recipe takes by itself; else that glibc keeps freed memory.
@@ -90,9 +90,9 @@ def commands(method: str, folder: Path) -> Contenders:
 
 def ladder(folder: Path, first: int) -> Contenders:
     """By setting: what is typed."""
-    (python, *words), _ = commands("lora", folder)["Stepladder, the recipe"]
+    (python, *words), env = commands("lora", folder)["Stepladder, the recipe"]
     return {
-        name: ([python, "benchmarks/without.py", without, *words, *flags], MALLOC if without == "malloc" else {})
+        name: ([python, "benchmarks/without.py", without, *words, *flags], env)
         for name, (without, *flags) in list(LADDER.items())[first - 1 :]
     }
 

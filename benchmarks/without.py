@@ -2,8 +2,7 @@
 
     python benchmarks/without.py fused,sorted scripts/sft.py --recipe lora
 
-These have no keys in a recipe: they change nothing but the speed. glibc's `malloc` is left out by LD_PRELOAD, and
-otherwise stays, since PyTorch is imported too early here for sft.py to start anew.
+These have no keys in a recipe: they change nothing but the speed. `malloc` leaves out tcmalloc, and glibc's stays.
 """
 
 from __future__ import annotations
@@ -12,12 +11,17 @@ import functools
 import runpy
 import sys
 
+from stepladder.training import allocator
+
+if "malloc" not in sys.argv[1].split(","):
+    allocator.use_tcmalloc()  # before the next imports bring PyTorch
+
 from stepladder.data import prepare
 from stepladder.model import adapter, attention
 from stepladder.training import freed_memory, trainer
 
 WITHOUT = {
-    "malloc": lambda: None,
+    "malloc": lambda: None,  # above
     "kept": lambda: setattr(freed_memory, "keep", lambda: None),  # glibc's freed memory
     "returned": lambda: setattr(freed_memory, "EVERY", float("inf")),  # what of it no step needs
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),

@@ -28,7 +28,7 @@ def use_tcmalloc() -> None:
             del os.environ["LD_PRELOAD"]  # it is this process's, and not that of the commands that it runs
         return
     late = "torch" in sys.modules  # as in tests that import it once for many runs
-    if sys.platform != "linux" or late or os.environ.get("LD_PRELOAD") or any(map(os.path.exists, GPUS)):
+    if late or os.environ.get("LD_PRELOAD") or any(map(os.path.exists, GPUS)):
         return
     if env := preload():
         env = {**os.environ, **env, STARTED: env["LD_PRELOAD"]}
@@ -37,7 +37,7 @@ def use_tcmalloc() -> None:
 
 def preload() -> dict[str, str]:
     """The environment in which a process has tcmalloc; empty where it is not installed."""
-    for library in LIBRARIES:
+    for library in LIBRARIES if sys.platform == "linux" else ():
         # the second: or it prints a line at each block of 1 GiB
         env = {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": "0"}
         # Tried on another process: loaded into this one, it would be asked to free what is not its own.
