@@ -1,4 +1,4 @@
-"""Attention of one layer on a CPU, forward and backward: a padded batch, and rows by themselves in bf16 and fp32.
+"""Attention of one layer on a CPU, forward and backward: a padded batch, and rows by themselves.
 
     python benchmarks/attention.py
 
@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from stepladder.model.short_rows import ShortRows
 
 HEADS, GROUPS, SIZE, REPEAT = 9, 3, 64, 30
 LENGTHS = [175, 150, 140, 140, 137, 130, 120, 102]
@@ -48,12 +50,18 @@ def by_row(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     return run
 
 
+def products() -> Callable[[], torch.Tensor]:
+    whole = states(1, sum(LENGTHS), torch.bfloat16)
+    return lambda: ShortRows.apply(*whole, LENGTHS, SIZE**-0.5)
+
+
 def main() -> None:
     torch.manual_seed(0)
     ways = {
         "padded, bf16": padded(),
         "by row, bf16": by_row(torch.bfloat16),
         "by row, fp32": by_row(torch.float32),
+        "by row, products in bf16 (`short_rows.py`)": products(),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(REPEAT):

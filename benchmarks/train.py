@@ -40,17 +40,17 @@ RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
 # Each row is the one above it with one change: what is left out by without.py, and flags.
 PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
 FOUR = ("--per_device_train_batch_size", "4")
-ALL = "malloc,kept,held,fused,sorted,trained,flat"
+ALL = "malloc,kept,held,fused,sorted,loss,flat"
 LADDER = {
     "fp32, gradient checkpointing, micro-batch 1": (ALL, *PLAIN, "--gradient_checkpointing=true"),
     "no checkpointing": (ALL, *PLAIN),
-    "freed memory is kept (`mallopt`)": ("malloc,held,fused,sorted,trained,flat", *PLAIN),
-    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,fused,sorted,trained,flat", *PLAIN[2:]),
-    "frozen weights are held in bf16": ("malloc,fused,sorted,trained,flat", *PLAIN[2:]),
-    "LoRA's layers are fused": ("malloc,sorted,trained,flat", *PLAIN[2:]),
-    "micro-batch 4": ("malloc,sorted,trained,flat", *FOUR),
-    "a step's rows are sorted by length": ("malloc,trained,flat", *FOUR),
-    "only trained tokens are scored": ("malloc,flat", *FOUR),
+    "freed memory is kept (`mallopt`)": ("malloc,held,fused,sorted,loss,flat", *PLAIN),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,fused,sorted,loss,flat", *PLAIN[2:]),
+    "frozen weights are held in bf16": ("malloc,fused,sorted,loss,flat", *PLAIN[2:]),
+    "LoRA's layers are fused": ("malloc,sorted,loss,flat", *PLAIN[2:]),
+    "micro-batch 4": ("malloc,sorted,loss,flat", *FOUR),
+    "a step's rows are sorted by length": ("malloc,loss,flat", *FOUR),
+    "trained tokens only are scored, each product once": ("malloc,flat", *FOUR),
     "rows lie end to end, attention row by row in fp32": ("malloc", *FOUR),
     "micro-batch 8": ("malloc",),
     "tcmalloc in place of glibc's malloc (**the recipe as it is**)": ("",),

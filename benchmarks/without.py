@@ -17,8 +17,8 @@ if "malloc" not in sys.argv[1].split(","):
     allocator.use_tcmalloc()  # before the next imports bring PyTorch
 
 from stepladder.data import prepare
-from stepladder.model import adapter, attention
-from stepladder.training import freed_memory, trainer
+from stepladder.model import adapter, attention, fused_loss
+from stepladder.training import freed_memory
 
 WITHOUT = {
     "malloc": lambda: None,  # above
@@ -26,8 +26,9 @@ WITHOUT = {
     "returned": lambda: setattr(freed_memory, "EVERY", float("inf")),  # what of it no step needs
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
+    "short": lambda: setattr(attention, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),
-    "trained": lambda: setattr(trainer, "TrainedOnly", lambda model: None),
+    "loss": lambda: setattr(fused_loss, "attach", lambda model: None),
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
 

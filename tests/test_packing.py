@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepladder.model import attention
-from stepladder.model.trained_only import TrainedOnly
+from stepladder.model.short_rows import ShortRows
 from stepladder.recipe.recipe import Recipe
 
 SMALL = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -29,7 +29,7 @@ def model_of(architecture: str, implementation: str = "sdpa", **changes: Any) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES.get(architecture, SMALL), **changes})
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).train()
 
 
@@ -146,22 +146,67 @@ def test_what_is_not_computed_by_row(architecture, implementation, changes, keys
     assert not attention.by_row(model_of(architecture, implementation, **changes), recipe_of(**keys))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scoring_the_trained_tokens_only_changes_nothing(architecture) -> None:
-    """Guards the loss, its metrics and all gradients. 1e-6: sums of fp32 in another order, at gradients up to 1."""
-    from trl.trainer.utils import add_fused_lm_head
+LENGTHS = [17, 1, 30, 9]
 
-    def trained(only: bool, inputs: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-        model = model_of(architecture)
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        output = model(**(TrainedOnly(model).of(inputs, -100) if only else inputs), fused_lm_head=True)
-        output.loss.backward()
-        return output, gradients_of(model)
 
-    for inputs in (two_rows(), {**two_rows(), "labels": torch.full((2, 20), -100)}):
-        (every, reference), (chosen, gradients) = trained(False, inputs), trained(True, inputs)
-        assert chosen.label_mask.sum() == every.label_mask.sum() and chosen.is_top1.sum() == every.is_top1.sum()
-        assert chosen.loss.item() == pytest.approx(every.loss.item(), abs=1e-6)
-        assert chosen.entropy.sum().item() == pytest.approx(every.entropy.sum().item(), rel=1e-6)
-        for a, b in zip(gradients, reference, strict=True):
-            assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
+def attended(of: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output and gradients of `of(query, key, value)`; large scores, of which some decide, and two heads a key."""
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, sum(LENGTHS), 16) for heads in (4, 2, 2)]
+    states = [(tensor * 3).to(dtype).requires_grad_() for tensor in states]
+    out = of(*states)
+    out.float().mul(torch.randn(out.shape)).sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in states)]
+
+
+def by_sdpa(*states: torch.Tensor) -> torch.Tensor:
+    rows = zip(*(tensor.split(LENGTHS, dim=2) for tensor in states), strict=True)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    return torch.cat([sdpa(*row, is_causal=True, enable_gqa=True).transpose(1, 2) for row in rows], dim=1)
+
+
+def by_products(*states: torch.Tensor) -> torch.Tensor:
+    return ShortRows.apply(*states, LENGTHS, 16**-0.5)
+
+
+def test_short_rows_are_attended_as_by_sdpa() -> None:
+    """Guards the gradients that are derived by hand. 1e-5: sums of fp32 in another order."""
+    for own, theirs in zip(attended(by_products, torch.float32), attended(by_sdpa, torch.float32), strict=True):
+        assert torch.allclose(own, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_short_rows_in_bf16_are_as_near_to_fp32_as_sdpa() -> None:
+    """Guards the scores, which are in fp32: rounded to bf16 they would double the error here."""
+    exact, own, theirs = (attended(*way) for way in ((by_sdpa, torch.float32), (by_products, torch.bfloat16),
+                                                     (by_sdpa, torch.bfloat16)))  # fmt: skip
+
+    def error(found: list[torch.Tensor]) -> float:
+        return max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+
+    assert error(own) < 1.2 * error(theirs)
+
+
+def test_short_rows_are_a_models(monkeypatch) -> None:
+    """Guards the way to them: rows in bf16 up to their bound, and none beyond it, which would hold all pairs."""
+    lengths: list[list[int]] = []
+
+    class Watched(ShortRows):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any, rows: list[int], scaling: float) -> Any:
+            lengths.append(rows)
+            return ShortRows.forward(ctx, query, key, value, rows, scaling)
+
+    monkeypatch.setattr(attention, "ShortRows", Watched)
+    monkeypatch.setattr(attention, "SHORT", 20)
+    model = model_of("llama")
+    assert attention.by_row(model, recipe_of())
+
+    def forward(rows: list[int], bf16: bool) -> None:
+        lengths.clear()
+        positions = torch.cat([torch.arange(row) for row in rows])[None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model(input_ids=positions + 10, position_ids=positions, use_cache=False)
+
+    for rows, bf16, taken in (([20, 5], True, True), ([21, 5], True, False), ([20, 5], False, False)):
+        forward(rows, bf16)
+        assert lengths == ([rows] * 2 if taken else [])

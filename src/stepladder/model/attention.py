@@ -2,8 +2,8 @@
 
 Transformers' SDPA takes rows in one sequence with a mask of all pairs of tokens, most of which are computed to be
 thrown away. Here the mask is the rows' lengths, and each row is a causal product of its own: exact, and with neither
-padding nor a mask of pairs. It is computed in fp32: on a Zen 4 the CPU kernel's backward pass takes twice as long in
-bf16 (`benchmarks/attention.py`; issue 13).
+padding nor a mask of pairs. PyTorch's CPU kernel computes it in fp32, since on a Zen 4 its backward pass takes twice
+as long in bf16; short rows in bf16 are products of their own (`benchmarks/attention.py`; issue 13).
 
 Transformers' seam for it are the two registries of its guide "Attention backends".
 """
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from stepladder.model.short_rows import SHORT, ShortRows
 from stepladder.settings import Settings
 
 NAME = "sdpa_by_row"
@@ -89,6 +90,8 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     [[[lengths]]] = [[[[query.shape[2]]]]] if attention_mask is None else attention_mask.tolist()
     with torch.autocast(query.device.type, enabled=False):
+        if len(value) == 1 and value.dtype == torch.bfloat16 and max(lengths) <= SHORT and not dropout:
+            return ShortRows.apply(query, key, value, lengths, scaling or query.shape[-1] ** -0.5), None
         rows = zip(*(states.float().split(lengths, dim=2) for states in (query, key, value)), strict=True)
         out = torch.cat([_causal(q, k, v, dropout, scaling) for q, k, v in rows], dim=1)
     return out.to(value.dtype), None

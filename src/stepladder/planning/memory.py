@@ -108,7 +108,8 @@ def _moment(
         if n == 3 and at_an_end and not accumulates:
             every -= outside_trained  # they are whole still, among the activations
         weights, optimizer = whole.held / ranks, optimizer / ranks
-        held = every / ranks if accumulates or backward or in_step else 0.0
+        # a layer's gradients are sharded as it is done: all of them once the first layer is
+        held = (every if accumulates or n > 2 else gradients) / ranks
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
     return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)

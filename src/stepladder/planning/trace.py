@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from stepladder.errors import ModelError
-from stepladder.model import attention, virtual_tokens
-from stepladder.model.trained_only import TrainedOnly
+from stepladder.model import attention, fused_loss, virtual_tokens
 from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
@@ -124,17 +123,17 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
-                if work.gpu:
-                    given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
+                given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
+                if work.gpu or fused_loss.fits(base):  # all tokens are trained, at worst
                     hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
-                    loss = _TritonLoss.apply(hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings().weight)
+                    hidden, head = hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings()
+                    if work.gpu:
+                        loss = _TritonLoss.apply(hidden, head.weight)
+                    else:
+                        loss = fused_loss.log_probs(hidden, head, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
                 else:
-                    labels = {"labels": ids}
-                    if not virtual:  # all tokens are trained, at worst
-                        TrainedOnly(model).positions = torch.arange(ids.numel())
-                        labels = {"shift_labels": ids.view(1, -1)}
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
-                                 **labels).loss  # fmt: skip
+                                 labels=ids).loss  # fmt: skip
             loss.backward()
     trainable = sum(parameter.numel() for parameter in moments.parameters if parameter.requires_grad)
     held = moments.weights + (held - unloaded.weight_bytes(model))

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
-from stepladder.model.trained_only import TrainedOnly
+from stepladder.model import fused_loss
 from stepladder.recipe.batch import Layout
 from stepladder.training import checkpoint, gradients
 from stepladder.training.agreement import Agreement
@@ -63,9 +63,8 @@ class Trainer(SFTTrainer):
                 if name in adapter:
                     parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
-        peft = getattr(model, "active_peft_config", None)
-        scores_all = args.device.type != "cpu" or args.label_smoothing_factor or (peft and peft.is_prompt_learning)
-        self.trained_only = None if scores_all else TrainedOnly(model)
+        if args.device.type == "cpu":
+            fused_loss.attach(self.model)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
@@ -126,12 +125,7 @@ class Trainer(SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self.meter.forward(self.args.device) if model.training else contextlib.nullcontext():
-            if self.trained_only is None:
-                return super().compute_loss(model, inputs, *args, **kwargs)
-            try:
-                return super().compute_loss(model, self.trained_only.of(inputs, IGNORED), *args, **kwargs)
-            finally:
-                self.trained_only.done()
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""

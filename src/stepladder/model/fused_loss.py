@@ -1,0 +1,123 @@
+"""The output layer and its loss on a CPU: for the trained tokens only, and each product once.
+
+Where it has no Triton, TRL scores every position, prompts and padding too, so that shapes stay the same for compilers
+(`compact` in trl/trainer/utils.py), computes the scores once more for the gradient, and that by products in fp32
+(`ChunkedLogProbFunction`). SmolLM2 has 49,152 words to score at each; docs/benchmarks.md says what it is worth to
+leave that out (issue 13). Here the gradient is made as the scores are, a few tokens at a time, as in Liger's fused
+loss (Hsu et al. 2024, arXiv 2410.10989), but for each token: what the loss does with its log-probability comes later.
+
+The seam is TRL's own: a model's `forward(..., labels=..., fused_lm_head=True)`, as `add_fused_lm_head` makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from stepladder.data.render import IGNORED
+
+TOKENS = 256  # scored together: more take no less time each, and more memory
+# What some architectures do to their scores; TRL's own loss knows it.
+CHANGED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+
+def fits(model: Any) -> bool:
+    """Whether a model's loss is that of its output layer's scores as they are."""
+    config = model.config.get_text_config()
+    changed = any(getattr(config, key, None) is not None for key in CHANGED)
+    return not changed and not hasattr(config, "output_router_logits")  # experts add a loss of their own
+
+
+def attach(model: Any) -> None:
+    """Let `model`, which has TRL's fused output layer, compute its loss by this one, where it fits."""
+    if not fits(model):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward = base.forward
+
+    @functools.wraps(forward)
+    def scored(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return forward(*args, **kwargs)
+        labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        mask = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+        positions = mask.flatten().nonzero().flatten()
+        targets = labels.flatten()[positions + 1]
+        # a batch that trains nothing still takes part in the backward pass, for the ranks that wait for it
+        found = log_probs(hidden.flatten(0, 1).index_select(0, positions), self.get_output_embeddings(), targets)
+        of_labels = mask[:, :-1]
+        one, entropy, top = (x.new_zeros(of_labels.shape).masked_scatter(of_labels, x) for x in found)
+        loss = -one.sum() / (of_labels.sum().clamp(min=1) if items is None else items)
+        return FusedCausalLMOutput(loss=loss, log_probs=one, entropy=entropy, is_top1=top, label_mask=of_labels)
+
+    base.forward = types.MethodType(scored, base)
+
+
+def log_probs(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of each next token [tokens], by the hidden state [tokens, size] before it.
+
+    Returns:
+        Its log-probability; the entropy, and whether it is the likeliest word, without gradient.
+    """
+    weight, bias = head.weight, head.bias
+    if isinstance(weight, DTensor):  # FSDP's shards
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+    with maybe_gather_lm_head_ctx(weight, bias):  # ZeRO-3's
+        return _LogProbs.apply(hidden, weight, bias, targets)
+
+
+class _LogProbs(torch.autograd.Function):
+    """`log softmax(hidden weightᵀ + bias)` at the targets, with hidden [N, size] and weight [words, size].
+
+    The gradient of a token's log-probability by its scores is `onehot - p`; by its hidden state, that times the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows, low = hidden.to(dtype), weight.to(dtype)
+        found, entropy = (hidden.new_empty(len(rows), dtype=torch.float32) for _ in range(2))
+        top = torch.empty_like(targets, dtype=torch.bool)
+        to_hidden = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        to_scores = rows.new_empty(len(rows), len(low)) if any(ctx.needs_input_grad[1:3]) else None
+        for at in range(0, len(rows), TOKENS):
+            part = slice(at, at + TOKENS)
+            scores, target = (rows[part] @ low.t()).float(), targets[part, None]
+            if bias is not None:
+                scores += bias
+            top[part] = scores.argmax(-1, keepdim=True).eq_(target)[:, 0]
+            scores = scores.log_softmax(-1)
+            found[part] = scores.gather(1, target)[:, 0]
+            p = scores.exp()
+            entropy[part] = scores.mul_(p).sum(-1).neg_()
+            if to_hidden is not None or to_scores is not None:
+                gradient = p.neg_().to(dtype).scatter_add_(1, target, torch.ones_like(target, dtype=dtype))
+            if to_hidden is not None:
+                to_hidden[part] = gradient @ low
+            if to_scores is not None:
+                to_scores[part] = gradient
+        ctx.mark_non_differentiable(entropy, top)
+        ctx.save_for_backward(rows if to_scores is not None else None, to_hidden, to_scores)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        return found, entropy, top
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> Any:
+        rows, to_hidden, to_scores = ctx.saved_tensors
+        for_hidden, for_weight, for_bias, _ = ctx.needs_input_grad
+        of_token = gradient[:, None]
+        return (
+            (to_hidden * of_token).to(ctx.dtypes[0]) if for_hidden else None,
+            (to_scores.t() @ (rows * of_token).to(rows.dtype)).to(ctx.dtypes[1]) if for_weight else None,
+            (to_scores * of_token).sum(0).to(ctx.dtypes[2]) if for_bias else None,
+            None,
+        )

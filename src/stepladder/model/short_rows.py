@@ -1,0 +1,73 @@
+"""Attention of short rows on a CPU with units for bf16: plain matrix products, row by row.
+
+PyTorch's CPU kernel takes most of its time, on rows of a few hundred tokens, not for the products. Here they are
+products of matrices in bf16, but for the scores, which are in fp32 as the kernel has them: rounded to bf16, a large
+score would change its probability by percents. All probabilities are held for the backward pass, which is why rows
+are to be short (`benchmarks/attention.py`; issue 13). The gradient is that of FlashAttention (Dao et al. 2022,
+arXiv 2205.14135, appendix B.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+SHORT = 256  # tokens: eight rows of SmolLM2's nine heads then hold 9 MB a layer at most
+
+
+class ShortRows(torch.autograd.Function):
+    """Causal attention of rows that lie end to end, each by itself; a key's head may serve several of the query's.
+
+    Takes query [1, heads, tokens, size], key and value [1, their heads, tokens, size], and the rows' lengths, which sum
+    up to the tokens; gives [1, tokens, heads, size]. Not under autocast, which would round the scores.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float
+    ) -> torch.Tensor:
+        heads, keys, longest = query.shape[1], key.shape[1], max(lengths)
+        future = torch.full((longest, longest), -torch.inf).triu_(1).repeat(heads // keys, 1, 1)
+        scaled, at_key = query[0].float() * scaling, key[0].float()
+        out = value.new_empty(1, query.shape[2], heads, query.shape[3])
+        probabilities, at = [], 0
+        for length in lengths:
+            row = slice(at, at + length)
+            mask = future[:, :length, :length].reshape(-1, length).expand(keys, -1, -1)
+            scores = torch.baddbmm(mask, _by_key(scaled[:, row], keys), at_key[:, row].transpose(1, 2))
+            p = scores.softmax(-1).to(value.dtype)
+            out[0, row] = (p @ value[0, :, row]).view(heads, length, -1).transpose(0, 1)
+            probabilities.append(p)
+            at += length
+        ctx.save_for_backward(query, key, value, out, *probabilities)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        query, key, value, out, *probabilities = ctx.saved_tensors
+        heads, keys = query.shape[1], key.shape[1]
+        scaled_query, scaled_key = ((states[0] * ctx.scaling).to(value.dtype) for states in (query, key))
+        # laid out by token, as the projections before them want it
+        to_query, to_key, to_value = (states.transpose(1, 2).new_empty(1, states.shape[2], states.shape[1],
+                                      states.shape[3]).transpose(1, 2) for states in (query, key, value))  # fmt: skip
+        mean = (gradient.float() * out).sum(-1)[0].t()  # of the gradients by the scores, weighted: [heads, tokens]
+        at = 0
+        for length, p in zip(ctx.lengths, probabilities, strict=True):
+            row = slice(at, at + length)
+            of_row = _by_key(gradient[0, row].transpose(0, 1), keys)
+            to_value[0, :, row] = p.transpose(1, 2) @ of_row
+            to_p = of_row @ value[0, :, row].transpose(1, 2)
+            to_scores = (to_p - mean[:, row].reshape(keys, -1, 1)).mul_(p).to(value.dtype)
+            to_query[0, :, row] = (to_scores @ scaled_key[:, row]).view(heads, length, -1)
+            to_key[0, :, row] = to_scores.transpose(1, 2) @ _by_key(scaled_query[:, row], keys)
+            at += length
+        return to_query, to_key, to_value, None, None
+
+
+def _by_key(states: torch.Tensor, keys: int) -> torch.Tensor:
+    """[heads, tokens, size] to [keys, heads that share one × tokens, size]."""
+    return states.reshape(keys, -1, states.shape[-1])

@@ -1,0 +1,78 @@
+"""The loss on a CPU is TRL's, in fewer products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_packing import ARCHITECTURES, gradients_of, model_of, two_rows
+
+from stepladder.model import fused_loss
+
+
+@pytest.mark.parametrize("trains", ["all", "adapter"])
+@pytest.mark.parametrize("architecture", [*(set(ARCHITECTURES) - {"qwen3_moe"}), "phi"])
+def test_the_fused_loss_is_trls_own(architecture, trains, monkeypatch) -> None:
+    """Guards the loss on a CPU, its metrics and all gradients, over several parts of a batch.
+
+    1e-6: sums of fp32 in another order, at gradients up to 1.
+    """
+    from trl.trainer.utils import add_fused_lm_head
+
+    monkeypatch.setattr(fused_loss, "TOKENS", 7)
+
+    def trained(own: bool, inputs: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        model = model_of(architecture)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        if own:
+            fused_loss.attach(model)
+        model.get_output_embeddings().requires_grad_(trains == "all")
+        output = model(**inputs, fused_lm_head=True)
+        (-output.log_probs.exp().detach() * output.log_probs).sum().backward()  # as `loss_type: dft`, each its own
+        return output, gradients_of(model)
+
+    for inputs in (two_rows(), {**two_rows(), "labels": torch.full((2, 20), -100)}):
+        (theirs, reference), (ours, gradients) = trained(False, inputs), trained(True, inputs)
+        assert torch.equal(ours.label_mask, theirs.label_mask) and torch.equal(ours.is_top1, theirs.is_top1)
+        assert ours.loss.item() == pytest.approx(theirs.loss.item(), abs=1e-6)
+        for name in ("log_probs", "entropy"):
+            assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5)
+        for a, b in zip(gradients, reference, strict=True):
+            assert torch.allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("llama", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 8.0}), ("cohere", {}), ("qwen3_moe", {})],
+)
+def test_a_loss_that_is_not_of_plain_scores_stays_trls(architecture, changes) -> None:
+    """Guards against scores without their scale or cap, and experts without the loss that balances them."""
+    model = model_of(architecture, **changes)
+    forward = model.forward
+    fused_loss.attach(model)
+    assert model.forward == forward
+
+
+def test_the_fused_loss_in_bf16_rounds_and_does_not_drift() -> None:
+    """Guards the gradients under autocast: TRL found that a part of the vocabulary at a time, in bf16, biases training.
+
+    Each of some 200,000 numbers is rounded by up to 2^-8: the error is 3e-3 of the whole, and what of it
+    lies along the gradient, a drift, under 1e-3 (TRL's own fused head: 6e-4).
+    """
+    torch.manual_seed(0)
+    hidden, head = torch.randn(300, 64), torch.nn.Linear(64, 3000, bias=False)
+    torch.nn.init.normal_(head.weight, std=0.2)
+    targets = (hidden @ head.weight.t()).argmax(-1)
+    targets[::2] = torch.randint(3000, (150,))  # half are likely, half are not
+
+    def gradients(bf16: bool) -> list[torch.Tensor]:
+        at = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = -fused_loss.log_probs(at, head, targets)[0].mean()
+        return list(torch.autograd.grad(loss, [at, head.weight]))
+
+    for rounded, exact in zip(gradients(True), gradients(False), strict=True):
+        error = rounded - exact
+        assert 1e-4 < error.norm() / exact.norm() < 1e-2
+        assert abs((error * exact).sum() / exact.square().sum()) < 1e-3
