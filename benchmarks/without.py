@@ -28,7 +28,7 @@ WITHOUT = {
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "short": lambda: setattr(attention, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),
-    "loss": lambda: setattr(fused_loss, "attach", lambda model: None),
+    "loss": lambda: setattr(fused_loss, "attach", lambda model, ignored: None),
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
 

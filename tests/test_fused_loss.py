@@ -26,7 +26,7 @@ def test_the_fused_loss_is_trls_own(architecture, trains, monkeypatch) -> None:
         model = model_of(architecture)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if own:
-            fused_loss.attach(model)
+            fused_loss.attach(model, -100)
         model.get_output_embeddings().requires_grad_(trains == "all")
         output = model(**inputs, fused_lm_head=True)
         (-output.log_probs.exp().detach() * output.log_probs).sum().backward()  # as `loss_type: dft`, each its own
@@ -44,13 +44,18 @@ def test_the_fused_loss_is_trls_own(architecture, trains, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "changes"),
-    [("llama", {"final_logit_softcapping": 30.0}), ("granite", {"logits_scaling": 8.0}), ("cohere", {}), ("qwen3_moe", {})],
+    [
+        ("llama", {"final_logit_softcapping": 30.0}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {}),
+        ("qwen3_moe", {}),
+    ],
 )
 def test_a_loss_that_is_not_of_plain_scores_stays_trls(architecture, changes) -> None:
     """Guards against scores without their scale or cap, and experts without the loss that balances them."""
     model = model_of(architecture, **changes)
     forward = model.forward
-    fused_loss.attach(model)
+    fused_loss.attach(model, -100)
     assert model.forward == forward
 
 

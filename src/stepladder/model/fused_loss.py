@@ -20,8 +20,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from stepladder.data.render import IGNORED
-
 TOKENS = 256  # scored together: more take no less time each, and more memory
 # What some architectures do to their scores; TRL's own loss knows it.
 CHANGED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -34,8 +32,12 @@ def fits(model: Any) -> bool:
     return not changed and not hasattr(config, "output_router_logits")  # experts add a loss of their own
 
 
-def attach(model: Any) -> None:
-    """Let `model`, which has TRL's fused output layer, compute its loss by this one, where it fits."""
+def attach(model: Any, ignored: int) -> None:
+    """Let `model`, which has TRL's fused output layer, compute its loss by this one, where it fits.
+
+    Args:
+        ignored: the label of a token that is not trained.
+    """
     if not fits(model):
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -47,7 +49,7 @@ def attach(model: Any) -> None:
             return forward(*args, **kwargs)
         labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        mask = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+        mask = torch.nn.functional.pad(labels[:, 1:] != ignored, (0, 1))
         positions = mask.flatten().nonzero().flatten()
         targets = labels.flatten()[positions + 1]
         # a batch that trains nothing still takes part in the backward pass, for the ranks that wait for it

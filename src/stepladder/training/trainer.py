@@ -64,7 +64,7 @@ class Trainer(SFTTrainer):
                     parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
         if args.device.type == "cpu":
-            fused_loss.attach(self.model)
+            fused_loss.attach(self.model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
