@@ -100,7 +100,7 @@ def main() -> None:
         folder = Path(name)
         count = train.tokens(folder)
         write(folder)
-        contenders = {"Stepladder": train.commands("lora", folder)["Stepladder, the recipe"]}
+        contenders = {"Stepladder": train.commands("lora", folder)[train.OURS]}
         for peer in PACKAGES:
             contenders[peer] = (COMMANDS[peer](environment(peer), folder), train.MALLOC)
         runs, share = train.measured(contenders, count, folder, args.repeat)

@@ -3,7 +3,7 @@
     python benchmarks/train.py --repeat 3
     python benchmarks/train.py --repeat 1 --method lora
     python benchmarks/train.py --ladder        # what each setting of the recipe is worth, one change a row
-    python benchmarks/train.py --quick         # two contenders, once: the ratio, in three minutes
+    python benchmarks/train.py --quick         # beside TRL's best flags alone, once: the ratio, in three minutes
 
 Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
@@ -28,6 +28,7 @@ from stepladder.training import allocator
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/smollm2-135m-instruct"
+OURS, BEST = "Stepladder, the recipe", "`trl sft`, its best flags"
 ROWS, BATCH = 72, 8
 EPOCH = ROWS // BATCH
 METHODS = {
@@ -79,9 +80,9 @@ def commands(method: str, folder: Path) -> Contenders:
     ours = [sys.executable, "scripts/sft.py", "--recipe", RECIPE[method], *common, "--output_dir", str(folder / "ours")]
     bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
     contenders = {
-        "Stepladder, the recipe": ([*ours, "--overwrite"], {}),
+        OURS: ([*ours, "--overwrite"], {}),
         "`trl sft`": (trl, {}),
-        "`trl sft`, its best flags": ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
+        BEST: ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
         "a bare PyTorch loop": (bare, MALLOC),
     }
     if method == "qlora":
@@ -91,7 +92,7 @@ def commands(method: str, folder: Path) -> Contenders:
 
 def ladder(folder: Path, first: int) -> Contenders:
     """By setting: what is typed."""
-    (python, *words), env = commands("lora", folder)["Stepladder, the recipe"]
+    (python, *words), env = commands("lora", folder)[OURS]
     return {
         name: ([python, "benchmarks/without.py", without, *words, *flags], env)
         for name, (without, *flags) in list(LADDER.items())[first - 1 :]
@@ -177,10 +178,10 @@ def main() -> None:
             count = tokens(folder)
             contenders = ladder(folder, args.ladder) if args.ladder else commands(method, folder)
             if args.quick:
-                contenders = {name: contenders[name] for name in ("Stepladder, the recipe", "`trl sft`")}
+                contenders = {name: contenders[name] for name in (OURS, BEST)}
             runs, share = measured(contenders, count, folder, args.repeat)
         print(f"\n{method}: {count} non-padding tokens an epoch, {args.repeat} repetitions, medians\n")
-        table(count, runs, share, next(iter(contenders)) if args.ladder else "`trl sft`")
+        table(count, runs, share, next(iter(contenders)) if args.ladder else BEST if args.quick else "`trl sft`")
 
 
 if __name__ == "__main__":
