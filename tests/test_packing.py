@@ -149,10 +149,10 @@ def test_what_is_not_computed_by_row(architecture, implementation, changes, keys
 LENGTHS = [17, 1, 30, 9]
 
 
-def attended(of: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+def attended(of: Any, dtype: torch.dtype, value: int = 16) -> list[torch.Tensor]:
     """Output and gradients of `of(query, key, value)`; large scores, of which some decide, and two heads a key."""
     torch.manual_seed(0)
-    states = [torch.randn(1, heads, sum(LENGTHS), 16) for heads in (4, 2, 2)]
+    states = [torch.randn(1, heads, sum(LENGTHS), size) for heads, size in ((4, 16), (2, 16), (2, value))]
     states = [(tensor * 3).to(dtype).requires_grad_() for tensor in states]
     out = of(*states)
     out.float().mul(torch.randn(out.shape)).sum().backward()
@@ -170,9 +170,13 @@ def by_products(*states: torch.Tensor) -> torch.Tensor:
 
 
 def test_short_rows_are_attended_as_by_sdpa() -> None:
-    """Guards the gradients that are derived by hand. 1e-5: sums of fp32 in another order."""
-    for own, theirs in zip(attended(by_products, torch.float32), attended(by_sdpa, torch.float32), strict=True):
-        assert torch.allclose(own, theirs, atol=1e-5, rtol=1e-5)
+    """Guards the gradients that are derived by hand, of values of a size of their own too, as DeepSeek has them.
+
+    1e-5: sums of fp32 in another order.
+    """
+    for size in (16, 8):
+        both = (attended(way, torch.float32, size) for way in (by_products, by_sdpa))
+        assert all(torch.allclose(own, theirs, atol=1e-5, rtol=1e-5) for own, theirs in zip(*both, strict=True))
 
 
 def test_short_rows_in_bf16_are_as_near_to_fp32_as_sdpa() -> None:

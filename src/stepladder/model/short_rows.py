@@ -21,7 +21,7 @@ class ShortRows(torch.autograd.Function):
     """Causal attention of rows that lie end to end, each by itself; a key's head may serve several of the query's.
 
     Takes query [1, heads, tokens, size], key and value [1, their heads, tokens, size], and the rows' lengths, which sum
-    up to the tokens; gives [1, tokens, heads, size]. Not under autocast, which would round the scores.
+    up to the tokens; gives [1, tokens, heads, the value's size]. Not under autocast, which would round the scores.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class ShortRows(torch.autograd.Function):
         heads, keys, longest = query.shape[1], key.shape[1], max(lengths)
         future = torch.full((longest, longest), -torch.inf).triu_(1).repeat(heads // keys, 1, 1)
         scaled, at_key = query[0].float() * scaling, key[0].float()
-        out = value.new_empty(1, query.shape[2], heads, query.shape[3])
+        out = value.new_empty(1, query.shape[2], heads, value.shape[3])
         probabilities, at = [], 0
         for length in lengths:
             row = slice(at, at + length)
