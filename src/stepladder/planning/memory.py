@@ -89,9 +89,13 @@ def _moment(
         weights = whole.computed + element * whole.trainable
         optimizer, part = (in_fp32 + master) / ranks, element * whole.trainable / ranks
         held = part + master / ranks if in_step else part if accumulates or backward else 0.0
+        if n == 3 and accumulates:  # its part of the sum so far, and of this micro-batch's gradients
+            held += part
         communication = buckets
     elif strategy.startswith("zero3"):
         gathered = whole.computed * min(1, ZERO3_LIVE / whole.parameters)
+        if n == 3:  # the backward pass is the last use of a layer's weights in a step
+            gathered = min(gathered, outside + layer.computed)
         communication = buckets + (0 if in_step else gathered)
         weights, optimizer = whole.computed / ranks, (in_fp32 + master) / ranks
         held = element * whole.trainable / ranks + (master / ranks if in_step else 0)
