@@ -180,7 +180,7 @@ def test_short_rows_are_attended_as_by_sdpa() -> None:
 
 
 def test_short_rows_in_bf16_are_as_near_to_fp32_as_sdpa() -> None:
-    """Guards the scores, which are in fp32: rounded to bf16 they would double the error here."""
+    """Guards the scores, which are in fp32: rounded to bf16 they would make the error 1.35 of SDPA's here."""
     exact, own, theirs = (attended(*way) for way in ((by_sdpa, torch.float32), (by_products, torch.bfloat16),
                                                      (by_sdpa, torch.bfloat16)))  # fmt: skip
 
