@@ -172,6 +172,7 @@ def test_one_run_over_a_stop_and_a_failure(end, tmp_path, tiny, learnable, write
     with Server() as server:
         url = server.url.replace("//", "//us:s3cret@")
         env = {**clean, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url, "HF_TOKEN": "hf_t0ken"}
+        env["WANDB_FINISH_TIMEOUT"] = "120"  # what is late on a busy machine is not what is asked here
         first = script("sft", *words, "--callback", mine, **env)
         assert (first.code, manifest(folder)["status"]) == (code, end), first
         name = manifest(folder)["wandb_run_id"]
@@ -183,7 +184,7 @@ def test_one_run_over_a_stop_and_a_failure(end, tmp_path, tiny, learnable, write
     assert sorted({row["_step"] for row in server.history[name].values()}) == sorted(rows(folder)) == [1, 2, 3, 4]
     steps = [row["_step"] for row in server.history[name].values() if "train/loss" in row]
     assert len(steps) == len({*steps})
-    assert (server.exits, server.preempted) == ([code, 0], end == "preempted")
+    assert (server.exits, server.preempted) == ([code, 0], end == "preempted"), again
     said = first.out + first.err + again.out + again.err
     files = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
     assert not [secret for secret in (KEY, "s3cret", "hf_t0ken") if secret in said or

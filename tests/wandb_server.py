@@ -16,6 +16,7 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # a client that finds the queue of 5 full waits for seconds, and then twice as long
 
     def __init__(self, fault: str = ""):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -49,7 +50,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer({})
 
-    do_PUT = do_GET
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))  # what is left unread breaks the pipe of an upload
+        self.answer({})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
