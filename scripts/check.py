@@ -134,6 +134,8 @@ def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
     check("recipe", lambda: f"keys: {keys}; each is known, well typed and with an effect")
     check("versions", requirements.versions)
     check("accounts", lambda: requirements.accounts(recipe))
+    if recipe.get("torch_compile"):
+        check("compiler", lambda: requirements.compiler(recipe))
     console.quiet_libraries()
     from stepladder.data import audit_tokens, templates
     from stepladder.model import load as model_load

@@ -41,6 +41,7 @@ def main() -> int | None:
     allocator.use_tcmalloc()  # starts anew, so only once the recipe is known to be right
     requirements.versions()
     requirements.accounts(recipe)
+    requirements.compiler(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
     notes = recipe.notes + strategy.check(recipe, launch)

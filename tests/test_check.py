@@ -87,6 +87,17 @@ def test_a_tracker_that_is_not_installed(settings, monkeypatch: pytest.MonkeyPat
         requirements.accounts(settings(report_to=["none", "trackio"]))
 
 
+def test_a_compiler_that_is_not_installed(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the first step of a run with `torch_compile`, where PyTorch would look for it."""
+    compiled = settings(torch_compile=True)
+    assert requirements.compiler(compiled).endswith("g++, for torch_compile")
+    monkeypatch.setenv("CXX", "nowhere++")
+    with pytest.raises(LaunchError, match=r"a C\+\+ compiler \(nowhere\+\+\) is not installed"):
+        requirements.compiler(compiled)
+    assert requirements.compiler(settings(torch_compile=True, torch_compile_backend="eager")) == "none needed"
+    assert requirements.compiler(settings()) == "none needed"
+
+
 def test_a_full_disk_is_seen_before_the_run(settings, tmp_path: Path) -> None:
     """Guards the first checkpoint of a long run, which would find no room."""
     few = settings(save_strategy="steps", save_total_limit=2, output_dir=str(tmp_path))

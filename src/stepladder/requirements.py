@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -73,6 +74,26 @@ def accounts(settings: Settings) -> str:
             )
         said.append("the hub with its token")
     return ", ".join(said) or "none needed"
+
+
+def compiler(settings: Settings) -> str:
+    """What `torch_compile` builds its kernels with; a PyTorch without it says so at the first step only.
+
+    Raises:
+        LaunchError: there is no C++ compiler, or Python's headers are not installed.
+    """
+    if not settings.get("torch_compile") or settings.get("torch_compile_backend") not in (None, "inductor"):
+        return "none needed"
+    name = os.environ.get("CXX", "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which(name) or not headers.is_file():
+        missing = f"{headers} is" if shutil.which(name) else f"a C++ compiler ({name}) is"
+        raise LaunchError(
+            f"torch_compile: true builds kernels, and {missing} not installed",
+            where=settings.where("torch_compile"),
+            way_out="sudo apt install g++ python3-dev, CXX=/path/to/one, or torch_compile: false",
+        )
+    return f"{shutil.which(name)}, for torch_compile"
 
 
 def disk(settings: Settings, folder: Path, trained: float, states: float, whole: float) -> str:

@@ -29,7 +29,8 @@ def attach(
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow.
         new_tokens: tokens that a template added to the vocabulary.
         fused: LoRA's linear layers are those of `fused_lora`, which read the adapter's weights past the
-            modules where ZeRO-3 and FSDP gather them: only where each rank holds them all.
+            modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
+            PEFT's own, and cannot read these.
 
     Raises:
         ModelError: the target modules do not exist in this model, or there are new tokens: TRL's
@@ -65,7 +66,8 @@ def attach(
         bias="none",
         task_type=recipe.get("lora_task_type"),
     )
-    if fused and not (recipe.get("load_in_4bit") or recipe.get("load_in_8bit")):  # those are linear layers, too
+    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
+    if fused and not quantized and not recipe.get("torch_compile"):
         from stepladder.model.fused_lora import FusedLinear
 
         config._register_custom_module({torch.nn.Linear: FusedLinear})

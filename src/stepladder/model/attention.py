@@ -46,6 +46,7 @@ def lengths_as_mask(lengths: torch.Tensor) -> torch.Tensor:
     return lengths[None, None, None]
 
 
+@torch.compiler.disable  # what it gives has the shape of the rows, each batch another
 def _mask(
     batch_size: int,
     q_length: int,
@@ -72,6 +73,7 @@ def _mask(
     return lengths_as_mask(torch.cat([first, begins, first + q_length]).diff())
 
 
+@torch.compiler.disable
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -62,6 +62,7 @@ def attach(model: Any, ignored: int) -> None:
     base.forward = types.MethodType(scored, base)
 
 
+@torch.compiler.disable
 def log_probs(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Of each next token [tokens], by the hidden state [tokens, size] before it.
 
