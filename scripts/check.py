@@ -132,7 +132,7 @@ def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
     files = Counter(entry.where.rsplit(":", 2)[0] for entry in explain.of_recipe(recipe) if "." not in entry.key)
     keys = ", ".join(f"{count} from {file}" for file, count in files.items())
     check("recipe", lambda: f"keys: {keys}; each is known, well typed and with an effect")
-    check("versions", requirements.versions)
+    check("versions", lambda: requirements.versions(recipe))
     check("accounts", lambda: requirements.accounts(recipe))
     if recipe.get("torch_compile"):
         check("compiler", lambda: requirements.compiler(recipe))

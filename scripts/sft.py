@@ -39,7 +39,7 @@ def main() -> int | None:
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
     allocator.use_tcmalloc()  # starts anew, so only once the recipe is known to be right
-    requirements.versions()
+    requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
     step = arguments.layout(recipe, launch.ranks)
@@ -52,7 +52,7 @@ def main() -> int | None:
     checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change)
 
     console.quiet_libraries()
-    use_cpu = ranks.choose_device(launch)
+    use_cpu = ranks.choose_device(launch) or recipe.get("use_cpu")
     import transformers
 
     from stepladder.data import prepare, templates
@@ -64,6 +64,7 @@ def main() -> int | None:
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
+    notes += [f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)]
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
@@ -139,18 +140,19 @@ def main() -> int | None:
         told += trackers.of(record, recipe, training_args, ask)
         line = at_the_end.enter_context(contextlib.closing(progress.ProgressLine()))
         watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
-        sft = trainer.Trainer(
-            model=model,
-            layout=step,
-            flat=flat,
-            args=training_args,
-            processing_class=tokenizer,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            meter=meter,
-            on_nan=recipe.get("on_nan"),
-            callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if use_cpu else [])],
-        )
+        with arguments.refused(recipe):
+            sft = trainer.Trainer(
+                model=model,
+                layout=step,
+                flat=flat,
+                args=training_args,
+                processing_class=tokenizer,
+                train_dataset=train_set,
+                eval_dataset=eval_set,
+                meter=meter,
+                on_nan=recipe.get("on_nan"),
+                callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if use_cpu else [])],
+            )
         ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing

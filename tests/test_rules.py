@@ -15,6 +15,7 @@ from stepladder.errors import RecipeErrors
 from stepladder.recipe import load, model_rules, optimizer_rules, outcome_rules, rules
 from stepladder.recipe.ruling import RULES, RuleBreak
 from stepladder.recipe.schema import known_keys
+from stepladder.requirements import OPTIMIZERS
 
 # rule: (a recipe that breaks it, the key that is blamed, a recipe that does not break it)
 TABLE = {
@@ -365,6 +366,8 @@ def test_what_optimizers_and_schedules_read() -> None:
             assert reads == any(part in name for part in optimizer_rules.READ_OPTIM_ARGS), name
             moments = "adam_kwargs" in source and "schedule_free_sgd" not in name
             assert moments != any(part in name for part in optimizer_rules.NO_BETAS), name
+        modules = {*re.findall(r"from (\w+)[\w.]* import", source)} - {"torch", "bitsandbytes"}
+        assert modules == {module for begins, (module, _) in OPTIMIZERS.items() if name.startswith(begins)}, name
     source = inspect.getsource(get_scheduler)
     before_warmup = source.split("All other schedulers require `num_warmup_steps`")[0]
     without = {name.lower() for name in re.findall(r"SchedulerType\.(\w+)", before_warmup)}

@@ -95,6 +95,19 @@ def test_bf16_under_fsdp_keeps_the_loss_and_the_sums_in_fp32(smollm2: Path, tmp_
     assert any(loss != float(torch.tensor(loss).bfloat16()) for loss in losses(tmp_path / cell.name))
 
 
+def test_keys_that_this_model_or_machine_cannot_use(tiny, learnable, write_recipe, tmp_path) -> None:
+    """Guards against a traceback out of TRL: a loss that the model does not have, and what only a GPU does."""
+    keys = recipe_keys("lora", tiny, learnable) | {"max_steps": 3}
+    recipe = write_recipe(**keys, router_aux_loss_coef=0.1)
+    done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / "experts")
+    assert done.code == 2 and "not a Mixture-of-Experts model" in done.err and "Traceback" not in done.err, done
+    line = recipe.read_text().splitlines().index("router_aux_loss_coef: 0.1") + 1
+    assert f"{recipe}:{line}:1: " in done.err, done
+    recipe = write_recipe(**keys, activation_offloading=True)
+    done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / "offloaded")
+    assert done.code == 0 and "activation_offloading: true changes nothing on a CPU" in done.out, done
+
+
 @pytest.mark.proof
 def test_a_compiled_model_has_the_same_curve(tiny: Path, rows: Path, write_recipe, tmp_path: Path) -> None:
     """Guards `torch_compile`: what the compiler cannot read (fused LoRA) ended such a run with a traceback."""

@@ -18,13 +18,29 @@ from stepladder.settings import Settings
 
 TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab")  # named as their packages are
 SHOWN = ("torch", "transformers", "trl", "peft", "accelerate")
+# What optimizers are imported from, and what is installed for it, by the beginning of their names
+# (transformers/trainer_optimizer.py; tests/test_rules.py holds it to that).
+OPTIMIZERS = {
+    "adalomo": ("lomo_optim", "lomo-optim"),
+    "adamw_anyprecision": ("torchdistx", "torchdistx"),
+    "adamw_torch_4bit": ("torchao", "torchao"),
+    "adamw_torch_8bit": ("torchao", "torchao"),
+    "adamw_torch_npu": ("torch_npu", "torch-npu"),
+    "adamw_torch_xla": ("torch_xla", "torch-xla"),
+    "apollo": ("apollo_torch", "apollo-torch"),
+    "galore": ("galore_torch", "galore-torch"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "lomo": ("lomo_optim", "lomo-optim"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"),
+}
 
 
-def versions() -> str:
+def versions(settings: Settings) -> str:
     """The versions of the libraries that compute.
 
     Raises:
-        LaunchError: one is missing or older than what the code uses.
+        LaunchError: one is missing or older than what the code uses, or what a key of the recipe takes is.
     """
     for text in importlib.metadata.requires("stepladder") or []:
         needed = Requirement(text)
@@ -39,6 +55,27 @@ def versions() -> str:
                 f"{needed.name} {needed.specifier} is needed, and {found} is here" if found[0].isdigit()
                 else f"{needed.name} is not installed", way_out="make install",
             )  # fmt: skip
+    for name in _trackers(settings):
+        if name in TRACKERS and not importlib.util.find_spec(name):
+            raise LaunchError(
+                f"report_to: {name}, which is not installed",
+                where=settings.where("report_to"),
+                way_out=f"pip install {name}, or report_to: none",
+            )
+    if settings.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
+        raise LaunchError(
+            "use_liger_kernel: true, and liger-kernel is not installed",
+            where=settings.where("use_liger_kernel"),
+            way_out="pip install liger-kernel, or use_liger_kernel: false",
+        )
+    optimizer = settings.get("optim")
+    for begins, (module, package) in OPTIMIZERS.items():
+        if optimizer.startswith(begins) and not importlib.util.find_spec(module):
+            raise LaunchError(
+                f"optim: {optimizer} is from {package}, which is not installed",
+                where=settings.where("optim"),
+                way_out=f"pip install {package}, or optim: adamw_torch_fused",
+            )
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
 
 
@@ -46,19 +83,10 @@ def accounts(settings: Settings) -> str:
     """Which accounts the run uses. W&B does without: it is offline then, and says how to upload the run.
 
     Raises:
-        LaunchError: a tracker's package is missing, or the result is to be pushed to the hub, and there is no token.
+        LaunchError: the result is to be pushed to the hub, and there is no token.
     """
     said = []
-    report_to = settings.get("report_to")
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    for name in names:
-        if name in TRACKERS and not importlib.util.find_spec(name):
-            raise LaunchError(
-                f"report_to: {name}, which is not installed",
-                where=settings.where("report_to"),
-                way_out=f"pip install {name}, or report_to: none",
-            )
-    if "wandb" in names:
+    if "wandb" in _trackers(settings):
         server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
         keys = _text(Path(os.environ.get("NETRC") or Path.home() / ".netrc").expanduser())
         key = os.environ.get("WANDB_API_KEY") or server in keys.split()
@@ -74,6 +102,11 @@ def accounts(settings: Settings) -> str:
             )
         said.append("the hub with its token")
     return ", ".join(said) or "none needed"
+
+
+def _trackers(settings: Settings) -> list[str]:
+    report_to = settings.get("report_to")
+    return [report_to] if isinstance(report_to, str) else report_to or []
 
 
 def compiler(settings: Settings) -> str:

@@ -135,6 +135,7 @@ NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
 
 # The values that the libraries allow without saying so in a type.
 CHOICES = {
+    "debug": ("underflow_overflow",),  # the other is for TPUs, and ends a run anywhere else
     "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import RecipeError
@@ -11,6 +14,10 @@ from stepladder.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+
+# On a CPU they do nothing but end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
+GPU_ONLY = ("activation_offloading", "use_liger_kernel")
 
 
 def check_streaming(recipe: Recipe) -> None:
@@ -42,7 +49,8 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         "padding_free": recipe.get("padding_free") is True,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
-        "use_cpu": use_cpu or recipe.get("use_cpu"),
+        "use_cpu": use_cpu,
+        **(dict.fromkeys(GPU_ONLY, False) if use_cpu else {}),
         # Rows come tokenized, cut, labelled and packed: TRL's own options for that are answered before.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
@@ -55,11 +63,20 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         # A NaN is shown, not replaced by the last loss that was a number.
         "logging_nan_inf_filter": False,
     }
-    try:
+    with refused(recipe):
         return SFTConfig(**values)
-    except (ValueError, TypeError) as error:
+
+
+@contextlib.contextmanager
+def refused(recipe: Recipe) -> Iterator[None]:
+    """Raise RecipeError for what the libraries refuse in the block, such as a loss that this model does not have."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        said = str(error).strip()
+        named = [recipe.where(word) for word in re.findall(r"\w+", said) if word in recipe.values]
         raise RecipeError(
-            f"TRL or Transformers refuse these keys: {str(error).strip()}", where=str(recipe.path)
+            f"TRL or Transformers refuse these keys: {said}", where=named[0] if named else str(recipe.path)
         ) from None
 
 
