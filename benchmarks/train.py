@@ -57,6 +57,7 @@ LADDER = {
     "micro-batch 8": ("malloc",),
     "tcmalloc in place of glibc's malloc (**the recipe as it is**)": ("",),
     "`dtype: bfloat16` (what is between layers is rounded too)": ("", "--dtype", "bfloat16"),
+    "`torch_compile: true` in place of that": ("", "--torch_compile", "true"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
 # What raises the most elsewhere too: tcmalloc, which the recipe takes by itself; else that glibc keeps freed memory.
