@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve keys chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
 	$(BIN)/python tests/same_curve.py
+
+keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 10 minutes)
+	$(BIN)/python tests/every_key.py
 
 chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny runs, compare their curves, write docs/reliability.md (about an hour)
 	$(BIN)/python tests/chaos.py --runs 100 --report docs/reliability.md

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from conftest import ROOT, script
+from conftest import ROOT, run, script
 from stepladder.errors import RecipeErrors
 from stepladder.recipe import load, model_rules, optimizer_rules, outcome_rules, rules
 from stepladder.recipe.ruling import RULES, RuleBreak
@@ -372,6 +373,13 @@ def test_what_optimizers_and_schedules_read() -> None:
     before_warmup = source.split("All other schedulers require `num_warmup_steps`")[0]
     without = {name.lower() for name in re.findall(r"SchedulerType\.(\w+)", before_warmup)}
     assert without == {"constant", "reduce_on_plateau", "greedy"}
+
+
+@pytest.mark.proof
+def test_no_value_of_a_key_ends_in_a_traceback() -> None:
+    """Guards `make keys`, which tries them all: here two keys whose values have done it."""
+    done = run(sys.executable, "tests/every_key.py", "--keys", "router_aux_loss_coef", "activation_offloading")
+    assert done.code == 0 and "4 runs: 2 trained, 2 were refused by name" in done.out, done
 
 
 def test_an_override_leaves_out_what_it_makes_idle(tmp_path: Path) -> None:
