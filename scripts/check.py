@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepladder import console, errors, requirements
+from stepladder import console, errors, flags, requirements
 from stepladder.data import audit, audit_report
 from stepladder.recipe import explain, load
 
@@ -62,10 +62,14 @@ def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
     view.add_argument("--explain", action="store_true", help="print what each key that is set does")
     parser.add_argument("--audit", action="store_true", help="look at the data of the recipe")
     parser.add_argument("--data", metavar="FILE", help="look at a file, folder or hub data set, without a recipe")
-    parser.add_argument("--min_input", "--min-input", type=int, metavar="N", help="shortest input (10 characters)")
-    parser.add_argument("--min_output", "--min-output", type=int, metavar="N", help="shortest output (20 characters)")
-    parser.add_argument("--nodes", type=int, default=1, help="of the machine that it will run on (default: 1)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="of each node (default: what this machine has)")
+    parser.add_argument(
+        "--min_input", "--min-input", type=flags.whole, metavar="N", help="shortest input (10 characters)"
+    )
+    parser.add_argument(
+        "--min_output", "--min-output", type=flags.whole, metavar="N", help="shortest output (20 characters)"
+    )
+    parser.add_argument("--nodes", type=flags.count, default=1, help="of the machine that it will run on (default: 1)")
+    parser.add_argument("--gpus", type=flags.whole, metavar="N", help="of each node (default: what this machine has)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="with --gpus: h100 a100 4090 t4 …")
     parser.add_argument("--strategy", metavar="NAME", help="a file of accelerate_configs/ (default: single or ddp)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")

@@ -19,9 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from stepladder import console, errors, run
+from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import compare, flags, generate, learned, questions, results, rubric, sides
+from stepladder.evaluation import compare, generate, learned, questions, results, rubric, sides
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training import ranks
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
                         help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=Path)
-    parser.add_argument("--show", type=int, default=3, help="how many answers to print (3)")
+    parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")
     args = parser.parse_args()
     if bool(args.endpoint) != bool(args.model):

@@ -12,9 +12,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from stepladder import console, errors
+from stepladder import console, errors, flags
 from stepladder.data import mixture
-from stepladder.evaluation import flags, harness
+from stepladder.evaluation import harness
 from stepladder.model import load
 
 

@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepladder import console, errors, run
+from stepladder import console, errors, flags, run
 from stepladder.errors import DataError
-from stepladder.evaluation import flags, questions, transcript
+from stepladder.evaluation import questions, transcript
 from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message, answers, no_template
 from stepladder.model import load
 

@@ -11,7 +11,7 @@ far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the i
 import argparse
 import json
 
-from stepladder import console, errors
+from stepladder import console, errors, flags
 from stepladder.data import mixture, stream
 from stepladder.planning import hardware
 from stepladder.recipe import load
@@ -22,13 +22,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=8, help="of each node (default: 8)")
+    parser.add_argument("--nodes", type=flags.count, default=1)
+    parser.add_argument("--gpus", type=flags.count, default=8, help="of each node (default: 8)")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)"
     )
     parser.add_argument(
-        "--gpu_memory", "--gpu-memory", type=float, metavar="GiB", help="for a GPU that has no name here"
+        "--gpu_memory", "--gpu-memory", type=flags.above_0, metavar="GiB", help="for a GPU that has no name here"
     )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
     parser.add_argument("--scale", metavar="8,64,512", help="how it would go on so many GPUs, on paper")

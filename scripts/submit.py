@@ -15,7 +15,7 @@ import itertools
 import shlex
 from pathlib import Path
 
-from stepladder import console, errors
+from stepladder import console, errors, flags
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture
 from stepladder.hardware import GPUS
@@ -33,11 +33,11 @@ def main() -> None:
     what.add_argument("--recipe", help="a path, or a name under recipes/")
     what.add_argument("--sweep", type=Path, help="a grid, such as slurm/sweeps/lora_rank.yaml")
     parser.add_argument("--strategy", help="a file in accelerate_configs/ (ddp; single for one rank), or auto")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", metavar="[TYPE:]N", help="a node")
+    parser.add_argument("--nodes", type=flags.count, default=1)
+    parser.add_argument("--gpus", type=flags.gpus, metavar="[TYPE:]N", help="a node")
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100-40 …: where Slurm's type does not say it")
-    parser.add_argument("--ranks", type=int, default=1, help="a node, where there are no GPUs (1)")
-    parser.add_argument("--cpus", type=int, help="a rank without GPUs, or the node's in all (4)")
+    parser.add_argument("--ranks", type=flags.count, default=1, help="a node, where there are no GPUs (1)")
+    parser.add_argument("--cpus", type=flags.count, help="a rank without GPUs, or the node's in all (4)")
     for name in SBATCH_NAMES:
         parser.add_argument(f"--{name}", help="as for sbatch")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script and submit nothing")

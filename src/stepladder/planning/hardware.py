@@ -40,8 +40,6 @@ def device(name: str, memory: float | None = None) -> GPU:
     found = known[name.lower()]
     if memory is None:
         return found
-    if memory <= 0:
-        raise LaunchError(f"a GPU of {memory} GiB cannot be", where="command line --gpu_memory", way_out="its GiB")
     return dataclasses.replace(found, name=f"{memory:g} GiB", memory=memory)
 
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """A whole number from 1 on."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
     return number
+
+
+def whole(text: str) -> int:
+    """A whole number from 0 on."""
+    return count(text, least=0)
+
+
+def gpus(text: str) -> str:
+    """GPUs of a node as Slurm has them: how many, or a type and how many."""
+    if not re.fullmatch(r"([^:\s]+:)?[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text} is neither N nor TYPE:N")
+    return text
 
 
 def above_0(text: str) -> float:

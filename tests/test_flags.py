@@ -1,0 +1,25 @@
+"""Numbers on the command line: what is out of range is refused by its name before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import script
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("check", ["--nodes", "0"], "--nodes: 0 is less than 1"),
+        ("check", ["--gpus", "-2"], "--gpus: -2 is less than 0"),
+        ("plan", ["--gpus", "0"], "--gpus: 0 is less than 1"),
+        ("plan", ["--gpu_memory", "nan"], "nan is not above 0"),
+        ("submit", ["--nodes", "0"], "--nodes: 0 is less than 1"),
+        ("submit", ["--ranks", "0"], "--ranks: 0 is less than 1"),
+        ("submit", ["--gpus", "a100:-1"], "a100:-1 is neither N nor TYPE:N"),
+    ],
+)
+def test_a_machine_of_nothing(name: str, words: list[str], said: str) -> None:
+    """Guards against a division by the number of ranks, and against a job that waits for minus one GPU."""
+    done = script(name, "--recipe", "lora", *words)
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
