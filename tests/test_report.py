@@ -294,8 +294,10 @@ def test_several_runs_need_a_place_and_each_once(copy, tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_named(copy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = script("report", copy(), "-o", tmp_path / "file" / "page.html")
-    assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err, done
+    run = copy()
+    for place in (tmp_path / "file" / "page.html", ""):  # the other is `-o "$UNSET"`
+        done = script("report", run, "-o", place)
+        assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err, done
 
 
 def test_long_curves_are_summed_up_in_their_table(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def save(path: Path, text: str) -> None:
     """
     try:
         write_whole(path, text)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written", why=error.strerror or str(error), way_out="another -o") from None
+    except (OSError, ValueError) as error:  # a ValueError where the path has no name: -o "$UNSET"
+        why = getattr(error, "strerror", None) or str(error)
+        raise RunError(f"{path} cannot be written", why=why, way_out="another -o") from None
 
 
 def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -> str:
