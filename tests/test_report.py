@@ -295,9 +295,11 @@ def test_several_runs_need_a_place_and_each_once(copy, tmp_path: Path) -> None:
 def test_an_unwritable_place_is_named(copy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     run = copy()
-    for place in (tmp_path / "file" / "page.html", ""):  # the other is `-o "$UNSET"`
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "page.html", tmp_path / "folder", ""):  # the last is `-o "$UNSET"`
         done = script("report", run, "-o", place)
         assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err, done
+    assert not list(tmp_path.glob(".*.part")), "half a page is left"
 
 
 def test_long_curves_are_summed_up_in_their_table(tmp_path: Path) -> None:

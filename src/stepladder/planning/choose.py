@@ -51,6 +51,10 @@ class Plan:
         self, settings: Settings, nodes: int, gpus: int, device: GPU, length: int | None = None,
         precision: str | None = None, overhead: float | None = None, on_gpu: bool = True,
     ):  # fmt: skip
+        if nodes < 1 or gpus < 1:
+            raise LaunchError(
+                f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", way_out="--nodes 1 --gpus 1"
+            )
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.config = hardware.config(settings)
         fixed = settings.get("bf16")
