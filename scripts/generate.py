@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--top_p", "--top-p", type=flags.share, help="with --temperature")
     parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
     parser.add_argument("--repetition_penalty", "--repetition-penalty", type=flags.above_0)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=flags.whole, default=42)
     args = parser.parse_args()
     if (args.top_p or args.top_k) and not args.temperature:
         parser.error("--top_p and --top_k choose among sampled tokens: they need --temperature above 0")

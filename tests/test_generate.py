@@ -102,6 +102,7 @@ def test_a_transcript_is_the_base_on_the_command_line(generate, tiny, monkeypatc
     ("words", "said"),
     [
         (["--max_new_tokens", 0], "less than 1"),
+        (["--seed", -1], "less than 0"),
         (["--temperature", -1], "not above 0"),
         (["--top_p", 0.9], "need --temperature"),
         (["--temperature", 1, "--top_p", 1.5], "more than 1"),
