@@ -83,14 +83,14 @@ def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tm
 def test_a_tracker_that_is_not_installed(settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the start of a run whose tracker would end it with a traceback."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LaunchError, match="report_to: trackio, which is not installed"):
+    with pytest.raises(LaunchError, match="report_to: trackio takes trackio, which is not installed"):
         requirements.versions(settings(report_to=["none", "trackio"]))
 
 
 def test_an_optimizer_that_is_not_installed(settings) -> None:
     """Guards the first step of a run with one of 18 optimizers, where Transformers would import it."""
     requirements.versions(settings(optim="adamw_8bit"))
-    with pytest.raises(LaunchError, match="optim: schedule_free_adamw is from schedulefree, which is not installed"):
+    with pytest.raises(LaunchError, match="optim: schedule_free_adamw takes schedulefree, which is not installed"):
         requirements.versions(settings(optim="schedule_free_adamw"))
 
 

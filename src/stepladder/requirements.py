@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -55,26 +56,12 @@ def versions(settings: Settings) -> str:
                 f"{needed.name} {needed.specifier} is needed, and {found} is here" if found[0].isdigit()
                 else f"{needed.name} is not installed", way_out="make install",
             )  # fmt: skip
-    for name in _trackers(settings):
-        if name in TRACKERS and not importlib.util.find_spec(name):
+    for key, value, module, package, instead in _packages(settings):
+        if not importlib.util.find_spec(module):
             raise LaunchError(
-                f"report_to: {name}, which is not installed",
-                where=settings.where("report_to"),
-                way_out=f"pip install {name}, or report_to: none",
-            )
-    if settings.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
-        raise LaunchError(
-            "use_liger_kernel: true, and liger-kernel is not installed",
-            where=settings.where("use_liger_kernel"),
-            way_out="pip install liger-kernel, or use_liger_kernel: false",
-        )
-    optimizer = settings.get("optim")
-    for begins, (module, package) in OPTIMIZERS.items():
-        if optimizer.startswith(begins) and not importlib.util.find_spec(module):
-            raise LaunchError(
-                f"optim: {optimizer} is from {package}, which is not installed",
-                where=settings.where("optim"),
-                way_out=f"pip install {package}, or optim: adamw_torch_fused",
+                f"{key}: {value} takes {package}, which is not installed",
+                where=settings.where(key),
+                way_out=f"pip install {package}, or {key}: {instead}",
             )
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
 
@@ -102,6 +89,19 @@ def accounts(settings: Settings) -> str:
             )
         said.append("the hub with its token")
     return ", ".join(said) or "none needed"
+
+
+def _packages(settings: Settings) -> Iterator[tuple[str, str, str, str, str]]:
+    """Of each value that takes a package of its own: key, value, module, package, and the value that does without."""
+    for name in _trackers(settings):
+        if name in TRACKERS:
+            yield "report_to", name, name, name, "none"
+    if settings.get("use_liger_kernel"):
+        yield "use_liger_kernel", "true", "liger_kernel", "liger-kernel", "false"
+    optimizer = settings.get("optim")
+    for begins, (module, package) in OPTIMIZERS.items():
+        if optimizer.startswith(begins):
+            yield "optim", optimizer, module, package, "adamw_torch_fused"
 
 
 def _trackers(settings: Settings) -> list[str]:
