@@ -52,7 +52,7 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
 	$(BIN)/python tests/same_curve.py
 
-keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 10 minutes)
+keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 15 minutes)
 	$(BIN)/python tests/every_key.py
 
 chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny runs, compare their curves, write docs/reliability.md (about an hour)

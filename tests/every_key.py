@@ -1,6 +1,6 @@
 """Give each key of a recipe each kind of value that it may have, in a tiny run: none may end in a traceback.
 
-    python tests/every_key.py                        # LoRA, and all weights on packed rows (10 minutes)
+    python tests/every_key.py                        # LoRA, and all weights on packed rows (15 minutes)
     python tests/every_key.py --keys optim debug     # these only
 
 A value that cannot work here is to be refused by name (exit code 2), not to fail somewhere inside a library. For a new
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -36,6 +37,7 @@ BASES: dict[str, dict[str, Any]] = {
     "full, packed": {"packing": True},
 }
 TRACEBACK = 99  # a child's exit code
+HANGS = 120  # seconds
 
 
 def values(key: Key) -> Iterator[Any]:
@@ -80,6 +82,7 @@ def main() -> int:
     parser.add_argument("--keys", nargs="+", help="only these")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads that make the tiny model's do not survive a fork
     sys.path.insert(0, str(ROOT / "scripts"))
     import sft  # noqa: F401
     import trl  # noqa: F401  once, for all children
@@ -123,6 +126,7 @@ def main() -> int:
             folder.mkdir()
             pid = os.fork()
             if not pid:
+                signal.alarm(HANGS)
                 os._exit(train(common | BASES[base] | {name: value}, folder))
             running[pid] = f"{base}: {name}: {value}", folder
         while running:

@@ -47,8 +47,8 @@ class _LowRank(torch.autograd.Function):
         inner = rows @ a_low.t()
         out = rows @ weight.t() if bias is None else torch.addmm(bias.to(dtype), rows, weight.t())
         out.addmm_(inner, b_low.t(), alpha=scaling)
-        ctx.save_for_backward(rows, weight, a, b, inner)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(rows, weight, a_low, b_low, inner)
+        ctx.scaling, ctx.shape, ctx.dtypes = scaling, x.shape, (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], len(weight))
 
     @staticmethod
@@ -56,13 +56,13 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         rows, weight, a, b, inner = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        through = (gradient @ b.to(gradient.dtype)).mul_(ctx.scaling)  # [tokens, r]
+        through = (gradient @ b).mul_(ctx.scaling)  # [tokens, r]
         to_a = through.t() @ rows
         to_b = (gradient.t() @ inner).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (gradient @ weight).addmm_(through, a.to(gradient.dtype)).view(ctx.shape)
-        return to_x, None, None, to_a.to(a.dtype), to_b.to(b.dtype), None
+            to_x = (gradient @ weight).addmm_(through, a).view(ctx.shape)
+        return to_x, None, None, to_a.to(ctx.dtypes[0]), to_b.to(ctx.dtypes[1]), None
 
 
 _last: tuple[Any, int, torch.Tensor] | None = None

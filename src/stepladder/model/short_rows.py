@@ -3,8 +3,8 @@
 PyTorch's CPU kernel takes most of its time, on rows of a few hundred tokens, not for the products. Here they are
 products of matrices in bf16, but for the scores, which are in fp32 as the kernel has them: rounded to bf16, a large
 score would change its probability by percents. All probabilities are held for the backward pass, which is why rows
-are to be short (`benchmarks/attention.py`; issue 13). The gradient is that of FlashAttention (Dao et al. 2022,
-arXiv 2205.14135, appendix B.2).
+are to be short (`benchmarks/attention.py`; issue 13). The gradient by the scores is PyTorch's
+own of a softmax, in one pass.
 """
 
 from __future__ import annotations
@@ -41,29 +41,30 @@ class ShortRows(torch.autograd.Function):
             out[0, row] = (p @ value[0, :, row]).view(heads, length, -1).transpose(0, 1)
             probabilities.append(p)
             at += length
-        ctx.save_for_backward(query, key, value, out, *probabilities)
-        ctx.lengths, ctx.scaling = lengths, scaling
+        low = value.dtype
+        ctx.save_for_backward(scaled.to(low), (at_key * scaling).to(low), value, *probabilities)
+        ctx.lengths, ctx.dtypes = lengths, (query.dtype, key.dtype)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        query, key, value, out, *probabilities = ctx.saved_tensors
-        heads, keys = query.shape[1], key.shape[1]
-        scaled_query, scaled_key = ((states[0] * ctx.scaling).to(value.dtype) for states in (query, key))
+        query, key, value, *probabilities = ctx.saved_tensors  # query and key scaled, in the dtype of the products
+        heads, keys = len(query), len(key)
         # laid out by token, as the projections before them want it
-        to_query, to_key, to_value = (states.transpose(1, 2).new_empty(1, states.shape[2], states.shape[1],
-                                      states.shape[3]).transpose(1, 2) for states in (query, key, value))  # fmt: skip
-        mean = (gradient.float() * out).sum(-1)[0].t()  # of the gradients by the scores, weighted: [heads, tokens]
+        to_query, to_key, to_value = (
+            value.new_empty(1, value.shape[2], states.shape[-3], states.shape[-1], dtype=dtype).transpose(1, 2)
+            for states, dtype in ((query, ctx.dtypes[0]), (key, ctx.dtypes[1]), (value, value.dtype))
+        )
         at = 0
         for length, p in zip(ctx.lengths, probabilities, strict=True):
             row = slice(at, at + length)
             of_row = _by_key(gradient[0, row].transpose(0, 1), keys)
             to_value[0, :, row] = p.transpose(1, 2) @ of_row
             to_p = of_row @ value[0, :, row].transpose(1, 2)
-            to_scores = (to_p - mean[:, row].reshape(keys, -1, 1)).mul_(p).to(value.dtype)
-            to_query[0, :, row] = (to_scores @ scaled_key[:, row]).view(heads, length, -1)
-            to_key[0, :, row] = to_scores.transpose(1, 2) @ _by_key(scaled_query[:, row], keys)
+            to_scores = torch._softmax_backward_data(to_p, p, -1, p.dtype)
+            to_query[0, :, row] = (to_scores @ key[:, row]).view(heads, length, -1)
+            to_key[0, :, row] = to_scores.transpose(1, 2) @ _by_key(query[:, row], keys)
             at += length
         return to_query, to_key, to_value, None, None
 
