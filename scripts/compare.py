@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--tuned", action="append", default=[], help="a model after: a run folder, …; repeatable")
     parser.add_argument("--endpoint", metavar="URL", help="a server in place of a side, such as http://localhost:11434")
     parser.add_argument("--model", metavar="NAME", help="the server's model")
-    parser.add_argument("--timeout", type=flags.above_0, default=60, help="seconds that a server has to answer (60)")
+    parser.add_argument("--timeout", type=flags.seconds, default=60, help="seconds that a server has to answer (60)")
     parser.add_argument("--data", help="held-out rows: JSONL, …")
     parser.add_argument("--prompts", type=Path, help="ask these in place of the data's questions: .txt or JSONL")
     parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")

@@ -105,7 +105,7 @@ def test_a_server_that_is_down_is_named(monkeypatch) -> None:
     monkeypatch.setattr(endpoint, "PAUSE", 0.01)
     with pytest.raises(ModelError, match=r"127.0.0.1:9 gives no answer"):
         endpoint.answers(Endpoint("http://127.0.0.1:9", "m", 1), ASKED[:1], 8)
-    for address in ("localhost", "http://..x"):  # the second fails where the name is looked up
+    for address in ("localhost", "http://..x", "http://", "ftp://x"):  # the second fails where the name is looked up
         with pytest.raises(ModelError, match="is no address"):
             endpoint.answers(Endpoint(address, "m", 1), ASKED[:1], 8)
 
@@ -126,7 +126,8 @@ def test_the_base_may_be_a_server(server, tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [(["--endpoint", "http://127.0.0.1:9"], "gives no answer"), (["--endpoint", "http://..x"], "is no address"),
-     (["--endpoint", "http://x", "--timeout", "-1"], "not above 0")],
+     (["--endpoint", "http://x", "--timeout", "-1"], "not above 0"),
+     (["--endpoint", "http://x", "--timeout", "1e20"], "1e20 is more than")],
 )  # fmt: skip
 def test_a_server_that_is_down_is_told_before_anything_is_done(words: list, said: str, tiny, tmp_path: Path) -> None:
     """Guards against minutes of the base's answers, and a folder, before the server's absence is told."""

@@ -16,6 +16,7 @@ from conftest import script
         ("plan", ["--gpu_memory", "nan"], "nan is not above 0"),
         ("submit", ["--nodes", "0"], "--nodes: 0 is less than 1"),
         ("submit", ["--ranks", "0"], "--ranks: 0 is less than 1"),
+        ("plan", ["--gpus", "99999999999999999999"], "more than a computer counts"),
         ("submit", ["--gpus", "a100:-1"], "a100:-1 is neither N nor TYPE:N"),
     ],
 )

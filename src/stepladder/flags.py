@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
+import threading
 
 
 def count(text: str, least: int = 1) -> int:
@@ -12,6 +14,8 @@ def count(text: str, least: int = 1) -> int:
     number = int(text)
     if number < least:
         raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    if number > sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text} is more than a computer counts")
     return number
 
 
@@ -31,6 +35,13 @@ def above_0(text: str) -> float:
     number = float(text)
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def seconds(text: str) -> float:
+    """A time to wait, as long as a clock can count."""
+    if (number := above_0(text)) > threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is more than {threading.TIMEOUT_MAX:.0f}")
     return number
 
 

@@ -76,9 +76,11 @@ def _post(endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         headers["Authorization"] = f"Bearer {key}"
     try:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        request.host.encode("idna")  # what the connection does with it
+        host = (request.host or "").encode("idna")  # what the connection does with it
     except ValueError:
-        raise ModelError(f"'{endpoint.url}' is no address", way_out="--endpoint http://localhost:11434") from None
+        host = b""
+    if not (host and request.type in ("http", "https")):
+        raise ModelError(f"'{endpoint.url}' is no address", way_out="--endpoint http://localhost:11434")
     for number in range(TRIES):
         time.sleep(PAUSE * (2**number - 1))
         try:
