@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
                         help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
-    parser.add_argument("--output_dir", "--output-dir", type=Path)
+    parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
     parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")
     args = parser.parse_args()

@@ -9,13 +9,13 @@ models/smollm2-135m-instruct, where every shipped recipe looks for it.
 import argparse
 from pathlib import Path
 
-from stepladder import errors
+from stepladder import errors, flags
 from stepladder.model import embedded
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", "--output-dir", type=Path, default=embedded.DEFAULT_FOLDER)
+    parser.add_argument("--output_dir", "--output-dir", type=flags.folder, default=embedded.DEFAULT_FOLDER)
     parser.add_argument("--gguf", type=Path, help="the model file, where it is at hand already")
     args = parser.parse_args()
     if args.gguf and not args.gguf.is_file():

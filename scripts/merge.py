@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from stepladder import console, errors, run
+from stepladder import console, errors, flags, run
 from stepladder.data import prompts
 from stepladder.model import card, injection, load, weights
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several add up")
     parser.add_argument("--weights", type=float, nargs="+", help="one a --adapter (1 each)")
-    parser.add_argument("--output_dir", "--output-dir", required=True, type=Path)
+    parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
     parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (the base's)")

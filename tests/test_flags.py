@@ -24,3 +24,13 @@ def test_a_machine_of_nothing(name: str, words: list[str], said: str) -> None:
     """Guards against a division by the number of ranks, and against a job that waits for minus one GPU."""
     done = script(name, "--recipe", "lora", *words)
     assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("compare", ["--base", "x", "--tuned", "y"]), ("fetch_model", []), ("merge", ["--adapter", "x"])],
+)
+def test_no_folder_is_not_this_folder(name: str, words: list[str]) -> None:
+    """Guards against files of a comparison, or a model's, beside the sources: `--output_dir "$UNSET"`."""
+    done = script(name, *words, "--output_dir", "")
+    assert done.code == 2 and "argument --output_dir/--output-dir: it is empty" in done.err, done

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import threading
+from pathlib import Path
 
 
 def count(text: str, least: int = 1) -> int:
@@ -22,6 +23,13 @@ def count(text: str, least: int = 1) -> int:
 def whole(text: str) -> int:
     """A whole number from 0 on."""
     return count(text, least=0)
+
+
+def folder(text: str) -> Path:
+    """A folder by name: `--output_dir "$UNSET"` would be the one that the command was typed in."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def gpus(text: str) -> str:
