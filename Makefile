@@ -49,7 +49,7 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone $(WHICH)"
 	$(BIN)/python -m pytest -m "alone $(WHICH)"
 
-same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md
+same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md (over an hour)
 	$(BIN)/python tests/same_curve.py
 
 keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 15 minutes)
