@@ -3,8 +3,7 @@
 PyTorch's CPU kernel takes most of its time, on rows of a few hundred tokens, not for the products. Here they are
 products of matrices in bf16, but for the scores, which are in fp32 as the kernel has them: rounded to bf16, a large
 score would change its probability by percents. All probabilities are held for the backward pass, which is why rows
-are to be short (`benchmarks/attention.py`; issue 13). The gradient by the scores is PyTorch's
-own of a softmax, in one pass.
+are to be short (`benchmarks/attention.py`; issue 13). The scores' gradient is PyTorch's own of a softmax, in one pass.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ class ShortRows(torch.autograd.Function):
             out[0, row] = (p @ value[0, :, row]).view(heads, length, -1).transpose(0, 1)
             probabilities.append(p)
             at += length
-        low = value.dtype
-        ctx.save_for_backward(scaled.to(low), (at_key * scaling).to(low), value, *probabilities)
+        ctx.save_for_backward(scaled.to(value.dtype), (at_key * scaling).to(value.dtype), value, *probabilities)
         ctx.lengths, ctx.dtypes = lengths, (query.dtype, key.dtype)
         return out
 
