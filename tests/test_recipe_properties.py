@@ -85,7 +85,7 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
         needed = {nested.name: known.pop(nested.name) for nested in key.nested if nested.required}
         block = st.fixed_dictionaries(needed, optional=known)
         return st.lists(block, max_size=3) if "list" in key.types else block
-    text = st.sampled_from(key.choices) if key.choices else st.text(max_size=20)
+    text = st.sampled_from(key.choices) if key.choices else st.text(min_size=1, max_size=20)
     element = st.booleans() if key.items == ("bool",) else text
     inside = (lambda x: ranges.RANGES[name].holds(x)) if name in ranges.RANGES else (lambda x: True)
     by_type = {

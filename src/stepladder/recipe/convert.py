@@ -122,6 +122,13 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             why=f"allowed: {', '.join([*others, *key.choices])}" if len(key.choices) <= 16 else "",
             way_out=suggest(result, key.choices),
         )
+    if result == "" and key.default != "" and key.types != ANYTHING:
+        raise RecipeError(
+            f"{key.name} is empty",
+            where=where,
+            why="an empty text names nothing; a shell variable that is not set leaves one",
+            way_out=f"remove {key.name}, or give it a text",
+        )
     if expected := ranges.outside(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
     return result
