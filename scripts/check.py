@@ -141,10 +141,11 @@ def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
     if recipe.get("torch_compile"):
         check("compiler", lambda: requirements.compiler(recipe))
     console.quiet_libraries()
-    from stepladder.data import audit_tokens, templates
-    from stepladder.model import load as model_load
-    from stepladder.planning import choose, hardware
-    from stepladder.training import arguments, ranks, strategy
+    with console.quick_imports():
+        from stepladder.data import audit_tokens, templates
+        from stepladder.model import load as model_load
+        from stepladder.planning import choose, hardware
+        from stepladder.training import arguments, ranks, strategy
 
     name = recipe.get("model_name_or_path")
     model = check("model", lambda: model_load.check_source(name, recipe.where("model_name_or_path")) or (name, True))

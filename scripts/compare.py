@@ -78,8 +78,9 @@ def main() -> None:
 
     launch = ranks.launched()
     console.quiet_libraries()
-    use_cpu = ranks.choose_device(launch)
-    import accelerate
+    with console.quick_imports():
+        use_cpu = ranks.choose_device(launch)
+        import accelerate
 
     console.quiet_progress_bars()
     ranks_here = accelerate.PartialState(cpu=use_cpu)  # the ranks meet

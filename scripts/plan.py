@@ -38,7 +38,8 @@ def main() -> None:
     device = hardware.device(args.gpu, args.gpu_memory)
 
     console.quiet_libraries()
-    from stepladder.planning import choose, report, scale
+    with console.quick_imports():
+        from stepladder.planning import choose, report, scale
 
     if args.strategy not in (None, *choose.STRATEGIES):
         raise errors.LaunchError(

@@ -52,15 +52,16 @@ def main() -> int | None:
     checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change)
 
     console.quiet_libraries()
-    use_cpu = ranks.choose_device(launch) or recipe.get("use_cpu")
-    import transformers
+    with console.quick_imports():
+        use_cpu = ranks.choose_device(launch) or recipe.get("use_cpu")
+        import transformers
 
-    from stepladder.data import prepare, templates
-    from stepladder.evaluation import samples
-    from stepladder.model import adapter, attention
-    from stepladder.planning import choose
-    from stepladder.training import announce, callback, freed_memory, out_of_memory, profiling, progress, result
-    from stepladder.training import telemetry, trackers, trainer, utilization, watchdog  # isort: skip
+        from stepladder.data import prepare, templates
+        from stepladder.evaluation import samples
+        from stepladder.model import adapter, attention
+        from stepladder.planning import choose
+        from stepladder.training import announce, callback, freed_memory, out_of_memory, profiling, progress, result
+        from stepladder.training import telemetry, trackers, trainer, utilization, watchdog  # isort: skip
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)

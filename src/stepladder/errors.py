@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import sys
@@ -140,6 +141,8 @@ def exit_with(main: Callable[[], int | None]) -> None:
             tell_launcher(str(error), text)
         # not sys.exit: the process group's end would wait for a rank that is gone
         os._exit(EXIT_FAILED)
+    finally:
+        gc.freeze()  # else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13)
 
 
 def lost_a_rank(error: BaseException) -> bool:
