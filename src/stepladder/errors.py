@@ -142,7 +142,10 @@ def exit_with(main: Callable[[], int | None]) -> None:
         # not sys.exit: the process group's end would wait for a rank that is gone
         os._exit(EXIT_FAILED)
     finally:
-        gc.freeze()  # else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13)
+        # Else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13). A rank lets it, since
+        # in that search PyTorch's process groups end, before the threads that they run are taken from them.
+        if "RANK" not in os.environ:
+            gc.freeze()
 
 
 def lost_a_rank(error: BaseException) -> bool:

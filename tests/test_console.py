@@ -1,0 +1,41 @@
+"""What is done for the person who waits: imports, and the end of a process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from stepladder import console
+
+
+def test_imports_leave_the_collector_as_it_was() -> None:
+    """Guards training: whose garbage may hold tensors, and is found as soon as ever, even after a failed import."""
+    usual = gc.get_threshold()
+    try:
+        with pytest.raises(ImportError), console.quick_imports():
+            assert gc.get_threshold()[0] > usual[0]
+            raise ImportError
+        assert gc.get_threshold() == usual
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize(("rank", "searched"), [(None, False), ("0", True)], ids=["one process", "a rank"])
+def test_what_is_searched_at_the_end(rank: str | None, searched: bool) -> None:
+    """Guards the second and more between a run's last line and its exit; and a rank, whose process groups end in that
+    search: without it, one of some hundred launches ended with another exit code than 0 after all was done."""
+    program = (
+        "import atexit, gc; from stepladder import errors\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() == 0))\n"
+        "errors.exit_with(lambda: 0)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RANK"} | ({"RANK": rank} if rank else {})
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{searched}\n"
