@@ -28,7 +28,7 @@ def test_imports_leave_the_collector_as_it_was() -> None:
 @pytest.mark.parametrize(("rank", "searched"), [(None, False), ("0", True)], ids=["one process", "a rank"])
 def test_what_is_searched_at_the_end(rank: str | None, searched: bool) -> None:
     """Guards the second and more between a run's last line and its exit; and a rank, whose process groups end in that
-    search: without it, one of some hundred launches ended with another exit code than 0 after all was done."""
+    search: without it a launch of two seems to have failed once after all was done (its output is lost)."""
     program = (
         "import atexit, gc; from stepladder import errors\n"
         "atexit.register(lambda: print(gc.get_freeze_count() == 0))\n"
