@@ -66,7 +66,8 @@ MALLOC = allocator.preload() or KEPT
 
 
 Contenders = dict[str, tuple[list[str], dict[str, str]]]
-Play = tuple[float, float, list[float]]  # seconds to the first step and of the second epoch, and the losses
+# Seconds to the first step and of the second epoch, the losses, and the peak memory (VmHWM) of a process in GiB.
+Play = tuple[float, float, list[float], float]
 
 
 def commands(method: str, folder: Path) -> Contenders:
@@ -113,9 +114,11 @@ def play(words: list[str], env: dict[str, str]) -> Play:
         if found := re.search(r"(?:'loss': '?|\bloss (?:train: )?)([\d.]+)", line):
             times.append(time.perf_counter() - began)
             losses.append(float(found[1]))
-    if process.wait() or len(times) < 2 * EPOCH:
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or len(times) < 2 * EPOCH:
         sys.exit(f"✘ {' '.join(words)}\n{''.join(printed[-30:])}")
-    return times[0], times[2 * EPOCH - 1] - times[EPOCH - 1], losses[: 2 * EPOCH]
+    return times[0], times[2 * EPOCH - 1] - times[EPOCH - 1], losses[: 2 * EPOCH], usage.ru_maxrss / 2**20
 
 
 def mfu(folder: Path) -> float:
@@ -145,22 +148,23 @@ def measured(contenders: Contenders, count: int, folder: Path, repeat: int) -> t
     for _ in range(repeat):
         for contender, (words, env) in contenders.items():
             runs.setdefault(contender, []).append(play(words, env))
-            first, epoch, losses = runs[contender][-1]
-            print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, "
+            first, epoch, losses, memory = runs[contender][-1]
+            print(f"{contender}: first step {first:.1f} s, {count / epoch:.0f} tokens/s, {memory:.1f} GiB, "
                   f"loss {statistics.mean(losses[EPOCH:]):.3f}", flush=True)  # fmt: skip
     return runs, mfu(folder)
 
 
 def table(count: int, runs: dict[str, list[Play]], share: float, reference: str) -> None:
     """Medians of the repetitions, against one contender's."""
-    floor = statistics.median(epoch for _, epoch, _ in runs[reference])
-    print(f"| | tokens/s | × {reference} | MFU | first step, s | loss of the second epoch |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    floor = statistics.median(epoch for _, epoch, _, _ in runs[reference])
+    print(f"| | tokens/s | × {reference} | MFU | peak memory, GiB | first step, s | loss of the second epoch |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for contender, found in runs.items():
-        first, epoch = (statistics.median(run[at] for run in found) for at in (0, 1))
+        first, epoch, memory = (statistics.median(run[at] for run in found) for at in (0, 1, 3))
         loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
         rate = count / epoch
-        print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {first:.1f} | {loss:.3f} |")
+        print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {memory:.1f} "
+              f"| {first:.1f} | {loss:.3f} |")  # fmt: skip
     print()
 
 
