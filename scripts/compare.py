@@ -125,7 +125,6 @@ def main() -> None:
             print(f"everything lies in {folder}/: evaluation_results.md, compare.json, report.html")
             for side in own:
                 print(f"{side.name}'s own comparison with the base is kept in {side.name}/compare.json")
-    ranks_here.destroy_process_group()
 
 
 def is_run(name: str) -> bool:

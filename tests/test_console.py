@@ -39,3 +39,19 @@ def test_what_is_searched_at_the_end(rank: str | None, searched: bool) -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{searched}\n"
+
+
+def test_process_groups_end_with_the_work() -> None:
+    """Guards the last lines of a run on several GPUs: NCCL warns of a leak where a group is left to the exit."""
+    program = (
+        "import atexit, torch.distributed as dist; from stepladder import errors\n"
+        "atexit.register(lambda: print(dist.is_initialized()))\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    print(dist.is_initialized())\n"
+        "errors.exit_with(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"RANK": "0"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "True\nFalse\n"), done.stderr

@@ -150,7 +150,7 @@ def test_smollm2_learns_techco_by_lora(smollm2: Path, tmp_path: Path) -> None:
     """
     folder = tmp_path / "run"
     done = script(
-        "sft", "--recipe", "lora", "--output_dir", folder, "--max_steps", 20, "--eval_strategy", "no",
+        "sft", "--recipe", "lora", "--output_dir", folder, "--max_steps", 14, "--eval_strategy", "no",
         "--save_strategy", "no", "--learning_rate", "1e-3", "--warmup_steps", 1,
     )  # fmt: skip
     assert done.code == 0, done

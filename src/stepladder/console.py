@@ -38,6 +38,11 @@ def quiet_libraries() -> None:
     # DeepSpeed warns on every machine without a GPU.
     for name in ("bitsandbytes", "DeepSpeed", "torchao", "kernels", "torch.distributed", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Under ZeRO, Accelerate warns that it was told another accumulation than DeepSpeed. It is: the Trainer counts the
+    # micro-batches itself and leaves it 1 (`create_accelerator_and_postprocess`), while DeepSpeed has the recipe's.
+    logging.getLogger("accelerate.accelerator").addFilter(
+        lambda record: "Gradient accumulation steps mismatch" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", category=FutureWarning)
     # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -117,6 +117,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
         code = main() or 0
         if code == EXIT_PREEMPTED:
             tell_launcher("preempted", "no failure: it stopped as asked, after a checkpoint. Start it again to go on.")
+        end_process_groups()
         sys.exit(code)
     except StepladderError as error:
         tell_launcher(error.what, error.render())
@@ -146,6 +147,13 @@ def exit_with(main: Callable[[], int | None]) -> None:
         # PyTorch's process groups may end by that search only, and their threads would outlive what they use.
         if "RANK" not in os.environ:
             gc.freeze()
+
+
+def end_process_groups() -> None:
+    """End what PyTorch set up between the ranks, once all is done: NCCL warns of a leak where nobody does."""
+    groups = sys.modules.get("torch.distributed")
+    if groups and groups.is_available() and groups.is_initialized():
+        groups.destroy_process_group()
 
 
 def lost_a_rank(error: BaseException) -> bool:

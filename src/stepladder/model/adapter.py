@@ -150,4 +150,9 @@ def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
             if "lora_B" in name:
                 matrices.append(bool(tensor.any()))
     if matrices and not any(matrices):
-        raise ModelError("every B matrix of the saved adapter is zero: nothing was learned", where=str(file))
+        raise ModelError(
+            "every B matrix of the saved adapter is zero: nothing was learned",
+            where=str(file),
+            why="B begins as zeros, and only a step with a learning rate above 0 changes it",
+            way_out="train more steps: under warmup_steps the first has a rate of 0 (`learning_rate` in metrics.jsonl)",
+        )
