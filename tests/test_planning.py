@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ROOT, script
 from stepladder.errors import LaunchError, ModelError, RecipeError
-from stepladder.planning import choose, hardware, scale, speed
+from stepladder.planning import choose, hardware, memory, scale, speed, trace, unloaded
 from stepladder.recipe import load
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -62,6 +63,23 @@ def test_more_ranks_hold_less() -> None:
     by_name = {name: eight.way(name, 1, False).memory.total for name in ("ddp", "zero2", "fsdp", "fsdp_offload")}
     assert by_name["ddp"] > by_name["zero2"] > by_name["fsdp"] > by_name["fsdp_offload"]
     assert eight.way("ddp", 1, True).memory.total < by_name["ddp"]
+
+
+def test_under_zero2_a_matrix_is_whole_on_each_rank_that_has_a_part_of_it() -> None:
+    """Guards ranks that share an embedding larger than their part: DeepSpeed keeps all of its gradient on each."""
+    assert memory.zero2_parts((6, 2, 2), 10, 2) == [6, 10]  # parts of 5: the embedding, and it with all the rest
+    assert memory.zero2_parts((6, 2, 2), 12, 4) == [6.5, 6.5, 4.5, 2.5]  # parts of 3; vectors are shared out
+    assert memory.zero2_parts((), 8, 4) == [2] * 4
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4, 7, 8])
+def test_the_matrices_of_all_layers_follow_from_few(layers: int, settings) -> None:
+    """Guards what ZeRO-2's parts are cut from: two and four layers are traced, and the others are as these are."""
+    size = {"num_hidden_layers": layers, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    config = AutoConfig.for_model("qwen3", num_attention_heads=2, num_key_value_heads=1, **size)
+    found = trace.of(settings(use_peft=False), config, unloaded.Work(1, 8, "fp32", checkpointing=False))
+    whole = AutoModelForCausalLM.from_config(config)
+    assert found.matrices == tuple(p.numel() for p in whole.parameters() if p.ndim > 1)
 
 
 def test_every_shipped_model_has_its_shape() -> None:

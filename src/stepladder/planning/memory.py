@@ -6,6 +6,7 @@ trained weights twice), from what `make plan-check` measures of real steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +88,12 @@ def _moment(
     elif strategy == "zero2":
         # DeepSpeed 0.19.8 makes one flat buffer of the trained weights and keeps those that it was made of.
         weights = whole.computed + element * whole.trainable
-        optimizer, part = (in_fp32 + master) / ranks, element * whole.trainable / ranks
-        held = part + master / ranks if in_step else part if accumulates or backward else 0.0
-        if n == 3 and accumulates:  # its part of the sum so far, and of this micro-batch's gradients
-            held += part
+        optimizer = (in_fp32 + master) / ranks
+        parts = [element * part for part in zero2_parts(traced.matrices, whole.trainable, ranks)]
+        most, last = max(parts), parts[-1]  # the last layer, whose gradients come first, is the last rank's
+        before = most if accumulates else 0.0  # the sum so far, which stays beside this micro-batch's
+        at_last = 2 * last if accumulates else last
+        held = {2: max(before, at_last), 3: before + most, len(PHASES): most + master / ranks}.get(n, before)
         communication = buckets
     elif strategy.startswith("zero3"):
         gathered = whole.computed * min(1, ZERO3_LIVE / whole.parameters)
@@ -117,3 +120,21 @@ def _moment(
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
     return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)
+
+
+def zero2_parts(matrices: tuple[int, ...], trainable: float, ranks: int) -> list[float]:
+    """Numbers in each rank's gradients: the matrices in which its part begins and ends are whole there.
+
+    DeepSpeed 0.19.8, `get_partition_info` and `copy_grads_in_partition` (`stage_1_and_2.py`). Vectors, which the
+    optimizer has in a group of their own, are counted by the part.
+
+    Args:
+        matrices: the size of each one that is trained, in the model's order.
+        trainable: all trained numbers, those of vectors too.
+    """
+    part, at, held = max(1, math.ceil(sum(matrices) / ranks)), 0, [(trainable - sum(matrices)) / ranks] * ranks
+    for size in matrices:
+        for rank in range(at // part, math.ceil((at + size) / part)):
+            held[rank] += size
+        at += size
+    return held

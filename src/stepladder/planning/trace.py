@@ -8,6 +8,7 @@ have shapes and no values: a layer of any size takes a fraction of a second and 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,11 +57,12 @@ class Count:
 
 @dataclass(frozen=True)
 class Traced:
-    """A `whole` model, what one `layer` adds to it, and the work that was traced."""
+    """A `whole` model, what one `layer` adds to it, the work that was traced, and the size of each trained matrix."""
 
     whole: Count
     layer: Count
     work: Work
+    matrices: tuple[int, ...]
 
     def drawn_on(self, other: Traced, times: float, micro: int) -> Traced:
         """From `other` over this one and `times` as far beyond it: a larger micro-batch."""
@@ -69,7 +71,7 @@ class Traced:
             return here.plus(here.plus(there, -1), times)
 
         work = replace(self.work, micro=micro)
-        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work)
+        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work, self.matrices)
 
 
 def of(settings: Settings, config: Any, work: Work) -> Traced:
@@ -89,7 +91,7 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
     try:
         with unloaded.unsharded():
-            few, more = (_traced(settings, config, depth, work) for depth in depths)
+            (few, short), (more, long) = (_traced(settings, config, depth, work) for depth in depths)
     except ModelError:
         raise
     except Exception as error:  # whatever a model does that was never traced before: training goes on without a plan
@@ -98,10 +100,19 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
             why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         ) from error
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
-    return Traced(more.plus(layer, layers - depths[1]), layer, work)
+    whole = more.plus(layer, layers - depths[1])
+    return Traced(whole, layer, work, _drawn_out(short, long, (layers - depths[1]) / max(1, depths[1] - depths[0])))
 
 
-def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
+def _drawn_out(short: tuple[int, ...], long: tuple[int, ...], times: float) -> tuple[int, ...]:
+    """The longer list, with what it has more than the shorter one as many times again."""
+    at = next((n for n, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    more = len(long) - len(short)
+    again = long[at : at + more] * math.ceil(times)
+    return long[:at] + again[: round(more * times)] + long[at:]
+
+
+def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Count, tuple[int, ...]]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, base = unloaded.on_meta(settings, unloaded.shortened(config, depth, work.gpu), work)
@@ -135,14 +146,16 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> Count:
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
                                  labels=ids).loss  # fmt: skip
             loss.backward()
-    trainable = sum(parameter.numel() for parameter in moments.parameters if parameter.requires_grad)
+    learns = [parameter for parameter in moments.parameters if parameter.requires_grad]
     held = moments.weights + (held - unloaded.weight_bytes(model))
     phases = [moments.worst[phase] for phase in PHASES]
-    return Count(
-        held, moments.weights, trained, trainable, unloaded.parameters(model), states, moments.operators,
+    count = Count(
+        held, moments.weights, trained, sum(p.numel() for p in learns), unloaded.parameters(model), states,
+        moments.operators,
         tuple(alive - moments.weights - gradients for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
     )  # fmt: skip
+    return count, tuple(p.numel() for p in learns if p.ndim > 1)
 
 
 class _Moments(LiveBytes):
