@@ -66,7 +66,7 @@ MALLOC = allocator.preload() or KEPT
 
 
 Contenders = dict[str, tuple[list[str], dict[str, str]]]
-# Seconds to the first step and of the second epoch, the losses, and the peak memory (VmHWM) of a process in GiB.
+# Seconds to the first step and of the second epoch, the losses, and the peak memory of the largest process in GiB.
 Play = tuple[float, float, list[float], float]
 
 

@@ -23,6 +23,7 @@ SLICE = [
     Case("gpt2", "lora", precision="bf16"),
     Case("tiny", "lora", "ddp", 2, checkpointing=True),
     Case("gpt2", "full", length=64, steps_a_batch=2, checkpointing=True),
+    Case("gpt2", "full", "zero2", 2, steps_a_batch=2),
     Case("gpt2", "lora", "zero3", 2),
     Case("gpt2", "full", "fsdp", 2),
     Case("gpt2", "full", optim="adafactor"),

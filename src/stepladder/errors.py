@@ -143,8 +143,8 @@ def exit_with(main: Callable[[], int | None]) -> None:
         # not sys.exit: the process group's end would wait for a rank that is gone
         os._exit(EXIT_FAILED)
     finally:
-        # Else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13). A rank lets it:
-        # PyTorch's process groups may end by that search only, and their threads would outlive what they use.
+        # Else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13). A rank lets it: what
+        # holds a process group (DDP) may go by that search only, and the group's threads would outlive what they use.
         if "RANK" not in os.environ:
             gc.freeze()
 
