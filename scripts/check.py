@@ -20,12 +20,8 @@ Exit code 0: all is right; 2: the errors are printed.
 import argparse
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from stepladder import console, errors, flags, requirements
+from stepladder import console, errors, flags
 from stepladder.data import audit, audit_report
 from stepladder.recipe import explain, load
 
@@ -119,105 +115,23 @@ def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
 
 
 def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
-    """A line each, with the way out where something is wrong; what follows from a fault is not looked at."""
-    checks: list[dict[str, Any]] = []
-
-    def check(name: str, look: Callable[[], Any]) -> Any:
-        try:
-            found = look()
-        except errors.StepladderError as error:
-            checks.append({"name": name, "right": False, "said": error.what, "where": error.where, "why": error.why,
-                           "way_out": error.way_out})  # fmt: skip
-            return None
-        said, value = found if isinstance(found, tuple) else (found, True)
-        checks.append({"name": name, "right": True, "said": said})
-        return value
-
-    files = Counter(entry.where.rsplit(":", 2)[0] for entry in explain.of_recipe(recipe) if "." not in entry.key)
-    keys = ", ".join(f"{count} from {file}" for file, count in files.items())
-    check("recipe", lambda: f"keys: {keys}; each is known, well typed and with an effect")
-    check("versions", lambda: requirements.versions(recipe))
-    check("accounts", lambda: requirements.accounts(recipe))
-    if recipe.get("torch_compile"):
-        check("compiler", lambda: requirements.compiler(recipe))
+    """A line each, with the way out where something is wrong."""
     console.quiet_libraries()
     with console.quick_imports():
-        from stepladder.data import audit_tokens, templates
-        from stepladder.model import load as model_load
-        from stepladder.planning import choose, hardware
-        from stepladder.training import arguments, ranks, strategy
-
-    name = recipe.get("model_name_or_path")
-    model = check("model", lambda: model_load.check_source(name, recipe.where("model_name_or_path")) or (name, True))
-
-    def data() -> tuple[str, Any]:
-        arguments.check_streaming(recipe)
-        found = audit.of_recipe(recipe, audit.Limits())
-        audit.stop_on_errors(found.findings)
-        warned = sum(finding.severity == audit.WARNING for finding in found.findings)
-        held = f", {len(found.evaluation)} held out" if found.evaluation else ""
-        return f"{found.name}: {len(found.train or [])} rows{held}, {warned} warnings (--audit shows all)", found
-
-    def template() -> tuple[str, int]:
-        tokenizer = model_load.tokenizer(recipe)
-        templates.prepare(tokenizer, recipe)
-        found = audit_tokens.check(rows.train, tokenizer, recipe)
-        audit.stop_on_errors(found)
-        figures = {finding.name: finding.figures for finding in found}
-        share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
-        return f"{most} tokens in the longest row; {share:.0%} of all are trained, each end of turn too", most
-
-    def launch() -> tuple[str, ranks.Launch]:
-        gpus = args.gpus or hardware.gpus_here() or 1
-        name = args.strategy or ("ddp" if args.nodes * gpus > 1 else "single")
-        if not Path(f"accelerate_configs/{name}.yaml").is_file():
-            there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-            raise errors.LaunchError(f"there is no accelerate_configs/{name}.yaml", way_out=there)
-        asked = ranks.Launch(args.nodes * gpus, 0, 0, gpus, name)
-        step = arguments.layout(recipe, asked.ranks)
-        notes = strategy.check(recipe, asked)
-        return f"{name} on {asked.ranks} rank{'s' * (asked.ranks > 1)}, {step.rows} rows a step" + "".join(
-            f"; {note}" for note in notes
-        ), asked
-
-    def memory() -> tuple[str, Any]:
-        gpu = bool(args.gpus or hardware.gpus_here())
-        if args.gpus:
-            device = hardware.device(args.gpu)
-            plan = choose.Plan(recipe, args.nodes, args.gpus, device, longest)
-            way = plan.of_recipe(asked.strategy)
-        else:
-            precision = model_load.precision(recipe)
-            plan, way = choose.of_run(recipe, asked.strategy, asked.ranks, asked.local_ranks, precision, longest, gpu)
-        said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
-        said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
-        if not way.fits:
-            better = choose.fastest(plan.ways()) or choose.fastest(plan.each(asked.strategy))
-            if better is None:
-                raise choose.nowhere(plan, plan.ways())
-            micro, checkpointing = better.micro, str(better.checkpointing).lower()
-            way_out = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
-            raise errors.LaunchError(f"it needs {said}", way_out=f"{way_out} --gradient_checkpointing {checkpointing}")
-        return said, plan.sizes(way)
-
-    rows = check("data", data)
-    longest = check("template", template) if model and rows and rows.train else None
-    asked = check("strategy", launch)
-    sizes = check("memory", memory) if model and asked else None
-    if sizes:
-        check("disk", lambda: requirements.disk(recipe, recipe.output_dir, *sizes))
-
-    right = all(line["right"] for line in checks)
+        from stepladder import preflight
+    checks = preflight.checks(recipe, preflight.Machine(args.nodes, args.gpus, args.gpu, args.strategy))
+    right = all(line.right for line in checks)
     if args.json:
         facts = {"recipe": recipe.name, "path": str(recipe.path), "hash": recipe.hash(), "notes": recipe.notes}
-        print(json.dumps(facts | {"right": right, "checks": checks}, ensure_ascii=False))
+        lines = [dataclasses.asdict(line) for line in checks]
+        print(json.dumps(facts | {"right": right, "checks": lines}, ensure_ascii=False))
         return 0 if right else errors.EXIT_BAD_INPUT
     for line in checks:
-        place = f"{line['where']}: " if line.get("where") else ""
-        print(f"{'✔' if line['right'] else '✘'} {line['name']:10}{place}{line['said']}")
-        for label, key in (("why", "why"), ("way out", "way_out")):
-            if line.get(key):
-                print(f"            {label + ':':9}" + line[key].replace("\n", "\n" + " " * 21))
+        place = f"{line.where}: " if line.where else ""
+        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.said}")
+        for label, text in (("why", line.why), ("way out", line.way_out)):
+            if text:
+                print(f"            {label + ':':9}" + text.replace("\n", "\n" + " " * 21))
     for note in recipe.notes:
         print(f"note: {note}")
     return 0 if right else errors.EXIT_BAD_INPUT

@@ -15,6 +15,7 @@ FLOORS = [
     {"cache", "errors", "console", "flags", "hardware", "requirements", "settings", "suggest", "verdict"},
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},
+    {"preflight"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))
 

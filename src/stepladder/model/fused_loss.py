@@ -92,10 +92,11 @@ class _LogProbs(torch.autograd.Function):
         top = torch.empty_like(targets, dtype=torch.bool)
         to_hidden = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         to_scores = rows.new_empty(len(rows), len(low)) if any(ctx.needs_input_grad[1:3]) else None
+        exact = hidden.new_empty((2, min(CACHED, len(rows)), len(low)), dtype=torch.float32)
         for at in range(0, len(rows), TOKENS):
             part = slice(at, at + TOKENS)
             scores = rows[part] @ low.t()
-            found[part], entropy[part], top[part] = _judged(scores, bias, targets[part])
+            found[part], entropy[part], top[part] = _judged(scores, bias, targets[part], exact)
             if to_hidden is not None:
                 to_hidden[part] = scores @ low
             if to_scores is not None:
@@ -121,28 +122,32 @@ class _LogProbs(torch.autograd.Function):
 
 @torch.library.custom_op(
     "stepladder::judged",
-    mutates_args={"scores"},
-    schema="(Tensor(a!) scores, Tensor? bias, Tensor targets) -> (Tensor, Tensor, Tensor)",
+    mutates_args={"scores", "exact"},
+    schema="(Tensor(a!) scores, Tensor? bias, Tensor targets, Tensor(b!) exact) -> (Tensor, Tensor, Tensor)",
 )
-def _judged(scores: torch.Tensor, bias: Any, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _judged(scores: torch.Tensor, bias: Any, targets: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `log_probs` gives, of scores [tokens, words]; in their place lie the log-probabilities' gradients then.
 
-    All that is in fp32 is made for a few tokens at a time: it stays in the processor's caches. An operator, so that
-    the plan, which follows shapes only, need not go through these few tokens again and again (half of its time).
+    All that is in fp32 is made for a few tokens at a time, in `exact` [2, CACHED, words]: it stays in the processor's
+    caches. An operator, so that the plan, which follows shapes only, need not go through these few tokens again and
+    again: that was half of its time.
     """
     given = []
     for block, of_block in zip(scores.split(CACHED), targets.split(CACHED), strict=True):
         target = of_block[:, None]
-        exact = block.float() if bias is None else block.float() + bias
-        most, word = exact.max(-1, keepdim=True)
-        p = exact.softmax(-1)
-        log_p = exact.sub_(most - p.gather(1, word).log())  # the likeliest word's: 1 / the sum of all of them
+        log_p, p = exact[:, : len(block)]
+        log_p.copy_(block)
+        if bias is not None:
+            log_p.add_(bias)
+        most, word = log_p.max(-1, keepdim=True)
+        torch.softmax(log_p, -1, out=p)
+        log_p.sub_(most - p.gather(1, word).log())  # the likeliest word's: 1 / the sum of all of them
         given.append((log_p.gather(1, target)[:, 0], log_p.mul_(p).sum(-1).neg_(), (word == target)[:, 0]))
         block.copy_(p.neg_()).scatter_add_(1, target, torch.ones_like(target, dtype=scores.dtype))
     return tuple(map(torch.cat, zip(*given, strict=True)))
 
 
 @_judged.register_fake
-def _(scores: torch.Tensor, bias: Any, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _(scores: torch.Tensor, bias: Any, targets: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
     found, entropy = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(2))
     return found, entropy, torch.empty_like(targets, dtype=torch.bool)

@@ -110,8 +110,8 @@ def _moment(
         outside_trained = every - config.num_hidden_layers * layer.trained
         at_an_end = n == 1 or (n == 3 and outside_trained > 0)
         communication = 0 if in_step else outside + (1 if at_an_end else 3) * layer.computed
-        if backward and not in_step and not at_an_end:
-            communication += 2 * layer.gradients[3]  # a layer's whole gradients and their way to the ranks
+        if backward and not in_step and not at_an_end and gradients >= layer.gradients[3]:
+            communication += 2 * layer.gradients[3]  # a layer's whole gradients, once it has them, and their way
         if n == 3 and at_an_end and not accumulates:
             every -= outside_trained  # they are whole still, among the activations
         weights, optimizer = whole.held / ranks, optimizer / ranks

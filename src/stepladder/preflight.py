@@ -1,0 +1,139 @@
+"""Everything that can be wrong before a run, each looked at by itself; what follows from a fault is not looked at.
+
+Above all rooms, since it asks each of them what it would say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepladder import requirements
+from stepladder.data import audit, audit_tokens, templates
+from stepladder.errors import LaunchError, StepladderError
+from stepladder.model import load
+from stepladder.planning import choose, hardware
+from stepladder.recipe import explain
+from stepladder.recipe.recipe import Recipe
+from stepladder.training import arguments, ranks, strategy
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is to have: `gpus` of each node, of the type `gpu`; None for what this machine has."""
+
+    nodes: int = 1
+    gpus: int | None = None
+    gpu: str = "h100"
+    strategy: str | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, and what was found; `where`, `why` and `way_out` as `StepladderError` has them."""
+
+    name: str
+    right: bool
+    said: str
+    where: str = ""
+    why: str = ""
+    way_out: str = ""
+
+
+def checks(recipe: Recipe, machine: Machine) -> list[Check]:
+    """Of the recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
+    done: list[Check] = []
+
+    def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
+        try:
+            said, value = found(*given)
+        except StepladderError as error:
+            done.append(Check(name, False, error.what, error.where, error.why, error.way_out))
+            return None
+        done.append(Check(name, True, said))
+        return value
+
+    look("recipe", _keys, recipe)
+    for name, required in (("versions", requirements.versions), ("accounts", requirements.accounts)):
+        look(name, lambda required=required: (required(recipe), True))
+    if recipe.get("torch_compile"):
+        look("compiler", lambda: (requirements.compiler(recipe), True))
+    model = look("model", _model, recipe)
+    rows = look("data", _data, recipe)
+    longest = look("template", _template, recipe, rows) if model and rows and rows.train else None
+    launch = look("strategy", _strategy, recipe, machine)
+    sizes = look("memory", _memory, recipe, machine, launch, longest) if model and launch else None
+    if sizes:
+        look("disk", lambda: (requirements.disk(recipe, recipe.output_dir, *sizes), True))
+    return done
+
+
+def _keys(recipe: Recipe) -> tuple[str, Any]:
+    files = Counter(entry.where.rsplit(":", 2)[0] for entry in explain.of_recipe(recipe) if "." not in entry.key)
+    keys = ", ".join(f"{count} from {file}" for file, count in files.items())
+    return f"keys: {keys}; each is known, well typed and with an effect", True
+
+
+def _model(recipe: Recipe) -> tuple[str, Any]:
+    name = recipe.get("model_name_or_path")
+    load.check_source(name, recipe.where("model_name_or_path"))
+    return name, True
+
+
+def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
+    arguments.check_streaming(recipe)
+    found = audit.of_recipe(recipe, audit.Limits())
+    audit.stop_on_errors(found.findings)
+    warned = sum(finding.severity == audit.WARNING for finding in found.findings)
+    held = f", {len(found.evaluation)} held out" if found.evaluation else ""
+    return f"{found.name}: {len(found.train or [])} rows{held}, {warned} warnings (--audit shows all)", found
+
+
+def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
+    """With the tokens of the longest row."""
+    assert rows.train is not None
+    tokenizer = load.tokenizer(recipe)
+    templates.prepare(tokenizer, recipe)
+    found = audit_tokens.check(rows.train, tokenizer, recipe)
+    audit.stop_on_errors(found)
+    figures = {finding.name: finding.figures for finding in found}
+    share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
+    return f"{most} tokens in the longest row; {share:.0%} of all are trained, each end of turn too", most
+
+
+def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, ranks.Launch]:
+    """With the launch that is asked for."""
+    gpus = machine.gpus or hardware.gpus_here() or 1
+    name = machine.strategy or ("ddp" if machine.nodes * gpus > 1 else "single")
+    if not Path(f"accelerate_configs/{name}.yaml").is_file():
+        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
+        raise LaunchError(f"there is no accelerate_configs/{name}.yaml", way_out=there)
+    launch = ranks.Launch(machine.nodes * gpus, 0, 0, gpus, name)
+    step = arguments.layout(recipe, launch.ranks)
+    notes = strategy.check(recipe, launch)
+    said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
+    return "; ".join([said, *notes]), launch
+
+
+def _memory(recipe: Recipe, machine: Machine, launch: ranks.Launch, longest: int | None) -> tuple[str, Any]:
+    """With the bytes that go to the disk."""
+    if machine.gpus:
+        device = hardware.device(machine.gpu)
+        plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
+        way = plan.of_recipe(launch.strategy)
+    else:
+        precision, gpu = load.precision(recipe), bool(hardware.gpus_here())
+        plan, way = choose.of_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+    said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
+    said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
+    if not way.fits:
+        better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
+        if better is None:
+            raise choose.nowhere(plan, plan.ways())
+        micro, checkpointing = better.micro, str(better.checkpointing).lower()
+        way_out = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
+        raise LaunchError(f"it needs {said}", way_out=f"{way_out} --gradient_checkpointing {checkpointing}")
+    return said, plan.sizes(way)
