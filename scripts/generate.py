@@ -59,7 +59,9 @@ def main() -> None:
             raise DataError(f"the transcript {args.transcript} is there already", way_out=way_out)
 
     console.quiet_libraries()
-    import transformers
+    with console.quick_imports():
+        import peft  # noqa: F401 - it comes with the first model, and is most of what is imported
+        import transformers
 
     console.quiet_progress_bars()
     transformers.set_seed(args.seed)

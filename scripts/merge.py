@@ -46,9 +46,11 @@ def main() -> None:
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
 
     console.quiet_libraries()
-    import torch
+    with console.quick_imports():
+        import peft  # noqa: F401 - it comes with the proof, and is most of what is imported
+        import torch
 
-    from stepladder.model import export, proof, quantized, whole
+        from stepladder.model import export, proof, quantized, whole
 
     console.quiet_progress_bars()
     began = time.perf_counter()

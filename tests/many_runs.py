@@ -25,7 +25,8 @@ def main(each: Callable[[dict, int], None]) -> None:
     from stepladder.training import ranks
 
     console.quiet_libraries()
-    import_all()
+    with console.quick_imports():
+        import_all()
     launch = ranks.launched()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         failed = Path(f"{job['log']}.failed")

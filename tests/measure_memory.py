@@ -38,6 +38,14 @@ def run(job: dict, rank: int) -> None:
     live = Resized()
 
     class Probe(telemetry.Telemetry):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            live.__enter__()  # sft.py has a model by now, and no Trainer: what it made before would take long to count
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_end(args, state, control, **kwargs)
+            live.__exit__(None, None, None)
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             super().on_step_begin(args, state, control, **kwargs)
             for tensor in known(kwargs["model"], kwargs["optimizer"]):
@@ -50,8 +58,7 @@ def run(job: dict, rank: int) -> None:
             Path(f"{job['log']}.{rank}.peak").write_text(json.dumps(live.peak))
 
     telemetry.Telemetry = Probe  # type: ignore[misc]
-    with live:
-        many_runs.run(job, rank)
+    many_runs.run(job, rank)
 
 
 def known(model: Any, optimizer: Any) -> list[Any]:

@@ -25,6 +25,23 @@ def test_imports_leave_the_collector_as_it_was() -> None:
         gc.unfreeze()
 
 
+def test_imports_load_no_compiler() -> None:
+    """Guards a second of each start, which bitsandbytes' decorators took, and `torch_compile`, which comes later."""
+    program = (
+        "import os, sys; from stepladder import console\n"
+        "with console.quick_imports():\n"
+        "    import peft, torch\n"
+        "print('bitsandbytes' in sys.modules, 'torch._inductor.compile_fx' in sys.modules)\n"
+        "print(console.NO_COMPILER in os.environ)\n"
+        "seen = []\n"
+        "torch.compile(lambda x: x + 1, backend=lambda graph, _: seen.append(graph) or graph)(torch.ones(1))\n"
+        "print(len(seen))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != console.NO_COMPILER}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True False\nFalse\n1\n"), done.stderr
+
+
 @pytest.mark.parametrize(("rank", "searched"), [(None, False), ("0", True)], ids=["one process", "a rank"])
 def test_what_is_searched_at_the_end(rank: str | None, searched: bool) -> None:
     """Guards the second and more between a run's last line and its exit; and a rank, whose process groups end in that

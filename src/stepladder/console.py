@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+NO_COMPILER = "TORCHDYNAMO_DISABLE"  # PyTorch's own switch: `torch.compile` returns the function as it is
+
 
 def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
@@ -53,17 +55,24 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Around imports of libraries: garbage is looked for seldom among what they make, and afterwards never.
+    """Around imports of libraries: no compiler is loaded, and garbage is looked for seldom, and afterwards never.
 
-    That is half a million objects that stay. To go through them again and again took a sixth of the imports, and a
-    second of what follows (issue 13). In a rank only the first: see `errors.exit_with`.
+    Half a million objects stay. To go through them again and again took a sixth of the imports, and a second of what
+    follows (issue 13). In a rank it is looked for again afterwards: see `errors.exit_with`. The compiler is
+    TorchInductor, a second more: bitsandbytes decorates four functions by `torch.compile` as it is imported
+    (`_try_torch_compile`), for machines that it has no kernels for. What is compiled later is, as ever.
     """
-    usual = gc.get_threshold()
+    usual, compiles = gc.get_threshold(), os.environ.get(NO_COMPILER)
     gc.set_threshold(50_000)  # 700 by default. Not off: what is garbage would stay for good
+    os.environ[NO_COMPILER] = "1"
     try:
         yield
     finally:
         gc.set_threshold(*usual)
+        if compiles is None:
+            del os.environ[NO_COMPILER]
+        else:
+            os.environ[NO_COMPILER] = compiles
         if "RANK" not in os.environ:
             gc.freeze()
 
