@@ -16,6 +16,7 @@ import types
 from typing import Any
 
 import torch
+from torch import library
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
@@ -120,7 +121,7 @@ class _LogProbs(torch.autograd.Function):
         )
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "stepladder::judged",
     mutates_args={"scores", "exact"},
     schema="(Tensor(a!) scores, Tensor? bias, Tensor targets, Tensor(b!) exact) -> (Tensor, Tensor, Tensor)",
