@@ -57,18 +57,22 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
         return value
 
     look("recipe", _keys, recipe)
-    for name, required in (("versions", requirements.versions), ("accounts", requirements.accounts)):
-        look(name, lambda required=required: (required(recipe), True))
+    look("versions", _required, requirements.versions, recipe)
+    look("accounts", _required, requirements.accounts, recipe)
     if recipe.get("torch_compile"):
-        look("compiler", lambda: (requirements.compiler(recipe), True))
+        look("compiler", _required, requirements.compiler, recipe)
     model = look("model", _model, recipe)
     rows = look("data", _data, recipe)
     longest = look("template", _template, recipe, rows) if model and rows and rows.train else None
     launch = look("strategy", _strategy, recipe, machine)
     sizes = look("memory", _memory, recipe, machine, launch, longest) if model and launch else None
     if sizes:
-        look("disk", lambda: (requirements.disk(recipe, recipe.output_dir, *sizes), True))
+        look("disk", _required, requirements.disk, recipe, recipe.output_dir, *sizes)
     return done
+
+
+def _required(requirement: Callable[..., str], *given: Any) -> tuple[str, Any]:
+    return requirement(*given), True
 
 
 def _keys(recipe: Recipe) -> tuple[str, Any]:
