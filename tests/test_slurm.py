@@ -124,7 +124,9 @@ def jobs(site: Site) -> dict[str, str]:
         HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
                              recipe_keys=("--strategy=fsdp",)),
         "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--export=ALL,FAKE_GPU_MIB=5000"),
-        "limit": site.sbatch("limit", "--time=2", "--signal=B:USR1@60", "--gpus-per-node=2", recipe_keys=LONG),
+        # Slow, so that it leaves the processors to the others until its time is up.
+        "limit": site.sbatch("limit", "--time=2", "--signal=B:USR1@60", "--gpus-per-node=2",
+                             recipe_keys=(*LONG, *site.slow)),
     }  # fmt: skip
 
 
@@ -134,6 +136,17 @@ def reference(site: Site) -> Path:
     words = ["--recipe", str(site.recipe), "--output_dir", str(run), "--per_device_train_batch_size", "2"]
     subprocess.run([sys.executable, "scripts/sft.py", *words], cwd=ROOT, check=True, capture_output=True)
     return run
+
+
+def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Site, jobs: dict[str, str]) -> None:
+    """Guards `--signal=B:USR1@…`: Slurm's own signal, in time, saves; the stop file keeps the job from coming back."""
+    # First of all, since every two minutes that go by without the stop file are one more start of this job.
+    site.until_it_trains("limit")
+    (site.folder / "limit/stop").touch()
+    site.ended(jobs["limit"], "limit", "FAILED")
+    assert "stop ends the chain" in site.log("limit")
+    assert site.run_json("limit")["status"] == "preempted"
+    assert list((site.folder / "limit").glob("checkpoint-*/COMPLETE.json"))
 
 
 def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: dict[str, str], reference: Path) -> None:
@@ -187,16 +200,6 @@ def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str,
     site.ended(jobs["sick"], "sick", "FAILED")
     assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
     assert not (site.folder / "sick" / "run.json").exists()
-
-
-def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Site, jobs: dict[str, str]) -> None:
-    """Guards `--signal=B:USR1@…`: Slurm's own signal, in time, saves; the stop file keeps the job from coming back."""
-    site.until_it_trains("limit")
-    (site.folder / "limit/stop").touch()
-    site.ended(jobs["limit"], "limit", "FAILED")
-    assert "stop ends the chain" in site.log("limit")
-    assert site.run_json("limit")["status"] == "preempted"
-    assert list((site.folder / "limit").glob("checkpoint-*/COMPLETE.json"))
 
 
 def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
