@@ -20,7 +20,7 @@ from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture
 from stepladder.hardware import GPUS
 from stepladder.model import load as model_load
-from stepladder.training import arguments
+from stepladder.training import arguments, strategy
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
 
@@ -121,7 +121,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
             overrides += ["--per_device_train_batch_size", str(best.micro)]
             overrides += ["--gradient_checkpointing", str(best.checkpointing).lower()]
         else:
-            way = plan.of_recipe(args.strategy or ("ddp" if plan.ranks > 1 else "single"))
+            way = plan.of_recipe(strategy.named(args.strategy, plan.ranks))
         lines.append(
             f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
             f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"
@@ -143,12 +143,8 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     arguments.layout(recipe, ranks)
     mixture.load(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
-    strategy = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
-    strategy = strategy or ("ddp" if ranks > 1 else "single")
-    if strategy != "auto" and not Path(f"accelerate_configs/{strategy}.yaml").is_file():
-        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-        raise errors.LaunchError(f"--strategy {strategy}: no accelerate_configs/{strategy}.yaml", way_out=there)
-    return strategy
+    asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
+    return "auto" if asked == "auto" else strategy.named(asked, ranks)
 
 
 def _job_name(folder: Path) -> str:

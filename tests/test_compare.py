@@ -152,6 +152,34 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
     assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["scores the end alone", "a model that scores all"])
+def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path: Path) -> None:
+    """Guards rows that share a batch, with prompts of other lengths or none: padding, and which scores are whose."""
+    import torch
+
+    from stepladder.data.render import IGNORED, render
+    from stepladder.model.load import for_inference
+
+    texts = [{"text": line.strip()} for line in (ROOT / "docs/workshop/questions.txt").read_text().splitlines()[:3]]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    model, tokenizer = for_inference(str(tiny))
+    if not keeps:
+        forward = model.forward
+        model.forward = lambda ids: forward(ids)
+    for file in (ROOT / "data/techco_eval.jsonl", tmp_path / "plain.jsonl"):
+        rows = mixture.from_name(str(file)).take(range(3))
+        expected = []
+        for row in render(rows, tokenizer).to_list():
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+            with torch.inference_mode():
+                log_p = model(ids).logits[0, :-1].log_softmax(-1)
+            trained = labels != IGNORED
+            expected.append((-log_p[trained].gather(1, labels[trained, None]).sum().item(), int(trained.sum())))
+        found = loss.of_rows(model, tokenizer, rows, batch_size=2)
+        assert [row.tokens for row in found] == [tokens for _, tokens in expected]
+        assert [row.nats for row in found] == pytest.approx([nats for nats, _ in expected], abs=1e-3)
+
+
 def test_models_of_other_tokenizers_are_compared_by_the_same_unit() -> None:
     """Guards against a tokenizer with shorter tokens that makes any model look better a token."""
     base, tuned = [RowLoss(20.0, 10)], [RowLoss(20.0, 40)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stepladder import requirements
@@ -111,10 +110,7 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, ranks.Launch]:
     """With the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here() or 1
-    name = machine.strategy or ("ddp" if machine.nodes * gpus > 1 else "single")
-    if not Path(f"accelerate_configs/{name}.yaml").is_file():
-        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-        raise LaunchError(f"there is no accelerate_configs/{name}.yaml", way_out=there)
+    name = strategy.named(machine.strategy, machine.nodes * gpus)
     launch = ranks.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
     notes = strategy.check(recipe, launch)

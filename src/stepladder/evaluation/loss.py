@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data.render import IGNORED, render
@@ -28,23 +29,33 @@ def of_rows(
         ModelError: conversations and a tokenizer without a chat template.
     """
     import torch
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from torch.nn.utils.rnn import pad_sequence
 
-    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     items = render(rows, tokenizer).remove_columns("rows").to_list()
     # Rows of like length together: less padding. Their order is restored at the end.
     order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def batch_of(numbers: list[int]) -> list[RowLoss]:
-        batch = {k: v.to(model.device) for k, v in collate([items[i] for i in numbers]).items()}
-        labels = batch.pop("labels")[:, 1:]
+        def padded(column: str, value: int) -> torch.Tensor:
+            cells = [torch.tensor(items[i][column]) for i in numbers]
+            return pad_sequence(cells, batch_first=True, padding_value=value).to(model.device)
+
+        # Without a mask: what a token sees lies before it, and the padding behind.
+        ids, labels = padded("input_ids", tokenizer.pad_token_id), padded("labels", IGNORED)[:, 1:]
+        # The prompts' scores are not asked for: with 150,000 words they would take most of the memory.
+        trained = (labels != IGNORED).any(0).tolist()
+        labels = labels[:, trained.index(True) if any(trained) else 0 :]
+        scored = {"logits_to_keep": labels.shape[1] + 1} if keeps else {}
         with torch.inference_mode():
-            logits = model(**batch).logits[:, -1 - labels.shape[1] : -1]  # after virtual tokens, where there are any
+            logits = model(ids, **scored).logits
         found = []
-        for row, targets in zip(logits, labels, strict=True):
-            trained = targets != IGNORED
-            nats = torch.nn.functional.cross_entropy(row[trained].float(), targets[trained], reduction="sum")
-            found.append(RowLoss(nats.item(), int(trained.sum())))
+        # Counted from the end: before the first token there may be virtual ones.
+        for row, targets in zip(logits[:, -1 - labels.shape[1] : -1], labels, strict=True):
+            own = targets != IGNORED
+            nats = torch.nn.functional.cross_entropy(row[own].float(), targets[own], reduction="sum")
+            found.append(RowLoss(nats.item(), int(own.sum())))
         return found
 
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

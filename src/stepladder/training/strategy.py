@@ -1,4 +1,4 @@
-"""What a strategy cannot compute as one process does: refused before it starts, or said where the run begins.
+"""A strategy by its name, and what it cannot compute as one process does: refused, or said where the run begins.
 
 ZeRO cuts all weights, laid end to end, into equal slices, and an optimizer sees slices, not
 matrices. The figures are losses after 7 steps of the tiny model of tests/ (tests/test_train.py).
@@ -6,7 +6,9 @@ matrices. The figures are losses after 7 steps of the tiny model of tests/ (test
 
 from __future__ import annotations
 
-from stepladder.errors import RecipeError
+from pathlib import Path
+
+from stepladder.errors import LaunchError, RecipeError
 from stepladder.recipe.recipe import Recipe
 from stepladder.training.ranks import Launch
 
@@ -17,6 +19,19 @@ ELEMENTWISE = {
     *("rmsprop_bnb_32bit", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
 BLOCKS = ("_8bit", "_4bit")  # their state is quantized in blocks, which fall elsewhere in slices
+
+
+def named(asked: str | None, ranks: int) -> str:
+    """The strategy that is asked for, by the name of its file; where none is, what the ranks need: ddp or single.
+
+    Raises:
+        LaunchError: there is no such file.
+    """
+    name = asked or ("ddp" if ranks > 1 else "single")
+    if not Path(f"accelerate_configs/{name}.yaml").is_file():
+        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
+        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", way_out=there)
+    return name
 
 
 def check(recipe: Recipe, launch: Launch) -> list[str]:
