@@ -155,15 +155,16 @@ def measured(contenders: Contenders, count: int, folder: Path, repeat: int) -> t
 
 
 def table(count: int, runs: dict[str, list[Play]], share: float, reference: str) -> None:
-    """Medians of the repetitions, against one contender's."""
+    """Medians of the repetitions, against one contender's; of tokens/s the slowest and the fastest too."""
     floor = statistics.median(epoch for _, epoch, _, _ in runs[reference])
     print(f"| | tokens/s | × {reference} | MFU | peak memory, GiB | first step, s | loss of the second epoch |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for contender, found in runs.items():
         first, epoch, memory = (statistics.median(run[at] for run in found) for at in (0, 1, 3))
         loss = statistics.mean(statistics.mean(run[2][EPOCH:]) for run in found)
-        rate = count / epoch
-        print(f"| {contender} | {rate:.0f} | {floor / epoch:.2f} | {share * rate:.0%} | {memory:.1f} "
+        rate, seconds = count / epoch, [run[1] for run in found]
+        spread = f" ({count / max(seconds):.0f} to {count / min(seconds):.0f})" if len(found) > 1 else ""
+        print(f"| {contender} | {rate:.0f}{spread} | {floor / epoch:.2f} | {share * rate:.0%} | {memory:.1f} "
               f"| {first:.1f} | {loss:.3f} |")  # fmt: skip
     print()
 
