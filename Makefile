@@ -64,7 +64,7 @@ plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak me
 plan-gpu: $(INSTALLED) ## the same on a CUDA GPU, with random weights of 0.6 to 8 billion parameters (not run yet: see docs/planning.md)
 	$(BIN)/python benchmarks/plan_gpu.py --folder runs/plan-gpu --page docs/planning.md
 
-bench: $(INSTALLED) models/smollm2-135m-instruct ## training beside `trl sft` and a bare loop, what each setting is worth, and a second process (about two hours)
+bench: $(INSTALLED) models/smollm2-135m-instruct ## training beside `trl sft` and a bare loop, what each setting is worth, and a second process (about three hours)
 	$(BIN)/python benchmarks/train.py --repeat 3
 	$(BIN)/python benchmarks/train.py --repeat 3 --ladder
 	$(BIN)/python benchmarks/scaling.py --method lora --repeat 3
