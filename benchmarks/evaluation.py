@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +31,22 @@ LOSSES = ("loss: Stepladder", "loss: TRL's `evaluate`")
 def pipeline_answers(model: Any, tokenizer: Any, conversations: list[Any], batch_size: int) -> list[str]:
     from transformers import pipeline
 
+    from stepladder.evaluation.generate import MAX_NEW_TOKENS
+
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = ask(conversations, do_sample=False, max_new_tokens=128, return_full_text=False)
+    found = ask(conversations, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, return_full_text=False)
     return [answer["generated_text"].strip() for (answer,) in found]
 
 
-def trl_loss(model: Any, tokenizer: Any, conversations: list[Any], references: list[str]) -> Callable[[], float]:
+def trl_loss(
+    model: Any, tokenizer: Any, conversations: list[Any], references: list[str], folder: str
+) -> Callable[[], float]:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     completions = [[{"role": "assistant", "content": reference}] for reference in references]
     rows = Dataset.from_dict({"prompt": conversations, "completion": completions})
-    args = SFTConfig(output_dir="runs/evaluation", report_to="none", per_device_eval_batch_size=8, bf16=False,
+    args = SFTConfig(output_dir=folder, report_to="none", per_device_eval_batch_size=8, bf16=False,
                      use_cpu=True, disable_tqdm=True)  # fmt: skip
     trainer = SFTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
     return lambda: float(trainer.evaluate()["eval_loss"])
@@ -59,17 +64,19 @@ def play(contender: str, name: str) -> tuple[float, Any]:
     model, tokenizer = load.for_inference(name)
     work: dict[str, Callable[[], Any]] = {
         ANSWERS[0]: lambda: [
-            answer.text for answer in generate.answers(model, tokenizer, conversations, max_new_tokens=128)
+            answer.text
+            for answer in generate.answers(model, tokenizer, conversations, max_new_tokens=generate.MAX_NEW_TOKENS)
         ],
         ANSWERS[1]: lambda: pipeline_answers(model, tokenizer, conversations, 16),
         ANSWERS[2]: lambda: pipeline_answers(model, tokenizer, conversations, 1),
         LOSSES[0]: lambda: loss.mean(loss.of_rows(model, tokenizer, rows)),
     }
-    if contender == LOSSES[1]:
-        work[contender] = trl_loss(model, tokenizer, conversations, references)
-    began = time.perf_counter()
-    found = work[contender]()
-    return time.perf_counter() - began, found
+    with tempfile.TemporaryDirectory() as folder:
+        if contender == LOSSES[1]:
+            work[contender] = trl_loss(model, tokenizer, conversations, references, folder)
+        began = time.perf_counter()
+        found = work[contender]()
+        return time.perf_counter() - began, found
 
 
 def main() -> None:
@@ -95,11 +102,11 @@ def main() -> None:
     print("\n| | seconds | × Stepladder | result |\n| --- | ---: | ---: | --- |")
     for contender, taken in seconds.items():
         first, found = (ANSWERS if contender in ANSWERS else LOSSES)[0], results[contender]
-        median = statistics.median(taken)
+        median, spread = statistics.median(taken), f" ({min(taken):.1f} to {max(taken):.1f})" * (len(taken) > 1)
         same = f"loss {found:.4f}" if contender in LOSSES else (
             f"{sum(a == b for a, b in zip(found, results[first], strict=True))} of {len(found)} the same"
         )  # fmt: skip
-        print(f"| {contender} | {median:.1f} | {median / statistics.median(seconds[first]):.2f} | {same} |")
+        print(f"| {contender} | {median:.1f}{spread} | {median / statistics.median(seconds[first]):.2f} | {same} |")
 
 
 if __name__ == "__main__":

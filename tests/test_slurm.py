@@ -140,7 +140,7 @@ def reference(site: Site) -> Path:
 
 def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Site, jobs: dict[str, str]) -> None:
     """Guards `--signal=B:USR1@…`: Slurm's own signal, in time, saves; the stop file keeps the job from coming back."""
-    # First of all, since every two minutes that go by without the stop file are one more start of this job.
+    # First of all: each time that its limit comes before the stop file, the job starts once more.
     site.until_it_trains("limit")
     (site.folder / "limit/stop").touch()
     site.ended(jobs["limit"], "limit", "FAILED")
