@@ -1,6 +1,7 @@
 """Predicted against measured peak memory on a CUDA GPU, with random weights; writes docs/planning.md's second table.
 
     python benchmarks/plan_gpu.py --folder /tmp/plan-gpu
+    python benchmarks/plan_gpu.py --folder /tmp/plan-gpu --rehearse    # a tiny model, on any machine: does it run?
 
 Each case trains three steps by scripts/sft.py. Measured are PyTorch's `max_memory_allocated` and
 `max_memory_reserved` (run.json); predicted is the plan that the same run.json holds. Nothing is downloaded: the
@@ -47,6 +48,9 @@ class Case:
         return f"{self.model.split('/')[-1]}-{self.method}-{self.micro}-{self.length}-{kept}-{self.dtype}"
 
 
+ROWS = 80
+TINY = "tiny"
+REHEARSAL = [Case(TINY, method, 2, 64, False) for method in METHODS]
 ONE, EIGHT, SMALL = "HuggingFaceTB/SmolLM2-1.7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-0.6B"
 CASES = [
     Case(SMALL, "full", 4, 2048, False),
@@ -72,20 +76,44 @@ def make_model(name: str, folder: Path) -> Path:
     import yaml
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if name == TINY:
+        return make_tiny(folder / TINY)
     made = folder / name.split("/")[-1]
     if not (made / "config.json").is_file():
         shapes = yaml.safe_load((ROOT / "src/stepladder/planning/shapes.yaml").read_text())
-        make_tiny(folder / "tiny")
-        AutoTokenizer.from_pretrained(folder / "tiny").save_pretrained(made)
+        AutoTokenizer.from_pretrained(make_tiny(folder / TINY)).save_pretrained(made)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name]), dtype=torch.bfloat16)
         model.save_pretrained(made)
     return made
 
 
+def write_rows(case: Case, folder: Path) -> None:
+    """Rows of so many tokens as the case has, as Stepladder reads them and as TRL does: none is cut or padded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_model(case.model, folder))
+
+    def turns(number: int, words: int) -> list[dict[str, str]]:
+        question, answer = f"Tell me {number}.", " ".join(["word"] * words)
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def tokens(number: int, words: int) -> int:
+        return len(tokenizer.apply_chat_template(turns(number, words), return_dict=False))
+
+    (folder / "trl").mkdir(parents=True, exist_ok=True)
+    with (folder / "rows.jsonl").open("w") as here, (folder / "trl/train.jsonl").open("w") as there:
+        for number in range(ROWS):
+            one, two = tokens(number, 1), tokens(number, 2)
+            question, answer = turns(number, 1 + (case.length - one) // (two - one))
+            here.write(json.dumps({"input": question["content"], "output": answer["content"]}) + "\n")
+            there.write(json.dumps({"prompt": [question], "completion": [answer]}) + "\n")
+
+
 def measure(case: Case, folder: Path) -> dict:
     """Train three steps; what run.json says."""
     run = folder / case.name
+    write_rows(case, folder)
     words = ["--recipe", "sft", "--model_name_or_path", str(make_model(case.model, folder)), *METHODS[case.method]]
     words += ["--dtype", case.dtype] if case.method != "qlora" else ["--dtype", "null"]
     words += ["--bf16", "true", "--dataset_name", str(folder / "rows.jsonl"), "--eval_dataset_name", "null"]
@@ -101,7 +129,7 @@ def measure(case: Case, folder: Path) -> dict:
 def row(case: Case, facts: dict) -> tuple[str, float]:
     """A line of the table, and the error in percent of what was allocated."""
     real, planned = max(facts["totals"]["peak_memory_bytes"]), facts["plan"]["peak_memory_bytes"]
-    reserved = facts["totals"]["reserved_memory_bytes"]
+    reserved = facts["totals"].get("reserved_memory_bytes", 0)  # not counted on a CPU
     error = 100 * (planned / real - 1)
     model = case.model.split("/")[-1]
     what = f"{case.micro} × {case.length} | {'on' if case.checkpointing else 'off'} | {case.dtype}"
@@ -114,26 +142,24 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the models and runs lie (40 GB)")
     parser.add_argument("--only", default="", help="the cases whose names hold this")
     parser.add_argument("--page", type=Path, help="a page whose table is replaced, between its two plan-gpu marks")
+    parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
 
     import torch
 
-    if not torch.cuda.is_available():
-        sys.exit("✘ no CUDA GPU is here; on a CPU: make plan-check")
-    args.folder.mkdir(parents=True, exist_ok=True)
-    words = " ".join(f"word {number}" for number in range(8000))  # longer than any length here
-    row_of = [{"input": f"Tell me {number}.", "output": words} for number in range(32)]
-    (args.folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in row_of))
+    if not (torch.cuda.is_available() or args.rehearse):
+        sys.exit("✘ no CUDA GPU is here; on a CPU: make plan-check, or --rehearse")
     rows = ["| model | method | batch × tokens | ckpt | weights | allocated GiB | reserved GiB | plan GiB | error |",
             "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     errors = []
-    for case in CASES:
+    for case in REHEARSAL if args.rehearse else CASES:
         if args.only in case.name:
             line, error = row(case, measure(case, args.folder))
             print(line, flush=True)
             rows.append(line)
             errors.append(abs(error))
-    verdict = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {len(errors)} combinations: "
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a rehearsal, on a CPU"
+    verdict = f"{device}, torch {torch.__version__}, {len(errors)} combinations: "
     verdict += f"median error {statistics.median(errors):.1f} %, worst {max(errors):.1f} %."
     print(verdict)
     if args.page:

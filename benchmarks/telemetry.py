@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from transformers import TrainerControl
 
 from stepladder import run
 from stepladder.training import rows, telemetry, utilization
@@ -32,6 +33,7 @@ def main() -> None:
         torch.distributed.init_process_group("gloo")
     work = utilization.Work(10**8, 10**6, 10**5, False, 1e12, "")
     device, state = torch.device("cpu"), SimpleNamespace(global_step=1, is_world_process_zero=first)
+    of_cpu, logged = SimpleNamespace(device=device), TrainerControl(should_log=True)
     ids = torch.ones(4, 512, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "rows": torch.arange(4)[:, None]}
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +46,7 @@ def main() -> None:
                     pass
             meter.count(seen.checksum(), *seen.counts.tolist())
             seen.clear()
-            meter.on_step_end(None, state, None)
+            meter.on_step_end(of_cpu, state, logged)
             meter.on_log(None, state, None, {"loss": 1.0, **meter.figures(device)})
         cost = (time.perf_counter() - began) / STEPS
     if not first:

@@ -5,7 +5,8 @@
     python benchmarks/train.py --ladder        # what each setting of the recipe is worth, one change a row
     python benchmarks/train.py --quick         # beside TRL's best flags alone, once: the ratio, in three minutes
 
-Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns. A line is
+Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns, on all
+cores: `trl sft` goes through accelerate, which gives it one thread where OMP_NUM_THREADS says nothing. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
 the same tokens, so that imports, loading and the first steps do not count. `first step` is the time from the command to
 the end of the first step. MFU is by the formula and the measured peak of training/utilization.py, the same for all.
@@ -63,6 +64,7 @@ RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
 # What raises the most elsewhere too: tcmalloc, which the recipe takes by itself; else that glibc keeps freed memory.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 MALLOC = allocator.preload() or KEPT
+THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 
 Contenders = dict[str, tuple[list[str], dict[str, str]]]
@@ -83,8 +85,8 @@ def commands(method: str, folder: Path) -> Contenders:
     bare = [sys.executable, "benchmarks/bare_loop.py", method, str(folder / "train.jsonl"), steps, RATE[method]]
     contenders = {
         OURS: ([*ours, "--overwrite"], {}),
-        "`trl sft`": (trl, {}),
-        BEST: ([*trl, *best, "--dtype", "bfloat16"], MALLOC),
+        "`trl sft`": (trl, THREADS),
+        BEST: ([*trl, *best, "--dtype", "bfloat16"], MALLOC | THREADS),
         "a bare PyTorch loop": (bare, MALLOC),
     }
     if method == "qlora":

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl
 
 from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
@@ -310,14 +311,14 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path: Path)
 
 def test_a_clock_that_jumps_changes_no_figure(tmp_path: Path, monkeypatch) -> None:
     """Guards the monotonic clock: with the machine's time set an hour back and forth, steps take what they take."""
-    jumps = iter(range(10**6))
+    jumps, args = iter(range(10**6)), SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(time, "time", lambda: 1e9 + 3600 * (-1) ** next(jumps))
     meter = telemetry.Telemetry(run.Run(tmp_path / "run", is_writer=True))
     for _ in range(4):
         assert [*meter.batches(iter(["batch"]))] == ["batch"]
         time.sleep(0.002)
         meter.count(1, tokens=10, trained=5, places=16, pairs=50)
-        meter.on_step_end(None, None, None)
+        meter.on_step_end(args, None, TrainerControl(should_log=True))
     found = meter.figures("cpu")
     assert all(0 <= seconds < 60 for seconds in meter.step_seconds) and 0 < found["step_seconds"] < 60
     assert found["tokens"] == 40 and found["padding"] == 1 - 40 / 64 and found["tokens_per_second"] > 0
@@ -326,9 +327,10 @@ def test_a_clock_that_jumps_changes_no_figure(tmp_path: Path, monkeypatch) -> No
 def test_what_is_in_a_step(tmp_path: Path, monkeypatch) -> None:
     """Guards the definitions by a clock of its own: waiting for data is in a step, an evaluation between two is not.
 
-    The first batch of a start is not waited for, since workers are started then.
+    The first batch of a start is not waited for, since workers are started then. What a GPU still does when a step is
+    over counts where something else follows; a step that is followed by a step does not wait for it.
     """
-    now = 0.0
+    now, args = 0.0, SimpleNamespace(device=torch.device("cuda"))
 
     def takes(seconds: float) -> None:
         nonlocal now
@@ -340,19 +342,21 @@ def test_what_is_in_a_step(tmp_path: Path, monkeypatch) -> None:
             yield "batch"
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: takes(0.5))
     meter = telemetry.Telemetry(run.Run(tmp_path / "run", is_writer=True))
-    for wait in (1.0, 2.0, 3.0):
+    followed = {}, {"should_log": True}, {"should_training_stop": True}
+    for wait, by in zip((1.0, 2.0, 3.0), followed, strict=True):
         for _ in meter.batches(loader(wait)):
             with meter.forward(torch.device("cpu")):
                 takes(10.0)
         meter.count(1, tokens=10, trained=5, places=20, pairs=50)
-        meter.on_step_end(None, None, None)
+        meter.on_step_end(args, None, TrainerControl(**by))
         takes(1000.0)  # an evaluation, or a checkpoint
     found, totals = meter.figures("cpu"), telemetry.totals(meter, 3)
-    assert meter.step_seconds == [21.0, 24.0, 26.0] and totals["seconds"] == 71.0
+    assert meter.step_seconds == [21.0, 24.5, 26.5] and totals["seconds"] == 72.0
     assert found["data_wait_seconds"] == totals["data_wait_seconds"] == 1 + 2 * 2 + 2 * 3
-    assert found["tokens_per_second"] == round(30 / 71, 1) and found["padding"] == 0.5
-    assert [totals[f"step_seconds_p{q}"] for q in (50, 90, 99)] == [24.0, 26.0, 26.0]
+    assert found["tokens_per_second"] == round(30 / 72, 1) and found["padding"] == 0.5
+    assert [totals[f"step_seconds_p{q}"] for q in (50, 90, 99)] == [24.5, 26.5, 26.5]
 
 
 def test_the_figures_of_several_ranks_and_nodes(tmp_path: Path, monkeypatch) -> None:

@@ -99,7 +99,14 @@ class Telemetry(TrainerCallback):
             self._forward += time.perf_counter() - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        import torch
+
         assert self._began is not None
+        halts = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
+        if halts and args.device.type != "cpu":
+            # The optimizer may still run on the device. Most steps wait for it in the next one; before what follows
+            # now, which is in no step, nobody would (the log reads the loss).
+            torch.accelerator.synchronize(args.device)
         self.step_seconds.append(time.perf_counter() - self._began)
         self.seconds += self.step_seconds[-1]
         self.steps += 1
