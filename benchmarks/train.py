@@ -4,6 +4,7 @@
     python benchmarks/train.py --repeat 1 --method lora
     python benchmarks/train.py --ladder        # what each setting of the recipe is worth, one change a row
     python benchmarks/train.py --quick         # beside TRL's best flags alone, once: the ratio, in three minutes
+    python benchmarks/train.py --quick --also="--padding_free true --max_length None"    # are they the best?
 
 Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a process of its own, by turns, on all
 cores: `trl sft` goes through accelerate, which gives it one thread where OMP_NUM_THREADS says nothing. A line is
@@ -72,8 +73,8 @@ Contenders = dict[str, tuple[list[str], dict[str, str]]]
 Play = tuple[float, float, list[float], float]
 
 
-def commands(method: str, folder: Path) -> Contenders:
-    """By contender: what is typed, and the environment."""
+def commands(method: str, folder: Path, also: str = "") -> Contenders:
+    """By contender: what is typed, and the environment; `also` are more flags of TRL's best."""
     steps = str(2 * EPOCH)
     common = ["--model_name_or_path", str(MODEL), "--max_length", "512", "--max_steps", steps, "--report_to", "none"]
     common += ["--learning_rate", RATE[method], "--lr_scheduler_type", "constant"]
@@ -86,7 +87,7 @@ def commands(method: str, folder: Path) -> Contenders:
     contenders = {
         OURS: ([*ours, "--overwrite"], {}),
         "`trl sft`": (trl, THREADS),
-        BEST: ([*trl, *best, "--dtype", "bfloat16"], MALLOC | THREADS),
+        BEST: ([*trl, *best, "--dtype", "bfloat16", *also.split()], MALLOC | THREADS),
         "a bare PyTorch loop": (bare, MALLOC),
     }
     if method == "qlora":
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, action="append")
     parser.add_argument("--ladder", type=int, nargs="?", const=1, metavar="ROW", help="from which row on")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--also", default="", help="more flags for TRL's best")
     args = parser.parse_args()
     if args.quick:
         args.repeat, args.method = 1, ["lora"]
@@ -184,7 +186,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             count = tokens(folder)
-            contenders = ladder(folder, args.ladder) if args.ladder else commands(method, folder)
+            contenders = ladder(folder, args.ladder) if args.ladder else commands(method, folder, args.also)
             if args.quick:
                 contenders = {name: contenders[name] for name in (OURS, BEST)}
             runs, share = measured(contenders, count, folder, args.repeat)

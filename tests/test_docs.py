@@ -10,6 +10,9 @@ import yaml
 
 from conftest import ROOT, run
 
+sys.path.append(str(ROOT / "benchmarks"))
+import bars
+
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     """Guards against dead links and anchors, and against pages that call home in a classroom without a network."""
@@ -36,3 +39,12 @@ def test_every_make_target_that_is_named_exists() -> None:
     for path in files:
         named = set(re.findall(r"`make ([a-z-]+)[` ]", path.read_text(encoding="utf-8")))
         assert named <= targets, f"{path}: {named - targets}"
+
+
+def test_the_bars_are_those_of_the_tables() -> None:
+    """Guards against a picture that a new measurement left behind (`python benchmarks/bars.py` draws them)."""
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    tables = bars.tables(page)
+    assert set(tables) == set(re.findall(r"img/(\w+)\.svg", page)) and len(tables) > 1
+    for name, (unit, rows) in tables.items():
+        assert (ROOT / f"docs/img/{name}.svg").read_text() == bars.drawing(unit, rows), name
