@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve keys chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve curve-gpu keys chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 
 same-curve: $(INSTALLED) models/smollm2-135m-instruct ## every method under every strategy against one process; writes docs/compatibility.md (over an hour)
 	$(BIN)/python tests/same_curve.py
+
+curve-gpu: $(INSTALLED) models/smollm2-135m-instruct ## every method on a CUDA GPU against the CPU (not run yet; ten minutes)
+	$(BIN)/python tests/same_curve.py --gpu
 
 keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 15 minutes)
 	$(BIN)/python tests/every_key.py

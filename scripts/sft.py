@@ -53,7 +53,7 @@ def main() -> int | None:
 
     console.quiet_libraries()
     with console.quick_imports():
-        use_cpu = ranks.choose_device(launch) or recipe.get("use_cpu")  # before a library touches CUDA
+        use_cpu = ranks.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         import transformers
 
         from stepladder.data import prepare, templates

@@ -1,4 +1,4 @@
-"""The GPU's benchmarks, rehearsed on a tiny model: no GPU is at hand, and what nobody runs stops running (issue 13)."""
+"""What is measured on a GPU, rehearsed on a tiny model: none is at hand, and what nobody runs stops running."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def test_the_plan_beside_what_is_measured(tmp_path: Path, smollm2: Path) -> None
     text = page.read_text()
     assert done.code == 0 and text.startswith("before\n") and text.endswith("after\n") and "old" not in text, done
     assert re.search(r"\| tiny \| full \| 2 × 64 \| off \| bfloat16 \|.* %", text)
+
+
+def test_the_curve_beside_the_cpu_s(tmp_path: Path, smollm2: Path) -> None:
+    """Guards `make curve-gpu`, which finds a CPU in the GPU's place: the same curve, to the bit."""
+    words = ("--gpu", "--only", "lora", "--only", "fp32", "--folder", tmp_path)
+    done = run(sys.executable, "tests/same_curve.py", *words)
+    assert done.code == 0 and "equal    lora-gpu-1-2-unpacked-fp32-tiny" in done.out and "loss 0.0e+00," in done.out, (
+        done
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from stepladder.errors import LaunchError
@@ -70,6 +72,20 @@ def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
     with pytest.raises(LaunchError, match="2 ranks on a machine with 1 GPU") as caught:
         ranks.choose_device(ranks.launched())
     assert "--num_processes 1" in caught.value.way_out
+
+
+def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
+    """Guards `use_cpu: true` on a machine with a GPU: it was refused for two ranks, had one thread, and memory and
+    precision were the GPU's; the GPU is played by a stand-in, which hides as CUDA's do."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    shared_out: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", shared_out.append)
+    environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
+    assert ranks.choose_device(ranks.launched(), use_cpu=True) and not torch.cuda.is_available()
+    assert len(shared_out) == 1
 
 
 def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:

@@ -66,8 +66,8 @@ def _strategy(ranks: int) -> str:
     return "ddp" if ranks > 1 else "single"
 
 
-def choose_device(launch: Launch) -> bool:
-    """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU.
+def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
+    """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU, as with `use_cpu`.
 
     One process and several GPUs: it takes the first and says so, since the alternative
     (nn.DataParallel) is neither fast nor supported. On CPU, the cores are shared out evenly:
@@ -75,6 +75,8 @@ def choose_device(launch: Launch) -> bool:
     """
     import torch
 
+    if use_cpu:  # no GPU is seen from here on: precision, memory and random numbers are those of a CPU too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if launch.local_ranks > gpus:
@@ -88,7 +90,7 @@ def choose_device(launch: Launch) -> bool:
             torch.cuda.device_count.cache_clear()  # type: ignore[attr-defined]
             say(f"note: {gpus} GPUs are here and one process uses one; for all of them: accelerate launch")
         return False
-    if launch.ranks == 1 and torch.backends.mps.is_available():
+    if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
         return False
     from stepladder.training import freed_memory
 
