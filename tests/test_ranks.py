@@ -6,7 +6,9 @@ import os
 
 import pytest
 
+from stepladder import preflight
 from stepladder.errors import LaunchError
+from stepladder.recipe import load
 from stepladder.training import ranks
 
 
@@ -86,6 +88,10 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
     assert ranks.choose_device(ranks.launched(), use_cpu=True) and not torch.cuda.is_available()
     assert len(shared_out) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    recipe = load.load("lora", ["--use_cpu", "true"])
+    found = {check.name: check for check in preflight.checks(recipe, preflight.Machine())}
+    assert found["strategy"].said.startswith("single on 1 rank,") and not torch.cuda.is_available()
 
 
 def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:

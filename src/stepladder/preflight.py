@@ -45,6 +45,8 @@ class Check:
 def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     """Of the recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
     done: list[Check] = []
+    if recipe.get("use_cpu") and not machine.gpus:
+        ranks.hide_gpus()
 
     def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
         try:

@@ -66,6 +66,11 @@ def _strategy(ranks: int) -> str:
     return "ddp" if ranks > 1 else "single"
 
 
+def hide_gpus() -> None:
+    """For `use_cpu`, before CUDA is touched: precision, memory and random numbers are then those of a CPU too."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU, as with `use_cpu`.
 
@@ -75,8 +80,8 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     """
     import torch
 
-    if use_cpu:  # no GPU is seen from here on: precision, memory and random numbers are those of a CPU too
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if use_cpu:
+        hide_gpus()
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if launch.local_ranks > gpus:
