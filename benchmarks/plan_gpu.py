@@ -89,7 +89,7 @@ def make_model(name: str, folder: Path) -> Path:
 
 
 def write_rows(case: Case, folder: Path) -> None:
-    """Rows of so many tokens as the case has, as Stepladder reads them and as TRL does: none is cut or padded."""
+    """Rows of so many tokens as the case has, as Stepladder reads them and as TRL does, to a word: none is cut."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_model(case.model, folder))
