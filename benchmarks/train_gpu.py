@@ -78,15 +78,8 @@ def ours(case: Case, folder: Path) -> Play:
 def trl(case: Case, folder: Path, *more: str) -> Play:
     """By the clock on the lines that it prints."""
     words = [sys.executable, "-c", TRL, *flags(case, folder), "--dataset_name", str(folder / "trl")]
-    words += [
-        "--output_dir",
-        str(folder / "theirs"),
-        "--dtype",
-        case.dtype,
-        "--gradient_accumulation_steps",
-        "1",
-        *more,
-    ]
+    words += ["--output_dir", str(folder / "theirs"), "--dtype", case.dtype]
+    words += ["--gradient_accumulation_steps", "1", *more]
     found = done(words)
     losses = [(at, float(value[1])) for at, line in found if (value := re.search(r"'loss': '?([\d.]+)", line))]
     peak = next(int(line.split()[-1]) for _, line in found if line.startswith("peak bytes:"))

@@ -129,7 +129,7 @@ def run_all(cells: list[Cell], folder: Path, steps: int = STEPS) -> None:
             model = {"tiny": folder / "tiny", "smollm2": SMOLLM2}[cell.model]
             keys = recipe_keys(cell.method, model, data, cell.packed, steps)
             keys |= {"per_device_train_batch_size": cell.micro, "bf16": cell.precision == "bf16"}
-            keys |= {"use_cpu": cell.config != GPU}
+            keys["use_cpu"] = cell.config != GPU
             if cell.model == "smollm2":
                 keys |= {"max_steps": REAL_STEPS, "learning_rate": 5e-4, "eval_strategy": "no"}
             Path(f"{folder / cell.name}.yaml").write_text(yaml.safe_dump(keys))
