@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     console.quiet_libraries()
-    from stepladder.data import templates
+    from stepladder.data import render, templates
     from stepladder.model import load
 
     folder = load.folder_of(args.model, small_files_only=True)
@@ -38,7 +38,7 @@ def main() -> None:
     tokenizer = load.tokenizer_of(str(folder))
     asked = [{"role": "user", "content": QUESTION}]
     has = tokenizer.chat_template is not None
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if has else QUESTION
+    prompt = render.prompt_text({"messages": asked}, tokenizer) if has else QUESTION
     facts = {
         "name": args.model,
         "base model": adapter.get("base_model_name_or_path") or front.get("base_model") or "none named",

@@ -63,10 +63,10 @@ def main() -> None:
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
 
-    generation = base / "generation_config.json"
-    ollama = args.ollama and export.modelfile(
-        tokenizer, json.loads(generation.read_text()) if generation.is_file() else {}
-    )
+    file = base / "generation_config.json"
+    generation = json.loads(file.read_text()) if file.is_file() else {}
+    generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
+    ollama = args.ollama and export.modelfile(tokenizer, generation)
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
     if because:
         print(f"note: the whole model is loaded, in fp32: {because}", file=sys.stderr)

@@ -75,6 +75,8 @@ def main() -> int | None:
     new_tokens = templates.prepare(tokenizer, recipe)
     folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, recipe))
     train_set, eval_set = prepare.opened(folder)
+    if launch.rank == 0:
+        notes += prepare.remarked(folder, train_rows, eval_rows)
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
         train_set = prepare.streamed(train_rows, tokenizer, recipe)
     planned, unplanned = {}, []
@@ -100,7 +102,8 @@ def main() -> int | None:
         settled = recipe
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = model_load.base_model(recipe, precision)
-    model_load.fit_embeddings(base, tokenizer)
+    if ends := model_load.fit_embeddings(base, tokenizer):
+        notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     flat = use_cpu and attention.by_row(base, recipe)
     unsharded = launch.strategy in ("single", "ddp")
     model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=unsharded)

@@ -59,8 +59,8 @@ def test_the_same_content_is_prepared_once(learnable, tokenizer, settings, cache
 def test_several_processes_prepare_what_one_does(tokenizer, settings) -> None:
     """Guards the order and the numbers of the rows where processes share them."""
     rows = mixture.from_name("data/techco.jsonl")
-    one = prepare.rendered(rows, tokenizer, settings(max_length=512))
-    three = prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
+    one, _ = prepare.rendered(rows, tokenizer, settings(max_length=512))
+    three, _ = prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
     assert one.to_list() == three.to_list() and [row["rows"] for row in three] == [[n] for n in range(72)]
 
 

@@ -88,7 +88,10 @@ TURNS = [
 
 def trained_text(tokenizer, data, train_on: str = "all_turns") -> list[str]:
     """The trained tokens of the first row, each stretch decoded."""
-    ids, labels = next(render.tokenize(data, tokenizer, train_on))
+    row = next(render.tokenize(data, tokenizer, train_on))
+    if isinstance(row, DataError):
+        raise row
+    ids, labels = row.ids, row.labels
     stretches: list[list[int]] = [[]]
     for token, label in zip(ids, labels, strict=True):
         if label == -100:
@@ -122,7 +125,8 @@ def test_masks_of_the_templates_by_hand(template, base_tokenizer, settings, tmp_
     data = rows(tmp_path, {"messages": messages})
     assert trained_text(base_tokenizer, data) == expected
     assert trained_text(base_tokenizer, data, "last_turn") == expected[-1:]
-    ids, labels = next(render.tokenize(data, base_tokenizer, "everything"))
+    row = next(render.tokenize(data, base_tokenizer, "everything"))
+    ids, labels = row.ids, row.labels
     assert ids == labels
 
 
@@ -139,7 +143,8 @@ def test_prompt_template_of_the_seeds(base_tokenizer, settings, tmp_path) -> Non
     """Guards the split at the prompt's end: what is asked at inference is what was trained on."""
     templates.prepare(base_tokenizer, settings(prompt_template="### User: {input}\n### Assistant: "))
     data = rows(tmp_path, {"input": "How long does shipping take?", "output": "Three days."})
-    ids, labels = next(render.tokenize(data, base_tokenizer))
+    row = next(render.tokenize(data, base_tokenizer))
+    ids, labels = row.ids, row.labels
     eos = base_tokenizer.eos_token
     assert base_tokenizer.decode(ids) == f"### User: How long does shipping take?\n### Assistant: Three days.{eos}"
     assert trained_text(base_tokenizer, data) == [f" Three days.{eos}"]
@@ -179,7 +184,7 @@ def test_a_conversation_that_the_template_forbids(base_tokenizer, settings, tmp_
     templates.prepare(base_tokenizer, settings(chat_template="mistral"))
     data = rows(tmp_path, {"messages": [TURNS[1], TURNS[1], TURNS[2]]})
     with pytest.raises(DataError, match="must alternate") as caught:
-        list(render.tokenize(data, base_tokenizer))
+        render.render(data, base_tokenizer)
     assert caught.value.where.endswith(":1")
 
 

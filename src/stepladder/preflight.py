@@ -106,7 +106,11 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
-    return f"{most} tokens in the longest row; {share:.0%} of all are trained, each end of turn too", most
+    said = f"{most} tokens in the longest row; {share:.0%} of all are trained"
+    if ends := templates.turn_ends(tokenizer):
+        said += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
+    warned = [finding for finding in found if finding.severity == audit.WARNING]
+    return said + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
 
 
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, ranks.Launch]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data import render
 from stepladder.data.audit import ERROR, FIGURE, WARNING, Finding, everything, spread
+from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
+from stepladder.errors import DataError
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 LONG_ENOUGH = 20  # characters from which a text's tokens per character say something
@@ -42,72 +43,57 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     """Tokens, masks and cuts of rows; `of` stands before the figures' names (`evaluation `).
 
     Raises:
-        DataError: the template refuses a conversation.
         ModelError: conversations and a tokenizer without a chat template.
     """
     max_length, train_on = settings.get("max_length"), render.mode(settings)
-    lengths, trained, kept, turns, ended = [], 0, 0, 0, 0
+    bad = WARNING if settings.get("on_bad_row") == "skip" else ERROR
+    lengths, trained, kept, turns, ended = [0], 0, 0, 0, 0
     cut: list[str] = []
     beheaded: list[str] = []  # rows that lose their whole answer
     idle: list[str] = []  # rows with nothing to train
-    endless: list[str] = []  # rows with a turn that ends without the token
-    stops = render.end_of_turn(tokenizer)
-    rendered = render.tokenize(rows, tokenizer, train_on)
-    for example, where, (ids, labels) in zip(rows.examples, rows.where, rendered, strict=True):
-        lengths.append(len(ids))
-        left = [label for label in labels[:max_length] if label != render.IGNORED]
-        trained, kept = trained + len(left), kept + len(ids[:max_length])
-        is_cut = max_length is not None and len(ids) > max_length
+    findings: list[Finding] = []
+    remarks = Remarks()
+    rendered = render.tokenize(rows, tokenizer, train_on, remarks)
+    for where, row in zip(rows.where, rendered, strict=True):
+        if isinstance(row, DataError):
+            what = row.what + f" ({row.why})" * bool(row.why)
+            findings.append(Finding(bad, "not_rendered", what, [where], row.way_out))
+            continue
+        lengths.append(len(row.ids))
+        left = [label for label in row.labels[:max_length] if label != render.IGNORED]
+        trained, kept = trained + len(left), kept + len(row.ids[:max_length])
+        is_cut = max_length is not None and len(row.ids) > max_length
         if is_cut:
             cut.append(where)
         if not left:
-            (beheaded if any(label != render.IGNORED for label in labels) else idle).append(where)
-        if "messages" in example:
-            answers = sum(message["role"] == "assistant" for message in example["messages"])
-            wanted = min(answers, 1) if train_on == "last_turn" else answers
-            found = min(wanted, sum(label in stops for label in left))
-            turns, ended = turns + wanted, ended + found
-            if found < wanted and not is_cut:
-                endless.append(where)
+            (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(where)
+        found = sum(max_length is None or end < max_length for end in row.ends)
+        turns, ended = turns + row.turns, ended + found
 
-    findings = [
+    lengths = lengths[1:] or lengths
+    share = round(trained / kept, 4) if kept else 0.0
+    findings += [
         Finding(FIGURE, "tokens_per_row", f"{of}tokens per row", figures=spread(lengths)),
         Finding(
-            FIGURE,
-            "trained_tokens",
-            f"{of}trained tokens",
-            figures={"share": round(trained / kept, 4), "trained": trained, "of": kept},
+            FIGURE, "trained_tokens", f"{of}trained tokens", figures={"share": share, "trained": trained, "of": kept}
         ),
     ]
     if turns:
         figures = {"turns": turns, "trained": ended}
         findings.append(Finding(FIGURE, "end_of_turn", f"{of}end-of-turn token", figures=figures))
         if not ended and not of:  # evaluation rows teach nothing
-            findings.append(_no_end())
+            findings.append(no_end())
     if beheaded:
         what, way_out = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(ERROR, "answer_cut", what, beheaded, way_out))
+        findings.append(Finding(bad, "answer_cut", what, beheaded, way_out))
     if idle:
-        findings.append(Finding(ERROR, "nothing_trained", "nothing of the row is trained", idle, "remove the row"))
+        findings.append(Finding(bad, "nothing_trained", "nothing of the row is trained", idle, "remove the row"))
     if cut:
         what = f"{_share(cut, rows)} are cut by max_length {max_length}"
         findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
-    if endless and ended:
-        what = f"{_share(endless, rows)} have a turn without an end-of-turn token"
-        findings.append(Finding(WARNING, "turn_without_end", what, endless, "look at them with --show"))
+    for name, what, way_out, places in remarks.texts(len(rows)):
+        findings.append(Finding(WARNING, name, what, places, way_out))
     return findings + list(_badly_tokenized(rows, tokenizer))
-
-
-def check_ends(dataset: Dataset, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
-    """Whether rendered conversations train an end of turn at all: else the model never learns to stop.
-
-    For training itself: it looks no further than the first end that it finds.
-    """
-    stops = render.end_of_turn(tokenizer)
-    talks = any("messages" in example for example in rows.examples)
-    if talks and all(stops.isdisjoint(labels) for labels in dataset["labels"]):
-        return [_no_end()]
-    return []
 
 
 def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, count: int) -> Iterator[Seen]:
@@ -115,9 +101,11 @@ def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, cou
     max_length = settings.get("max_length")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = rows.take(range(min(count, len(rows))))
-    for where, (ids, labels) in zip(first.where, render.tokenize(first, tokenizer, render.mode(settings)), strict=True):
-        cut = 0 if max_length is None else max(0, len(ids) - max_length)
-        ids, labels = ids[:max_length], labels[:max_length]
+    for where, row in zip(first.where, render.tokenize(first, tokenizer, render.mode(settings)), strict=True):
+        if isinstance(row, DataError):  # among the findings
+            continue
+        cut = 0 if max_length is None else max(0, len(row.ids) - max_length)
+        ids, labels = row.ids[:max_length], row.labels[:max_length]
         kinds = [(label != render.IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
         stretches, end, before = [], 0, ""
         for (trained, is_special), group in itertools.groupby(kinds):
@@ -129,7 +117,8 @@ def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, cou
         yield Seen(where, len(ids), sum(trained for trained, _ in kinds), cut, stretches)
 
 
-def _no_end() -> Finding:
+def no_end() -> Finding:
+    """Of a set none of whose turns trains its end within max_length."""
     return Finding(
         ERROR,
         "no_end_of_turn",

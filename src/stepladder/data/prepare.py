@@ -19,10 +19,11 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
 from stepladder.data import audit, audit_tokens, packing, render
+from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.errors import DataError
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN, EVALUATION = "train", "evaluation"
+NOTES = "notes.json"  # beside them: what was remarked of their rows, and which were left out
+CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py")  # what prepared rows follow from
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
 ROWS_A_PROCESS = 20_000
@@ -54,20 +57,28 @@ def prepared(
     with contextlib.suppress(OSError):
         os.utime(cached)  # found, and in use from now on
         return cached
-    packs, sets = settings.get("packing"), {}
+    packs, sets, said = settings.get("packing"), {}, {}
     if isinstance(train, Rows):
-        train_set = rendered(train, tokenizer, settings)
-        audit.stop_on_errors(audit_tokens.check_ends(train_set, train, tokenizer))
+        train_set, remarks = rendered(train, tokenizer, settings)
+        if not len(train_set):
+            raise render.none_left(train.name, remarks)
+        if remarks.turns and not remarks.ends:
+            audit.stop_on_errors([audit_tokens.no_end()])
         sets[TRAIN] = packing.packed(train_set, settings, packs)
+        said[TRAIN] = {"notes": remarks.notes(len(train)), "skipped": remarks.skipped}
     if evaluation:
         packs = packs if settings.get("eval_packing") is None else settings.get("eval_packing")
-        sets[EVALUATION] = packing.packed(rendered(evaluation, tokenizer, settings), settings, packs)
+        eval_set, remarks = rendered(evaluation, tokenizer, settings)
+        if not len(eval_set):
+            raise render.none_left(evaluation.name, remarks)
+        sets[EVALUATION] = packing.packed(eval_set, settings, packs)
+        said[EVALUATION] = {"notes": remarks.notes(len(evaluation)), "skipped": remarks.skipped}
     try:
-        return _write(sets, cached)
+        return _write(sets, said, cached)
     except OSError:  # a home folder may be read-only or full on a compute node: then for this job alone
         apart = Path(tempfile.mkdtemp(prefix="stepladder-")) / cached.name
         try:
-            return _write(sets, apart)
+            return _write(sets, said, apart)
         except OSError as error:
             raise DataError(
                 "the prepared rows can be written nowhere",
@@ -85,6 +96,17 @@ def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
         load_from_disk(str(part)) if (part := folder / name).is_dir() else None for name in (TRAIN, EVALUATION)
     )
     return train, evaluation
+
+
+def remarked(folder: Path, train: Rows | Stream | None, evaluation: Rows | None) -> list[str]:
+    """What was remarked of the rows as they were rendered; those left out then are added to the sets' `skipped`."""
+    notes: list[str] = []
+    said = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    for name, rows in ((TRAIN, train), (EVALUATION, evaluation)):
+        if rows and name in said:
+            rows.skipped = rows.skipped + said[name]["skipped"]
+            notes += [f"evaluation rows: {note}" if rows is evaluation else note for note in said[name]["notes"]]
+    return notes
 
 
 def longest(dataset: Dataset | IterableDataset) -> int | None:
@@ -105,13 +127,13 @@ def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Setti
     return packing.packed(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
 
 
-def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Dataset:
-    """As `render.render`, in `dataset_num_proc` processes, or in as many as pay."""
+def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> tuple[Dataset, Remarks]:
+    """As `render.render`, in `dataset_num_proc` processes, or in as many as pay; with what was remarked."""
     from datasets import concatenate_datasets
 
     processes = settings.get("dataset_num_proc") or min(os.cpu_count() or 1, len(rows) // ROWS_A_PROCESS)
     if processes < 2:
-        return render.render(rows, tokenizer, settings)
+        return _part(rows, tokenizer, settings, 0)
     edges = [len(rows) * number // processes for number in range(processes + 1)]
     with concurrent.futures.ProcessPoolExecutor(
         processes,
@@ -120,18 +142,28 @@ def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
         initializer=console.quiet_libraries,
     ) as pool:
         jobs = [
-            pool.submit(render.render, rows.take(range(first, end)), tokenizer, settings, first)
+            pool.submit(_part, rows.take(range(first, end)), tokenizer, settings, first)
             for first, end in itertools.pairwise(edges)
         ]
-        return concatenate_datasets([job.result() for job in jobs])
+        parts = [job.result() for job in jobs]
+    remarks = Remarks()
+    for _, found in parts:
+        remarks.join(found)
+    return concatenate_datasets([dataset for dataset, _ in parts]), remarks
+
+
+def _part(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, first: int) -> tuple[Dataset, Remarks]:
+    remarks = Remarks()
+    return render.render(rows, tokenizer, settings, first, remarks), remarks
 
 
 def _identity(
     train: Rows | Stream | None, evaluation: Rows | None, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> str:
     """SHA-256 of the rows, the tokenizer, the settings and the code that the prepared sets follow from."""
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("packing.py", "render.py")]
-    keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed")
+    here = Path(__file__).parent
+    code = [(here / name).read_text(encoding="utf-8") for name in CODE]
+    keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed", "on_bad_row")
     parts = [
         [rows.fingerprint()["sha256"] if isinstance(rows, Rows) else None for rows in (train, evaluation)],
         [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)],
@@ -141,7 +173,7 @@ def _identity(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _write(sets: dict[str, Dataset], folder: Path) -> Path:
+def _write(sets: dict[str, Dataset], said: dict[str, Any], folder: Path) -> Path:
     """Save the sets beside and move them into place: whoever looks sees all of them or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for old in folder.parent.iterdir():
@@ -152,6 +184,7 @@ def _write(sets: dict[str, Dataset], folder: Path) -> Path:
     try:
         for name, dataset in sets.items():
             dataset.save_to_disk(str(part / name))
+        (part / NOTES).write_text(json.dumps(said), encoding="utf-8")
         part.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another job was faster, with the same content

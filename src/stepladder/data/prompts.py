@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from stepladder.data import formats, mixture
+from stepladder.data import formats, mixture, render
 from stepladder.data.rows import examples
 from stepladder.data.source import Source
 from stepladder.settings import Settings
@@ -44,7 +44,7 @@ def token_ids(rows: list[formats.Example], tokenizer: PreTrainedTokenizerBase) -
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if messages and tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render.prompt_text({**row, "messages": messages}, tokenizer)
         else:
             text = messages[-1]["content"] if messages else row["text"]
         found.append(tokenizer(text, add_special_tokens=not messages)["input_ids"][-LENGTH:])

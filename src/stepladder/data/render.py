@@ -1,20 +1,34 @@
 """Messages to tokens, and to labels that train the assistant's words and its end of turn, nothing else.
 
-The mask comes from the template itself. An assistant turn is the text that the template adds
-between the prompt for it and its end, so the conversation is rendered turn by turn, and the
-tokens of the whole are marked by their place in the text. Templates that render a turn
-differently when more follow (Qwen3 drops old thoughts) are marked by the `{% generation %}` of
-the version that TRL ships for training.
+`templates.layout` tells where a chat template puts each text of a conversation. A row is rendered
+once and must be that layout filled with its texts, so that nothing of it is lost or changed; the
+trained characters follow from the layout, and the tokens are marked by their place in the text.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
+from stepladder.data.templates.layout import (
+    READ,
+    RESERVED,
+    ChatTemplate,
+    Layout,
+    Point,
+    Refusal,
+    Slot,
+    Turn,
+    beginning,
+    mark,
+)
 from stepladder.errors import DataError, ModelError
 from stepladder.settings import Settings
 
@@ -24,27 +38,58 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that trains nothing
 BATCH = 1000  # rows that the Rust tokenizer takes at once, on all its threads
+# How the answers of other models' training data end.
+FOREIGN_END = re.compile(r"(</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|<eos>)\s*\Z")
+# The keys of a message that have a meaning here, whether or not a template reads them.
+HANDLED = READ | {"train", "tool_call_id"}
+ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
 
-Span = tuple[int, int]  # characters of a text, end excluded
-Tokens = tuple[list[int], list[int]]  # input_ids and labels, equally long
+Example = dict[str, Any]
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each
 
 
-def render(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None = None, first: int = 0) -> Dataset:
+@dataclass(frozen=True)
+class Span:
+    """The characters of a trained assistant turn, end excluded; `ends`: a special token closes it."""
+
+    start: int
+    end: int
+    ends: bool
+
+
+@dataclass
+class Rendered:
+    """A row as tokens: `input_ids` and `labels`, equally long; `turns` are trained, and end at the tokens `ends`."""
+
+    ids: list[int]
+    labels: list[int]
+    turns: int = 0
+    ends: list[int] = field(default_factory=list)
+
+
+def render(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings | None = None,
+    first: int = 0,
+    remarks: Remarks | None = None,
+) -> Dataset:
     """Tokenize rows into `input_ids` and `labels` (lists of int, equally long, at most `max_length`).
 
     `rows` holds the number of the row, counted from `first`, by which a training step can be traced back.
+    `remarks` collects what a person should know, and the rows that `on_bad_row: skip` leaves out.
 
     Raises:
-        DataError: the template refuses a row, or nothing of it is trained within `max_length`.
+        DataError: the template refuses a row or loses a part of it, or nothing of it is trained within `max_length`.
         ModelError: conversations and a tokenizer without a chat template.
     """
     from datasets import Dataset, Features
 
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "rows": []}
-    for number, (ids, labels) in enumerate(_cut(rows, tokenizer, settings), first):
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        columns["rows"].append([number])
+    for number, row in _within_length(rows, tokenizer, settings, Remarks() if remarks is None else remarks):
+        columns["input_ids"].append(row.ids)
+        columns["labels"].append(row.labels)
+        columns["rows"].append([first + number])
     return Dataset.from_dict(columns, features=Features(_features()))
 
 
@@ -58,12 +103,16 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
 
     def rows() -> Iterator[dict[str, Any]]:
         reading = itertools.chain.from_iterable(stream.read(epoch) for epoch in itertools.count())
-        number = 0
+        count, remarks = 0, Remarks()
         while batch := list(itertools.islice(reading, BATCH)):
             held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])
-            for ids, labels in _cut(held, tokenizer, settings):
-                yield {"input_ids": ids, "labels": labels, "rows": [number]}
-                number += 1
+            for number, row in _within_length(held, tokenizer, settings, remarks):
+                yield {"input_ids": row.ids, "labels": row.labels, "rows": [count + number]}
+            if len(remarks.skipped) == len(batch):
+                raise none_left(stream.name, remarks)
+            count += len(batch)
+            stream.skipped += remarks.skipped
+            remarks.skipped = []
 
     return IterableDataset.from_generator(rows, features=Features(_features()))
 
@@ -74,19 +123,33 @@ def _features() -> dict[str, Any]:
     return {name: List(Value("int32")) for name in ("input_ids", "labels", "rows")}
 
 
-def _cut(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None) -> Iterator[Tokens]:
-    """Tokens and labels within `max_length`; a row of which nothing is trained is refused."""
+def _within_length(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings | None, remarks: Remarks
+) -> Iterator[tuple[int, Rendered]]:
+    """Rows cut to `max_length`, with their numbers; one that cannot be used is raised, or skipped and listed."""
     max_length = settings.get("max_length") if settings else None
-    for number, (ids, labels) in enumerate(tokenize(rows, tokenizer, mode(settings))):
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels):
-            raise DataError(
+    skips = settings is not None and settings.get("on_bad_row") == "skip"
+    for number, row in enumerate(tokenize(rows, tokenizer, mode(settings), remarks)):
+        if isinstance(row, Rendered):
+            row.ids, row.labels = row.ids[:max_length], row.labels[:max_length]
+            if any(label != IGNORED for label in row.labels):
+                remarks.turns += row.turns
+                remarks.ends += sum(end < len(row.ids) for end in row.ends)
+                yield number, row
+                continue
+            row = DataError(
                 "nothing of this row is trained",
                 where=rows.where[number],
                 why=f"its first {max_length} tokens hold no word of the assistant's" if max_length else "",
-                way_out="raise max_length, shorten the question, or remove the row",
+                way_out="raise max_length, shorten the question, or remove the row; or on_bad_row: skip",
             )
-        yield ids, labels
+        if not skips:
+            raise row
+        remarks.skip(row)
+
+
+def none_left(name: str, remarks: Remarks) -> DataError:
+    return DataError(f"no row of {name} can be used", why=f"all are left out; the first: {remarks.skipped[0]}")
 
 
 def mode(settings: Settings | None) -> str:
@@ -98,151 +161,314 @@ def mode(settings: Settings | None) -> str:
     return str(settings.get("train_on"))
 
 
-def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, train_on: str = "all_turns") -> Iterator[Tokens]:
-    """Token ids and labels of each row, in order, without truncation."""
+def tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, train_on: str = "all_turns", remarks: Remarks | None = None
+) -> Iterator[Rendered | DataError]:
+    """Each row as tokens, in order and without truncation, or what is wrong with it in its stead.
+
+    Raises:
+        ModelError: conversations and a tokenizer without a chat template.
+    """
     if any("messages" in example for example in rows.examples) and tokenizer.chat_template is None:
         raise ModelError(
             "the model has no chat template, so a conversation cannot be rendered",
             why="base models are trained on plain text",
             way_out='prompt_template: "### User: {input}\\n### Assistant: ", or chat_template: chatml, or rows of text',
         )
-    stops = end_of_turn(tokenizer)
+    renderer = _Renderer(tokenizer, Remarks() if remarks is None else remarks)
     for start in range(0, len(rows), BATCH):
-        examples, where = rows.examples[start : start + BATCH], rows.where[start : start + BATCH]
-        texts: list[str] = []
-        spans: list[list[Span] | None] = []
-        for example, place in zip(examples, where, strict=True):
-            text, found = _text_and_spans(example, tokenizer, place)
-            texts.append(text)
-            spans.append(found)
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-        for example, place, ids, offsets, found in zip(
-            examples, where, encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
-        ):
-            if "messages" not in example:
-                ids = _whole(example["text"], tokenizer)
-                yield ids, list(ids)
-                continue
-            if found is None:
-                ids, turns = _by_markers(example, tokenizer, place)
-            else:
-                turns = [_tokens_in(span, offsets) for span in found]
-            taught = [turn for turn, is_taught in zip(turns, _taught(example), strict=False) if is_taught]
-            yield ids, _labels(ids, taught, stops, train_on)
+        yield from renderer.batch(rows.examples[start : start + BATCH], rows.where[start : start + BATCH], train_on)
 
 
-def _taught(example: dict[str, Any]) -> list[bool]:
-    """Which assistant turns are trained: none of a prompt's (TRL's prompt-completion form), and
-    none that the data marks by `train: false` or `weight: 0`.
+def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that a model is asked with: the conversation and the generation prompt, as training renders it.
+
+    Raises:
+        DataError: the template refuses the conversation, or does not render a part of it.
     """
-    first = example.get("prompt_messages", 0)
+    template = ChatTemplate(tokenizer)
+    # An answer follows, as in training: how the template takes texts and tools is learnt from whole conversations.
+    answered = {**example, "messages": [*example["messages"], {"role": "assistant", "content": "answer"}]}
+    try:
+        layout = template.layout(*mark(answered))
+        _refuse_losses(layout, len(example["messages"]), Remarks(), "")
+        return template.text(example, layout.dialect._replace(training=False), prompt=True)
+    except Refusal as error:
+        raise _refused(error, "") from None
+
+
+class _Renderer:
+    """Rows to tokens by one tokenizer; what is learnt of its template serves all of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks):
+        self.tokenizer, self.remarks = tokenizer, remarks
+        self.template = ChatTemplate(tokenizer)
+        self.begin = beginning(tokenizer)
+
+    def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
+        texts: list[str] = []
+        spans: list[list[Span] | DataError] = []
+        for example, place in zip(examples, where, strict=True):
+            try:
+                text, found = self._conversation(example, place) if "messages" in example else (example["text"], [])
+                texts.append(text)
+                spans.append(found)
+            except DataError as error:
+                texts.append("")
+                spans.append(error)
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        for number, example in enumerate(examples):
+            turns = spans[number]
+            ids, offsets = encoded["input_ids"][number], encoded["offset_mapping"][number]
+            if isinstance(turns, DataError):
+                yield turns
+            elif "messages" not in example:
+                ids = self._whole(ids)
+                yield Rendered(ids, list(ids))
+            else:
+                ids, offsets = self._apart(texts[number], [span.start for span in turns], (ids, offsets), where[number])
+                if self.begin and ids[: len(self.begin)] != self.begin:
+                    self.remarks.add("no_beginning", where[number], self.tokenizer.decode(self.begin))
+                yield _labelled(ids, offsets, turns, train_on)
+
+    # ---- a conversation ----
+
+    def _conversation(self, example: Example, where: str) -> tuple[str, list[Span]]:
+        """A conversation as text, and the characters of its trained turns.
+
+        Raises:
+            DataError: the template refuses it, or its text does not hold all of the row as it is.
+        """
+        template = self.template
+        if reserved := RESERVED.intersection(example.get("chat_template_kwargs") or ()):
+            raise DataError(
+                f"chat_template_kwargs sets {min(reserved)!r}, which is no variable of a template",
+                where=where,
+                way_out="remove it",
+            )
+        slots, marked = mark(example)
+        try:
+            layout = template.layout(slots, marked)
+            _refuse_losses(layout, len(example["messages"]), self.remarks, where)
+            text = template.row_text(example, layout, slots)
+            # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
+            has_blocks = template.marked and layout.spliced is None
+            blocks = template.generated(example, layout.dialect) if has_blocks else None
+        except Refusal as error:
+            raise _refused(error, where) from None
+        starts = layout.find(text, slots)
+        if isinstance(starts, Slot):
+            raise DataError(
+                f"the chat template changes the {_name(starts)}: {_short(starts.text)}",
+                where=where,
+                why="what is trained must be what the row says",
+                way_out="another chat_template, or remove the row",
+            )
+        text += next((turn.appended for turn in layout.turns if turn.appended), "")
+        self._remark(example, slots, layout, where)
+        spans = _spans(example, layout, starts, len(text))
+        if blocks is not None:
+            spans = self._within_blocks(text, spans, blocks, where)
+        return text, spans
+
+    def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]], where: str) -> list[Span]:
+        """The trained turns as the template's own `{% generation %}` blocks have them, up to their end of turn.
+
+        Raises:
+            DataError: the blocks hold none of a turn.
+        """
+        found = []
+        for span in spans:
+            inside = [Span(max(a, span.start), min(b, span.end), b >= span.end) for a, b in blocks]
+            inside = [part for part in inside if part.start < part.end]
+            if not inside:
+                raise DataError(
+                    "the template's {% generation %} blocks leave out an answer of this row",
+                    where=where,
+                    why=f"outside of them: {_short(text[span.start : span.end])}",
+                    way_out="mark every assistant turn in the template, or train: false on the message",
+                )
+            found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
+        return found
+
+    def _remark(self, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
+        """What a person should know of a row that is rendered in whole.
+
+        Raises:
+            DataError: a text was rendered before, or opens an assistant's turn.
+        """
+        for slot in slots:
+            if slot.kind != "id" and (found := self.template.special.search(slot.text)):
+                self._refuse_turns_in(slot, example, slots, layout, where)
+                self.remarks.add("special_tokens", where, found[0])
+            is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
+            if is_answer and (foreign := FOREIGN_END.search(slot.text, len(slot.text) - 40)):
+                self.remarks.add("foreign_end", where, foreign[1])
+        for turn in layout.turns:
+            if turn.opened:
+                self.remarks.add("unopened", where, turn.opened)
+            if not turn.ends:
+                self.remarks.add("turn_without_end", where)
+        keys = {key for message in example["messages"] if len(message) > 2 for key in message}
+        for key in keys - HANDLED:
+            if not self.template.reads(key):
+                self.remarks.add("unread_key", where, key)
+        for key in example.get("chat_template_kwargs") or ():
+            if not self.template.reads(key):
+                self.remarks.add("unread_argument", where, key)
+
+    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
+        """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
+        number = slots.index(slot)
+        before = layout.literals[layout.order.index(number)] if number in layout.order else ""
+        own = [found[0] for found in self.template.special.finditer(before)]
+        if own and slot.kind == "content" and slot.text.startswith(own[-1]):
+            raise DataError(
+                f"a text of this row is rendered already: {_short(slot.text)}",
+                where=where,
+                why=f"the chat template would put {own[-1]} before it once more",
+                way_out="give the texts without the template's tokens, or the whole as a column 'text'",
+            )
+        if example["messages"][slot.message]["role"] == "assistant":
+            return
+        for turn in layout.turns:
+            header = layout.literals[turn.start.literal][: turn.start.offset]
+            if found := list(self.template.special.finditer(header)):
+                opens = header[found[-1].start() :].strip()
+                if opens in slot.text:
+                    raise DataError(
+                        f"a text of this row opens an assistant's turn: {_short(slot.text)}",
+                        where=where,
+                        why=f"it holds {opens!r}, with which the chat template begins an answer",
+                        way_out="write the token otherwise, or remove the row; or on_bad_row: skip",
+                    )
+
+    # ---- tokens ----
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """Plain text is trained whole: it begins as the tokenizer begins every text, and ends by one end token."""
+        begin = [] if ids[: len(self.begin)] == self.begin else self.begin
+        last = next((token for token in reversed(ids) if self.tokenizer.decode([token]).strip()), None)
+        return [*begin, *ids] if last == self.tokenizer.eos_token_id else [*begin, *ids, self.tokenizer.eos_token_id]
+
+    def _apart(self, text: str, cuts: list[int], whole: Encoded, where: str) -> Encoded:
+        """The tokens of a text, none of which holds characters on both sides of a cut.
+
+        The model is asked with the text before a cut, so it is trained after the tokens of that.
+        """
+        _, offsets = whole
+        ends = [end for _, end in offsets]
+        inside = [cut for cut in cuts if _is_inside(cut, offsets, ends)]
+        if not inside:
+            return whole
+        edges = [0, *inside, len(text)]
+        parts = [self._piece(text[a:b], first=a == 0) for a, b in itertools.pairwise(edges)]
+        if any(part is None for part in parts):
+            self.remarks.add("joined", where)
+            return whole
+        self.remarks.add("parted", where)
+        joined: Encoded = ([], [])
+        for begin, part in zip(edges, parts, strict=False):
+            assert part is not None
+            joined[0].extend(part[0])
+            joined[1].extend((a + begin, b + begin) for a, b in part[1])
+        return joined
+
+    def _piece(self, text: str, first: bool) -> Encoded | None:
+        """The tokens of a piece of a text, found behind an anchor: SentencePiece puts a space before a text's first."""
+
+        def encode(piece: str) -> Encoded:
+            found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            return list(found["input_ids"]), list(found["offset_mapping"])
+
+        if first:
+            return encode(text)
+        for anchor in ANCHORS:
+            alone, (ids, offsets) = encode(anchor)[0], encode(anchor + text)
+            if ids[: len(alone)] == alone and all(a >= len(anchor) for a, _ in offsets[len(alone) :]):
+                return ids[len(alone) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(alone) :]]
+        return None
+
+
+def _is_inside(cut: int, offsets: list[tuple[int, int]], ends: list[int]) -> bool:
+    """Whether a token begins before the cut and ends behind it."""
+    after = bisect.bisect_right(ends, cut)
+    return after < len(offsets) and offsets[after][0] < cut
+
+
+def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> list[Span]:
+    """The characters of the turns that are trained: none of a prompt's (TRL's prompt-completion form), and none
+    that the data leaves out by `train: false`.
+    """
+
+    def place(point: Point) -> int:
+        return starts[point.literal] + point.offset
+
+    def is_trained(turn: Turn) -> bool:
+        message = example["messages"][turn.message]
+        return turn.message >= example.get("prompt_messages", 0) and message.get("train", True)
+
     return [
-        number >= first and message.get("train", True) is not False and message.get("weight", 1) != 0
-        for number, message in enumerate(example["messages"])
-        if message["role"] == "assistant"
+        Span(place(turn.start), length if turn.appended else place(turn.end), bool(turn.ends))
+        for turn in layout.turns
+        if is_trained(turn)
     ]
 
 
-def _whole(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Plain text is trained whole, and ends by the end token."""
-    ids = list(tokenizer(text)["input_ids"])
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span], train_on: str) -> Rendered:
+    """Labels for the tokens of the trained turns."""
+    if train_on == "last_turn":
+        spans = spans[-1:]
+    starts = [start for start, _ in offsets]
+    labels, ends = [IGNORED] * len(ids), []
+    for span in spans:
+        first, last = bisect.bisect_left(starts, span.start), bisect.bisect_left(starts, span.end)
+        if first and offsets[first - 1][1] > span.start:
+            first -= 1
+        labels[first:last] = ids[first:last]
+        if span.ends and last:
+            ends.append(last - 1)
+    return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
 
 
-def _text_and_spans(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[Span] | None]:
-    """The rendered conversation and the characters of each assistant turn; None where turns cannot be told so."""
-    if "messages" not in example:
-        return "", []
-    messages, tools = example["messages"], example.get("tools")
-
-    def text_of(upto: int, prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:upto], tools=tools, tokenize=False, add_generation_prompt=prompt, continue_final_message=False
-            )
-        )
-
-    try:
-        text = text_of(len(messages), prompt=False)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = text_of(number, prompt=True)
-                after = text if number + 1 == len(messages) else text_of(number + 1, prompt=False)
-                if not (text.startswith(before) and text.startswith(after)):
-                    return text, None
-                spans.append((len(before), len(after)))
-        return text, spans
-    except Exception as error:  # Jinja's errors, raised by the template's own checks
+def _refuse_losses(layout: Layout, messages: int, remarks: Remarks, where: str) -> None:
+    """Raise for what the template does not render; thoughts of earlier turns are dropped by design, and remarked."""
+    last = max((turn.message for turn in layout.turns), default=messages)
+    lost = [slot for slot in layout.lost if slot.kind != "reasoning" or slot.message >= last]
+    if lost or layout.lost_tools:
+        name, text = (_name(lost[0]), lost[0].text) if lost else ("tool list", layout.lost_tools[0])
         raise DataError(
-            f"the model's chat template refuses this conversation: {error}",
+            f"the chat template does not render the {name}: {_short(text)}",
             where=where,
-            way_out="roles must follow one another as the template wants (user, assistant, …)",
-        ) from None
-
-
-def _tokens_in(span: Span, offsets: list[Span]) -> range:
-    """The tokens that hold characters of a span; byte-level tokenizers give some tokens no width."""
-    first, last = span
-    inside = [i for i, (a, b) in enumerate(offsets) if (b > first and a < last) or (a == b and first <= a < last)]
-    return range(inside[0], inside[-1] + 1) if inside else range(0)
-
-
-def _by_markers(
-    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[range]]:
-    """Turns from the `{% generation %}` markers of the template, or of TRL's marked version of it."""
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    template = tokenizer.chat_template
-    try:
-        if not has_generation_markers(template):
-            template = get_training_chat_template(tokenizer)
-        done = tokenizer.apply_chat_template(
-            example["messages"],
-            tools=example.get("tools"),
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+            why="it would be lost without a word",
+            way_out=_way_out(lost[0].kind if lost else "tools"),
         )
-    except Exception as error:
-        raise DataError(
-            "the chat template renders this conversation's turns differently when more follow",
-            where=where,
-            why=f"and TRL ships no marked version of it ({error})",
-            way_out="a template with {% generation %} markers (chat_template_path), or single-turn rows",
-        ) from None
-    ids, mask = list(done["input_ids"]), [*done["assistant_masks"], 0]
-    edges = [i for i in range(len(mask)) if mask[i] != (mask[i - 1] if i else 0)]
-    return ids, [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    if layout.lost:
+        remarks.add("dropped_thoughts", where)
 
 
-def _labels(ids: list[int], turns: list[range], stops: set[int], train_on: str) -> list[int]:
-    """Labels for the turns that are trained, each up to its end-of-turn token.
-
-    What a template puts after that token (a line break) is the template's, not the model's.
-    """
-    if train_on == "everything":
-        return list(ids)
-    labels = [IGNORED] * len(ids)
-    for turn in turns[-1:] if train_on == "last_turn" else turns:
-        end = min((i for i in turn if ids[i] in stops), default=turn.stop - 1)
-        labels[turn.start : end + 1] = ids[turn.start : end + 1]
-    return labels
+def _way_out(kind: str) -> str:
+    if kind == "reasoning":
+        return "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip"
+    if kind == "content":
+        return "another chat_template, or remove the row; or on_bad_row: skip"
+    return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them)"
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The token that ends an answer: the first special one that the template puts after it.
+def _name(slot: Slot) -> str:
+    names = {"content": "text of a message", "reasoning": "reasoning", "name": "tool call", "argument": "argument"}
+    return names[slot.kind]
 
-    Only the first: Phi-3's template closes the conversation by a second, which the model is
-    never asked for.
-    """
-    if tokenizer.chat_template is None:
-        return {tokenizer.eos_token_id}
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    text = str(tokenizer.apply_chat_template(probe, tokenize=False))
-    after = tokenizer(text[text.rindex("answer") + len("answer") :], add_special_tokens=False)["input_ids"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    return set([token for token in after if token in special][:1])
+
+def _refused(error: Refusal, where: str) -> DataError:
+    return DataError(
+        f"the chat template refuses this conversation: {error}",
+        where=where,
+        way_out="the turns that it wants (a system turn or none, user and assistant in turn), or another chat_template",
+    )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -26,7 +26,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
     """Ollama's Modelfile for the folder that it lies in.
 
     Args:
-        generation: the base's generation_config.json.
+        generation: the merged model's generation_config.json.
 
     Raises:
         ModelError: Ollama's template would not render what the chat template renders.
@@ -43,8 +43,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
             raise _not_for_ollama(f"it treats a turn by its place: {ours!r} would be {theirs!r}")
     lines = ["FROM .", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
-    ends = generation.get("eos_token_id", [])
-    ids = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    ends = generation["eos_token_id"]
+    ids = ends if isinstance(ends, list) else [ends]
     lines += [f'PARAMETER stop "{token}"' for token in dict.fromkeys(tokenizer.convert_ids_to_tokens(ids))]
     lines += [f"PARAMETER {ollama} {generation[key]}" for key, ollama in PARAMETERS.items() if generation.get(key)]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
 
@@ -126,6 +127,12 @@ def tokenizer_of(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
     with _loading(name):
         tok = AutoTokenizer.from_pretrained(name, **kwargs)
+    if not tok.is_fast:  # what is trained is told by the characters that each token stands for
+        raise ModelError(
+            f"the tokenizer of '{name}' is not a fast one",
+            why="it does not tell which characters its tokens stand for",
+            way_out="a model with a tokenizer.json",
+        )
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token  # labels mark what is trained, so padding by the end token trains nothing
     return tok
@@ -136,17 +143,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path)
     from transformers import AutoConfig, GenerationConfig
 
     tokenizer.save_pretrained(folder)
-    generation = base if (base / "generation_config.json").is_file() else None
-    for config in (
-        AutoConfig.from_pretrained(folder),
-        GenerationConfig.from_pretrained(generation) if generation else GenerationConfig(),
-    ):
-        ends = config.eos_token_id
-        if tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-            config.eos_token_id = tokenizer.eos_token_id
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_token_id
-        config.save_pretrained(folder)
+    own = (base / "generation_config.json").is_file()
+    config = AutoConfig.from_pretrained(folder)
+    generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
+    generation.eos_token_id = config.eos_token_id = end_tokens(tokenizer, generation.eos_token_id, config.eos_token_id)
+    for saved in (config, generation):
+        if saved.pad_token_id is None:
+            saved.pad_token_id = tokenizer.pad_token_id
+        saved.save_pretrained(folder)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, *known: int | list[int] | None) -> int | list[int] | None:
+    """The tokens that end a generation: the model's own, the tokenizer's, and the end of turn of its template."""
+    found: list[int | None] = []
+    for ends in known:
+        found += ends if isinstance(ends, list) else [ends]
+    found += [tokenizer.eos_token_id, *templates.turn_ends(tokenizer)]
+    ends = [end for end in dict.fromkeys(found) if end is not None]
+    return ends if len(ends) > 1 else ends[0] if ends else None
 
 
 def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
@@ -182,12 +196,20 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     return model
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the model know the tokens and the end token that a template added to its tokenizer."""
+def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Let the model know the tokens that a template added to its tokenizer, and where a turn ends.
+
+    Returns:
+        The tokens that end a generation from now on and did not before.
+    """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    known = model.generation_config.eos_token_id
+    ends = end_tokens(tokenizer, known, model.config.eos_token_id)
+    model.config.eos_token_id = model.generation_config.eos_token_id = ends
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    before, after = (value if isinstance(value, list) else [value] for value in (known, ends))
+    return [str(tokenizer.convert_ids_to_tokens(end)) for end in after if end is not None and end not in before]
 
 
 def weights_dtype(recipe: Settings, mixed_precision: str) -> torch.dtype | str:
@@ -238,10 +260,10 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tok = tokenizer_of(name)
     with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        fit_embeddings(model, tok)
         if base != name:
             from peft import PeftModel
 
-            fit_embeddings(model, tok)
             model = PeftModel.from_pretrained(model, name)
     return model.to(device).eval(), tok
 

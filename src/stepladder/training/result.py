@@ -56,6 +56,8 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
     weights.share(run.folder)
     if shapes:
         adapter.check_saved(run.folder, shapes)
+        # Where an answer ends, which the base may not say.
+        trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
     base, (_, losses) = recipe.get("model_name_or_path"), card.read(run.folder)

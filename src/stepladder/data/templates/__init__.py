@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, mark, source
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
 
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
-TURN_TOKEN = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>")
+# What looks like a special token: <|im_end|>, <｜end▁of▁sentence｜>, <turn|>, <end_of_turn>, [e~[, </s>
+TURN_TOKEN = re.compile(
+    r"<[|｜][^\s<>|｜]{1,40}[|｜]?>|<[A-Za-z_]{1,40}\|>|<(?:start|end)_of_(?:turn|utterance)>|\]~!?b[\[\]]|\[e~\[|</s>"
+)
+KEYS = ("chat_template", "chat_template_path", "prompt_template")
+USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+# The shortest conversations of two turns; some templates demand a system turn.
+SHORTEST = ([USER, ANSWER] * 2, [{"role": "system", "content": "system"}, *[USER, ANSWER] * 2])
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
@@ -28,7 +36,8 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         The tokens that were added to the vocabulary; the model's embeddings must grow by them.
 
     Raises:
-        RecipeError: an unknown template or token.
+        RecipeError: an unknown template or token, or a template that is not valid Jinja.
+        ModelError: the model's own template is not valid Jinja.
     """
     for key in ("eos_token", "pad_token"):
         if token := settings.get(key):
@@ -37,34 +46,58 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
                     f"{key} '{token}' is not in the model's vocabulary", where=settings.where(key), way_out="remove it"
                 )
             setattr(tokenizer, key, token)
-    keys = [k for k in ("chat_template", "chat_template_path", "prompt_template") if settings.get(k)]
-    if not keys:
+    key = next((key for key in KEYS if settings.get(key)), "")
+    if not key:
+        _check_syntax(source(tokenizer), "")
         return []
-    (key,) = keys
     value, where = settings.get(key), settings.where(key)
-    if key == "prompt_template":
-        tokenizer.chat_template = from_prompt_template(value, where)
-        return []
-    tokenizer.chat_template = named(value, where) if key == "chat_template" else from_path(value, where)
-    return _add_turn_tokens(tokenizer)
+    if key == "chat_template_path":
+        template = from_path(value, where)
+    elif key == "prompt_template":
+        template = from_prompt_template(value, where)
+    else:
+        template = value if is_inline(value) else named(value, where)
+    _check_syntax(template, where, value if key == "chat_template_path" else key)
+    tokenizer.chat_template = template
+    if key != "prompt_template":
+        new = _add_turn_tokens(tokenizer)
+    if key == "prompt_template" or (key == "chat_template" and not is_inline(value)):
+        _begin_as_texts(tokenizer)
+    return [] if key == "prompt_template" else new
+
+
+def is_inline(value: str) -> bool:
+    """Whether `chat_template` holds a template itself (as TRL's and alignment-handbook's recipes do), not a name."""
+    return "{%" in value or "{{" in value
 
 
 def named(name: str, where: str = "") -> str:
-    """A template by name: chatml, mistral and zephyr are ours, the others are TRL's."""
-    own = {file.stem: file for file in HERE.glob("*.jinja")}
-    if name in own:
-        return own[name].read_text(encoding="utf-8")
-    from trl import chat_template_utils
+    """A template by its name.
 
-    shipped = {n.removesuffix("_chat_template") for n in vars(chat_template_utils) if n.endswith("_chat_template")}
-    known = sorted(n for n in shipped - own.keys() if not n.startswith(("_", "get_")) and not n.endswith("training"))
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    known = shipped()
     if name not in known:
         raise RecipeError(
             f"there is no chat template '{name}'",
             where=where,
-            way_out=f"one of {', '.join(sorted(own))}, {', '.join(known)}",
+            way_out=f"one of {', '.join(sorted(known))}; or a template in Jinja",
         )
-    return str(getattr(chat_template_utils, f"{name}_chat_template"))
+    return known[name]
+
+
+def shipped() -> dict[str, str]:
+    """The templates that have a name: chatml, mistral and zephyr are ours, the others are TRL's."""
+    from trl import chat_template_utils
+
+    suffix = "_chat_template"
+    trl = {
+        key.removesuffix(suffix): value
+        for key, value in vars(chat_template_utils).items()
+        if key.endswith(suffix) and isinstance(value, str) and not key.endswith(f"_training{suffix}")
+    }
+    return trl | {file.stem: file.read_text(encoding="utf-8") for file in HERE.glob("*.jinja")}
 
 
 def name_of(template: str | None) -> str:
@@ -78,16 +111,19 @@ def name_of(template: str | None) -> str:
 def from_path(path: str, where: str = "") -> str:
     """A Jinja file, or the template of another model's tokenizer (TRL's `chat_template_path`)."""
     if Path(path).is_file():
-        return Path(path).read_text(encoding="utf-8")
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the chat template {path} cannot be read: {error}", where=where) from None
     from transformers import AutoTokenizer
 
     try:
-        template = AutoTokenizer.from_pretrained(path).chat_template
+        template = source(AutoTokenizer.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise ModelError(f"no template at '{path}': {str(error).splitlines()[0]}", where=where) from None
     if not template:
         raise ModelError(f"the tokenizer at '{path}' has no chat template", where=where)
-    return str(template)
+    return template
 
 
 def from_prompt_template(template: str, where: str = "") -> str:
@@ -125,20 +161,64 @@ def from_prompt_template(template: str, where: str = "") -> str:
     )
 
 
+def _check_syntax(template: str, where: str, name: str = "") -> None:
+    """Raise RecipeError, or ModelError for the model's own template (no `where`), if it is not valid Jinja."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
+    except TemplateError as error:
+        kind = RecipeError if name else ModelError
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise kind(
+            f"{name or 'the chat template of the model'} is not valid Jinja{line}: {error.message}",
+            where=where,
+            way_out="correct it, or chat_template: chatml",
+        ) from None
+
+
 def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Add the template's turn tokens where the answer ends by one of them and the vocabulary lacks it.
 
     The end-of-turn token becomes the end of generation, else the model would not stop.
     """
-    answer = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tokenize=False
-    )
-    found = TURN_TOKEN.findall(answer)
-    ends = TURN_TOKEN.findall(answer[answer.rindex("!") :])
-    if not ends:
-        return []  # the answer ends by the tokenizer's own end token
+    layout = _shortest(tokenizer)
+    if layout is None:  # of the shortest conversations; the rows may be others
+        return []
+    ends = TURN_TOKEN.findall(layout.literals[-1])
+    between = TURN_TOKEN.findall(layout.literals[layout.turns[0].end.literal])
+    if not ends and not between:
+        return []  # an answer ends by the tokenizer's own end token
     vocabulary = tokenizer.get_vocab()
-    new = [token for token in dict.fromkeys(found) if token not in vocabulary]
+    new = [token for token in dict.fromkeys(TURN_TOKEN.findall("".join(layout.literals))) if token not in vocabulary]
     tokenizer.add_special_tokens({"additional_special_tokens": new} if new else {})
-    tokenizer.eos_token = ends[0]
+    if ends:  # else an answer ends by what opens the next turn (GLM)
+        tokenizer.eos_token = ends[0]
     return new
+
+
+def _begin_as_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a conversation begin as the tokenizer begins every text (BOS), where the template does not write it."""
+    begin, layout = beginning(tokenizer), _shortest(tokenizer)
+    text = tokenizer.decode(begin) if begin else ""
+    if layout and not layout.literals[0].startswith(text):
+        tokenizer.chat_template = f"{{{{- {json.dumps(text, ensure_ascii=False)} -}}}}{tokenizer.chat_template}"
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer by the tokenizer's chat template: one, or another at the conversation's end."""
+    layout = _shortest(tokenizer) if tokenizer.chat_template else None
+    ends = [turn.ends for turn in layout.turns if turn.ends] if layout else []
+    return [tokenizer.convert_tokens_to_ids(end) for end in dict.fromkeys(ends)]
+
+
+def _shortest(tokenizer: PreTrainedTokenizerBase) -> Layout | None:
+    """The layout of the shortest conversation that the template takes."""
+    template = ChatTemplate(tokenizer)
+    for messages in SHORTEST:
+        try:
+            return template.layout(*mark({"messages": messages}))
+        except Refusal:
+            continue
+    return None

@@ -1,0 +1,553 @@
+"""Where a chat template puts each text of a conversation, learnt by rendering marks in place of the texts.
+
+A chat template is a program: it may drop a text, move it, change it, or render earlier turns
+differently. So a conversation is rendered once with a mark in place of each text. Which marks come
+out, in which order and with what between them, is the layout of every conversation of that form;
+a row's own rendering must be exactly that layout filled with its texts. What is trained follows
+from the layout: an assistant turn begins where the generation prompt ends, and ends with the last
+special token that closes the turn wherever it stands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Example = dict[str, Any]
+Message = dict[str, Any]
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+READ = {"role", "content", "tool_calls", *REASONING}  # the keys of a message that every template is given
+GIVEN = ("tools", "chat_template_kwargs")  # what a template is given beside the messages
+MARK = re.compile(r"aQ(\d+|X)b*Z")  # both cases and digits, so that a filter that changes a text changes the mark
+OTHER = "aQXZ"  # the mark of a text that is none of the conversation's
+# Tags at the edges of a text, but for what other tokenizers' special tokens look like.
+OPENING = re.compile(r"<(?!s>|bos>|eos>|start_of_turn>|end_of_turn>)[A-Za-z][\w:.-]{0,39}>\s*")
+CLOSING = re.compile(r"\s*</(?!s>)[A-Za-z][\w:.-]{0,39}>$")
+TAG = re.compile(r"</?[^<>\s]{1,40}>")
+STARTS = re.compile(r"start|begin", re.IGNORECASE)  # in the name of a token that opens something
+PRINTED_PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")
+THOUGHT_END = "</think>"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+WHOLE_MESSAGE = re.compile(r"\bmessages?\s*\|\s*\w|\bmessage\.items\b")  # keys are read without being named
+# What `apply_chat_template` takes beside the template's own variables: no row sets it.
+RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "padding"}
+RESERVED |= {"continue_final_message", "tokenize", "truncation", "max_length", "return_tensors", "return_dict"}
+RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "conversations"}
+MOST_LAYOUTS = 2000  # that are remembered
+
+
+class Refusal(Exception):
+    """The template cannot render this conversation; the text says why."""
+
+
+class Slot(NamedTuple):
+    """A text of a conversation: the number of its message, what it is, and whether it must be rendered."""
+
+    message: int
+    kind: str  # content, reasoning, name, argument or id
+    text: str
+    required: bool = True
+
+
+class Dialect(NamedTuple):
+    """How a template takes what has more than one form. The plainest that renders every text is used."""
+
+    parts: bool = False  # a text is a list of parts: [{"type": "text", "text": …}]
+    text_arguments: bool = False  # a call's arguments are JSON text, not an object
+    empty_tools: bool = False  # no tools are an empty list
+    training: bool = False  # TRL's version for training stands in for the template
+
+
+class Point(NamedTuple):
+    """A place in a rendered text: so many characters into the literal with this number."""
+
+    literal: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is trained of the assistant's message with this number.
+
+    `ends` is the special token that closes the turn, "" where the template closes it by none. `appended`
+    is that token where the template writes it with the next turn only (GLM), which the last turn lacks.
+    `opened` is what the generation prompt writes beyond the turn's own beginning (`<think>`).
+    """
+
+    message: int
+    start: Point
+    end: Point
+    ends: str
+    appended: str
+    opened: str
+
+
+@dataclass
+class Layout:
+    """The literals of a rendered conversation, and the numbers of the slots between them."""
+
+    dialect: Dialect
+    literals: list[str]
+    order: list[int]
+    lost: list[Slot]  # required texts that are not rendered
+    lost_tools: list[str]  # names and descriptions of tools that are not
+    turns: list[Turn] = field(default_factory=list)
+    changed: bool = False  # an earlier turn is rendered differently than when it was the last
+    spliced: Point | None = None  # up to here the text is a generation prompt, from here on the last turn
+
+    def find(self, text: str, slots: list[Slot]) -> list[int] | Slot:
+        """Where each literal begins in a row's rendered text, or the slot whose text is not there as it is."""
+        if not self.order:
+            return [0] if text == self.literals[0] else Slot(0, "content", text)
+        at, starts = 0, []
+        for number, literal in enumerate(self.literals):
+            if not text.startswith(literal, at):
+                return slots[self.order[max(number - 1, 0)]]
+            starts.append(at)
+            at += len(literal)
+            if number < len(self.order):
+                slot, rest = slots[self.order[number]], self.literals[number + 1]
+                forms = json_forms(slot.text) if slot.kind == "argument" else (slot.text,)
+                ends = (at + len(form) for form in forms if text.startswith(form, at))
+                end = next((end for end in ends if text.startswith(rest, end)), None)
+                if end is None:
+                    return slot
+                at = end
+        return starts if at == len(text) else slots[self.order[-1]]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and the layouts of the conversations that it has rendered."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.source = source(tokenizer)
+        self.special = special_tokens(tokenizer)
+        self.marked = GENERATION.search(self.source) is not None  # it says itself what is trained
+        self.layouts: dict[str, Layout | Refusal] = {}
+        self._read: dict[str, bool] = {}
+        self._training: str | None = None
+
+    @property
+    def training(self) -> str:
+        """TRL's version of this template for training, "" where it ships none."""
+        if self._training is None:
+            from trl.chat_template_utils import get_training_chat_template
+
+            try:
+                self._training = get_training_chat_template(self.tokenizer) or ""
+            except Exception:  # it renders conversations of its own to find out, which this template may refuse
+                self._training = ""
+        return self._training
+
+    def text(self, example: Example, dialect: Dialect, prompt: bool = False) -> str:
+        """The conversation as the template renders it, with the generation prompt at its end where `prompt` is.
+
+        Raises:
+            Refusal: the template raises an error.
+        """
+        return str(self._apply(self.tokenizer.apply_chat_template, example, dialect, prompt, tokenize=False))
+
+    def row_text(self, example: Example, layout: Layout, slots: list[Slot]) -> str:
+        """A row's text by its layout.
+
+        Raises:
+            Refusal: the template raises an error.
+        """
+        if layout.spliced is None:
+            return self.text(example, layout.dialect)
+        first, offset = layout.spliced
+        pieces = [self.text({**example, "messages": example["messages"][:-1]}, layout.dialect, prompt=True)]
+        pieces += [layout.literals[first][offset:]]
+        for slot, literal in zip(layout.order[first:], layout.literals[first + 1 :], strict=True):
+            pieces += [slots[slot].text, literal]
+        return "".join(pieces)
+
+    def generated(self, example: Example, dialect: Dialect) -> list[tuple[int, int]]:
+        """The characters inside the `{% generation %}` blocks of the template."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        def render(messages: list[Message], **kwargs: Any) -> Any:
+            return render_jinja_template([messages], return_assistant_tokens_mask=True, **kwargs)
+
+        tokens = self.tokenizer.special_tokens_map
+        return [(start, end) for start, end in self._apply(render, example, dialect, False, **tokens)[1][0]]
+
+    def _apply(
+        self, render: Callable[..., Any], example: Example, dialect: Dialect, prompt: bool, **kwargs: Any
+    ) -> Any:
+        messages = [self._message(message, dialect) for message in example["messages"]]
+        kwargs |= example.get("chat_template_kwargs") or {}
+        kwargs |= {"tools": example.get("tools") or ([] if dialect.empty_tools else None)}
+        template = self.training if dialect.training else self.source
+        try:
+            return render(messages, chat_template=template, add_generation_prompt=prompt, **kwargs)
+        except Exception as error:  # Jinja's own errors, and whatever its expressions raise
+            raise Refusal(str(error).strip() or type(error).__name__) from None
+
+    def _message(self, message: Message, dialect: Dialect) -> Message:
+        """A message in the dialect, without the keys that the template does not read."""
+        if len(message) == 2 and not dialect.parts:  # nearly all
+            return message
+        taken = {key: value for key, value in message.items() if key in READ or (key != "train" and self.reads(key))}
+        if dialect.parts and isinstance(taken.get("content"), str):
+            taken["content"] = [{"type": "text", "text": taken["content"]}] if taken["content"] else []
+        if dialect.text_arguments and "tool_calls" in taken:
+            taken["tool_calls"] = [_with_text_arguments(call) for call in taken["tool_calls"]]
+        return taken
+
+    def reads(self, key: str) -> bool:
+        """Whether the template names this key; one that it does not name cannot change what it renders."""
+        if key not in self._read:
+            pattern = rf"\b{re.escape(key)}\b"
+            self._read[key] = bool(re.search(pattern, self.source) or WHOLE_MESSAGE.search(self.source))
+        return self._read[key]
+
+    def layout(self, slots: list[Slot], marked: Example) -> Layout:
+        """The layout of conversations of this form, as `mark` gives it.
+
+        Raises:
+            Refusal: the template raises an error, or does not begin a turn as it asks for one.
+        """
+        key = json.dumps(marked, ensure_ascii=False)
+        if key not in self.layouts:
+            if len(self.layouts) >= MOST_LAYOUTS:
+                self.layouts.pop(next(iter(self.layouts)))
+            try:
+                self.layouts[key] = self._learn(slots, marked)
+            except Refusal as error:
+                self.layouts[key] = error
+        found = self.layouts[key]
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    def _learn(self, slots: list[Slot], marked: Example) -> Layout:
+        """By the template itself, or by TRL's version of it where that loses less of the conversation."""
+        own = self._best(slots, marked, training=False)
+        whole = isinstance(own, Layout) and _loss(own) == (0, False)
+        if not whole and not self.marked and self.training:
+            trl = self._best(slots, marked, training=True)
+            if isinstance(trl, Layout) and (isinstance(own, Refusal) or _loss(trl) < _loss(own)):
+                own = trl
+        if isinstance(own, Refusal):
+            raise own
+        return own
+
+    def _best(self, slots: list[Slot], marked: Example, training: bool) -> Layout | Refusal:
+        best: Layout | None = None
+        refusal = Refusal("it renders nothing")
+        last = len(marked["messages"]) - 1
+        for number, dialect in enumerate(_dialects(marked, training)):
+            try:
+                layout = self._by(dialect, slots, marked)
+                if any(slot.kind == "content" or slot.message == last for slot in layout.lost):
+                    layout = min(layout, self._spliced(layout, slots, marked), key=_loss)
+            except Refusal as error:
+                refusal = refusal if number else error
+                continue
+            if best is None or _loss(layout) < _loss(best):
+                best = layout
+            if _loss(layout)[0] == 0:
+                break
+        return best or refusal
+
+    def _by(self, dialect: Dialect, slots: list[Slot], marked: Example) -> Layout:
+        text = self.text(marked, dialect)
+        if dialect.parts and PRINTED_PART.search(text):
+            raise Refusal("it prints parts as they are")
+        literals, order = _parts(text)
+        lost = [slot for number, slot in enumerate(slots) if slot.required and number not in order]
+        if _shows_python(marked, text):
+            lost += [slot for slot in slots if slot.kind == "name"]
+        layout = Layout(dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
+        self._find_turns(layout, slots, marked)
+        return layout
+
+    def _spliced(self, whole: Layout, slots: list[Slot], marked: Example) -> Layout:
+        """The layout of the last generation prompt followed by the last turn, as it is when the model answers.
+
+        Mistral's template writes the system prompt into the last user's turn where that ends the conversation,
+        so never in a whole one; R1's opens a thought, which it drops from a whole one.
+        """
+        messages = marked["messages"]
+        asked = self._prefix(len(messages) - 1, marked, whole.dialect, prompt=True)
+        ends = whole.turns and whole.turns[-1].message + 1 == len(messages)
+        if asked is None or not ends or "tool_calls" in messages[-1]:
+            return whole
+        turn = whole.turns[-1]
+        first, start = turn.start
+        literals, order = [whole.literals[first][start:], *whole.literals[first + 1 :]], whole.order[first:]
+        if turn.opened and messages[-1]["content"].startswith(turn.opened):
+            literals, order = _parts(messages[-1]["content"].removeprefix(turn.opened))
+            literals[-1] += whole.literals[turn.end.literal]
+        literals = [*asked[0][:-1], asked[0][-1] + literals[0], *literals[1:]]
+        order = asked[1] + order
+        lost = [slot for number, slot in enumerate(slots) if slot.required and number not in order]
+        layout = Layout(whole.dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
+        layout.spliced = Point(len(asked[0]) - 1, len(asked[0][-1]))
+        self._find_turns(layout, slots, marked)
+        return layout
+
+    def _find_turns(self, layout: Layout, slots: list[Slot], marked: Example) -> None:
+        # A result may repeat the name of its call: where a text stands first is its place.
+        order = layout.order
+        first = [(order.index(slot), slots[slot]) for slot in dict.fromkeys(order) if slots[slot].required]
+        for number, message in enumerate(marked["messages"]):
+            places = [place for place, slot in first if slot.message == number]
+            if message["role"] == "assistant" and places:
+                layout.turns.append(self._turn(number, places, layout, slots, marked))
+
+    def _turn(self, number: int, places: list[int], layout: Layout, slots: list[Slot], marked: Example) -> Turn:
+        first, last = places[0], places[-1]
+        if any(slots[slot].message != number and slots[slot].required for slot in layout.order[first:last]):
+            raise Refusal("it renders another message inside the assistant's")
+        while last + 1 < len(layout.order) and not slots[layout.order[last + 1]].required:
+            if self.special.search(layout.literals[last + 1]):
+                break  # else the id of a call stands before its end (Mistral)
+            last += 1
+        before, after = layout.literals[first], layout.literals[last + 1]
+        start, opened = self._start(number, before, marked, layout.dialect)
+        alone = self._prefix(number + 1, marked, layout.dialect)  # the conversation when this turn was the last
+        if alone is not None:
+            literals, order = alone
+            own = [order.index(slot) for slot in dict.fromkeys(order) if slots[slot].message == number]
+            inner = layout.literals[first + 1 : last + 1]
+            layout.changed |= not own or [before[start:], *inner] != [
+                literals[own[0]][start:],
+                *literals[own[0] + 1 : own[-1] + 1],
+            ]
+        length, ends, appended = self._end(number, after, alone, marked, layout.dialect)
+        return Turn(number, Point(first, start), Point(last + 1, length), ends, appended, opened)
+
+    def _start(self, number: int, before: str, marked: Example, dialect: Dialect) -> tuple[int, str]:
+        """How much of the text before a turn is its header, and what the generation prompt has beyond it."""
+        asked = self._prefix(number, marked, dialect, prompt=True)
+        if asked is not None:
+            tail = asked[0][-1]
+            common = self._common(before, tail)
+            if common == len(tail):
+                return common, ""
+            plain = self._prefix(number, marked, dialect)
+            without = _common(plain[0][-1], tail) if plain else 0
+            if shared := self._shared(before[common:], tail[common:]):  # white space differs
+                return common + shared, ""
+            if common > without or without == len(tail):  # some templates write the generation prompt always
+                return common, tail[common:]
+            if plain and common == len(plain[0][-1]) and not self.special.search(before[common:]):
+                return common, tail[common:]  # the turn goes on after a tool's result (Gemma 4)
+        # The turn is the first, or the one before it is rendered differently: by what an ordinary prompt ends with.
+        for content in (OTHER, [{"type": "text", "text": OTHER}]):
+            try:
+                text = self.text({"messages": [{"role": "user", "content": content}]}, Dialect(), prompt=True)
+            except Refusal:
+                continue
+            tail = text.rpartition(OTHER)[2]
+            suffixes = (tail[start:] for start in range(len(tail)))
+            if any(before.endswith(suffix) for suffix in suffixes if len(suffix.strip()) > 2):
+                return len(before), ""
+        raise Refusal("it does not begin the assistant's turn as its generation prompt does")
+
+    def _shared(self, before: str, prompt: str) -> int:
+        """How much of the text before a turn reaches up to the last special token that the prompt has too."""
+        ends = 0
+        for found in self.special.finditer(prompt):
+            at = before.rfind(found[0])
+            if at >= 0:
+                end = at + len(found[0])
+                ends = max(ends, end + _common(before[end:], prompt[found.end() :]))
+        return ends
+
+    def _common(self, text: str, other: str) -> int:
+        """How many characters two texts have in common at their beginning; tokens and tags count whole."""
+        common = _common(text, other)
+        inside = (found for form in (self.special, TAG) for found in form.finditer(text))
+        return min((found.start() for found in inside if found.start() < common < found.end()), default=common)
+
+    def _prefix(
+        self, count: int, marked: Example, dialect: Dialect, prompt: bool = False
+    ) -> tuple[list[str], list[int]] | None:
+        """The first messages as the template renders them alone; None where it refuses them."""
+        try:
+            return _parts(self.text({**marked, "messages": marked["messages"][:count]}, dialect, prompt))
+        except Refusal:
+            return None
+
+    def _end(
+        self, number: int, after: str, alone: tuple[list[str], list[int]] | None, marked: Example, dialect: Dialect
+    ) -> tuple[int, str, str]:
+        """How many characters after a turn's last text are trained; the token that ends it; what must be appended.
+
+        What closes a turn stands there both at the end of a conversation and before another turn:
+        Phi-3's `<|endoftext|>` closes the conversation, and what opens the next turn is that turn's.
+        """
+        is_last = number + 1 == len(marked["messages"])
+        other = after
+        if is_last:
+            longer = [*marked["messages"], {"role": "user", "content": OTHER}]
+            try:
+                text = self.text({**marked, "messages": longer}, dialect).rpartition(OTHER)[0]
+                other = _parts(text)[0][-1] or after
+            except Refusal:
+                pass
+        elif alone is not None:
+            other = alone[0][-1]
+        common = after[: _common(after, other)]
+        # A turn may follow always (Cohere's).
+        follows = next((m.start() for m in self.special.finditer(common) if STARTS.search(m[0])), len(common))
+        common = common[:follows]
+        if found := list(self.special.finditer(common)):
+            return found[-1].end(), found[-1][0], ""
+        # gpt-oss ends earlier turns by another token than the last one; GLM's end by what opens the next.
+        if (first := self.special.search(after)) and not STARTS.search(first[0]):
+            return first.end(), first[0], ""
+        if is_last and (first := self.special.search(other)) and not STARTS.search(first[0]):
+            return len(after), first[0], first[0]
+        return len(common.rstrip()), "", ""
+
+
+def source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text of a tokenizer's template: the default one of several."""
+    template = tokenizer.chat_template or ""
+    return str(template.get("default", "")) if isinstance(template, dict) else template
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the tokenizer puts before every text (BOS), none for most."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    return next((whole[:at] for at in range(len(whole)) if whole[at : at + len(bare)] == bare), [])
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """What finds the special tokens of a tokenizer in a text, the longest first."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found |= {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
+
+
+def json_forms(text: str) -> dict[str, None]:
+    """A text as it stands, and as a string in JSON, where `tojson` may escape more or less."""
+    return dict.fromkeys((text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))))
+
+
+def mark(example: Example) -> tuple[list[Slot], Example]:
+    """The texts of a conversation, and the conversation with a mark in place of each."""
+    slots: list[Slot] = []
+    ids: dict[str, str] = {}
+
+    def put(message: int, kind: str, text: str) -> str:
+        slots.append(Slot(message, kind, text))
+        return f"aQ{len(slots) - 1}Z"
+
+    def put_id(message: int, text: str) -> str:
+        """Ids are compared by templates (a result with its call), and checked for their length (Mistral)."""
+        if text not in ids and len(text) >= len("aQ000Z"):
+            slots.append(Slot(message, "id", text, required=False))
+            ids[text] = f"aQ{len(slots) - 1}".ljust(len(text) - 1, "b") + "Z"
+        return ids.get(text, text)
+
+    def put_text(message: int, kind: str, text: str) -> str:
+        """The white space and the tags at the edges of a text stay: templates strip and look for them."""
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        if opening := OPENING.match(text, first, last):
+            first = opening.end()
+        if closing := CLOSING.search(text[max(first, last - 80) : last]):
+            last -= len(closing[0])
+        if first >= last:  # nothing but a tag
+            first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+        return text[:first] + put(message, kind, text[first:last]) + text[last:] if first < last else text
+
+    def put_content(message: int, role: str, text: str) -> str:
+        """An answer that holds a thought is two texts, the first of which a template may drop."""
+        if role == "assistant" and text.count(THOUGHT_END) == 1:
+            thought, end, answer = text.partition(THOUGHT_END)
+            return put_text(message, "reasoning", thought) + end + put_text(message, "content", answer)
+        return put_text(message, "content", text)
+
+    def put_leaves(message: int, value: Any) -> Any:
+        if isinstance(value, str):
+            return put(message, "argument", value) if value else value
+        if isinstance(value, dict):
+            return {key: put_leaves(message, item) for key, item in value.items()}
+        return [put_leaves(message, item) for item in value] if isinstance(value, list) else value
+
+    def put_call(message: int, call: dict[str, Any]) -> dict[str, Any]:
+        function = {**call["function"], "name": put(message, "name", call["function"]["name"])}
+        function["arguments"] = put_leaves(message, function["arguments"])
+        marked = {**call, "function": function}
+        return {**marked, "id": put_id(message, call["id"])} if isinstance(call.get("id"), str) else marked
+
+    messages = []
+    for number, message in enumerate(example["messages"]):
+        marked = {key: value for key, value in message.items() if key != "train"}
+        if len(message) > 2:
+            for key in set(REASONING).intersection(message):
+                if isinstance(message[key], str):
+                    marked[key] = put_text(number, "reasoning", message[key])
+            if isinstance(message.get("tool_call_id"), str):
+                marked["tool_call_id"] = put_id(number, message["tool_call_id"])
+        marked["content"] = put_content(number, message["role"], message["content"])
+        if "tool_calls" in message:
+            marked["tool_calls"] = [put_call(number, call) for call in message["tool_calls"]]
+        messages.append(marked)
+    return slots, {**{key: value for key, value in example.items() if key in GIVEN}, "messages": messages}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _parts(text: str) -> tuple[list[str], list[int]]:
+    """The literals between the marks of a rendered text, and the numbers of the marks."""
+    pieces = MARK.split(text)
+    return pieces[::2], [int(number) for number in pieces[1::2] if number != "X"]
+
+
+def _common(text: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(text), len(other)))
+
+
+def _dialects(marked: Example, training: bool) -> list[Dialect]:
+    """What a template may want, the plainest first."""
+    calls = any("tool_calls" in message for message in marked["messages"])
+    forms = itertools.product((False, True), (False, True)[: 1 + calls], (False, True)[: 2 - ("tools" in marked)])
+    return sorted((Dialect(*form, training) for form in forms), key=sum)
+
+
+def _loss(layout: Layout) -> tuple[int, bool]:
+    return len(layout.lost) + len(layout.lost_tools), layout.changed
+
+
+def _shows_python(marked: Example, text: str) -> bool:
+    """`{{ arguments }}` of an object is Python's way to write it, not JSON."""
+    calls = (call for message in marked["messages"] for call in message.get("tool_calls", ()))
+    return any(str(call["function"]["arguments"]) in text for call in calls if call["function"]["arguments"])
+
+
+def _lost_tools(marked: Example, literals: str) -> list[str]:
+    """Names, parameters and descriptions of tools that do not stand in the text."""
+    return [
+        text
+        for tool in marked.get("tools") or ()
+        for text in _tool_texts(tool.get("function", tool))
+        if not any(form in literals for form in json_forms(text))
+    ]
+
+
+def _tool_texts(function: Any) -> Iterator[str]:
+    if isinstance(function, dict):
+        yield from (function[key] for key in ("name", "description") if isinstance(function.get(key), str))
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        yield from map(str, properties if isinstance(properties, dict) else ())
