@@ -53,6 +53,49 @@ def test_weights_of_another_user_that_may_not_be_read_are_named(tiny: Path, monk
         check_source(str(tiny))
 
 
+@pytest.mark.parametrize(
+    ("modules", "adapted"),
+    [
+        ([r".*\.(q|v)_proj"], 6),  # two in each of three layers
+        ([r"model\.layers\.[01]\.self_attn\..*_proj"], 8),  # four in each of two layers
+        (["q_proj"], 3),
+        (["self_attn.q_proj"], 3),
+        (["q_proj", "v_proj"], 6),
+        (["All-Linear"], 21),  # seven in each layer
+    ],
+)
+def test_target_modules_are_those_that_are_named(modules: list[str], adapted: int, tiny: Path, settings) -> None:
+    """Guards a regular expression, a single name and a list against each other's meaning."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    model = adapter.attach(base, settings(use_peft=True, lora_target_modules=modules))
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == adapted
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        (
+            {"lora_target_modules": [r"model.language_model.layers.[\d]+.(q|v)_proj"]},
+            [r"'model.language_model.layers.[\d]+.(q|v)_proj'", "such as model.layers.0.", "all-linear"],
+        ),
+        ({"lora_target_modules": [".*"]}, ["'.*' is a regular expression"]),
+        ({"lora_target_modules": ["q_proj", "k_prj"]}, ["lora_target_modules: the model has no k_prj", "'k_proj'"]),
+        ({"lora_target_modules": ["q_proj"], "lora_modules_to_save": ["lm_hed"]}, ["no lm_hed", "'lm_head'"]),
+        ({"lora_target_modules": ["q_proj"], "lora_target_parameters": ["experts.w1"]}, ["no experts.w1"]),
+    ],
+    ids=str,
+)
+def test_a_name_that_matches_nothing_is_named(keys: dict, parts: list[str], tiny: Path, settings) -> None:
+    """Guards against a smaller adapter than the recipe says: PEFT is content where one name of a list matches."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ModelError) as caught:
+        adapter.attach(AutoModelForCausalLM.from_pretrained(tiny), settings(use_peft=True, **keys))
+    assert all(part in caught.value.render() for part in parts), caught.value
+
+
 @pytest.mark.parametrize("kind", ["lora", "prefix"])
 def test_weights_held_as_they_are_computed_with_change_nothing(kind: str, tiny: Path, settings) -> None:
     """Guards the promise of `hold_as_computed`: loss and gradients are the same to the bit, in half the memory."""

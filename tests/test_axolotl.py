@@ -272,6 +272,101 @@ def test_sets_that_are_rendered_differently(types: tuple[str, str], tmp_path: Pa
     assert "prompt_template" not in result.recipe
 
 
+@pytest.mark.parametrize(
+    ("top", "templates", "template", "stopped"),
+    [
+        (None, ["chatml", None], None, [0]),  # the second is rendered by the model's own
+        ("chatml", [None, "tokenizer_default"], None, ["", 1]),
+        ("llama3", ["chatml", "chatml"], "chatml", []),
+        ("chatml", [None, "chatml"], "chatml", []),
+    ],
+)
+def test_sets_with_templates_of_their_own(top, templates, template, stopped, tmp_path: Path) -> None:
+    """Guards against one set's chat template being put around the rows of another."""
+    sets = [{"path": f"{n}.jsonl", "type": "chat_template", "chat_template": name} for n, name in enumerate(templates)]
+    result = translate(tmp_path, {"base_model": "m", "datasets": sets, "chat_template": top})
+    places = [f"datasets[{n}].chat_template" if n != "" else "chat_template" for n in stopped]
+    assert sorted(row.key for row in result.rows if row.stops) == sorted(places)
+    assert result.recipe.get("chat_template") == template
+
+
+def test_merged_sets_in_their_own_order(tmp_path: Path) -> None:
+    """Guards curriculum_sampling: Axolotl shuffles sets that it merges unless it is told not to."""
+    sets = [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+    content = {"base_model": "m", "datasets": sets, "curriculum_sampling": True}
+    assert outcome(translate(tmp_path, content), "curriculum_sampling").changes_training
+    kept = translate(tmp_path, content | {"shuffle_merged_datasets": False})
+    assert kept.recipe["train_sampling_strategy"] == "sequential"
+
+
+def test_the_best_checkpoint_by_default(tmp_path: Path) -> None:
+    """Guards Axolotl's silent default: with saves and evaluations in step, its result is the best checkpoint."""
+    content = {"base_model": "m", "val_set_size": 0.1, "save_steps": 100}
+    implied = [row.key for row in translate(tmp_path, content | {"eval_steps": 50}).rows]
+    assert "(load_best_model_at_end)" in implied
+    assert "(load_best_model_at_end)" not in [row.key for row in translate(tmp_path, content | {"eval_steps": 60}).rows]
+
+
+def test_a_templates_file(tmp_path: Path) -> None:
+    """Guards chat_template_jinja as a path, relative to the configuration."""
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    result = translate(tmp_path, {"base_model": "m", "chat_template": "jinja", "chat_template_jinja": "t.jinja"})
+    assert result.recipe["chat_template_path"] == str(tmp_path / "t.jinja")
+
+
+def test_a_template_that_no_set_is_rendered_by(tmp_path: Path) -> None:
+    """Guards a false stop: with sets of type alpaca alone, Axolotl trains nothing by its chat template."""
+    sets = [{"path": "d.jsonl", "type": "alpaca"}]
+    result = translate(tmp_path, {"base_model": "m", "datasets": sets, "chat_template_jinja": "{{ messages }}"})
+    assert not [row for row in result.rows if row.stops] and "chat_template" not in result.recipe
+
+
+def test_the_names_that_the_reader_of_rows_knows() -> None:
+    """Guards the importer's copies of what data/ reads, which it cannot import."""
+    from stepladder.data import conversation
+    from stepladder.recipe.axolotl import data
+
+    assert data.ROLES == conversation.ROLES
+    assert data.REASONING == conversation.REASONING and data.MASKS == conversation.MASKS
+
+
+def test_templates_of_one_name_render_one_text() -> None:
+    """Guards the translation of Axolotl's template names by what its own templates render for two turns."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from stepladder.data import templates
+    from stepladder.recipe.axolotl.data import TEMPLATES
+
+    gemma = "<BOS><start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
+    gemma4 = "<BOS><|turn>user\nHi?<turn|>\n<|turn>model\nYes.<turn|>\n"
+    turns = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+    qwen3 = f"{turns}<think>\n\n</think>\n\nYes.<|im_end|>\n"
+    helpful = "You are a helpful assistant.<|im_end|>\n"
+    cohere = (
+        "<BOS><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>Yes.<|END_OF_TURN_TOKEN|>"
+    )
+    rendered = {  # written down from Axolotl's own files, by the name there
+        "chatml": f"{turns}Yes.<|im_end|>\n",
+        "llama3": "<BOS><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
+        **dict.fromkeys(("gemma", "gemma3", "gemma3n"), gemma),
+        **dict.fromkeys(("gemma4", "gemma4_unified"), gemma4),
+        **dict.fromkeys(("qwen3", "qwen3_5"), qwen3),
+        **dict.fromkeys(("aya", "cohere"), cohere),
+        "qwen_25": f"<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. {helpful}{turns}Yes.<|im_end|>\n",
+        "qwen2_vl": f"<|im_start|>system\n{helpful}{turns}Yes.<|im_end|>\n",
+        "deepseek_v3": "<BOS><｜User｜>Hi?<｜Assistant｜>Yes.<｜end▁of▁sentence｜>",
+    }
+    # those with another end, and with today's date
+    assert TEMPLATES.keys() - rendered.keys() == {"phi_3", "phi_35", "llama3_2_vision"}
+    messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    for name, text in rendered.items():
+        template = templates.named(TEMPLATES[name])
+        shown = render_jinja_template([messages], chat_template=template, bos_token="<BOS>")[0][0]
+        assert shown == text, name
+
+
 def test_plain_text_goes_with_any_rendering(tmp_path: Path) -> None:
     """Guards `completion` beside another type: its rows are rendered by neither template."""
     sets = [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b.jsonl", "type": "completion"}]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-from conftest import ROOT
+from conftest import ROOT, script
 from stepladder.recipe import explain, load, rules
 from stepladder.recipe.axolotl import keys
 from stepladder.recipe.schema import StepladderArguments, known_keys
@@ -100,6 +102,16 @@ def test_a_key_without_our_explanation_has_the_librarys_help() -> None:
 def test_values_are_shown_as_one_writes_them(value: object, text: str) -> None:
     """Guards against Python's spelling (True, ['a']) or a broken line in what a person copies into YAML."""
     assert explain.shown(value) == text
+
+
+def test_a_long_text_is_cut_in_tables_and_whole_as_json(tmp_path: Path) -> None:
+    """Guards a template in the recipe: it must not bury the other keys, and a program reads all of it."""
+    file, template = tmp_path / "r.yaml", "{% for m in messages %}\n{{ m.content }}{% endfor %}\n" * 100
+    file.write_text(yaml.safe_dump({"chat_template": template}))
+    done = script("check", "--recipe", file, "--show")
+    assert done.code == 0 and f"… ({len(template):,} characters)" in done.out and len(done.out) < 12_000, done
+    keys = json.loads(script("check", "--recipe", file, "--show", "--json").out)["keys"]
+    assert next(entry["value"] for entry in keys if entry["key"] == "chat_template") == template
 
 
 def test_defaults_without_effect_are_not_shown(tmp_path: Path) -> None:

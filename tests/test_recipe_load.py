@@ -425,3 +425,51 @@ def test_the_cache_is_rebuilt_when_it_is_damaged(tmp_path: Path) -> None:
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
     assert count() == first == len(known_keys()) and file.read_text() == whole
+
+
+# ---- texts with a meaning of their own ----
+
+JINJA = (
+    "{% for m in messages %}\n{{ '<|im_start|>' + m['role'] }}\t \n{{ m.content }}\u2028é<|im_end|>  \n\n{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("style", ["'", '"', "|", None])
+def test_a_template_as_text_is_kept_to_the_letter(style: str | None, recipe) -> None:
+    """Guards inline Jinja, as most public recipes of TRL hold it: from YAML to recipe.yaml and back."""
+    written = yaml.dump({"chat_template": JINJA}, default_style=style, allow_unicode=True)
+    loaded = recipe(written)
+    assert loaded.values == {"chat_template": JINJA}
+    assert recipe(loaded.to_yaml()).values == {"chat_template": JINJA}
+
+
+def test_a_template_on_the_command_line(recipe) -> None:
+    """Guards a text that begins with a brace: it is no block there."""
+    for text in ("{{ messages[0].content }}", "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        assert recipe("max_length: 8\n", "--chat_template", text).values["chat_template"] == text
+        assert recipe("max_length: 8\n", f"--chat_template={text}").values["chat_template"] == text
+
+
+@pytest.mark.parametrize("pattern", [r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj", "[qk]_proj.*", r".*\.q_proj"])
+def test_target_modules_as_a_pattern(pattern: str, recipe) -> None:
+    """Guards a regular expression in place of names, in a file, on the command line and in recipe.yaml."""
+    loaded = recipe(f"use_peft: true\nlora_target_modules: '{pattern}'\n")
+    assert loaded.values["lora_target_modules"] == [pattern]
+    assert recipe(loaded.to_yaml()).values == loaded.values
+    assert recipe("use_peft: true\n", "--lora_target_modules", pattern).values == loaded.values
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("'(q|v'", "no regular expression"),
+        ("'a{99999999999999999999}'", "no regular expression"),
+        ("[q_proj, '.*v_proj']", "'.*v_proj' is no module name"),
+        ("[all-linear, lm_head]", "'all-linear' is no module name"),
+    ],
+)
+def test_target_modules_that_mean_nothing(value: str, said: str, faults) -> None:
+    """Guards the place and the cause of what PEFT would raise on, or take for a name that no module has."""
+    (error,) = faults(f"use_peft: true\nlora_target_modules: {value}\n")
+    assert "2:1: " in error and said in error

@@ -31,6 +31,11 @@ TABLE = {
         "lora_r",
         "use_peft: true\npeft_type: prefix\nnum_virtual_tokens: 8\ngradient_checkpointing: false",
     ),
+    "target_modules_are_names_or_one_pattern": (
+        "use_peft: true\nlora_target_modules: 'model.layers.((q|v)_proj'",
+        "lora_target_modules",
+        "use_peft: true\nlora_target_modules: 'model.layers.(q|v)_proj'",
+    ),
     "virtual_tokens_stand_before_each_row": (
         "use_peft: true\npeft_type: prompt\npacking: true",
         "packing",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from stepladder.errors import ModelError
 from stepladder.model import virtual_tokens
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,8 +34,8 @@ def attach(
             PEFT's own, and cannot read these.
 
     Raises:
-        ModelError: the target modules do not exist in this model, or there are new tokens: TRL's
-            fused output layer reads the plain weight (`add_fused_lm_head`), so PEFT's wrapped one,
+        ModelError: a module or parameter that the recipe names does not exist in this model, or there are new
+            tokens: TRL's fused output layer reads the plain weight (`add_fused_lm_head`), so PEFT's wrapped one,
             which would train their embeddings, cannot stand in its place.
     """
     if not recipe.get("use_peft"):
@@ -71,15 +72,49 @@ def attach(
         from stepladder.model.fused_lora import FusedLinear
 
         config._register_custom_module({torch.nn.Linear: FusedLinear})
+    names = [name for name, _ in model.named_modules()]
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if type(m).__name__ == "Linear"})
-        raise ModelError(
-            f"the adapter does not fit the model: {str(error).splitlines()[0]}",
-            where=recipe.where("lora_target_modules"),
-            way_out=f"lora_target_modules: all-linear, or some of {', '.join(names)}",
-        ) from None
+        raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
+    _check_names(wrapped, recipe, linear, names)
+    return wrapped
+
+
+def _does_not_fit(recipe: Settings, fault: str, linear: list[str], names: list[str]) -> ModelError:
+    """The adapter does not fit; a pattern is explained by a name that it would have to match."""
+    pattern = pattern_of(recipe.get("lora_target_modules"))
+    layer = next((name for name in names if name.endswith(f".{linear[0]}")), names[-1]) if linear else names[-1]
+    return ModelError(
+        f"the adapter does not fit the model: {fault}",
+        where=recipe.where("lora_target_modules"),
+        why=f"'{pattern}' is a regular expression that must match a whole module name, such as {layer}"
+        if pattern
+        else "",
+        way_out=f"lora_target_modules: all-linear, or some of {', '.join(linear)}",
+    )
+
+
+def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], names: list[str]) -> None:
+    """Raise ModelError for a name that matched nothing: PEFT is content where one name of a list does."""
+    config = wrapped.peft_config["default"]
+    modules, parameters = wrapped.base_model.targeted_module_names, wrapped.base_model.targeted_parameter_names
+    # The configuration's own names: PEFT replaces those of experts that Transformers holds fused.
+    targeted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
+    for key, wanted, found in (
+        ("lora_target_modules", targeted, modules),
+        ("lora_target_parameters", config.target_parameters or (), parameters),
+        ("lora_modules_to_save", config.modules_to_save or (), names),
+    ):
+        missing = sorted(name for name in wanted if not any(f".{full}".endswith(f".{name}") for full in found))
+        if missing and recipe.get(key):
+            raise ModelError(
+                f"{key}: the model has no {', '.join(missing)}",
+                where=recipe.where(key),
+                why="without them a smaller adapter would be trained than the recipe says",
+                way_out=suggest(missing[0], linear) or "remove it",
+            )
 
 
 def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
@@ -104,9 +139,17 @@ def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
 
 
 def targets(recipe: Settings) -> str | list[str] | None:
-    """`all-linear` is a word to PEFT; any other text would be a pattern over whole module names."""
+    """`lora_target_modules` as PEFT takes it: names as a list, `all-linear` and a regular expression as text."""
     modules = recipe.get("lora_target_modules")
-    return modules[0] if modules == ["all-linear"] else modules
+    if modules and len(modules) == 1 and modules[0].lower() == "all-linear":
+        return "all-linear"
+    return pattern_of(modules) or modules
+
+
+def pattern_of(modules: list[str] | None) -> str:
+    """The regular expression that stands in place of names, or nothing: a single text that is no dotted name."""
+    single = modules[0] if modules and len(modules) == 1 else ""
+    return "" if single.lower() == "all-linear" or single.replace(".", "_").isidentifier() else single
 
 
 def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:

@@ -34,6 +34,7 @@ AXOLOTL = "axolotl"
 DEFAULT, PARENT, RECIPE = "default", "parent", "recipe"
 LIBRARIES = "TRL and Transformers"
 WIDEST = 110  # columns: longer lines are hard to read
+LONGEST = 240  # characters of a value in a table
 # Where keys without an explanation of ours belong, by the dataclass that they come from.
 GROUP_OF_OWNER = {"ModelConfig": "method", "ScriptArguments": "data", "DatasetMixtureConfig": "data"}
 
@@ -233,7 +234,7 @@ class Table:
             grid.add_column(justify="right", width=max(map(len, places)))
             for entry, place in rows:
                 style = "dim" if entry.source == DEFAULT else ""
-                grid.add_row(Text(entry.key, style), Text(shown(entry.value), style), Text(place, "dim"))
+                grid.add_row(Text(entry.key, style), Text(brief(entry.value), style), Text(place, "dim"))
             yield _banner(group)
             yield grid
 
@@ -254,7 +255,7 @@ class Lesson:
             head = RichTable.grid(expand=True, padding=(0, 2))
             head.add_column(overflow="fold", ratio=1)
             head.add_column(justify="right", no_wrap=True)
-            title = Text.assemble((entry.key, "bold cyan"), f": {shown(entry.value)}")
+            title = Text.assemble((entry.key, "bold cyan"), f": {brief(entry.value)}")
             head.add_row(title, Text(origin(entry, options.max_width), "dim"))
             yield head
             yield Padding(_paragraph(entry), (0, 0, 1, 2))
@@ -276,6 +277,15 @@ def _paragraph(entry: Entry) -> RenderableType:
 
 def _banner(group: str) -> Text:
     return Text(f"---- {group} ----", "bold")
+
+
+def brief(value: Any) -> str:
+    """A value for a table: a text longer than LONGEST, such as a chat template, is cut and its length given."""
+    text = shown(value)
+    if len(text) <= LONGEST:
+        return text
+    length = len(value) if isinstance(value, str) else len(text)
+    return f"{text[:LONGEST]}… ({length:,} characters)"
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import convert, renamed, rules
+from stepladder.recipe import convert, foreign, renamed, rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.suggest import nearest, suggest
@@ -81,12 +81,13 @@ def compose(path: Path) -> yaml.Node | None:
     """Parse YAML (or JSON, which is YAML) to nodes, which know their line and column.
 
     Raises:
-        RecipeError: not readable, not UTF-8, or not YAML; tabs are named.
+        RecipeError: not readable, not UTF-8, a shell script, or not YAML; tabs are named.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path), way_out="a UTF-8 text file") from None
+    foreign.refuse_script(text, path)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -125,7 +126,9 @@ class _Reading:
 
     def file(self, path: Path, parents: tuple[Path, ...] = ()) -> None:
         """Add a file's keys, those of the recipe that it `extends` first."""
-        pairs = convert.mapping(compose(path), str(path), self.errors)
+        root = compose(path)
+        foreign.refuse(root, path)
+        pairs = convert.mapping(root, str(path), self.errors)
         if "extends" in pairs and (parent := self._parent(path, *pairs["extends"], parents)):
             self.file(parent, (*parents, path))
         source = convert.Source(str(path), self.recipe.notes, self.recipe.origins)

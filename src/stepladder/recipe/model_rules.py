@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.ruling import RuleBreak, conflict, idle, rule, shown
 
@@ -29,6 +31,23 @@ def each_adapter_has_its_own_keys(recipe: Recipe) -> RuleBreak | None:
     lora = recipe.get("peft_type") == "lora"
     way_out = "peft_type: prefix (or prompt)" if lora else "peft_type: lora"
     return idle(recipe, "peft_type", VIRTUAL_TOKENS if lora else _of_lora(recipe), way_out)
+
+
+@rule
+def target_modules_are_names_or_one_pattern(recipe: Recipe) -> RuleBreak | None:
+    """PEFT takes a list of module names, the word all-linear, or one regular expression over whole module names."""
+    key = "lora_target_modules"
+    modules = recipe.get(key) or []
+    others = [name for name in modules if not name.replace(".", "_").isidentifier()]
+    if len(modules) > 1 and others:
+        what = f"{key}: '{others[0]}' is no module name, and stands in a list"
+        return conflict(recipe, what, [key], f"{key}: '{others[0]}' alone, or names only")
+    try:
+        re.compile(others[0] if others else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        what = f"{key}: '{others[0]}' is no regular expression: {error}"
+        return conflict(recipe, what, [key], f"{key}: '.*\\.(q|v)_proj', or a list of names")
+    return None
 
 
 @rule

@@ -48,6 +48,10 @@ class StepladderArguments:
         default=None,
         metadata={"help": "Names for a data file's columns: {input: frage, output: antwort} reads `frage` as `input`."},
     )
+    role_map: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Roles for a conversation's own names: {bot: assistant, customer: user}."},
+    )
     mix_general: float = field(
         default=0.0,
         metadata={"help": "Share of general-knowledge rows mixed in against forgetting; 0.1 to 0.2 is usual."},
@@ -62,8 +66,8 @@ class StepladderArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "A template for a model that has none: chatml, or the name of one that TRL ships (llama3, "
-            "gemma, phi3 …)."
+            "help": "A template for a model that has none: chatml, the name of one that TRL ships (llama3, gemma, "
+            "phi3 …), or a Jinja template as text."
         },
     )
     prompt_template: str | None = field(
@@ -119,6 +123,7 @@ class DatasetEntryArguments:
     """What Stepladder adds to each entry of TRL's `datasets`."""
 
     column_map: dict[str, str] | None = field(default=None, metadata={"help": "As the recipe's own, for this set."})
+    role_map: dict[str, str] | None = field(default=None, metadata={"help": "As the recipe's own, for this set."})
     weight: float | None = field(default=None, metadata={"help": "This set's share relative to the others'."})
     rows: float | None = field(
         default=None, metadata={"help": "How many of its rows are taken; below 1: which share of them."}

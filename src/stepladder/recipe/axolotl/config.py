@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import convert, load
+from stepladder.recipe import convert, foreign, load
 from stepladder.suggest import nearest
 
 EMPTY: tuple[Any, ...] = (None, "", {})  # what Axolotl takes for a key that is not set
@@ -75,7 +75,7 @@ def read(path: Path) -> Config:
     """The configuration in a file.
 
     Raises:
-        RecipeError: missing, not YAML, or no Axolotl configuration.
+        RecipeError: missing, not YAML, or no Axolotl configuration; those of other tools are named.
         RecipeErrors: keys that stand twice.
     """
     if not path.is_file():
@@ -84,6 +84,8 @@ def read(path: Path) -> Config:
     if not isinstance(root, yaml.MappingNode):
         what = "the file is empty" if root is None else "the file holds no block of `key: value` lines"
         raise RecipeError(what, where=str(path), way_out="an Axolotl configuration (base_model: …)")
+    if "base_model" not in (key.value for key, _ in root.value):
+        foreign.refuse(root, path)
     errors: list[RecipeError] = []
     places: dict[str, str] = {}
     _places(root, str(path), "", places, errors)

@@ -20,6 +20,7 @@ from stepladder.recipe.axolotl.outcome import (
     each,
     in_block,
     left_out,
+    only,
     only_with,
     refused,
     sets,
@@ -50,9 +51,11 @@ TYPES: dict[str, str | None] = {
 TYPES |= {"alpaca:instruct": TYPES["alpaca"], "alpaca_instruct.load": TYPES["alpaca"]}
 TYPES |= {"alpaca_chat.load": TYPES["alpaca:chat"]}
 
-# Axolotl's names of chat templates, and those of the same ones here.
+# Axolotl's names of chat templates, and those of TRL's that render the same text; phi's end with EOS here too.
 TEMPLATES = {name: name for name in ("chatml", "llama3", "gemma", "gemma3", "gemma4", "qwen3", "cohere")}
 TEMPLATES |= {"phi_3": "phi3", "phi_35": "phi3_5", "qwen_25": "qwen2_5", "deepseek_v3": "deepseekv3"}
+TEMPLATES |= {"aya": "cohere", "gemma3n": "gemma3", "gemma4_unified": "gemma4", "qwen3_5": "qwen3"}
+TEMPLATES |= {"llama3_2_vision": "llama3_2", "qwen2_vl": "qwen2_5_vl"}
 
 
 def is_local(path: str) -> bool:
@@ -118,24 +121,32 @@ def messages(value: Any, entry: Config) -> Outcome:
     return dropped("recognized") if value == "conversations" else column("messages")(value, entry)
 
 
+# As data/ reads them; a room on the same floor cannot be asked.
+ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MASKS = ("loss", "loss_weight", "training", "train", "weight")
+
+
 def properties(value: Any, entry: Config) -> Outcome:
     """The names inside a message; those of the chat templates and of ShareGPT are both read."""
     names = value if isinstance(value, dict) else {}
-    known = {"role": ("role", "from"), "content": ("content", "value")}
+    known = {"role": ("role", "from"), "content": ("content", "value"), **dict.fromkeys(REASONING, REASONING)}
     others = [name for name, source in names.items() if source not in known.get(name, (name,))]
     return unsupported(f"the {others[0]} is not read from '{names[others[0]]}'") if others else dropped("recognized")
 
 
-# As data/ reads them; a room on the same floor cannot be asked.
-ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "assistant"}, "system": {"system"}, "tool": {"tool"}}
-
-
 def roles(value: Any, entry: Config) -> Outcome:
-    sources = value if isinstance(value, dict) else {"": value}
-    if all(isinstance(names, list) and ROLES.get(role, set()) >= {*map(str, names)} for role, names in sources.items()):
-        return dropped("recognized")
-    known = "; ".join(f"{role}: {', '.join(sorted(names))}" for role, names in ROLES.items())
-    return unsupported(f"known roles are {known}")
+    """Which names in the rows stand for a role: `{assistant: [bot]}` becomes `role_map: {bot: assistant}`."""
+    role_map: dict[str, str] = {}
+    for role, names in value.items() if isinstance(value, dict) else [("", [])]:
+        if role not in ROLES.values() or not isinstance(names, list):
+            return unsupported(f"a list of names for each role; roles are {', '.join(dict.fromkeys(ROLES.values()))}")
+        for name in map(str, names):
+            if ROLES.get(name, role) != role or role_map.get(name, role) != role:
+                return unsupported(f"{name} is another role: rename it in the rows")
+            role_map |= {} if name in ROLES else {name: role}
+    return in_block(role_map=role_map) if role_map else dropped("recognized")
 
 
 # ---- how they are rendered ----
@@ -167,7 +178,7 @@ def data_type(value: Any, entry: Config) -> Outcome:
         hint = suggest(str(value), TYPES) or "its text can be given as prompt_template"
         return unsupported(f"not known here: without it the chat template renders what the columns show; {hint}")
     if prompt == PLAIN:
-        return dropped("a column 'text' is trained as it is")
+        return dropped("a column 'text' is trained as it is")  # longer ones: see `importer._not_set`
     if not _of_one_kind(prompt, entry.root):
         return unsupported(ONE)
     if prompt is CHAT:
@@ -188,22 +199,61 @@ def custom_text(value: Any, kind: Config) -> Outcome:
 
 
 def _of_one_kind(prompt: str | None, config: Config) -> bool:
-    found = set()
-    for entry in config.entries("datasets"):
-        try:
-            found.add(rendering(entry.get("type")))
-        except KeyError:
-            found.add(CHAT)
-    return found - {PLAIN} <= {prompt}
+    return {_rendering_or_chat(entry.get("type")) for entry in config.entries("datasets")} - {PLAIN} <= {prompt}
+
+
+def _rendering_or_chat(kind: Any) -> str | None:
+    """As `rendering`; the rows of a type that is not known are rendered by the chat template."""
+    try:
+        return rendering(kind)
+    except KeyError:
+        return CHAT
 
 
 def chat_template(value: Any, config: Config) -> Outcome:
-    name = str(value).removeprefix("tokenizer_default_fallback_")
+    name, root = str(value), config.root
+    entries = root.entries("datasets")
+    chats = [entry for entry in entries if _rendering_or_chat(entry.get("type")) is CHAT]
+    if entries and not chats:
+        return dropped("no data set is rendered by it")
+    used = {_template_name(entry) or _template_name(root.values) or "tokenizer_default" for entry in chats}
+    if len(used) > 1:
+        return unsupported("a recipe has one template for all its data sets")
+    if used and name not in used:
+        return dropped("the data sets have one of their own")
     if name == "tokenizer_default":
         return dropped("the model's own, as here")
+    if name == "jinja":
+        return _jinja(config.get("chat_template_jinja") or config.root.get("chat_template_jinja"), config)
     if name in TEMPLATES:
-        return sets("where the model has no template of its own", chat_template=TEMPLATES[name])
-    return unsupported("not known here: without it the model's own is used")
+        ends = "; it ends a conversation with EOS too" if name.startswith("phi_") else ""
+        return sets(f"TRL's of that family, in place of the model's own{ends}", chat_template=TEMPLATES[name])
+    if name.startswith("tokenizer_default_fallback_"):
+        return unsupported("whether the model has one of its own decides: tokenizer_default if it has, else the name")
+    return unsupported("not known here: without it the model's own is used, which tokenizer_default asks for")
+
+
+def chat_template_jinja(value: Any, config: Config) -> Outcome:
+    """A template as text or as a file; Axolotl reads it where chat_template is not set, or is `jinja`."""
+    if config.has("chat_template"):
+        used = _template_name(config.values) == "jinja"
+        return dropped("read with chat_template" if used else "of chat_template: jinja only")
+    return chat_template("jinja", config)
+
+
+def _template_name(values: dict[str, Any]) -> str:
+    """The name that a data set or the whole configuration sets, or nothing."""
+    return str(values.get("chat_template") or ("jinja" if values.get("chat_template_jinja") else ""))
+
+
+def _jinja(value: Any, config: Config) -> Outcome:
+    text = str(value or "")
+    if "{%" in text or "{{" in text:
+        return sets(chat_template=text)
+    for file in (config.file.parent / text, Path(text)) if text else ():
+        if file.is_file():
+            return sets(chat_template_path=str(file))
+    return unsupported("chat_template_jinja is a template's text, or a file that is there")
 
 
 SFT_ONLY = "another kind of training: this is supervised fine-tuning"
@@ -233,16 +283,17 @@ KEYS: dict[str, Rule] = {
     "message_property_mappings": properties,
     "message_field_role": usual("role", "from", why="the role is not read from there"),
     "message_field_content": usual("content", "value", why="the text is not read from there"),
-    "field_thinking": usual("reasoning_content", why="read from reasoning_content only"),
-    "template_thinking_key": usual("reasoning_content", why="the template's own key"),
+    "field_thinking": usual(*REASONING, why=f"read from {', '.join(REASONING)} only: rename it in the rows"),
+    "template_thinking_key": usual(*REASONING, why="the name that the template renders decides"),
     "split_thinking": usual(why="reasoning stays where the rows have it"),
     "roles": roles,
-    "roles_to_train": usual(["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"], why=TRAINED),
+    "roles_to_train": only(["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"], why=TRAINED),
     **each("train_on_eos train_on_eot", usual("turn", why=TRAINED)),
-    **each("message_field_training message_field_training_detail", refused("a message's own flag is not read")),
+    "message_field_training": only(*MASKS, why=f"a message's own flag is read from {', '.join(MASKS)} only"),
+    "message_field_training_detail": refused("a message is trained whole, or not at all"),
     "drop_system_message": usual(why="system messages stay"),
     "chat_template": chat_template,
-    "chat_template_jinja": refused("a template in the configuration: save it with the tokenizer"),
+    "chat_template_jinja": chat_template_jinja,
     "conversation": refused("FastChat's templates are gone from Axolotl too: name a chat_template"),
     **each("input_transform input_format", refused("code of your own: transform the file")),
     **each("field_human field_model", refused("give the rows as messages")),
@@ -264,7 +315,8 @@ def for_evaluation(key: str, value: Any, entry: Config, outcome: Outcome) -> Out
 
 
 # A single data set is spelled flat, so that the command line can replace it.
-FLAT = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split", "column_map": "column_map"}
+FLAT = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
+FLAT |= {"column_map": "column_map", "role_map": "role_map"}
 
 
 def finish(blocks: list[dict[str, Any]]) -> dict[str, Any]:

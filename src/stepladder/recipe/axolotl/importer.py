@@ -13,7 +13,7 @@ from typing import Any
 
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import load
-from stepladder.recipe.axolotl import data, strategy
+from stepladder.recipe.axolotl import data, strategy, values
 from stepladder.recipe.axolotl.config import EMPTY, Config
 from stepladder.recipe.axolotl.defaults import DEFAULTS
 from stepladder.recipe.axolotl.keys import KEYS
@@ -48,8 +48,13 @@ def _not_set(config: Config) -> Iterator[Row]:
             yield Row(f"({key})", None, sets(why, **recipe), str(config.file))
     if config.has("fsdp_config") and not config.has("fsdp"):
         yield Row("(fsdp)", None, strategy.fsdp(None, config), str(config.file))
+    if values.keeps_best(config) and config.get("load_best_model_at_end") is None:
+        outcome = left_out("Axolotl ends with the best checkpoint, here with the last: load_best_model_at_end: true")
+        yield Row("(load_best_model_at_end)", None, outcome, str(config.file))
     if not config.has("excess_length_strategy"):
-        outcome = left_out("Axolotl takes out rows that are longer than sequence_len; here they are cut")
+        pieces = any(entry.get("type") == "completion" for entry in config.entries("datasets"))
+        text = " and cuts longer texts of type completion into pieces" if pieces else ""
+        outcome = left_out(f"Axolotl takes out rows that are longer than sequence_len{text}; here they are cut")
         yield Row("(excess_length_strategy)", None, outcome, str(config.file))
 
 

@@ -90,6 +90,11 @@ def usual(*values: Any, why: str, changes: bool = True) -> Rule:
     return rule
 
 
+def only(*values: Any, why: str) -> Rule:
+    """What these values ask for happens anyway; any other, `false` too, is not supported."""
+    return lambda value, config: dropped("as here") if value in values else unsupported(why)
+
+
 def harmless(why: str) -> Rule:
     """Not supported, and the loss curve is the same without it."""
     return usual(why=why, changes=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from stepladder.errors import RecipeError
 from stepladder.recipe.axolotl.config import Config
-from stepladder.recipe.axolotl.outcome import TRANSLATED, Outcome, left_out
+from stepladder.recipe.axolotl.outcome import TRANSLATED, Outcome, left_out, unsupported
 
 
 def deepspeed(value: Any, config: Config) -> Outcome:
@@ -19,6 +19,8 @@ def deepspeed(value: Any, config: Config) -> Outcome:
         RecipeError: the file is there and cannot be read.
     """
     settings = value if isinstance(value, dict) else _read_json(str(value), config)
+    if others := [key for key in ("optimizer", "scheduler", "tensor_parallel", "autotp_size") if settings.get(key)]:
+        return unsupported(f"its {others[0]} would decide in place of the configuration: the strategy's file has none")
     zero = settings.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     name = "" if isinstance(value, dict) else str(value).lower()

@@ -20,8 +20,8 @@ YAML: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000
 # The recipe's banners, and how the keys under each begin; the rest is training.
 SECTIONS = {
     "model": "model_ trust_ dtype attn_ eos_ pad_token",
-    "data": "data eval_dataset test_split column_map chat_ prompt_ max_length packing eval_packing pad_to train_on "
-    "train_sampling",
+    "data": "data eval_dataset test_split column_map role_map chat_ prompt_ max_length packing eval_packing pad_to "
+    "train_on train_sampling",
     "method": "use_peft use_dora use_rslora use_liger lora_ load_in bnb_ use_bnb neftune",
     "training": "",
     "saving and monitoring": "output_dir eval_s save_ logging report_to run_name project trackio push_ hub_ "

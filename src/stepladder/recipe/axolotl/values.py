@@ -22,6 +22,12 @@ def other_source(value: Any, config: Config) -> Outcome:
     return unsupported("it comes from the model's folder: put both into one")
 
 
+def bos_token(value: Any, config: Config) -> Outcome:
+    if value in ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"):
+        return left_out("the model's own BOS is used: one of these names is nearly always it")
+    return unsupported("tokenizer and embeddings stay as the model has them")
+
+
 def model_class(value: Any, config: Config) -> Outcome:
     if re.search(r"CausalLM|LMHeadModel", str(value)):
         return dropped("follows from the model's config")
@@ -76,7 +82,9 @@ ATTENTION_AND_MLP = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_pr
 
 def target_modules(value: Any, config: Config) -> Outcome:
     if not config.get("lora_target_linear"):
-        return sets(lora_target_modules=value)
+        pattern = isinstance(value, str) and not value.replace(".", "_").isidentifier()
+        why = "a regular expression over whole module names: a run whose model has none that matches does not begin"
+        return sets(why if pattern else "", lora_target_modules=value)
     names = {*map(str, value)} if isinstance(value, list) else {str(value)}
     if ATTENTION_AND_MLP <= names <= ATTENTION_AND_MLP | {"gate_proj"}:
         return dropped("lora_target_linear covers them")
@@ -85,7 +93,7 @@ def target_modules(value: Any, config: Config) -> Outcome:
 
 
 HARMLESS_PLUGINS = {
-    "CutCrossEntropyPlugin": "memory only; loss_type: chunked_nll saves as much",
+    "CutCrossEntropyPlugin": "memory only: the loss here needs no whole logits either",
     "KernelsPlugin": "speed and memory only",
     "ExpertParallelPlugin": "data parallel only",
     "LMEvalPlugin": "for measuring the model, not for training it",
@@ -163,6 +171,29 @@ def offloading(value: Any, config: Config) -> Outcome:
 
 
 # ---- training ----
+
+
+def shared_rows(value: Any, config: Config) -> Outcome:
+    """Tensor, context and sequence parallelism: so many ranks work on the same rows."""
+    if value in (False, 0, 1):
+        return dropped("each rank has rows of its own, as here")
+    return unsupported(
+        f"{value} ranks share their rows, so that the global batch is that much smaller than here: remove the key, "
+        "and divide gradient_accumulation_steps or micro_batch_size by it"
+    )
+
+
+def sequential(value: Any, config: Config) -> Outcome:
+    """The rows in their own order. Axolotl shuffles data sets that it merges even so, unless it is told not to."""
+    shuffles = config.values.get("shuffle_merged_datasets") is not False and len(config.entries("datasets")) > 1
+    if value and (shuffles or config.get("shuffle_before_merging_datasets")):
+        return unsupported("Axolotl shuffles the merged rows first, here they keep their order: set shuffle_… to false")
+    return sets(train_sampling_strategy="sequential") if value else OFF
+
+
+def packing(value: Any, config: Config) -> Outcome:
+    why = "rows are packed in another order, and none is left out: the number of steps can differ by a few"
+    return sets(why, packing=True) if value else OFF
 
 
 def optimizer(value: Any, config: Config) -> Outcome:
@@ -255,11 +286,20 @@ def every_steps(what: str) -> Rule:
     return lambda value, config: sets(**{f"{what}_strategy": "steps", f"{what}_steps": value}) if value else OFF
 
 
+def keeps_best(config: Config) -> bool:
+    """Whether Axolotl would end with the best checkpoint: it saves and evaluates by steps, in step with each other."""
+
+    def interval(what: str) -> float:
+        times = config.number(f"{what}s_per_epoch", 0) * config.number("num_epochs", 1)
+        return 1 / times if times > 1 else config.number(f"{what}_steps", 0)
+
+    save, evaluate = interval("save"), interval("eval")
+    return bool(config.evaluates() and save > 0 and evaluate > 0 and save % evaluate == 0)
+
+
 def best_model(value: Any, config: Config) -> Outcome:
-    """Axolotl takes no notice of it where saving and evaluating are not both by steps."""
-    by_steps = config.has("save_steps", "saves_per_epoch") and config.has("eval_steps", "evals_per_epoch")
-    if value and not (by_steps and config.evaluates()):
-        return dropped("Axolotl ignores it unless it saves and evaluates by steps")
+    if value and not keeps_best(config):
+        return dropped("Axolotl ignores it unless it saves and evaluates by steps, the one a multiple of the other")
     return sets(load_best_model_at_end=True) if value else OFF
 
 
