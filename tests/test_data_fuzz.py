@@ -22,6 +22,11 @@ FRAGMENTS = [
         '{"input": "a", "output": "b"}',
         '{"text": "\\ud800"}',
         '{"messages": [',
+        '{"train": [',
+        '{"data": [{"text": "a"}',
+        '{"text": {"0": "a"',
+        '{\n "text": "a"\n}\n',
+        "input,output,,\n",
         "]}",
         "input,output",
         "text",
@@ -101,7 +106,7 @@ def assert_sound(example: Example) -> None:
     assert last["role"] == "assistant" and (last["content"].strip() or last["tool_calls"])
 
 
-SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".py", ".parquet", ".jsonl.gz", ".jsonl.zst"]
+SUFFIXES = [".jsonl", ".json", ".csv", ".tsv", ".py", ".parquet", ".arrow", ".jsonl.gz", ".jsonl.zst"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -43,6 +43,14 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return out.getvalue()
 
 
+def arrow(rows: list[dict[str, Any]], new: Callable[..., Any]) -> bytes:
+    """An Arrow stream, or with `new_file` an Arrow file, of two batches."""
+    out, table = io.BytesIO(), pyarrow.Table.from_pylist(rows)
+    with new(out, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return out.getvalue()
+
+
 def zstd(content: bytes) -> bytes:
     return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
@@ -70,6 +78,15 @@ CONTENTS = {
     "blank_lines.jsonl": jsonl(ROWS).replace(b"\n", b"\n\n  \n"),
     "no_last_break.jsonl": jsonl(ROWS).rstrip(),
     "UPPER.JSONL": jsonl(ROWS),
+    "rows.ndjson": jsonl(ROWS),
+    "rows.jsonlines.gz": gzip.compress(jsonl(ROWS)),
+    "list.jsonl": json.dumps(ROWS).encode(),
+    "pretty_list.jsonl": b"\n\n" + json.dumps(ROWS, indent=1).encode(),
+    "rows.arrow": arrow(ROWS, pyarrow.ipc.new_stream),
+    "file.arrow": arrow(ROWS, pyarrow.ipc.new_file),
+    "rows.feather": arrow(ROWS, pyarrow.ipc.new_file),
+    "separators.csv": separated(ROWS).replace(b"\r\n", b",,\r\n"),
+    "separators_in_header.csv": separated(ROWS).replace(b"input,output\r\n", b"input,output,,\r\n"),
 }
 
 
@@ -131,7 +148,8 @@ def lines_70_001(bad: bytes) -> bytes:
 BAD = {  # name: content, and what the message says beside the file's name
     "json.jsonl": (lines_70_001(b'{"input": "half", "output": "'), [":70001:29", "invalid JSON", "Unterminated"]),
     "twice.jsonl": (b'{"input": "a", "input": "b", "output": "c"}', [":1", "'input' stands there twice"]),
-    "list.jsonl": (json.dumps(ROWS).encode(), [":1", "not a JSON object", "a list of them (.json)"]),
+    "lists.jsonl": (b'["a", "b"]\n["c", "d"]\n', [":1", "not a JSON object but ['a', 'b']"]),
+    "number.jsonl": (b'{"text": "a"}\n7', [":2", "not a JSON object but 7", "a list of them (.json)"]),
     "deep.jsonl": (b"[" * 200_000, [":1", "nested too deeply"]),
     "latin1.jsonl": (jsonl(ROWS) + '{"input": "café"}'.encode("latin-1"), [":4", "not UTF-8 at byte 15"]),
     "utf16.jsonl": (jsonl(ROWS).decode().encode("utf-16"), ["is UTF-16", "UTF-8"]),
@@ -160,7 +178,7 @@ BAD = {  # name: content, and what the message says beside the file's name
     "not.parquet": (b"PAR1 and nothing more", ["cannot be read as Parquet"]),
     "cut.parquet": (parquet(ROWS)[:-9], ["cannot be read as Parquet"]),
     "packed.parquet.gz": (gzip.compress(parquet(ROWS)), ["are not read", "all but .parquet"]),
-    "table.xlsx": (b"PK", ["the kind '.xlsx'", ".jsonl", ".csv"]),
+    "table.xlsx": (b"PK", ["the kind '.xlsx'", "a spreadsheet", "table.xlsx.jsonl"]),
     "syntax.py": (b"a = [\n 1 +,\n]", [":2", "not valid Python"]),
     "none.py": (b"import this\nx = 1\n", ["no lists of rows"]),
     "two.py": (b"a = [{'text': 'a'}]\nb = [{'text': 'b'}]", ["2 lists of rows (lines 1, 2)"]),

@@ -1,55 +1,152 @@
-"""One local file to its rows, packed or not."""
+"""One local file, packed or not, or one folder of `datasets.save_to_disk`, to its rows."""
 
 from __future__ import annotations
 
 import difflib
 import gzip
 import io
+import json
 import os
+import re
+import shlex
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder.data.readers import JSON_FORM, READERS, Found, parquet
+from stepladder.data.readers import (
+    JSON_FORM,
+    READERS,
+    Found,
+    arrow,
+    is_split_object,
+    json_rows,
+    parquet,
+    split_word,
+    without_nulls,
+)
 from stepladder.errors import DataError
 
 COMPRESSED = (".gz", ".zst")
+LFS_POINTER = b"version https://git-lfs"
+# What files of these kinds begin with.
+MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"PK\3\4": ".zip"}
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets` and of LLaMA-Factory
+SAVED = ("state.json", "dataset_info.json")  # stand in each folder that `Dataset.save_to_disk` writes
+LISTED = 5  # sets of LLaMA-Factory's that a message lists
+TO_JSONL = '.to_json(OUT, orient="records", lines=True, force_ascii=False, double_precision=15)'
+TO_LINES = 'sep="\\n", file=open(OUT, "w"))'  # of the texts that a print() begun before it is given
+WORKBOOK = (
+    "a spreadsheet (the command writes its first sheet; .xlsx needs the package openpyxl)",
+    f"import pandas; pandas.read_excel(FILE, dtype=str, keep_default_na=False){TO_JSONL}",
+)
+PICKLE = (
+    "a pickle, which runs code when it is opened: only for files that you trust",
+    f"import pandas; pandas.DataFrame(pandas.read_pickle(FILE), dtype=object){TO_JSONL}",
+)
+LINES = (
+    "plain text (the command makes each line a row)",
+    'import json; print(*(json.dumps({"text": line.rstrip("\\n")}) for line in open(FILE, encoding="utf-8-sig") '
+    f"if line.strip()), {TO_LINES}",
+)
+YAML = ("YAML", f'import json, yaml; print(*map(json.dumps, yaml.safe_load(open(FILE, encoding="utf-8"))), {TO_LINES}')
+ARRAY = (
+    "a NumPy array",
+    f"import json, numpy; print(*map(json.dumps, numpy.load(FILE, allow_pickle=True).tolist()), {TO_LINES}",
+)
+ARCHIVE = (
+    "an archive (when it is unpacked, name the folder)",
+    'import shutil; shutil.unpack_archive(FILE, FILE + "_unpacked")',
+)
+# What other files are, and the Python that makes JSONL of FILE under the name OUT, or unpacks it.
+OTHER_KINDS = {
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), WORKBOOK),
+    **dict.fromkeys((".pkl", ".pickle"), PICKLE),
+    **dict.fromkeys((".yaml", ".yml"), YAML),
+    **dict.fromkeys((".zip", ".tar", ".tgz"), ARCHIVE),
+    ".txt": LINES,
+    ".npy": ARRAY,
+}
+UNPACKERS = {".bz2": "bunzip2 -k", ".xz": "unxz -k"}  # which leave a file alone that is there already
 
 
-def read(path: Path) -> Iterator[Found]:
-    """The rows of one local file, in their order.
+def read(path: Path, split: str = "train") -> Iterator[Found]:
+    """The rows of one local file, or of one folder of `Dataset.save_to_disk`, in their order.
+
+    Args:
+        split: which rows are read of a JSON file that holds several splits.
 
     Raises:
         DataError: no such file, an unknown kind, a file that cannot be read to its end, or no row at all.
     """
-    if not os.path.exists(path):
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        way_out = near_file(str(path), siblings) or "paths are relative to the folder you start from"
-        raise DataError(f"there is no data file {path}", way_out=way_out)
+    name = printable(path)
+    _require_file(path, name)
     if path.is_dir():
-        raise DataError(f"{path} is a folder, though it has a file's name", way_out="name the file in it")
+        yield from _saved_rows(path, name)
+        return
     reader = READERS.get(kind(path))
-    if reader is None or (reader is parquet and path.suffix.lower() in COMPRESSED):
-        raise DataError(
-            f"{path}: files of the kind '{path.suffix}' are not read",
-            way_out=f"one of {', '.join(READERS)}; all but .parquet may end in .gz or .zst too",
-        )
+    if reader is None or (reader in (parquet, arrow) and path.suffix.lower() in COMPRESSED):
+        raise other_kind(path)
+    refuse_metadata(path)
     where = ""
     try:
+        refuse_other_content(path)
         if path.stat().st_size:
             with _open(path) as stream:
-                for where, row in reader(stream, str(path)):
+                found = json_rows(stream, name, split) if reader is json_rows else reader(stream, name)
+                for where, row in found:
                     yield where, row
+    except PermissionError:
+        raise DataError("the file may not be read", where=name, way_out=f"chmod u+r {_shell_word(path)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the file cannot be read to its end: {error}",
-            where=where or str(path),
+            where=where or name,
             why="this is the last row before the fault" if where else "",
             way_out="it is damaged or cut short: copy, download or pack it again",
         ) from None
     if not where:
-        raise DataError(f"{path} holds no rows", way_out=JSON_FORM)
+        raise DataError(f"{name} holds no rows", way_out=JSON_FORM)
+
+
+def printable(path: Path) -> str:
+    """A path as messages show it: control characters, and bytes that are not UTF-8, by their numbers."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _require_file(path: Path, name: str) -> None:
+    """Raise DataError unless there is a file, or a folder of `save_to_disk`: a named pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise DataError(
+                f"{name} is a link to {os.readlink(path)!r}, which is not there",
+                way_out="a download that was cut short leaves such links: download the data set again",
+            ) from None
+        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        way_out = near_file(str(path), siblings) or "paths are relative to the folder you start from"
+        raise DataError(f"there is no data file {name}", way_out=way_out) from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}", way_out="name a file that can") from None
+    if stat.S_ISDIR(mode):
+        if (path / "dataset_dict.json").is_file():
+            raise DataError(f"{name} holds several splits", way_out=f"name one of them: {name}/train")
+        if not is_saved(path):
+            raise DataError(f"{name} is a folder, though it has a file's name", way_out="name the file in it")
+    elif not stat.S_ISREG(mode):
+        raise DataError(
+            f"{name} is a pipe, socket or device, and no file",
+            why="data is read more than once",
+            way_out=f"cat {_shell_word(path)} > rows{kind(path) or '.jsonl'}",
+        )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return all(os.path.isfile(folder / name) for name in SAVED)
 
 
 def kind(path: Path) -> str:
@@ -58,6 +155,215 @@ def kind(path: Path) -> str:
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
     return Path(name).suffix
+
+
+def stem(path: Path) -> Path:
+    """A path without the suffixes that say how it is read: `train` for `train.jsonl.gz`."""
+    name = path.name
+    for suffix in (*COMPRESSED, kind(path)):
+        name = name[: len(name) - len(suffix)] if suffix and name.lower().endswith(suffix) else name
+    return path.with_name(name)
+
+
+def other_kind(path: Path) -> DataError:
+    """The error for a file that is not read: what it is, and the command that turns it into one that is."""
+    suffix = kind(path)
+    what, code = OTHER_KINDS.get(suffix, ("", ""))
+    if path.is_file() and _looks_like_json(path):
+        what, way_out = "its content looks like JSON", f"mv {_shell_word(path)} {_shell_word(f'{path}.jsonl')}"
+    elif code:
+        way_out = conversion(code, path)
+    elif suffix in UNPACKERS:
+        way_out = f"{UNPACKERS[suffix]} {_shell_word(path)}"
+    else:
+        way_out = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
+    return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, way_out=way_out)
+
+
+def conversion(code: str, path: Path) -> str:
+    """A shell command that runs Python code over FILE, which writes OUT, beside it and under a new name."""
+    code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
+    return f"python -c {shlex.quote(code)}"
+
+
+def _shell_word(path: object) -> str:
+    """A path as a shell command takes it, control characters included."""
+    text = str(path)
+    return shlex.quote(text) if text.isprintable() else "$" + repr(text)
+
+
+def _looks_like_json(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return bool(re.match(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"', stream.read(1000)))
+    except OSError:
+        return False
+
+
+def refuse_other_content(path: Path) -> None:
+    """Raise DataError where a file is not what its name says, by its first bytes."""
+    with path.open("rb") as stream:
+        head = stream.read(len(LFS_POINTER)).lower()
+    name, suffix = printable(path), path.suffix.lower()
+    if head == LFS_POINTER:
+        raise DataError(
+            f"{name} is a pointer of git-lfs, and no data",
+            why="the data set was cloned without git-lfs, which fetches the files",
+            way_out=f"git -C {_shell_word(path.parent)} lfs pull",
+        )
+    if head.startswith((b"<!doctype html", b"<html")):
+        way_out = "download the file itself: on the hub its address holds /resolve/, not /blob/"
+        raise DataError(f"{name} is a web page, and no data", way_out=way_out)
+    for magic, right in MAGIC.items():
+        if head.startswith(magic.lower()) and suffix != right:
+            way_out = f"mv {_shell_word(path)} {_shell_word(f'{path}{right}')}"
+            raise DataError(f"{name} is a {right} file by its content", way_out=way_out)
+
+
+def refuse_metadata(path: Path) -> None:
+    """Raise DataError for a file that tells of a data set and holds none of its rows."""
+    if path.name not in METADATA:
+        return
+    if sets := llama_factory_sets(path):
+        raise _llama_factory(path, sets)
+    raise DataError(
+        f"{printable(path)} describes a data set and holds no rows",
+        way_out=f"name the folder: {printable(path.parent)}",
+    )
+
+
+def llama_factory_sets(path: Path) -> dict[str, dict[str, Any]]:
+    """The sets that a `dataset_info.json` of LLaMA-Factory's lists; empty for any other file.
+
+    Raises:
+        DataError: the file is not JSON or may not be read, so that a folder's files may be sets of their own.
+    """
+    try:
+        listed = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        way_out = "mend it; or remove it, if the files beside it are one set"
+        raise DataError(f"it cannot be read: {error}", where=printable(path), way_out=way_out) from None
+    places = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "om_hub_url"}
+    if not isinstance(listed, dict):
+        return {}
+    return {name: entry for name, entry in listed.items() if isinstance(entry, dict) and places & entry.keys()}
+
+
+def _llama_factory(path: Path, sets: dict[str, dict[str, Any]]) -> DataError:
+    known = {name: recipe_lines for name, entry in sets.items() if (recipe_lines := _recipe_lines(path.parent, entry))}
+    present = sorted(known, key=lambda name: not (path.parent / str(sets[name].get("file_name"))).exists())
+    shown = [f"{name}:\n  " + "\n  ".join(known[name]) for name in present[:LISTED]]
+    more = f"\n… and {len(known) - LISTED} more, by the same pattern" if len(known) > LISTED else ""
+    why = f"its dataset_info.json lists {len(sets)} sets"
+    if unusable := len(sets) - len(known):
+        why += f"; {unusable} of them cannot be read: preference pairs, loading scripts, or messages under other keys"
+    return DataError(
+        f"{printable(path.parent)} is a data folder of LLaMA-Factory",
+        why=why,
+        way_out="in the recipe, one of them:\n" + "\n".join(shown) + more if shown else JSON_FORM,
+    )
+
+
+def _recipe_lines(folder: Path, entry: dict[str, Any]) -> list[str]:
+    """The lines of a recipe that read a set of LLaMA-Factory's; none for one that holds no answers to learn."""
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if entry.get("ranking") or not isinstance(columns, dict) or not isinstance(tags, dict):
+        return []
+    if tags.get("role_tag", "from") not in ("role", "from") or tags.get("content_tag", "value") not in (
+        "content",
+        "value",
+    ):
+        return []
+    if entry.get("file_name"):
+        lines = [f"dataset_name: {_yaml_scalar(folder / str(entry['file_name']))}"]
+    elif entry.get("hf_hub_url"):
+        lines = [f"dataset_name: {_yaml_scalar(entry['hf_hub_url'])}"]
+    else:
+        return []
+    for key, theirs in (("dataset_config", "subset"), ("dataset_train_split", "split")):
+        lines += [f"{key}: {_yaml_scalar(entry[theirs])}"] if entry.get(theirs) else []
+    if renamed := _column_map(entry, columns):
+        lines.append(f"column_map: {{{', '.join(f'{new}: {_yaml_scalar(old)}' for new, old in renamed.items())}}}")
+    roles = {tags.get(f"{role}_tag"): role for role in ("user", "assistant", "system")}
+    if odd := {
+        tag: role for tag, role in roles.items() if tag and tag not in ("user", "human", "assistant", "gpt", role)
+    }:
+        lines.append(f"role_map: {{{', '.join(f'{_yaml_scalar(tag)}: {role}' for tag, role in odd.items())}}}")
+    return lines
+
+
+def _yaml_scalar(value: object) -> str:
+    """A text as a value in YAML."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z/][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _column_map(entry: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+    """Our name of a column: theirs, where the two differ. Their names for a pair are not those of the files."""
+    same: tuple[str, ...] = ()
+    if entry.get("formatting", "alpaca") != "alpaca":
+        ours = {"messages": "messages", "system": "system", "tools": "tools"}
+        columns, same = {"messages": "conversations", **columns}, ("messages", "conversations")
+    elif set(columns) == {"prompt"}:  # plain text, for pre-training
+        ours = {"prompt": "text"}
+    else:
+        ours = {"prompt": "instruction", "query": "input", "response": "output"}
+        ours |= {"system": "system", "history": "history"}
+    return {new: columns[their] for their, new in ours.items() if columns.get(their) not in (None, new, *same)}
+
+
+def inner_splits(path: Path) -> list[str]:
+    """The splits of a JSON file that is one object of them, `{"train": […], "test": […]}`; none for any other file."""
+    if READERS.get(kind(path)) is not json_rows or not os.path.isfile(path):
+        return []
+    try:
+        with _open(path) as stream:
+            # Few files pass this look at their beginning, so that hardly any is read twice.
+            key = re.match(rb'(?:\xef\xbb\xbf)?\s*\{\s*"([\w-]+)"\s*:\s*\[', stream.peek(1000))
+            if not key or not split_word(key[1].decode(errors="replace")):
+                return []
+            value = json.loads(stream.read())
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError):  # named when the file is read
+        return []
+    return list(value) if isinstance(value, dict) and is_split_object(value) else []
+
+
+def _saved_rows(folder: Path, name: str) -> Iterator[Found]:
+    """The rows of a folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    try:
+        for file in folder.glob("*.arrow"):
+            refuse_other_content(file)
+        found = datasets.load_from_disk(str(folder))
+        found = found.with_format(None, columns=found.format["columns"])
+    except DataError:
+        raise
+    except Exception as error:  # of its state, of Arrow, of the file system: all the user's to read
+        raise DataError(
+            f"the folder of save_to_disk cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            where=name,
+            way_out="copy it again, or write it again with save_to_disk",
+        ) from None
+    if not len(found):
+        raise DataError(f"{name} holds no rows", way_out="another split, or write it again with save_to_disk")
+    yield from dataset_rows(found, f"{name}: row", name)
+
+
+def dataset_rows(found: Any, place: str, where: str) -> Iterator[Found]:
+    """The rows of a set that `datasets` loaded, each with its place: `place` and its number.
+
+    Raises:
+        DataError: a column holds pictures, sound or video.
+    """
+    # Looked for before the first row is read, which would decode a thousand pictures.
+    if media := re.search(r"'(\w+)': \w*\(?(Image|Audio|Video)\(", str(found.features)):
+        raise DataError(f"multimodal: the column '{media[1]}' holds {media[2]}s", where=where)
+    number = 0
+    for batch in found.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield f"{place} {number}", without_nulls(dict(zip(batch, values, strict=True)))
 
 
 def _open(path: Path) -> Any:

@@ -11,19 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder.data.read import kind, near_file, read
-from stepladder.data.readers import READERS, Found, without_nulls
+import yaml
+
+from stepladder.data.read import (
+    METADATA,
+    OTHER_KINDS,
+    SAVED,
+    UNPACKERS,
+    dataset_rows,
+    inner_splits,
+    is_saved,
+    kind,
+    llama_factory_sets,
+    near_file,
+    other_kind,
+    printable,
+    read,
+    refuse_metadata,
+    stem,
+)
+from stepladder.data.readers import READERS, Found, split_key, split_word
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
 HEAD = 100  # rows looked at to learn what a set is like
-# What a split's files are called in a folder, as the hub's own loader has it.
-SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "test": {"test", "testing", "eval", "evaluation"},
-    "validation": {"validation", "valid", "val", "dev"},
-}
+CARD = "README.md"  # of a hub data set
+LLAMA_FACTORY = "dataset_info.json"
+MAP_CACHE = "cache-*.arrow"  # what `Dataset.map` leaves beside the data that it read
+DATA_KINDS = {*OTHER_KINDS, *UNPACKERS} - {".txt", ".yaml", ".yml"}
 SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 
 
@@ -112,7 +128,7 @@ class Source:
     def _local(self) -> Iterator[Found]:
         split, start, stop = self._slice()
         files = self._files(split)
-        found = itertools.chain.from_iterable(read(file) for file in files)
+        found = itertools.chain.from_iterable(read(file, split) for file in files)
         if start is None and stop is None:
             return found
         rows = list(found)  # how many there are must be known for percentages and for counting from the end
@@ -131,12 +147,11 @@ class Source:
         return self.split, None, None
 
     def _files(self, split: str) -> list[Path]:
-        root = Path(self.path).expanduser()
-        if self.name is not None:
+        root = Path() if self.path in GENERIC else Path(self.path).expanduser()
+        is_file = self.path not in GENERIC and (not os.path.isdir(root) or kind(root) in READERS)
+        if self.name is not None and (is_file or self.data_dir or self.data_files or not _configurations(root)):
             raise self._error(f"'{self.name}' has no effect: local files have no configurations", "remove it")
-        if self.path in GENERIC:
-            root = Path()
-        elif not root.is_dir() or kind(root) in READERS:
+        if is_file:
             if self.data_dir or self.data_files:
                 raise self._error(f"data_dir and data_files have no effect, as {root} is a file", "remove them")
             return self._only_train([root], split)
@@ -145,7 +160,7 @@ class Source:
             return self._listed(root, split)
         if self.path in GENERIC and not self.data_dir:
             raise self._error(f"'path: {self.path}' names a kind of file, and no file", "data_files: FILE")
-        return _in_folder(root, split)
+        return _in_folder(root, split, self.name)
 
     def _listed(self, root: Path, split: str) -> list[Path]:
         """What `data_files` names: one path or pattern, several, or those of each split."""
@@ -157,7 +172,7 @@ class Source:
         paths: list[Path] = []
         for pattern in [listed] if isinstance(listed, str) else listed or []:
             path = root / os.path.expanduser(pattern)
-            if path.is_dir() and kind(path) not in READERS:
+            if os.path.isdir(path) and kind(path) not in READERS:
                 paths += _in_folder(path, "train")
             elif os.path.exists(path) or not glob.has_magic(str(path)):
                 paths.append(path)
@@ -168,7 +183,7 @@ class Source:
         return self._only_train(paths, split)
 
     def _only_train(self, files: list[Path], split: str) -> list[Path]:
-        if split != "train":
+        if split != "train" and not all(map(inner_splits, files)):
             raise self._error(
                 f"{self.label} has no split '{split}'",
                 "split: train; or a folder with a file for each split; or data_files: {train: FILE, test: FILE}",
@@ -188,14 +203,7 @@ class Source:
                 split=self.split,
                 streaming=self.streaming,
             )
-            # Looked for before the first row is read, which would decode a thousand pictures.
-            if media := re.search(r"'(\w+)': \w*\(?(Image|Audio|Video)\(", str(found.features)):
-                raise DataError(f"multimodal: the column '{media[1]}' holds {media[2]}s", where=self.where or self.path)
-            number = 0
-            for batch in found.iter(batch_size=1000):
-                for values in zip(*batch.values(), strict=True):
-                    number += 1
-                    yield f"{place} {number}", without_nulls(dict(zip(batch, values, strict=True)))
+            yield from dataset_rows(found, place, self.where or self.path)
         except DataError:
             raise
         except Exception as error:  # the hub's errors are of a dozen classes, all of them the user's to read
@@ -210,35 +218,202 @@ class Source:
         return DataError(what, where=self.where, why=why, way_out=way_out)
 
 
-def _in_folder(folder: Path, split: str) -> list[Path]:
-    """The folder's data files that belong to a split, sorted by name.
+def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
+    """The folder's data files that belong to a split, sorted by name; or a folder of `Dataset.save_to_disk`.
 
-    A file belongs to the split that its path names (`test.jsonl`, `data/train-00000-of-00002.parquet`),
-    to `train` where it names none. Other kinds of files are left alone, Python files too.
+    Where the README of a hub data set lists the files of its configurations, those of the `name` are read, or of
+    the default one. Else a file belongs to the split that its path names (`test.jsonl`,
+    `data/train-00000-of-00002.parquet`), to `train` where it names none. Metadata, Python files and what is no
+    data are left alone.
+
+    Raises:
+        DataError: no data files, no such split or configuration; two files that may hold the same rows; data that
+            is not read beside data that is; a folder of LLaMA-Factory's.
     """
-    inside = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    files = sorted(p for p in inside if kind(p) in READERS and kind(p) != ".py" and not str(p).startswith("."))
+    inside = _files_in(folder)
+    if Path(LLAMA_FACTORY) in inside and llama_factory_sets(folder / LLAMA_FACTORY):
+        refuse_metadata(folder / LLAMA_FACTORY)
+    if saved := _saved_splits(folder, inside):
+        if split not in saved:
+            raise DataError(f"the folder {folder} has no split '{split}'", way_out=f"one of {', '.join(saved)}")
+        return [saved[split]]
+    if patterns := _card_patterns(folder, name, split):
+        return _match(folder, patterns)
+    files = [p for p in inside if _holds_rows(p)]
+    unread = [p for p in inside if kind(p) in DATA_KINDS or p.match(MAP_CACHE)]
     if not files:
-        seen = ", ".join(sorted(map(str, inside))[:5]) or "nothing"
+        if unread and not unread[0].match(MAP_CACHE):
+            raise other_kind(folder / unread[0])
+        seen = ", ".join(map(printable, inside[:5])) or "nothing"
         kinds = ", ".join(suffix for suffix in READERS if suffix != ".py")
         raise DataError(f"the folder {folder} holds no data files", why=f"it holds {seen}", way_out=f"one of {kinds}")
-    chosen = [p for p in files if _is_of(p, split)]
+    _refuse_unclear(folder, files, unread)
+    chosen = [p for p in files if split in (_named_split(p), p.name.split(".")[0])]
     if not chosen:
         there = ", ".join(sorted({_named_split(p) for p in files}))
         raise DataError(f"the folder {folder} has no split '{split}'", why=f"its files are of {there}")
     return [folder / p for p in chosen]
 
 
-def _is_of(path: Path, split: str) -> bool:
-    return split in (_named_split(path), path.name.split(".")[0])
+def _files_in(folder: Path) -> list[Path]:
+    """What lies below a folder and is not hidden, relative to it and sorted. A folder that is linked is entered once.
+
+    Raises:
+        DataError: a folder that may not be read; a link to a folder that this one lies in.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}", way_out="chmod u+rx FOLDER")
+
+    root = os.path.realpath(folder)
+    entered: set[str] = set()
+    found: list[Path] = []
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(base)
+        if real != root and os.path.commonpath([real, root]) == real:
+            raise DataError(
+                f"{printable(Path(base))} is a link to {real}, which holds {folder}", way_out="remove the link"
+            )
+        folders[:] = [] if real in entered else sorted(name for name in folders if not name.startswith("."))
+        if real not in entered:
+            found += [Path(base, name).relative_to(folder) for name in names if not name.startswith(".")]
+        entered.add(real)
+    return sorted(found)
+
+
+def _holds_rows(path: Path) -> bool:
+    return kind(path) in READERS and kind(path) != ".py" and path.name not in METADATA and not path.match(MAP_CACHE)
+
+
+def _refuse_unclear(folder: Path, files: list[Path], unread: list[Path]) -> None:
+    """Raise DataError where a folder's rows would be read in part, or twice."""
+    way_out = f'name the files that are meant: datasets: [{{path: {folder}, data_files: "{printable(files[0])}"}}]'
+    if unread:
+        raise DataError(
+            f"the folder {folder} holds {printable(unread[0])}, which would not be read, beside {printable(files[0])}",
+            way_out=way_out,
+        )
+    for first, second in itertools.pairwise(sorted(files, key=lambda p: (stem(p), p))):
+        if stem(first) == stem(second):
+            raise DataError(
+                f"the folder {folder} holds {printable(first)} and {printable(second)}",
+                why="one name and two kinds of file: their rows may be the same, and would be read twice",
+                way_out=way_out,
+            )
+
+
+def _saved_splits(folder: Path, inside: list[Path]) -> dict[str, Path]:
+    """The folders that `save_to_disk` wrote, by split: this one, or those in it; empty where there is none.
+
+    Raises:
+        DataError: other data files lie beside them.
+    """
+    saved = {"train": folder}
+    if not is_saved(folder):
+        saved = {name: folder / name for name in sorted({p.parts[0] for p in inside}) if is_saved(folder / name)}
+    if saved:
+        others = [p for p in inside if _holds_rows(p) and not (is_saved(folder / p.parent) and _is_of_saved(p))]
+        if others:
+            raise DataError(
+                f"the folder {folder} holds {printable(others[0])}, which would not be read",
+                why="a folder of save_to_disk is read by what it lists",
+                way_out="name the file, or move it elsewhere",
+            )
+    return saved
+
+
+def _is_of_saved(path: Path) -> bool:
+    return kind(path) == ".arrow" or path.name in SAVED
+
+
+def _card_patterns(folder: Path, name: str | None, split: str) -> list[str]:
+    """The patterns under which a hub data set's README lists the files of a split; none where it lists no files.
+
+    Raises:
+        DataError: no such configuration or split; several configurations, of which none is the default.
+    """
+    configs = _configurations(folder)
+    if not configs:
+        return []
+    names = [str(config.get("config_name", "default")) for config in configs]
+    default = [config.get("default") is True for config in configs]
+    chosen = name or (names[0] if len(names) == 1 else names[default.index(True)] if any(default) else "default")
+    if chosen not in names:
+        what = f"has no configuration '{name}'" if name else "has several configurations"
+        raise DataError(
+            f"the data set {folder} {what}",
+            where=str(folder / CARD),
+            why=f"its README lists {', '.join(names)}",
+            way_out=f"dataset_config: {names[0]}, or name: {names[0]} in an entry of datasets",
+        )
+    config = configs[names.index(chosen)]
+    listed = config["data_files"]
+    parts = listed if isinstance(listed, list) else [listed]
+    by_split: dict[str, list[str]] = {}
+    for part in parts:
+        files = part.get("path") if isinstance(part, dict) else part
+        key = str(part.get("split", "train")) if isinstance(part, dict) else "train"
+        by_split.setdefault(key, []).extend(map(str, files if isinstance(files, list) else [files]))
+    if split not in by_split:
+        raise DataError(
+            f"the data set {folder} has no split '{split}'",
+            where=str(folder / CARD),
+            way_out=f"one of {', '.join(by_split)}",
+        )
+    return [os.path.join(str(config.get("data_dir") or ""), pattern) for pattern in by_split[split]]
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    """The configurations with files that the front matter of a hub data set's README lists.
+
+    Raises:
+        DataError: a README that cannot be read, or whose front matter is not valid YAML.
+    """
+    card = folder / CARD
+    try:
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+    except OSError as error:
+        raise DataError(f"it cannot be read: {error.strerror}", where=str(card), way_out="chmod u+r FILE") from None
+    front = re.match(r"---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
+    if not front or "configs:" not in front[1]:
+        return []
+    try:
+        found = yaml.safe_load(front[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        way_out = f'datasets: [{{path: {folder}, data_files: "*.jsonl"}}]'
+        raise DataError("its front matter is not valid YAML", where=str(card), way_out=way_out) from None
+    configs = found.get("configs") if isinstance(found, dict) else None
+    listed = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    return [config for config in listed if config.get("data_files")]
+
+
+def _match(folder: Path, patterns: list[str]) -> list[Path]:
+    """The files below a folder that match the patterns of a README, each once.
+
+    Raises:
+        DataError: a pattern that nothing matches.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        matched = sorted(glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True))
+        files = [path for path in map(Path, matched) if not path.is_dir() and path.name not in METADATA]
+        if not files:
+            why = "the pattern stands in its README"
+            raise DataError(f"no file of {folder} matches '{pattern}'", why=why, way_out="download the data set again")
+        found |= dict.fromkeys(files)
+    return list(found)
 
 
 def _named_split(path: Path) -> str:
-    words = re.split(r"[^a-z]+", str(path).lower())
-    return next((split for word in words for split, names in SPLIT_WORDS.items() if word in names), "train")
+    return split_word(str(path)) or "train"
 
 
-def has_split(folder: Path, split: str) -> bool:
-    """Whether a local folder holds files of this split."""
-    inside = folder.expanduser().rglob("*")
-    return any(_is_of(p.relative_to(folder.expanduser()), split) for p in inside if kind(p) in READERS)
+def has_split(path: Path, split: str) -> bool:
+    """Whether a local folder, or a JSON file of several splits, holds rows of this one."""
+    path = path.expanduser()
+    if os.path.isfile(path):
+        return split_key(inner_splits(path), split) is not None
+    try:
+        return os.path.isdir(path) and bool(_in_folder(path, split))
+    except DataError:  # raised when the training rows are read
+        return False
