@@ -60,9 +60,11 @@ def main() -> None:
     # What can be wrong with the files is found before torch is imported.
     rules = rubric.read(args.rubric) if args.rubric else []
     held_out = mixture.from_name(args.data) if args.data else None
-    asked = questions.from_file(args.prompts) if args.prompts else questions.of_rows(held_out)
+    notes = list(held_out.notes) if held_out else []
+    asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(held_out)
+    notes += questions.remarks(asked, None if args.prompts else held_out)
     asked = asked[: args.limit]
-    on = sides.Measured(asked, held_out, notes=questions.remarks(asked))
+    on = sides.Measured(asked, held_out, notes=notes)
     wants_general = args.general or mixture.GENERAL.is_file()
     general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:

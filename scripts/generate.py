@@ -9,13 +9,15 @@ One that is there already is kept unless --overwrite is given.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.errors import DataError
 from stepladder.evaluation import questions, transcript
-from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message, answers, no_template
+from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message, answers, no_template, prompt_text
+from stepladder.evaluation.questions import Question
 from stepladder.model import load
 
 HELP = "Ask away. /reset begins anew, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
@@ -45,12 +47,10 @@ def main() -> None:
     if args.overwrite and not args.transcript:
         parser.error("--overwrite is of --transcript")
     system: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
-    if args.chat:
-        conversations = _chat(system)
-    elif args.prompts:
-        conversations = iter([_under(system, question.messages) for question in questions.from_file(args.prompts)])
-    else:
-        conversations = iter([[*system, {"role": "user", "content": text}] for text in args.prompt])
+    notes: list[str] = []
+    listed = [Question([*system, {"role": "user", "content": text}]) for text in args.prompt or []]
+    if args.prompts:
+        listed = [_under(system, question) for question in questions.from_file(args.prompts, notes)]
     load.check_source(args.model)
     if args.transcript:
         run.make_folder(args.transcript.parent)
@@ -66,36 +66,40 @@ def main() -> None:
     console.quiet_progress_bars()
     transformers.set_seed(args.seed)
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(args.temperature)}
-    given = ("temperature", "top_p", "top_k", "repetition_penalty")
-    sampling |= {name: value for name in given if (value := getattr(args, name))}
+    keys = ("temperature", "top_p", "top_k", "repetition_penalty")
+    sampling |= {name: value for name in keys if (value := getattr(args, name))}
     model, tokenizer = load.for_inference(args.model)
     if tokenizer.chat_template is None and (args.chat or system):
         raise no_template(args.model)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     kept = []
     several = args.prompts or (args.prompt and len(args.prompt) > 1)
-    for messages in conversations:
+    for question in listed:  # one that the template refuses is told before the first is answered
+        prompt_text(tokenizer, question.example)
+    for question in _chat(system) if args.chat else listed:
         if several:
-            print(f"> {messages[-1]['content']}")
-        (answer,) = answers(model, tokenizer, [messages], streamer=streamer, **sampling)
+            print(f"> {question.text}")
+        (answer,) = answers(model, tokenizer, [question.example], streamer=streamer, **sampling)
         if args.transcript:
-            kept.append(transcript.row(args.model, messages, answer, args.max_new_tokens, args.temperature))
+            kept.append(transcript.row(args.model, question.example, answer, args.max_new_tokens, args.temperature))
             run.write_whole(args.transcript, "".join(kept))
         if args.chat:
-            messages.append({"role": "assistant", "content": answer.text})
+            question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:
             print()
 
 
-def _under(system: list[Message], messages: list[Message]) -> list[Message]:
-    if system and messages[0]["role"] == "system":
-        said = messages[0]["content"][:60]
+def _under(system: list[Message], question: Question) -> Question:
+    if system and question.messages[0]["role"] in ("system", "developer"):
+        said = question.messages[0]["content"][:60]
         raise DataError(f"--system is given, and a row has one of its own: {said!r}", way_out="leave one of them out")
-    return system + messages
+    return question._replace(messages=system + question.messages)
 
 
-def _chat(system: list[Message]) -> Iterator[list[Message]]:
+def _chat(system: list[Message]) -> Iterator[Question]:
     """The conversation each time the user has said something; the answer is appended to it from outside."""
     print(HELP)
     messages = list(system)
@@ -111,7 +115,7 @@ def _chat(system: list[Message]) -> Iterator[list[Message]]:
             print(HELP)
         else:
             messages.append({"role": "user", "content": question})
-            yield messages
+            yield Question(messages)
 
 
 def _ask() -> str:

@@ -134,6 +134,7 @@ def main() -> int | None:
         sequences = len(train_set) if hasattr(train_set, "__len__") else None
         steps = choose.steps(settled, sequences, step.rows)
         notes += unplanned + (train_rows.notes if train_rows else [])
+        notes += eval_rows.notes if eval_rows and not recipe.get("test_split_size") else []  # else the training set's
         console.say(announce.beginning(record, settled, steps, sequences, notes))
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)

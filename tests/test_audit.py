@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import Done, run, script
-from stepladder.data import audit, audit_tokens, mixture, render
+from stepladder.data import audit, audit_tokens, mixture, prepare
 from stepladder.errors import DataError
 
 THINGS = [
@@ -107,6 +107,48 @@ def test_copies_are_named_with_what_they_copy(write: Callable[..., Path]) -> Non
     assert (found["near_duplicates"]["where"], found["near_duplicates"]["like"]) == ([f"{file}:22"], [f"{file}:21"])
     done = check("--data", file)
     assert done.code == 0 and f"{file}:23, as {file}:1" in done.out, "a warning is no error"
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"number": 1}}}
+OTHER_CALL = {"type": "function", "function": {"name": "find", "arguments": {"number": 2}}}
+LONG_SYSTEM = "You are the support of TechCo and answer each question briefly. " * 20
+
+
+def talk(system: str = "", question: str = "What about my order?", **answer: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "It is on its way.", **answer}]
+    return {"messages": [{"role": "system", "content": system}, *turns] if system else turns}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (talk(), talk(), ["duplicates"]),
+        (talk(reasoning_content="South, so sunny."), talk(reasoning_content="Parcels take two days."), []),
+        (talk(reasoning_content="South, so sunny."), talk(), []),
+        (talk(tool_calls=[CALL]), talk(tool_calls=[CALL]), ["duplicates"]),
+        (talk(tool_calls=[CALL]), talk(tool_calls=[OTHER_CALL]), ["near_duplicates"]),
+        ({**talk(), "tools": [{"name": "a"}]}, {**talk(), "tools": [{"name": "b"}]}, ["near_duplicates"]),
+        (talk(LONG_SYSTEM), talk(LONG_SYSTEM, "Which shop is open?", content="The one in Rome."), []),
+        (talk("Be brief, whatever they ask you."), talk("Answer like a pirate would, at great length."), []),
+    ],
+    ids=["alike", "reasoning", "one without reasoning", "one call", "other calls", "other tools", "one system prompt",
+         "other system prompts"],
+)  # fmt: skip
+def test_a_copy_is_alike_in_all_that_is_trained(
+    one: dict[str, Any], other: dict[str, Any], found: list[str], write: Callable[..., Path]
+) -> None:
+    """Guards against rows called copies that differ in reasoning, or share nothing but a long system prompt."""
+    findings = audit.of_name(str(write([one, other])), audit.Limits(0, 0)).findings
+    assert [finding.name for finding in findings if "duplicates" in finding.name] == found
+
+
+@pytest.mark.parametrize("question", ["什么是猫？", "你是谁？", "고양이란?", "猫とは何？"])
+def test_a_short_question_in_wide_characters_is_long_enough(question: str, write: Callable[..., Path]) -> None:
+    """Guards Chinese, Korean and Japanese, where four characters say what ten letters do."""
+    rows = [{"input": question, "output": "猫是一种小型的食肉动物，常与人同住。"}]
+    assert not audit.of_name(str(write(rows)), audit.Limits()).errors
+    (error,) = audit.of_name(str(write([{**rows[0], "input": "猫？"}])), audit.Limits()).errors
+    assert error.what == "input too short: '猫？' has 2 characters (6, wide ones counted as 3), at least 10"
 
 
 PRIVATE = {
@@ -244,20 +286,18 @@ def tokenizer(smollm2: Path) -> Any:
 def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any]) -> None:
     """Guards against a model that never stops: nothing that ends an answer is trained."""
     rows = mixture.Rows("r", [COUNTING], ["r:1"])
-    assert not audit_tokens.check_ends(render.render(rows, tokenizer), rows, tokenizer)
+    assert not [f for f in audit_tokens.check(rows, tokenizer, settings()) if f.severity == "error"]
     before = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
-        found = [
-            audit_tokens.check(rows, tokenizer, settings()),
-            audit_tokens.check_ends(render.render(rows, tokenizer), rows, tokenizer),
-        ]
+        found = audit_tokens.check(rows, tokenizer, settings())
+        with pytest.raises(DataError, match="trained in no turn"):
+            prepare.prepared(rows, None, tokenizer, settings())
     finally:
         tokenizer.chat_template = before
-    for these in found:
-        assert [finding.name for finding in these if finding.severity == "error"] == ["no_end_of_turn"]
-        with pytest.raises(DataError, match="trained in no turn"):
-            audit.stop_on_errors(these)
+    assert [finding.name for finding in found if finding.severity == "error"] == ["no_end_of_turn"]
+    with pytest.raises(DataError, match="trained in no turn"):
+        audit.stop_on_errors(found)
     audit.stop_on_errors([])
 
 

@@ -415,8 +415,8 @@ def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) ->
         ("q.jsonl", "", "no rows"),
         ("q.jsonl", '{"prompt": 3}\n', "q.jsonl:1"),
         ("q.jsonl", '{"text": "prose", "output": 1}\n', "q.jsonl:1"),
-        ("q.jsonl", '{"messages": []}\n', "q.jsonl:1"),
-        ("q.jsonl", "{\n", "q.jsonl:1"),
+        ("q.jsonl", '{"messages": []}\n{"prompt": "a"}\n', "q.jsonl:1"),
+        ("q.jsonl", '{"prompt": "a"}\n{\n', "q.jsonl:2"),
     ],
 )
 def test_prompts_that_are_none_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:

@@ -124,6 +124,20 @@ def test_a_row_with_a_system_prompt_of_its_own_gets_no_second_one(tiny, tmp_path
     assert done.code == 2 and "has one of its own: 'Be kind.'" in done.err, done
 
 
+def test_a_question_that_the_template_refuses_is_named_before_any_is_answered(
+    generate, tiny, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    """Guards against a model that is asked without its tools, and against half a transcript."""
+    rows = [{"instruction": "Say hi", "input": ""}, {"prompt": "Rome?", "tools": [{"name": "weather"}], "id": 1}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"asked 'Rome.': the chat template does not render"):
+        call(generate, monkeypatch, "--model", tiny, "--prompts", tmp_path / "q.jsonl", "--transcript",
+             tmp_path / "t.jsonl")  # fmt: skip
+    said = capsys.readouterr()
+    assert not said.out and not (tmp_path / "t.jsonl").exists()
+    assert said.err.count("columns that are not used: id (1 row)") == 1
+
+
 def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monkeypatch, tmp_path: Path) -> None:
     """Guards against a system prompt that is dropped without a word, and jinja's and PyTorch's tracebacks."""
     import torch
@@ -139,7 +153,7 @@ def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monk
     with pytest.raises(ModelError, match="has 24 positions"):
         answers(model, tokenizer, [said], max_new_tokens=24)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    with pytest.raises(ModelError, match="no system role here"):
+    with pytest.raises(DataError, match="no system role here"):
         answers(model, tokenizer, [said], max_new_tokens=1)
     tokenizer.chat_template = None
     assert len(answers(model, tokenizer, [said], max_new_tokens=4)) == 1

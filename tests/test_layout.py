@@ -302,11 +302,6 @@ LOST: dict[str, tuple[str, dict[str, Any], str]] = {
         {"messages": [USER, ANSWER]},
         "refuses this conversation: begin with a system turn",
     ),
-    "a reserved argument": (
-        CHATML,
-        {"messages": [USER, ANSWER], "chat_template_kwargs": {"add_generation_prompt": True}},
-        "chat_template_kwargs sets 'add_generation_prompt'",
-    ),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import script
-from stepladder.data import mixture
+from stepladder.data import audit, mixture
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.errors import DataError
@@ -248,7 +248,7 @@ def test_bad_rows_are_skipped_counted_and_listed(load: Load, tmp_path: Path) -> 
     assert train.fingerprint()["skipped"] == 5 and train.fingerprint()["skipped_rows"] == train.skipped
     assert any("5 bad rows" in note for note in train.notes)
     file.write_text(GOOD.replace("Because.", "") * 3)
-    with pytest.raises(DataError, match=r"no row of .* can be used(.|\n)*all 3 are bad"):
+    with pytest.raises(DataError, match=r"no row of .* can be used(.|\n)*all 3 are bad(.|\n)*fill it in$"):
         load(dataset_name=str(file), on_bad_row="skip")
 
 
@@ -341,3 +341,108 @@ def test_the_text_column_may_have_another_name(tmp_path: Path) -> None:
     recipe.write_text(f"dataset_name: {tmp_path / 'poems.jsonl'}\ndataset_text_field: poem\n")
     train, _ = mixture.load(load_recipe(str(recipe), []))
     assert train.examples == [{"text": "Roses are red, violets are blue."}]
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+UNUSED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "metadata": (
+        [{"input": "a", "output": "b", "id": 0, "tags": []}, {"input": "a", "output": "b", "id": 1, "tags": ["x"]}],
+        ["columns that are not used: id (2 rows), tags (1 row)"],
+    ),
+    "reasoning": (
+        [{"question": "a", "answer": "b", "reasoning": "c"}],
+        ["columns that are not used: reasoning (1 row); column_map: {reasoning_content: reasoning} reads 'reasoning'"],
+    ),
+    "a system prompt under another name": (
+        [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system_prompt": "c"}],
+        ["columns that are not used: system_prompt (1 row); column_map: {system: system_prompt} reads 'system_prompt'"],
+    ),
+    "a system prompt that some rows have": (
+        [{"input": "a", "output": "b", "system_message": "c"}, {"input": "a", "output": "b"}],
+        ["columns that are not used: system_message (1 row); "
+         "column_map: {system: system_message} reads 'system_message', once every row has it"],
+    ),
+    "system beside text": ([{"system": "a", "text": "b"}], ["columns that are not used: system (1 row)"]),
+    "classes": (
+        [{"text": "a", "label": "b"}],
+        ["columns that are not used: label (1 row); column_map: {input: text, output: label} reads 'label'"],
+    ),
+    "classes as numbers": ([{"text": "a", "label": 0}], ["columns that are not used: label (1 row)"]),
+    "a name that would steer a terminal": (
+        [{"text": "a", "\x1b[2J": 1}], ["columns that are not used: '\\x1b[2J' (1 row)"],
+    ),
+    "more names than anybody reads": (
+        [{"text": "a", **{f"c{n:02}": 1 for n in range(25)}}],
+        [f"columns that are not used: {', '.join(f'c{n:02} (1 row)' for n in range(20))} and 5 more"],
+    ),
+    "all is used": (
+        [{"instruction": "a", "input": "", "output": "b", "system": "c", "history": [], "tools": []}], [],
+    ),
+    "KTO": ([{"prompt": "a", "completion": "b", "label": True}], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_is_not_used_is_named_once_with_counts(name: str, load: Load, tmp_path: Path) -> None:
+    """Guards against a column or key that is dropped without a word; the audit says it in the same words."""
+    rows, notes = UNUSED[name]
+    file = write(tmp_path, rows)
+    train, _ = load(dataset_name=file)
+    assert train.notes == [f"{file}: {note}" for note in notes]
+    findings = audit.of_name(file, audit.Limits(0, 0)).findings
+    said = [f.what + f"; {f.way_out}" * bool(f.way_out) for f in findings if f.what.startswith(file)]
+    assert said == train.notes
+
+
+def test_keys_of_messages_are_named(load: Load, tmp_path: Path) -> None:
+    """Guards keys that no meaning is known of. Training names those that its chat template does not read
+    (tests/test_layout.py); a file by itself names them all.
+    """
+    asked = {"role": "user", "content": "a", "name": "Ann"}
+    answer = {"role": "assistant", "content": "b", "mood": "calm", "weight": 1}
+    file = write(tmp_path, [{"messages": [asked, answer]}])
+    assert load(dataset_name=file)[0].notes == []
+    said = [finding.what for finding in audit.of_name(file, audit.Limits(0, 0)).findings]
+    assert f"{file}: keys of messages that only the chat template may use: mood (1 message)" in said
+
+
+def test_a_streams_first_rows_show_what_is_not_used(load: Load, tmp_path: Path) -> None:
+    """Guards streams, whose rows nobody counts: what the first hundred show is said."""
+    file = write(tmp_path, [{"text": f"Text {n}.", "id": n} for n in range(150)])
+    stream, _ = load(dataset_name=file, streaming=True)
+    assert stream.notes == [f"{file} (its first 100 rows): columns that are not used: id (100 rows)"]
+
+
+def test_roles_by_other_names(load: Load, tmp_path: Path) -> None:
+    """Guards `role_map`: of the recipe, of one set, in a stream, and a name in it that occurs nowhere."""
+    talk = [{"from": "caller", "value": "Rome?"}, {"from": "bot", "value": "Sunny."}]
+    file, other = write(tmp_path, [{"conversations": talk}]), write(tmp_path, [{"text": "Rome."}], "other.jsonl")
+    expected = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Sunny."}]
+    roles = {"bot": "gpt", "caller": "user"}
+    train, _ = load(dataset_name=file, role_map=roles)
+    assert train.examples == [{"messages": expected}] and not train.notes
+    sets = [{"path": file, "role_map": roles}, {"path": other}]
+    train, _ = load(datasets=sets, role_map={"nobody": "user"})
+    assert train.examples == [{"messages": expected}, {"text": "Rome."}]
+    assert train.notes == [f"{other}: role_map names 'nobody', which no conversation has"]
+    stream, _ = load(dataset_name=file, streaming=True, role_map=roles)
+    assert [example for example, _ in stream] == [{"messages": expected}] and not stream.notes
+    with pytest.raises(DataError, match=r"recipe.yaml:\d+:\d+: role_map maps to 'asistant'(.|\n)*mean 'assistant'"):
+        load(dataset_name=file, role_map={"bot": "asistant"})
+
+
+def test_rows_of_kto_train_the_good_answers_alone(load: Load, tmp_path: Path) -> None:
+    """Guards against the training of answers that a person has marked as bad."""
+    rows = [{"prompt": f"{n}?", "completion": f"{n}.", "label": n % 2 == 0} for n in range(4)]
+    file = write(tmp_path, rows)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: the row's answer is marked as bad"):
+        load(dataset_name=file)
+    train, _ = load(dataset_name=file, on_bad_row="skip")
+    assert answers(train) == ["0.", "2."] and [line.split(": ")[0] for line in train.skipped] == [
+        f"{file}:2",
+        f"{file}:4",
+    ]

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data import formats, mixture, rows, suspects
+from stepladder.data import mixture, rows, suspects
+from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.readers import shown
 from stepladder.data.rows import Rows
@@ -30,6 +32,8 @@ MOST_CLASSES = 50  # more values than that are no classes
 IMBALANCE = 10  # how many times more frequent the commonest class may be than the rarest
 LANGUAGE_SAMPLE = 2000  # rows
 LANGUAGE_SURE = 40  # characters below which a language cannot be told
+
+WIDE = 3  # characters that a wide one (Chinese, Japanese, Korean) counts as: about as much as it says
 
 # Near-duplicates: Jaccard similarity of the texts' 5-character pieces. 18 bands of 7 find 98.5 % of
 # the pairs at 0.8 as candidates; each candidate is then compared exactly.
@@ -54,7 +58,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Limits:
-    """The shortest input and output, in characters."""
+    """The shortest input and output, in characters; a wide one (Chinese, Japanese, Korean) counts as three."""
 
     input: int = 10
     output: int = 20
@@ -104,14 +108,18 @@ def of_recipe(settings: Settings, limits: Limits) -> Audit:
     name = " + ".join(entry.source.label for entry in sets)
     if not any(entry.source.streaming for entry in sets):
         for entry in sets:
-            findings += read(entry.source, settings.get("on_bad_row") == "skip")[1]
+            found = read(entry.source, settings.get("on_bad_row") == "skip")[1]
+            findings += [finding for finding in found if finding.name != rows.UNKNOWN_KEYS]  # audit_tokens knows more
         if any(finding.severity == ERROR for finding in findings):
             return Audit(name, None, None, findings)
     train, evaluation = mixture.load(settings)
     if isinstance(train, Stream):
+        findings += [Finding(WARNING, "note", note) for note in train.notes]
         pairs = list(itertools.islice(train, STREAMED))
         train = Rows(train.name, [example for example, _ in pairs], [where for _, where in pairs])
         findings.append(Finding(FIGURE, "streamed", "of the stream", figures={"rows looked at": len(train)}))
+    if evaluation and not settings.get("test_split_size"):  # else they are the training set's
+        findings += [Finding(WARNING, "note", note) for note in evaluation.notes]
     return Audit(name, train, evaluation, findings + check(train, limits, evaluation))
 
 
@@ -130,12 +138,13 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
         shape = rows.usual_shape(head)
     except DataError:  # of no row; each row then says so itself
         shape = None
+    converter = rows.Converter.of_source(source, shape)
     try:
         for where, row in itertools.chain(head, found):
             try:
                 if isinstance(row, DataError):
                     raise row
-                good.append((formats.to_example(row, where, shape), where))
+                good.append((converter.example(where, row), where))
                 for column in classes.keys() & row.keys():
                     classes[column][str(row[column])] += 1
             except DataError as error:
@@ -148,6 +157,8 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
         Finding(severity, "bad_row", error.what + f" ({error.why})" * bool(error.why), [error.where], error.way_out)
         for error in bad
     ]
+    if good:
+        findings += [Finding(WARNING, name, what, way_out=way_out) for name, what, way_out in converter.remarks()]
     findings += itertools.chain.from_iterable(_classes(column, counts) for column, counts in classes.items())
     return Rows(source.label, [example for example, _ in good], [where for _, where in good]), findings
 
@@ -165,19 +176,27 @@ def check(found: Rows, limits: Limits, evaluation: Rows | None = None) -> list[F
 
 
 def said(example: Example, *roles: str) -> str:
-    """What these roles say in an example, tool calls included; a plain text is the assistant's."""
+    """What these roles say in an example, reasoning and tool calls included; a plain text is the assistant's."""
     if "text" in example:
         return str(example["text"]) if "assistant" in roles else ""
     texts = []
     for message in example["messages"]:
         if message["role"] in roles:
+            reasoning = "".join(f"{message[key]}\n" for key in REASONING if key in message)
             calls = message.get("tool_calls")
-            texts.append(message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
+            texts.append(reasoning + message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
     return "\n".join(texts)
 
 
 def everything(example: Example) -> str:
-    return said(example, "system", "user", "tool", "assistant")
+    return said(example, "system", "developer", "user", "tool", "assistant")
+
+
+def width(text: str) -> int:
+    """Characters, each wide one counted as `WIDE`."""
+    if text.isascii():
+        return len(text)
+    return len(text) + (WIDE - 1) * sum(unicodedata.east_asian_width(character) in "WF" for character in text)
 
 
 def spread(values: Iterable[int]) -> dict[str, int]:
@@ -191,18 +210,19 @@ def _too_short(found: Rows, limits: Limits) -> Iterator[Finding]:
     for role, label, least in (("user", "input", limits.input), ("assistant", "output", limits.output)):
         for example, where in zip(found.examples, found.where, strict=True):
             text = said(example, role)
-            if len(text) < least and not (role == "user" and "text" in example):
-                what = f"{label} too short: {shown(text, 40)} has {len(text)} characters, at least {least}"
-                yield Finding(ERROR, f"short_{label}", what, [where], f"write more, or --min_{label} {len(text)}")
+            if (count := width(text)) < least and not (role == "user" and "text" in example):
+                wide = f" ({count}, wide ones counted as {WIDE})" * (count != len(text))
+                what = f"{label} too short: {shown(text, 40)} has {len(text)} characters{wide}, at least {least}"
+                yield Finding(ERROR, f"short_{label}", what, [where], f"write more, or --min_{label} {count}")
 
 
 def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
     """Rows that are (nearly) others, and evaluation rows that are (nearly) trained on."""
     own = len(found)
     apart = evaluation or Rows("", [], [])
-    texts = [" ".join(everything(example).lower().split()) for example in found.examples + apart.examples]
+    examples = found.examples + apart.examples
+    exact, near = _pairs(list(map(_whole, examples)), list(map(_words, examples)), own)
     places = found.where + apart.where
-    exact, near = _pairs(texts, own)
     for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
         inside = [(i, j) for i, j in pairs if i < own]
         across = [(i, j) for i, j in pairs if i >= own]
@@ -215,10 +235,26 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
                 yield Finding(WARNING, label, f"{what}: {len(these):,}", where, way_out, like)
 
 
-def _pairs(texts: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(later, earlier) positions of equal texts, and of nearly equal ones, one pair for each later text.
+def _whole(example: Example) -> str:
+    """All that a row gives to the model, case and blanks apart."""
+    beside = [example.get(key) for key in ("tools", "chat_template_kwargs")]
+    return _plain(everything(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
 
-    The first `own` texts are compared with each other, the rest with those only. What is a near copy
+
+def _words(example: Example) -> str:
+    """What a row says of its own: many rows share one system prompt, and are no copies for that."""
+    return _plain(said(example, "user", "tool", "assistant"))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _pairs(wholes: list[str], words: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(later, earlier) positions of equal rows, and of nearly equal ones, one pair for each later row.
+
+    Equal rows are alike as a whole; nearly equal ones are alike in their words, and as a whole.
+    The first `own` rows are compared with each other, the rest with those only. What is a near copy
     stands for nothing itself: its own copies are those of the first.
     """
     from rensa import RMinHash, RMinHashLSH
@@ -226,24 +262,27 @@ def _pairs(texts: list[str], own: int) -> tuple[list[tuple[int, int]], list[tupl
     first: dict[str, int] = {}
     exact, near = [], []
     index = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
-    for i, text in enumerate(texts):
-        if text in first:
-            exact.append((i, first[text]))
+    for i, whole in enumerate(wholes):
+        if whole in first:
+            exact.append((i, first[whole]))
             continue
         if i < own:
-            first[text] = i
-        pieces = _pieces(text)
+            first[whole] = i
+        pieces = _pieces(words[i])
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
         sketch.update(list(pieces))
         for j in sorted(index.query(sketch))[:CANDIDATES]:
-            other = _pieces(texts[j])
-            if len(pieces & other) >= NEAR * len(pieces | other):
+            if _alike(pieces, _pieces(words[j])) and _alike(_pieces(whole), _pieces(wholes[j])):
                 near.append((i, j))
                 break
         else:
             if i < own:
                 index.insert(i, sketch)
     return exact, near
+
+
+def _alike(pieces: set[str], others: set[str]) -> bool:
+    return len(pieces & others) >= NEAR * len(pieces | others)
 
 
 def _pieces(text: str) -> set[str]:

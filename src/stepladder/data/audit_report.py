@@ -51,7 +51,8 @@ def write(audit: Audit, seen: list[Seen]) -> None:
                 say(f"    {place}")
             if (more := len(finding.where) - MOST_PLACES) > 0:
                 say(f"    … and {more:,} more; --json lists all")
-            say(f"    way out: {finding.way_out}")
+            if finding.way_out:
+                say(f"    way out: {finding.way_out}")
     if audit.train and not audit.errors:
         say(f"✅ Dataset valid! {len(audit.train)} examples ready for fine-tuning.", "green")
         return

@@ -81,7 +81,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     if turns:
         figures = {"turns": turns, "trained": ended}
         findings.append(Finding(FIGURE, "end_of_turn", f"{of}end-of-turn token", figures=figures))
-        if not ended and not of:  # evaluation rows teach nothing
+        if not ended and not of and train_on != "everything":  # evaluation rows teach nothing
             findings.append(no_end())
     if beheaded:
         what, way_out = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"

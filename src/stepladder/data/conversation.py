@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data.readers import is_unicode, shown
+from stepladder.data.readers import is_unicode, parse_nested, shown
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 
@@ -23,9 +25,40 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+# What other tools call the roles: `role_map` is suggested for these, and not applied unasked.
+LIKELY_ROLES = {
+    **dict.fromkeys(("instruction", "context", "system_prompt"), "system"),
+    **dict.fromkeys(("customer", "client", "prompter", "question", "player", "me"), "user"),
+    **dict.fromkeys(("bot", "model", "ai", "agent", "chatbot", "chatgpt", "claude", "bard", "answer"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "tool_response", "ipython"), "tool"),
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+MASKS = ("loss", "loss_weight", "training", "train", "weight")  # ms-swift, LLaMA-Factory, Axolotl, OpenAI
+ARGUMENTS = ("parameters", "params", "args", "input")  # what a tool call's arguments are called elsewhere
+PARTIAL_MASKS = ("training_detail", "train_detail")  # Axolotl's, for parts of a turn
+ON, OFF = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
+READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *MASKS, *PARTIAL_MASKS}
+# The keys of a finished message whose meaning chat templates share.
+KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id", "name", "train", *REASONING})
 MAY_BE_EMPTY = ("system", "developer", "tool")  # a template's own system prompt switched off; a tool that says nothing
 MEDIA_PARTS = ("image", "audio", "video", "file")
+YAML_WORDS = ("yes", "no", "on", "off", "true", "false", "null")  # which YAML does not take for text
 FILL_IN = "remove the row or fill it in"
+
+
+@dataclass
+class RoleMap:
+    """The recipe's `role_map`, and which of its names have occurred."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+    def known(self, name: Any) -> Any:
+        """The known role that `name` stands for; the name itself where the map does not hold it."""
+        if not isinstance(name, str) or name not in self.roles:
+            return name
+        self.seen.add(name)
+        return self.roles[name]
 
 
 def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = False) -> str:
@@ -59,6 +92,8 @@ def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = Fa
 def _part(part: Any, where: str) -> str:
     name = part.get("type", "text") if isinstance(part, dict) else None
     if name == "text" and isinstance(part.get("text"), str):
+        if mask := next((key for key in MASKS if part.get(key) is not None), None):
+            raise _partial_mask(f"a content part has '{mask}'", where)
         return part["text"]
     if isinstance(name, str) and any(media in name for media in MEDIA_PARTS):
         raise multimodal(f"a content part of the type '{name}'", where)
@@ -74,45 +109,46 @@ def multimodal(what: str, where: str) -> DataError:
     )
 
 
-def conversation(value: Any, where: str) -> list[Message]:
-    """Messages in the chat templates' form, from theirs or ShareGPT's (`from`, `value`)."""
+def conversation(value: Any, where: str, role_map: RoleMap | None = None) -> list[Message]:
+    """Messages in the chat templates' form, from theirs or ShareGPT's (`from`, `value`).
+
+    A turn that the data excludes from training (`loss: false`, `weight: 0`, …) carries `"train": False`.
+
+    Raises:
+        DataError: not a list of messages, an empty one, or a message that cannot be read.
+    """
     if isinstance(value, str):  # as CSV must have it
         value = from_json(value, "the conversation", where)
     if not isinstance(value, list):
         raise DataError(f"the conversation is not a list but {shown(value)}", where=where, way_out="a list of messages")
     if not value:
         raise DataError("an empty conversation", where=where, way_out=FILL_IN)
-    messages = [_message(item, where) for item in value]
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"the conversation ends with the {messages[-1]['role']}, so there is no answer to train",
-            where=where,
-            way_out="remove its last turn or add an answer",
-        )
-    return messages
+    return [_message(item, where, role_map) for item in value]
 
 
-def _message(item: Any, where: str) -> Message:
+def _message(item: Any, where: str, role_map: RoleMap | None) -> Message:
     name = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
     if name is None:
         raise DataError(
             f"a message has no 'role': {shown(item)}", where=where, way_out='{"role": "user", "content": "…"}'
         )
+    if role_map:
+        name = role_map.known(name)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(
-            f"unknown role {shown(name)}",
-            where=where,
-            why=f"known: {', '.join(ROLES)}",
-            way_out=suggest(str(name), ROLES) or "rename it",
-        )
+        raise _unknown_role(name, where)
     key = "content" if "content" in item or "value" not in item else "value"
     content = item.get(key)
     if len(item) == 2 and key in item and name != "function_call":  # nearly all messages
         return {"role": role, "content": text(content, role, key, where, role in MAY_BE_EMPTY)}
-    calls: Any = item.get("tool_calls")
-    if name == "function_call":
-        calls, content = from_json(content, "the function_call", where), ""
+    _check_twins(item, where)
+    if content is None:
+        content = item.get("value")
+    calls: Any = item.get("tool_calls") or item.get("function_call")
+    if name == "function_call" and not calls:
+        calls, content = content, ""
+    if isinstance(calls, str):
+        calls = from_json(calls, "the function_call" if name == "function_call" else "'tool_calls'", where)
     if calls and role != "assistant":
         raise DataError(f"the {role} calls tools", where=where, way_out="only the assistant has 'tool_calls'")
     if calls and content is None:
@@ -120,10 +156,101 @@ def _message(item: Any, where: str) -> Message:
     message: Message = {"role": role, "content": text(content, role, key, where, bool(calls) or role in MAY_BE_EMPTY)}
     if calls:
         message["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
+    message |= _reasoning(item, role, where)
+    if not _is_trained(item, role, where):
+        message["train"] = False
     for other, value in item.items():
-        if value is not None and other not in ("role", "from", "content", "value", "tool_calls"):
-            message[other] = plain(value, f"a message's '{other}'", where)
+        if value is not None and other not in READ_KEYS:
+            message |= plain({other: value}, f"a message's {shown(other)}", where)
     return message
+
+
+def _unknown_role(name: Any, where: str) -> DataError:
+    way_out = suggest(str(name), ROLES)
+    if isinstance(name, str):
+        near = re.search("'(.+?)'", way_out)
+        likely = LIKELY_ROLES.get(name.strip().lower()) or (near[1] if near else "ROLE")
+        rest = f", with one of {', '.join(dict.fromkeys(ROLES.values()))} for ROLE" * (likely == "ROLE")
+        way_out += f"{' ' * bool(way_out)}in the recipe: role_map: {{{yaml_name(name)}: {likely}}}{rest}"
+    return DataError(
+        f"unknown role {shown(name)}", where=where, why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it"
+    )
+
+
+def _check_twins(item: Message, where: str) -> None:
+    """Refuse a message that says one thing under two names, differently: one of them would be lost."""
+    for one, other in (("role", "from"), ("content", "value"), ("tool_calls", "function_call")):
+        if item.get(one) and item.get(other) and item[one] != item[other]:
+            if one == "role" and ROLES.get(str(item[one])) == ROLES.get(str(item[other]), ""):
+                continue
+            raise DataError(f"a message has both '{one}' and '{other}', and they differ", where=where,
+                            way_out="remove one of them")  # fmt: skip
+
+
+def _reasoning(item: Message, role: str, where: str) -> Message:
+    """The one reasoning key of a message, under its own name; blank ones are left out.
+
+    Raises:
+        DataError: two that differ; not text; of another role than the assistant.
+    """
+    found = {key: item[key] for key in REASONING if item.get(key) not in (None, "", [])}
+    found = {key: text(value, role, key, where, may_be_empty=True) for key, value in found.items()}
+    found = {key: value for key, value in found.items() if value.strip()}
+    if not found:
+        return {}
+    key, value = next(iter(found.items()))
+    if other := next((name for name in found if found[name] != value), None):
+        raise DataError(
+            f"a message has both '{key}' and '{other}', and they differ", where=where, way_out="remove one of them"
+        )
+    if role != "assistant":
+        raise DataError(f"the {role} has '{key}'", where=where, way_out="only the assistant's turns have reasoning")
+    return {key: value}
+
+
+def _is_trained(item: Message, role: str, where: str) -> bool:
+    """What the mask keys of a message say; True where it has none.
+
+    Raises:
+        DataError: a weight other than 0 and 1; a mask of parts of a turn; two masks that contradict
+            each other; a turn of another role than the assistant that is to be trained.
+    """
+    for key in PARTIAL_MASKS:
+        if item.get(key):
+            raise _partial_mask(f"a message has '{key}'", where)
+    found = {key: _mask(key, item[key], where) for key in MASKS if item.get(key) is not None}
+    if not found:
+        return True
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{key}: {shown(item[key])}" for key in found)
+        raise DataError(f"a message's mask keys contradict each other ({said})", where=where, way_out="keep one")
+    key, trained = next(iter(found.items()))
+    if trained and role != "assistant":
+        raise DataError(
+            f"the {role}'s turn is to be trained ({key}: {shown(item[key])})",
+            where=where,
+            why="only the assistant's turns are trained",
+            way_out=f"remove '{key}' from it; train_on: everything trains every turn",
+        )
+    return trained or role != "assistant"
+
+
+def _partial_mask(what: str, where: str) -> DataError:
+    why = "a turn is trained whole or not at all"
+    return DataError(what, where=where, why=why, way_out="train: false on the whole message, or none")
+
+
+def _mask(key: str, value: Any, where: str) -> bool:
+    if isinstance(value, str | bool | int | float):
+        name = str(value).strip().lower() if not isinstance(value, int) or value in (0, 1) else ""
+        if name in ON + OFF:
+            return name in ON
+    raise DataError(
+        f"a message's '{key}' is {shown(value)}",
+        where=where,
+        why="a turn is trained or not: weights other than 0 and 1 are not implemented",
+        way_out=f"{key}: true or false, 1 or 0",
+    )
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -133,6 +260,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
         raise DataError(f"a tool call has no name: {shown(call)}", where=where, way_out=form)
     arguments = function.get("arguments") or {}
+    if not arguments and (other := next((key for key in ARGUMENTS if function.get(key)), None)):
+        raise DataError(f"a tool call has '{other}' and no 'arguments'", where=where, way_out="rename it: 'arguments'")
     if isinstance(arguments, str):
         arguments = from_json(arguments, "a tool call's arguments", where)
     if not isinstance(arguments, dict):
@@ -143,13 +272,30 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return plain({**outer, "type": "function", "function": {**function, "arguments": arguments}}, "a tool call", where)
 
 
-def tools_of(value: Any, where: str) -> list[Any]:
+def tools_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """The tools of a row, each as `{"type": "function", "function": {"name": …}}`.
+
+    Raises:
+        DataError: not a list of objects, or a tool without a name.
+    """
     tools = from_json(value, "'tools'", where) if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(
             f"'tools' is not a list of objects but {shown(tools)}", where=where, way_out="a JSON schema each"
         )
-    return plain(tools, "'tools'", where)
+    return [plain(_tool(tool, where), "'tools'", where) for tool in tools]
+
+
+def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    kind = tool.get("type", "function") if "function" in tool else "function"
+    if kind != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        form = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
+        raise DataError(f"a tool is not a function with a name: {shown(tool)}", where=where, way_out=form)
+    outer = tool if "function" in tool else {}
+    if function is tool:  # `{"type": "function", "name": …}`, as OpenAI's Responses API has it
+        function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
+    return {"type": "function", **outer, "function": function}
 
 
 def put_system(value: Any, messages: list[Message], where: str) -> None:
@@ -163,16 +309,26 @@ def put_system(value: Any, messages: list[Message], where: str) -> None:
 
 
 def from_json(value: Any, what: str, where: str) -> Any:
-    try:
-        return json.loads(value)
-    except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{what} is not JSON: {shown(value)}", where=where, way_out='a list or object: "[…]"') from None
+    """The list or object that a text holds, as JSON or as Python prints it."""
+    if isinstance(value, str):
+        return parse_nested(value, what, where)
+    raise DataError(f"{what} is not JSON: {shown(value)}", where=where, way_out='a list or object: "[…]"')
 
 
 def plain(value: Any, what: str, where: str) -> Any:
     """The value itself, once it is sure that JSON and a tokenizer can take it."""
     try:
         json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            raise TypeError  # JSON would turn the key into text
     except (TypeError, ValueError, RecursionError):
         raise DataError(f"{what} holds what JSON cannot: {shown(value)}", where=where, way_out=FILL_IN) from None
     return value
+
+
+def yaml_name(name: str) -> str:
+    """A name as a hint writes it into a YAML mapping."""
+    if re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in YAML_WORDS:
+        return name
+    plain_characters = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in name)
+    return f'"{"".join(plain_characters)}"'

@@ -9,41 +9,70 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stepladder.data.conversation import conversation, multimodal, put_system, text, tools_of
+from stepladder.data import hints
+from stepladder.data.conversation import (
+    Message,
+    RoleMap,
+    conversation,
+    from_json,
+    multimodal,
+    plain,
+    put_system,
+    text,
+    tools_of,
+)
 from stepladder.data.readers import Row, shown
 from stepladder.errors import DataError
-from stepladder.suggest import suggest
 
-Example = dict[str, Any]  # {"messages": [...], maybe "tools": [...]} for a chat template, or {"text": "..."}
+# {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}
+Example = dict[str, Any]
 
 MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+BAD = ("false", "0", "0.0")  # KTO's mark of a bad answer, as text
 ANSWERS = ("response", "answer", "output", "completion", "reply", "target")  # what an answer's column may be called
+FOR_TEMPLATE = frozenset({"system", "tools", "chat_template_kwargs"})
+FOR_ANSWER = FOR_TEMPLATE | {"history", "reasoning_content"}
+# What a row's chat_template_kwargs may not set: the arguments that decide what is rendered, and in which form.
+RESERVED = frozenset({
+    *("conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+})  # fmt: skip
 
 
 class Shape(NamedTuple):
-    """A shape: the columns it needs, and how a row of it becomes an example."""
+    """A shape: the columns it needs, and how a row of it becomes an example.
+
+    `used` are these and the columns that are read where a row has them; `answer` is the column that
+    a question lacks (empty where the answer has no column of its own).
+    """
 
     name: str
     columns: frozenset[str]
-    convert: Callable[[Row, str], Example]
+    convert: Callable[[Row, str, RoleMap | None], Example]
+    used: frozenset[str]
+    answer: str
 
     def __str__(self) -> str:
         return self.name
 
 
-def from_messages(row: Row, where: str) -> Example:
-    return {"messages": conversation(row["messages"], where)}
+def from_messages(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    return {"messages": conversation(row["messages"], where, role_map)}
 
 
-def from_conversations(row: Row, where: str) -> Example:
-    return {"messages": conversation(row["conversations"], where)}
+def from_conversations(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    return {"messages": conversation(row["conversations"], where, role_map)}
 
 
-def from_prompt_completion(row: Row, where: str) -> Example:
+def from_prompt_completion(row: Row, where: str, role_map: RoleMap | None) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        example: Example = {"messages": conversation(prompt + completion, where)}
-        if any(message.get("role") == "assistant" for message in prompt):
+        for column in ("history", "reasoning_content"):
+            if is_filled(row.get(column)):
+                raise DataError(f"'{column}' beside a prompt of messages", where=where, way_out="put it into them")
+        example: Example = {"messages": conversation(prompt + completion, where, role_map)}
+        if any(message["role"] == "assistant" for message in example["messages"][: len(prompt)]):
             example["prompt_messages"] = len(prompt)  # whose answers are context, not training
         return example
     if isinstance(prompt, list) or isinstance(completion, list):
@@ -55,14 +84,18 @@ def from_prompt_completion(row: Row, where: str) -> Example:
     return pair(prompt, "prompt", completion, "completion", where)
 
 
-def from_alpaca(row: Row, where: str) -> Example:
-    example = pair(row["instruction"], "instruction", row["output"], "output", where)
-    if more := _optional(row, "input", where):
-        example["messages"][0]["content"] += f"\n\n{more}"
+def from_instruction(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    """Alpaca's and Dolly's rows: the instruction, then `input`, then `context`."""
+    column = "output" if "output" in row else "response"
+    example = pair(row["instruction"], "instruction", row[column], column, where)
+    for beside in ("input", "context"):
+        if more := _optional(row, beside, where):
+            example["messages"][0]["content"] += f"\n\n{more}"
     return example
 
 
-def from_question_answer(row: Row, where: str) -> Example:
+def from_question_answer(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    """The question, after the `context` that it is about."""
     answer, column = (row["answer"], "answer") if "answer" in row else (_first_answer(row["answers"]), "answers")
     example = pair(row["question"], "question", answer, column, where)
     if context := _optional(row, "context", where):
@@ -77,36 +110,45 @@ def _first_answer(answers: Any) -> Any:
     return (found[0] if found else None) if isinstance(found, list) else found
 
 
-def from_summary(row: Row, where: str) -> Example:
+def from_query_response(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    return pair(row["query"], "query", row["response"], "response", where)
+
+
+def from_summary(row: Row, where: str, role_map: RoleMap | None) -> Example:
     example = pair(row["document"], "document", row["summary"], "summary", where)
     example["messages"][0]["content"] = "Summarize:\n\n" + example["messages"][0]["content"]
     return example
 
 
-def from_input_output(row: Row, where: str) -> Example:
+def from_input_output(row: Row, where: str, role_map: RoleMap | None) -> Example:
     return pair(row["input"], "input", row["output"], "output", where)
 
 
-def from_text(row: Row, where: str) -> Example:
+def from_text(row: Row, where: str, role_map: RoleMap | None) -> Example:
     return {"text": text(row["text"], "row", "text", where)}
 
 
-def _shape(columns: str, convert: Callable[[Row, str], Example]) -> Shape:
-    return Shape(columns, frozenset(columns.split(" + ")), convert)
+def _shape(columns: str, convert: Callable[..., Example], *optional: str) -> Shape:
+    needed = columns.split(" + ")
+    if len(needed) == 1:
+        return Shape(columns, frozenset(needed), convert, FOR_TEMPLATE.union(needed), "")
+    return Shape(columns, frozenset(needed), convert, FOR_ANSWER.union(needed, optional), needed[1])
 
 
 SHAPES = [  # in the order in which they are looked for
     _shape("messages", from_messages),
     _shape("conversations", from_conversations),
     _shape("prompt + completion", from_prompt_completion),
-    _shape("instruction + output", from_alpaca),
-    _shape("question + answer", from_question_answer),
-    _shape("question + answers", from_question_answer),
+    _shape("instruction + output", from_instruction, "input", "context"),
+    _shape("instruction + response", from_instruction, "input", "context"),
+    _shape("question + answer", from_question_answer, "context"),
+    _shape("question + answers", from_question_answer, "context"),
+    _shape("query + response", from_query_response),
     _shape("document + summary", from_summary),
     _shape("input + output", from_input_output),
-    _shape("text", from_text),
+    Shape("text", frozenset({"text"}), from_text, frozenset({"text"}), ""),
 ]
-COLUMNS = frozenset({"system", "tools", "context"}.union(*(shape.columns for shape in SHAPES)))
+COLUMNS = frozenset().union(*(shape.used for shape in SHAPES))
 
 
 def shape_of(row: Row, where: str) -> Shape:
@@ -122,39 +164,17 @@ def shape_of(row: Row, where: str) -> Shape:
         f"columns {', '.join(map(shown, row)) or '(none)'} are of no known shape",
         where=where,
         why=f"known: {'; '.join(map(str, SHAPES))}",
-        way_out=_mapping_for(list(row)),
+        way_out=hints.for_row(row),
     )
 
 
-def _mapping_for(columns: list[str]) -> str:
-    """A `column_map` that would make these columns a known shape, as near as can be guessed."""
-    shape = max(SHAPES, key=lambda shape: len(shape.columns.intersection(columns)))
-    if not shape.columns.intersection(columns):
-        shape = next(shape for shape in SHAPES if shape.convert is from_input_output)
-    free = [column for column in columns if column not in shape.columns]
-    missing = sorted(shape.columns.difference(columns))
-    pairs: dict[str, str] = {}
-    for new in missing:
-        names = [c for c in free if c.lower() in ANSWERS] if new in ANSWERS else []
-        names += [c for c in free if suggest(new, [c])]
-        if not names and len(free) == len(missing) - len(pairs):
-            names = free
-        pairs[new] = names[0] if names else "COLUMN"
-        free = [column for column in free if column != pairs[new]]
-    return f"in the recipe: column_map: {{{', '.join(f'{new}: {old}' for new, old in pairs.items())}}}"
-
-
-def to_example(row: Row, where: str, shape: Shape | None = None) -> Example:
+def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleMap | None = None) -> Example:
     """Turn a row into messages or text; `shape` is the one that the set's other rows have.
 
     Raises:
         DataError: another shape or none; a text that is missing, empty or not text; an unknown
-            role; a conversation that trains nothing; pictures, sound or video.
+            role; a conversation that trains nothing; an answer marked as bad (KTO); pictures, sound or video.
     """
-    if not MEDIA_COLUMNS.isdisjoint(row):
-        for column in MEDIA_COLUMNS.intersection(row):
-            if row[column]:
-                raise multimodal(f"the column '{column}'", where)
     if shape is None:
         shape = shape_of(row, where)
     elif not shape.columns <= row.keys():
@@ -163,13 +183,181 @@ def to_example(row: Row, where: str, shape: Shape | None = None) -> Example:
             where=where,
             way_out="give all rows of a set the same columns, or make two sets of it (datasets: …)",
         )
-    example = shape.convert(row, where)
+    if column := bad_answer(row, shape):
+        raise DataError(
+            f"the row's answer is marked as bad ('{column}' is {shown(row[column])})",
+            where=where,
+            why="rows of KTO: such an answer is one that the model should not give",
+            way_out=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
+        )
+    example = _read(row, where, shape, role_map)
     if "messages" in example:
-        if system := _optional(row, "system", where):
-            put_system(system, example["messages"], where)
-        if row.get("tools") and (tools := tools_of(row["tools"], where)):
-            example["tools"] = tools
+        _check_answers(example["messages"], example.get("prompt_messages", 0), where)
     return example
+
+
+def question_shape(row: Row, where: str) -> Shape:
+    """The shape of a row that need not have an answer.
+
+    Raises:
+        DataError: no column holds a question, or an answer's column stands beside none that is known.
+    """
+    for shape in SHAPES:
+        if shape.columns <= row.keys() and shape.convert is not from_text:
+            return shape
+    if any(is_filled(row.get(column)) for column in ANSWERS):
+        if (shape := shape_of(row, where)).convert is not from_text:
+            return shape
+    else:
+        for shape in SHAPES:
+            if shape.columns - {shape.answer} <= row.keys():
+                return shape
+    raise DataError("this row holds no prompt", where=where, way_out='{"prompt": "…"}, or the training rows\' columns')
+
+
+def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
+    """What a row asks, as training rows of its shape are read, and its answer, empty where it has none.
+
+    Args:
+        shape: as `question_shape` finds it.
+
+    Raises:
+        DataError: as `to_example`, but for the answer; a row that asks nothing.
+    """
+    if shape.convert is from_text:
+        return {"messages": [{"role": "user", "content": text(row["text"], "user", "text", where)}]}, ""
+    is_answered = not shape.answer or is_filled(row.get(shape.answer))
+    if not is_answered:
+        filler: Any = "?"
+        if isinstance(row.get("prompt"), list):
+            filler = [{"role": "assistant", "content": "?"}]
+        row = {**row, shape.answer: filler}
+    question, answer = split_answer(_read(row, where, shape, None))
+    if not question["messages"]:
+        raise DataError("this row holds no prompt", where=where, way_out="a user's turn before the answer")
+    return question, "" if not is_answered or bad_answer(row, shape) else answer
+
+
+def split_answer(example: Example) -> tuple[Example, str]:
+    """A conversation without its last turn where that is the assistant's, and that turn's text.
+
+    The marks of what is trained are left out: they are nothing to a model that is asked.
+    """
+    turns = [{key: value for key, value in turn.items() if key != "train"} for turn in example["messages"]]
+    answer = str(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else ""
+    question: Example = {"messages": turns}
+    for key in ("tools", "chat_template_kwargs"):
+        if key in example:
+            question[key] = example[key]
+    return question, answer
+
+
+def unused_columns(row: Row, shape: Shape) -> list[str]:
+    """The columns of a row that hold something and are not read."""
+    rest = [column for column in row if column not in shape.used]
+    return [column for column in rest if is_filled(row[column]) and not _is_verdict(row[column], column, shape)]
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a column holds something: false and 0 are something, an empty text or list is not."""
+    return bool(value) or isinstance(value, int | float)
+
+
+def bad_answer(row: Row, shape: Shape) -> str | None:
+    """The column by which a row of KTO's says that its answer is a bad one."""
+    for column in ("label", "kto_tag"):
+        if column in row and _is_verdict(row[column], column, shape) and str(row[column]).strip().lower() in BAD:
+            return column
+    return None
+
+
+def _is_verdict(value: Any, column: str, shape: Shape) -> bool:
+    """Whether a column says if the answer is a good one: `label` (TRL, ms-swift) or `kto_tag` (LLaMA-Factory).
+
+    Numbers do so beside prompt and completion alone: elsewhere they may be classes.
+    """
+    if column not in ("label", "kto_tag"):
+        return False
+    if column == "label":
+        fits = shape.convert in (from_messages, from_conversations, from_prompt_completion, from_query_response)
+    else:
+        fits = shape.convert is not from_text
+    numbers = ("0", "1", "0.0", "1.0") if shape.convert is from_prompt_completion else ()
+    if not fits or not isinstance(value, bool | int | float | str) or (isinstance(value, int) and abs(value) > 1):
+        return False
+    return str(value).strip().lower() in ("true", "false", *numbers)
+
+
+def _read(row: Row, where: str, shape: Shape, role_map: RoleMap | None) -> Example:
+    """The example of a row, with what stands in the columns beside its conversation."""
+    if not MEDIA_COLUMNS.isdisjoint(row):
+        for column in MEDIA_COLUMNS.intersection(row):
+            if row[column]:
+                raise multimodal(f"the column '{column}'", where)
+    example = shape.convert(row, where, role_map)
+    if "messages" not in example:
+        return example
+    messages = example["messages"]
+    if "history" in shape.used:
+        if is_filled(row.get("history")):
+            messages[:0] = _history(row["history"], where)
+        if reasoning := _optional(row, "reasoning_content", where):
+            messages[-1]["reasoning_content"] = reasoning
+    if system := _optional(row, "system", where):
+        put_system(system, messages, where)
+        if "prompt_messages" in example:
+            example["prompt_messages"] += 1
+    if row.get("tools") and (tools := tools_of(row["tools"], where)):
+        example["tools"] = tools
+    if is_filled(row.get("chat_template_kwargs")) and (kwargs := _kwargs(row["chat_template_kwargs"], where)):
+        example["chat_template_kwargs"] = kwargs
+    return example
+
+
+def _check_answers(messages: list[Message], first: int, where: str) -> None:
+    """Refuse a conversation without an answer at its end, or whose answers from `first` on are all excluded."""
+    if messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"the conversation ends with the {messages[-1]['role']}, so there is no answer to train",
+            where=where,
+            way_out="remove its last turn or add an answer",
+        )
+    if all(turn["role"] != "assistant" or turn.get("train") is False for turn in messages[first:]):
+        raise DataError(
+            "nothing of this row is trained",
+            where=where,
+            why="the data excludes each of its assistant turns (train: false, loss: false, weight: 0, …)",
+            way_out="remove the row",
+        )
+
+
+def _history(value: Any, where: str) -> list[Message]:
+    """The turns before the question, from pairs of a question and its answer (LLaMA-Factory, ms-swift)."""
+    pairs = from_json(value, "'history'", where) if isinstance(value, str) else value
+    if not isinstance(pairs, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in pairs):
+        raise DataError(
+            f"'history' is not a list of pairs but {shown(value)}", where=where, way_out='[["question", "answer"], …]'
+        )
+    return [turn for asked, answer in pairs for turn in pair(asked, "history", answer, "history", where)["messages"]]
+
+
+def _kwargs(value: Any, where: str) -> dict[str, Any]:
+    """The values that a row gives to the chat template, such as `{"enable_thinking": false}`."""
+    name = "'chat_template_kwargs'"
+    kwargs = from_json(value, name, where) if isinstance(value, str) else value
+    if not isinstance(kwargs, dict):
+        raise DataError(
+            f"{name} is not an object but {shown(value)}", where=where, way_out='{"enable_thinking": false}'
+        )
+    plain(kwargs, name, where)
+    if taken := sorted(RESERVED.intersection(kwargs)):
+        raise DataError(
+            f"{name} sets '{taken[0]}'",
+            where=where,
+            why="training itself sets it; these values are the chat template's own",
+            way_out="put the tools into the column 'tools'" if taken[0] == "tools" else f"remove '{taken[0]}'",
+        )
+    return {key: item for key, item in kwargs.items() if item is not None}
 
 
 def pair(question: Any, asked: str, answer: Any, answered: str, where: str) -> Example:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data import formats
-from stepladder.data.rows import Rows, collect
+from stepladder.data.conversation import ROLES
+from stepladder.data.rows import Rows, collect, head_notes
 from stepladder.data.source import Source, has_split, is_local
 from stepladder.data.stream import Stream
 from stepladder.errors import DataError
@@ -53,7 +54,9 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
             way_out='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
         )
     if streams(settings):
-        return stream(settings), evaluation
+        train = stream(settings)
+        train.notes += [note for source in train.sources for note in head_notes(source)]
+        return train, evaluation
     parts = [collect(entry.source, settings.get("on_bad_row") == "skip") for entry in sets]
     parts = _taken(parts, sets, settings)
     if held_out:
@@ -115,7 +118,7 @@ def entries(settings: Settings) -> list[Entry]:
     """What the recipe trains on: `datasets`, or the one set of `dataset_name`.
 
     Raises:
-        DataError: no set is named; a `column_map` with a name that no shape has.
+        DataError: no set is named; a `column_map` with a name that no shape has; a `role_map` to an unknown role.
     """
     if blocks := settings.get("datasets"):
         return [
@@ -134,7 +137,7 @@ def entries(settings: Settings) -> list[Entry]:
 
 
 def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str = "path") -> Source:
-    """A set from the keys of an entry of `datasets`; the recipe's own `column_map` holds where it has none.
+    """A set from the keys of an entry of `datasets`; the recipe's own maps hold where it has none.
 
     `place` is what stands before its keys in the recipe (`datasets[0].`), `named_by` the key that names the set.
     """
@@ -149,6 +152,15 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
                 why=f"known: {'; '.join(map(str, formats.SHAPES))}",
                 way_out=suggest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
             )
+    role_map = block.get("role_map") or settings.get("role_map")
+    for role in (role_map or {}).values():
+        if role not in ROLES:
+            raise DataError(
+                f"role_map maps to '{role}', which is no role",
+                where=settings.where(f"{place}role_map" if block.get("role_map") else "role_map"),
+                why=f"known: {', '.join(ROLES)}",
+                way_out=suggest(str(role), ROLES) or "role_map: {NAME IN THE FILE: assistant}",
+            )
     return Source(
         path=block["path"],
         name=block.get("name"),
@@ -159,6 +171,7 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
         column_map=column_map,
         streaming=streams(settings),
         where=settings.where(place + named_by),
+        role_map=role_map,
     )
 
 

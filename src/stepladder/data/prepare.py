@@ -62,7 +62,7 @@ def prepared(
         train_set, remarks = rendered(train, tokenizer, settings)
         if not len(train_set):
             raise render.none_left(train.name, remarks)
-        if remarks.turns and not remarks.ends:
+        if remarks.turns and not remarks.ends and render.mode(settings) != "everything":
             audit.stop_on_errors([audit_tokens.no_end()])
         sets[TRAIN] = packing.packed(train_set, settings, packs)
         said[TRAIN] = {"notes": remarks.notes(len(train)), "skipped": remarks.skipped}

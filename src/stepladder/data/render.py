@@ -19,7 +19,6 @@ from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.data.templates.layout import (
     READ,
-    RESERVED,
     ChatTemplate,
     Layout,
     Point,
@@ -242,12 +241,6 @@ class _Renderer:
             DataError: the template refuses it, or its text does not hold all of the row as it is.
         """
         template = self.template
-        if reserved := RESERVED.intersection(example.get("chat_template_kwargs") or ()):
-            raise DataError(
-                f"chat_template_kwargs sets {min(reserved)!r}, which is no variable of a template",
-                where=where,
-                way_out="remove it",
-            )
         slots, marked = mark(example)
         try:
             layout = template.layout(slots, marked)

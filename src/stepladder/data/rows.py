@@ -8,14 +8,19 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from stepladder.data import formats
-from stepladder.data.readers import Found
+from stepladder.data import formats, hints
+from stepladder.data.conversation import KNOWN_KEYS, RoleMap
+from stepladder.data.readers import Found, shown
 from stepladder.data.source import HEAD, Source
 from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
+SKIP = "on_bad_row: skip, which leaves bad rows out and lists them"
+UNKNOWN_KEYS = "unknown_keys"
+MOST_NAMES = 20  # unused columns, or keys of messages, that are named
+LONG_NAME = 40  # characters from which a name is cut
 LONG = 1_000_000  # characters: about 250,000 tokens, more than any usual max_length
 
 
@@ -72,6 +77,93 @@ def digest(examples: Iterable[formats.Example]) -> dict[str, Any]:
     return {"rows": count, "sha256": content.hexdigest()}
 
 
+class Remark(NamedTuple):
+    """What a person should know of a set's rows, and what to do about it (may be empty)."""
+
+    name: str  # for programs
+    what: str
+    way_out: str = ""
+
+    def __str__(self) -> str:
+        return self.what + f"; {self.way_out}" * bool(self.way_out)
+
+
+class Converter:
+    """Turns the rows of a set into examples, and counts what they hold that no example does.
+
+    Args:
+        label: what a person calls the set.
+        shape: the shape of its rows; None where each row shows its own.
+        role_map: the recipe's, if it has one.
+    """
+
+    def __init__(self, label: str, shape: formats.Shape | None, role_map: dict[str, str] | None = None):
+        self.label, self.shape = label, shape
+        self.role_map = RoleMap(role_map) if role_map else None
+        self.columns: Counter[str] = Counter()  # rows, by column that is not used
+        self.keys: Counter[str] = Counter()  # messages, by key without a known meaning
+        self.column_map: dict[str, str] = {}  # that reads unused columns
+        self.rows = 0
+        self.present: Counter[str] = Counter()  # rows, by column of that map
+
+    @classmethod
+    def of_source(cls, source: Source, shape: formats.Shape | None) -> Converter:
+        return cls(source.label, shape, source.role_map)
+
+    def example(self, where: str, row: formats.Row) -> formats.Example:
+        """As `formats.to_example`."""
+        shape = self.shape or formats.shape_of(row, where)
+        example = formats.to_example(row, where, shape, self.role_map)
+        self.count(row, shape, example)
+        return example
+
+    def count(self, row: formats.Row, shape: formats.Shape, example: formats.Example) -> None:
+        """Count the columns of a row that are not used, and the keys of its messages that nobody knows."""
+        self.rows += 1
+        for column in formats.unused_columns(row, shape):
+            if column not in self.columns:
+                self.column_map = hints.for_unused(column, row[column], shape.used, row) | self.column_map
+            self.columns[column] += 1
+        for column in self.column_map.values():
+            self.present[column] += column in row
+        for message in example.get("messages", ()):
+            if len(message) > 2:
+                self.keys.update(message.keys() - KNOWN_KEYS)
+
+    def remarks(self, of: str = "") -> list[Remark]:
+        """What was counted; `of` names the rows that were looked at where that is not the whole set."""
+        found, place = [], f"{self.label}{of}"
+        if self.columns:
+            what = f"{place}: columns that are not used: {_names(self.columns, 'row')}"
+            found.append(Remark("unused_columns", what, self._way_out()))
+        if self.keys:
+            what = f"{place}: keys of messages that only the chat template may use: {_names(self.keys, 'message')}"
+            found.append(Remark(UNKNOWN_KEYS, what))
+        if self.role_map and (absent := self.role_map.roles.keys() - self.role_map.seen):
+            names = ", ".join(map(shown, sorted(absent, key=str)))
+            what = f"{place}: role_map names {names}, which no conversation has"
+            found.append(Remark("unused_roles", what))
+        return found
+
+    def _way_out(self) -> str:
+        """The `column_map` that reads unused columns; it needs them in every row."""
+        if not self.column_map:
+            return ""
+        read = [shown(column) for column in self.column_map.values() if column in self.columns]
+        partial = any(self.present[column] < self.rows for column in self.column_map.values())
+        return f"{hints.column_map(self.column_map)} reads {', '.join(read)}" + ", once every row has it" * partial
+
+
+def _names(counts: Counter[str], unit: str) -> str:
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    listed = [f"{_name(name)} ({count:,} {unit}{'s' * (count != 1)})" for name, count in ranked[:MOST_NAMES]]
+    return ", ".join(listed) + f" and {len(ranked) - MOST_NAMES:,} more" * (len(ranked) > MOST_NAMES)
+
+
+def _name(name: str) -> str:
+    return name if name.isprintable() and name.strip() and len(name) <= LONG_NAME else shown(name, LONG_NAME)
+
+
 def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     """All rows of a set.
 
@@ -79,17 +171,42 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
         DataError: a set that cannot be read; a bad row, unless they are skipped; no good row.
     """
     skipped: list[str] = []
-    pairs = list(examples(source, skip_bad_rows, skipped))
+    remarks: list[Remark] = []
+    pairs = list(examples(source, skip_bad_rows, skipped, remarks))
     if not pairs:
-        raise DataError(f"no row of {source.label} can be used", why=f"all {len(skipped)} are bad: {skipped[0]}")
+        why = f"all {len(skipped)} are bad: {skipped[0]}"
+        raise DataError(f"no row of {source.label} can be used", why=why, way_out=_way_out_of_first(source))
     rows = Rows(source.label, [example for example, _ in pairs], [where for _, where in pairs], skipped)
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
     if skipped:
         rows.notes.append(f"{len(skipped)} bad rows of {source.label} are skipped, the first at {skipped[0]}")
+    # Of the keys of messages, those are told that the chat template does not read (remarks.py).
+    rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS]
     for example, where in pairs:
         if (length := _length(example)) > LONG:
             rows.notes.append(f"{where}: a row of {length:,} characters; is a line break missing?")
     return rows
+
+
+def _way_out_of_first(source: Source) -> str:
+    try:
+        next(examples(source, False, []))
+    except DataError as error:
+        return error.way_out.removesuffix(SKIP).removesuffix("; or ")
+    return ""
+
+
+def head_notes(source: Source) -> list[str]:
+    """What the first rows of a set show that a person should know; bad rows are left to whoever reads on.
+
+    Raises:
+        DataError: a set that cannot be read, or none of whose first rows has a known shape.
+    """
+    head = list(itertools.islice(source.rows(), HEAD))
+    converter = Converter.of_source(source, usual_shape(head))
+    for where, row in head:
+        _example(where, row, converter)
+    return [str(remark) for remark in converter.remarks(f" (its first {len(head):,} rows)")]
 
 
 def _length(example: formats.Example) -> int:
@@ -98,8 +215,12 @@ def _length(example: formats.Example) -> int:
     return sum(len(message["content"]) for message in example["messages"])
 
 
-def examples(source: Source, skip_bad_rows: bool, skipped: list[str]) -> Iterator[tuple[formats.Example, str]]:
+def examples(
+    source: Source, skip_bad_rows: bool, skipped: list[str], remarks: list[Remark] | None = None
+) -> Iterator[tuple[formats.Example, str]]:
     """The examples of a set, one by one; bad rows are appended to `skipped`, or raised.
+
+    At the end, what the rows hold and no example does is appended to `remarks`.
 
     Raises:
         DataError: the first bad row, with the number of those that follow.
@@ -107,15 +228,17 @@ def examples(source: Source, skip_bad_rows: bool, skipped: list[str]) -> Iterato
     found = source.rows()
     head = list(itertools.islice(found, HEAD))
     found = itertools.chain(head, found)
-    shape = usual_shape(head)
+    converter = Converter.of_source(source, usual_shape(head))
     for where, row in found:
-        example = _example(where, row, shape)
+        example = _example(where, row, converter)
         if isinstance(example, DataError):
             if not skip_bad_rows:
-                raise _with_those_that_follow(example, found, shape)
+                raise _with_those_that_follow(example, found, converter)
             skipped.append(f"{example.where}: {example.what}")
         else:
             yield example, where
+    if remarks is not None:
+        remarks += converter.remarks()
 
 
 def usual_shape(head: list[Found]) -> formats.Shape:
@@ -138,18 +261,18 @@ def usual_shape(head: list[Found]) -> formats.Shape:
     return shapes.most_common(1)[0][0]
 
 
-def _example(where: str, row: formats.Row | DataError, shape: formats.Shape) -> formats.Example | DataError:
+def _example(where: str, row: formats.Row | DataError, converter: Converter) -> formats.Example | DataError:
     if isinstance(row, DataError):
         return row
     try:
-        return formats.to_example(row, where, shape)
+        return converter.example(where, row)
     except DataError as error:
         return error
 
 
-def _with_those_that_follow(first: DataError, rest: Iterator[Found], shape: formats.Shape) -> DataError:
+def _with_those_that_follow(first: DataError, rest: Iterator[Found], converter: Converter) -> DataError:
     """The first fault, with the number of further bad rows: one slip, or a file of another kind?"""
-    bad = (where for where, row in rest if isinstance(_example(where, row, shape), DataError))
+    bad = (where for where, row in rest if isinstance(_example(where, row, converter), DataError))
     try:
         others = list(itertools.islice(bad, COUNTED))
     except DataError:  # the file cannot be read to its end either; the first fault stands
@@ -159,7 +282,5 @@ def _with_those_that_follow(first: DataError, rest: Iterator[Found], shape: form
         number = f"at least {COUNTED}" if len(others) == COUNTED else str(len(others))
         rows = "row follows" if len(others) == 1 else "rows follow"
         why = f"{why}; " * bool(why) + f"{number} more bad {rows}, the next at {others[0]}"
-    way_out = (
-        f"{first.way_out}; or " * bool(first.way_out) + "on_bad_row: skip, which leaves bad rows out and lists them"
-    )
+    way_out = f"{first.way_out}; or " * bool(first.way_out) + SKIP
     return DataError(first.what, where=first.where, why=why, way_out=way_out)

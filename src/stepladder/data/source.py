@@ -54,7 +54,7 @@ def is_local(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """One set of rows, with the keys that an entry of TRL's `datasets` has, and our `column_map`.
+    """One set of rows, with the keys that an entry of TRL's `datasets` has, and our `column_map` and `role_map`.
 
     `where` is the place in the recipe that named it.
     """
@@ -66,6 +66,7 @@ class Source:
     data_files: str | list[str] | dict[str, Any] | None = None
     columns: list[str] | None = None
     column_map: dict[str, str] | None = None
+    role_map: dict[str, str] | None = None
     streaming: bool = False
     where: str = ""
 

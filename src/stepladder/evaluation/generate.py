@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stepladder.errors import ModelError
+from stepladder.data import render
+from stepladder.data.formats import Example
+from stepladder.errors import DataError, ModelError
 from stepladder.evaluation import shared_out
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ class Answer(NamedTuple):
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[Message]],
+    conversations: Sequence[Example | list[Message]],
     batch_size: int = 16,
     streamer: BaseStreamer | None = None,
     shared: bool = True,
@@ -34,7 +37,8 @@ def answers(
     """The model's next turn for each conversation, in their order; the ranks share them out.
 
     Args:
-        conversations: each ends with the user's turn. Without a chat template, the user's
+        conversations: each ends before an answer, as a row's example (with its tools and
+            `chat_template_kwargs`) or as its messages alone. Without a chat template, the user's
             text is the prompt as it stands.
         streamer: is given the tokens as they come (of one conversation).
         shared: False where one rank alone asks.
@@ -42,12 +46,14 @@ def answers(
             unless `do_sample` is set.
 
     Raises:
-        ModelError: the template refuses a conversation, or there is none and the conversation needs one; a
-            prompt and its answer take more positions than the model has.
+        DataError: the template refuses a conversation, or does not render a part of it.
+        ModelError: there is no template and the conversation needs one; a prompt and its answer take more
+            positions than the model has.
     """
     import torch
 
-    texts = [prompt_text(tokenizer, messages) for messages in conversations]
+    examples = [asked if isinstance(asked, dict) else {"messages": asked} for asked in conversations]
+    texts = [prompt_text(tokenizer, example) for example in examples]
     ends = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)})
     defaults = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
 
@@ -72,22 +78,22 @@ def answers(
         tokenizer.padding_side = side
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """The text that the model continues."""
-    from jinja2 import TemplateError
+def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The text that the model continues.
 
-    if tokenizer.chat_template is None:
-        if len(messages) > 1:
-            raise no_template(str(tokenizer.name_or_path))
-        return str(messages[-1]["content"])
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
-        roles = ", ".join(str(turn.get("role")) for turn in messages)
-        way_out = "without the system prompt (--system), or turns that alternate between user and assistant"
-        raise ModelError(
-            f"the model's chat template refuses a conversation: {error}", why=f"its turns: {roles}", way_out=way_out
-        ) from None
+    Raises:
+        DataError: the chat template refuses the conversation, or does not render a part of it.
+        ModelError: there is no chat template, and more than one text to ask.
+    """
+    if tokenizer.chat_template is not None:
+        try:
+            return render.prompt_text(example, tokenizer)
+        except DataError as error:
+            asked = f"{tokenizer.name_or_path}, asked {str(example['messages'][-1]['content'])[:40]!r}"
+            raise DataError(error.what, where=asked, why=error.why, way_out=error.way_out) from None
+    if len(example["messages"]) > 1 or "tools" in example:
+        raise no_template(str(tokenizer.name_or_path))
+    return str(example["messages"][-1]["content"])
 
 
 def no_template(name: str) -> ModelError:

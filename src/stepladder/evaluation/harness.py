@@ -48,9 +48,15 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
     """A task of multiple choice out of a set's questions, and its file in `folder`.
 
     Raises:
-        DataError: fewer than four different answers.
+        DataError: fewer than four different answers; a question that is more than one text.
     """
     asked = of_rows(rows)
+    if any(len(question.messages) > 1 or question.tools for question in asked):
+        raise DataError(
+            f"a question of {rows.name} has a system turn, earlier turns or tools",
+            why="lm-eval asks a single text",
+            way_out="compare.py --data asks such questions in whole",
+        )
     answers = list(dict.fromkeys(question.reference for question in asked))
     if len(answers) < CHOICES:
         raise DataError(f"{rows.name} has {len(answers)} different answers", way_out=f"{CHOICES} or more")

@@ -4,45 +4,71 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stepladder.data import formats, read
-from stepladder.data.rows import Rows
+from stepladder.data.formats import Example
+from stepladder.data.rows import Converter, Rows
 from stepladder.errors import DataError
 from stepladder.evaluation.generate import Message
 
-PROMPT_COLUMNS = ("prompt", "question", "input", "instruction", "text")
-
 
 class Question(NamedTuple):
-    """A conversation that ends with the user's turn; `reference` is empty where there is no answer to hold it to."""
+    """A conversation that ends before an answer; `reference` is empty where there is none to hold the answer to.
+
+    `tools` and `chat_template_kwargs` go to the model's chat template, as in training.
+    """
 
     messages: list[Message]
     reference: str = ""
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
         return str(self.messages[-1]["content"])
 
+    @property
+    def example(self) -> Example:
+        """The question as rows of training data have it."""
+        example: Example = {"messages": self.messages}
+        if self.tools:
+            example["tools"] = self.tools
+        if self.chat_template_kwargs:
+            example["chat_template_kwargs"] = self.chat_template_kwargs
+        return example
+
 
 def of_rows(rows: Rows) -> list[Question]:
-    """The last turn of each conversation; rows of plain text ask nothing."""
-    asked = (_of_messages(example["messages"]) for example in rows.examples if "messages" in example)
-    return [question for question in asked if question.reference]
+    """The last turn of each conversation; rows of plain text ask nothing, nor do answers without a question."""
+    talks = (example for example in rows.examples if "messages" in example)
+    asked = (_question(*formats.split_answer(example)) for example in talks)
+    return [question for question in asked if question.messages and question.reference]
 
 
-def remarks(asked: list[Question]) -> list[str]:
-    """What a person should know of questions that cannot show everything."""
+def remarks(asked: list[Question], rows: Rows | None = None) -> list[str]:
+    """What a person should know of questions that cannot show everything.
+
+    Args:
+        rows: the rows that all of `asked` come from, where they do.
+    """
     bare = sum(not question.reference for question in asked)
     if not asked:
         return ["rows of plain text ask nothing: the losses alone are compared"]
     rest = "what needs a reference (chrF, ROUGE-L, exact match, F1, facts) is of the others alone"
     rest = rest if bare < len(asked) else "chrF, ROUGE-L, exact match, F1 and facts are not measured"
-    return [f"{bare} of {len(asked)} questions have no reference answer: {rest}"] if bare else []
+    notes = [f"{bare} of {len(asked)} questions have no reference answer: {rest}"] if bare else []
+    if rows and len(asked) < len(rows):
+        silent = len(rows) - len(asked)
+        notes.append(f"{silent} of {len(rows)} rows ask nothing: plain text, or an answer that is a tool call alone")
+    return notes
 
 
-def from_file(path: Path) -> list[Question]:
-    """Prompts: a text file of one a line, or rows (JSONL, …) with or without answers.
+def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
+    """Prompts: a text file of one a line, or rows (JSONL, …) with or without answers, read as training rows are.
+
+    Args:
+        notes: columns of the rows that are not used are appended to it.
 
     Raises:
         DataError: no such file, one without a prompt, a row that holds none.
@@ -51,30 +77,24 @@ def from_file(path: Path) -> list[Question]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         found = [Question([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
     else:
-        found = list(_of_file(path))
+        converter = Converter(str(path), None)
+        found = list(_of_file(path, converter))
+        if notes is not None:
+            notes += [remark.what for remark in converter.remarks()]
     if not found:
         raise DataError(f"{path} holds no prompt", way_out='one a line, or JSONL rows: {"prompt": "…"}')
     return found
 
 
-def _of_file(path: Path) -> Iterator[Question]:
+def _of_file(path: Path, converter: Converter) -> Iterator[Question]:
     for where, row in read.read(path):
         if isinstance(row, DataError):
             raise row
-        messages = row.get("messages")
-        column = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
-        if isinstance(messages, list) and messages and messages[-1].get("role") == "user":
-            yield Question(messages)
-        elif messages is None and column and not any(row.get(name) for name in formats.ANSWERS):
-            yield Question([{"role": "user", "content": row[column]}])
-        else:
-            example = formats.to_example(row, where, formats.shape_of(row, where))
-            if "messages" not in example:
-                raise DataError("this row holds no prompt", where=where, way_out='{"prompt": "…"}')
-            yield _of_messages(example["messages"])
+        shape = formats.question_shape(row, where)
+        example, answer = formats.to_prompt(row, where, shape)
+        converter.count(row, shape, example)
+        yield _question(example, answer)
 
 
-def _of_messages(messages: list[Message]) -> Question:
-    if messages[-1]["role"] != "assistant":
-        return Question(messages)
-    return Question(messages[:-1], str(messages[-1]["content"] or ""))
+def _question(example: Example, answer: str) -> Question:
+    return Question(example["messages"], answer, example.get("tools"), example.get("chat_template_kwargs"))

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from stepladder.data import mixture
+from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
@@ -21,6 +22,7 @@ from stepladder.model import load
 from stepladder.recipe import load as recipe_load
 from stepladder.run import RECIPE
 
+FOR_TEMPLATES = {"tool_calls", "tool_call_id", *REASONING}  # keys of a turn that not every server understands
 SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
 MOST_TRAINING_ROWS = 50_000  # that are held to find copies of
 
@@ -46,9 +48,9 @@ def measure(source: str | Endpoint, on: Measured, max_new_tokens: int, template:
         source: a model's folder or hub id, a transcript (.jsonl), or a server.
         template: the chat template for a model that has none.
     """
-    conversations = [question.messages for question in on.questions]
     if isinstance(source, Endpoint):
-        return Side(str(source), endpoint.answers(source, conversations, max_new_tokens))
+        talks = [question.messages for question in on.questions]
+        return Side(str(source), endpoint.answers(source, talks, max_new_tokens))
     if is_transcript(source):
         return Side(source, transcript.answers(Path(source), on.questions))
     model, tokenizer = load.for_inference(source)
@@ -60,6 +62,7 @@ def measure(source: str | Endpoint, on: Measured, max_new_tokens: int, template:
             f"'{source}' has no chat template, so it cannot be asked as the data asks",
             way_out="compare it with a model that was tuned with one (chat_template or prompt_template in its recipe)",
         )
+    conversations = [question.example for question in on.questions]
     side = Side(source, generate.answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
     if on.held_out:
         side.losses = loss.of_rows(model, tokenizer, on.held_out)
@@ -74,15 +77,29 @@ def check(source: str | Endpoint, on: Measured) -> None:
     """Look whether a side is there, before anything slow begins.
 
     Raises:
-        ModelError, DataError: it is not, or a transcript lacks a question.
+        ModelError, DataError: it is not, or a transcript lacks a question, or a server cannot be asked one.
     """
     if isinstance(source, Endpoint):
+        for question in on.questions:
+            _check_plain(question, source)
         if on.questions:
             endpoint.probe(source, on.questions[0].messages)
     elif is_transcript(source):
         transcript.answers(Path(source), on.questions)
     else:
         load.check_source(source)
+
+
+def _check_plain(question: Question, server: Endpoint) -> None:
+    """Refuse a question of which a server's chat completions would not be told all."""
+    more = {key for turn in question.messages for key in turn} & FOR_TEMPLATES
+    more |= question.example.keys() - {"messages"}
+    if more:
+        raise DataError(
+            f"{server} cannot be asked '{question.text[:60]}'",
+            why=f"the question has {', '.join(sorted(more))}, and a server is sent roles and texts alone",
+            way_out="compare model folders or transcripts, or leave such questions out",
+        )
 
 
 def length(sources: Sequence[str | Endpoint], asked: int | None, notes: list[str]) -> int:
@@ -158,7 +175,8 @@ def answers_of(rows: Rows) -> list[str]:
 def _said(example: Example) -> list[str]:
     if "text" in example:
         return [example["text"]]
-    return [str(turn["content"]) for turn in example["messages"] if turn["role"] == "assistant" and turn["content"]]
+    answers = (turn for turn in example["messages"] if turn["role"] == "assistant" and turn.get("train", True))
+    return [str(turn["content"]) for turn in answers if turn["content"]]
 
 
 def _key(example: Example) -> str:

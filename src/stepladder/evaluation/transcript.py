@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 from stepladder.data import read
+from stepladder.data.formats import Example
 from stepladder.errors import DataError
-from stepladder.evaluation.generate import Answer, Message
+from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.questions import Question
 
 
-def row(model: str, messages: list[Message], answer: Answer, max_new_tokens: int, temperature: float) -> str:
+def row(model: str, asked: Example, answer: Answer, max_new_tokens: int, temperature: float) -> str:
     """A line of a transcript: a conversation with its answer, as training data has it, whose it is, and how made."""
     made = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "stopped": answer.stopped}
-    said = [*messages, {"role": "assistant", "content": answer.text}]
-    return json.dumps(made | {"messages": said}, ensure_ascii=False) + "\n"
+    said = [*asked["messages"], {"role": "assistant", "content": answer.text}]
+    return json.dumps(made | asked | {"messages": said}, ensure_ascii=False) + "\n"
 
 
 def conditions(path: Path) -> tuple[int | None, float]:
@@ -32,7 +33,7 @@ def conditions(path: Path) -> tuple[int | None, float]:
 
 
 def answers(path: Path, questions: list[Question]) -> list[Answer]:
-    """The answers of a transcript to these questions; a question is found by its whole conversation.
+    """The answers of a transcript to these questions; a question is found by its whole conversation and its tools.
 
     Raises:
         DataError: no such file, a row that is no transcript's, a question that it does not answer.
@@ -44,21 +45,21 @@ def answers(path: Path, questions: list[Question]) -> list[Answer]:
             raise found
         try:
             *before, said = found["messages"]
-            known[_key(before)] = Answer(str(said["content"]), bool(found["stopped"]))
+            known[_key(found | {"messages": before})] = Answer(str(said["content"]), bool(found["stopped"]))
             texts.add(before[-1]["content"])
         except (KeyError, IndexError, TypeError, ValueError):
             way_out = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
             raise DataError("this row is of no transcript", where=where, way_out=way_out) from None
-    missing = [question.text for question in questions if _key(question.messages) not in known]
+    missing = [question.text for question in questions if _key(question.example) not in known]
     if missing:
-        other = "; that text is answered in another conversation (a system prompt, or turns before it)"
+        other = "; that text is answered in another conversation (a system prompt, tools, or turns before it)"
         raise DataError(
             f"{path} answers {len(questions) - len(missing)} of {len(questions)} questions",
             why=f"the first without an answer: {missing[0][:80]!r}" + other * (missing[0] in texts),
             way_out="generate.py --prompts with the same file, or --limit with as many questions as it answers",
         )
-    return [known[_key(question.messages)] for question in questions]
+    return [known[_key(question.example)] for question in questions]
 
 
-def _key(messages: list[Message]) -> str:
-    return json.dumps([[turn["role"], turn["content"]] for turn in messages])
+def _key(asked: Example) -> str:
+    return json.dumps([asked.get(key) for key in ("messages", "tools", "chat_template_kwargs")], sort_keys=True)

@@ -43,7 +43,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
             raise _not_for_ollama(f"it treats a turn by its place: {ours!r} would be {theirs!r}")
     lines = ["FROM .", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
-    ends = generation["eos_token_id"]
+    ends = generation.get("eos_token_id", tokenizer.eos_token_id)
     ids = ends if isinstance(ends, list) else [ends]
     lines += [f'PARAMETER stop "{token}"' for token in dict.fromkeys(tokenizer.convert_ids_to_tokens(ids))]
     lines += [f"PARAMETER {ollama} {generation[key]}" for key, ollama in PARAMETERS.items() if generation.get(key)]

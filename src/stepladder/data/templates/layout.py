@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stepladder.data.conversation import REASONING
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = dict[str, Any]
 Message = dict[str, Any]
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
 READ = {"role", "content", "tool_calls", *REASONING}  # the keys of a message that every template is given
 GIVEN = ("tools", "chat_template_kwargs")  # what a template is given beside the messages
 MARK = re.compile(r"aQ(\d+|X)b*Z")  # both cases and digits, so that a filter that changes a text changes the mark
@@ -37,10 +38,6 @@ PRINTED_PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 THOUGHT_END = "</think>"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 WHOLE_MESSAGE = re.compile(r"\bmessages?\s*\|\s*\w|\bmessage\.items\b")  # keys are read without being named
-# What `apply_chat_template` takes beside the template's own variables: no row sets it.
-RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "padding"}
-RESERVED |= {"continue_final_message", "tokenize", "truncation", "max_length", "return_tensors", "return_dict"}
-RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "conversations"}
 MOST_LAYOUTS = 2000  # that are remembered
 
 
