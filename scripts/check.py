@@ -99,10 +99,13 @@ def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool)
         model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
         tokenizer = model_load.tokenizer(recipe)
         templates.prepare(tokenizer, recipe)
-        found.findings += audit_tokens.check(found.train, tokenizer, recipe)
+        of_tokens = audit_tokens.check(found.train, tokenizer, recipe)
+        found.findings += of_tokens
         if found.evaluation:
             found.findings += audit_tokens.check(found.evaluation, tokenizer, recipe, of="evaluation ")
         seen = list(audit_tokens.seen(found.train, tokenizer, recipe, count))
+        left_out = {place for finding in of_tokens if finding.name in audit_tokens.UNUSABLE for place in finding.where}
+        found.train = found.train.take(n for n, where in enumerate(found.train.where) if where not in left_out)
     return _report(found, seen, as_json)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 from conftest import ROOT, run
+from stepladder.data import conversation, formats
+from stepladder.data.readers import READERS
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bars
@@ -48,3 +50,14 @@ def test_the_bars_are_those_of_the_tables() -> None:
     assert set(tables) == set(re.findall(r"img/(\w+)\.svg", page)) and len(tables) > 1
     for name, (unit, rows) in tables.items():
         assert (ROOT / f"docs/img/{name}.svg").read_text() == bars.drawing(unit, rows), name
+
+
+def test_the_page_of_data_names_every_shape() -> None:
+    """Guards docs/data.md: each shape that rows may have, each role and each key that leaves a turn out."""
+    page = (ROOT / "docs/data.md").read_text()
+    listed = re.findall(r"^\| `([^`]+)` \|", page.split("## Messages")[0], re.MULTILINE)
+    assert listed == [shape.name for shape in formats.SHAPES]
+    for name in {*conversation.MASKS, *conversation.REASONING, *formats.FOR_ANSWER}:
+        assert f"`{name}`" in page, name
+    read = [kind for kind in READERS if kind not in (".py", ".jsonlines")]
+    assert all(f"`{kind}`" in page for kind in read)

@@ -17,6 +17,8 @@ from stepladder.settings import Settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED = "not_rendered", "answer_cut", "nothing_trained"
+UNUSABLE = (NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED)  # of rows that training stops at, or skips
 LONG_ENOUGH = 20  # characters from which a text's tokens per character say something
 
 
@@ -46,8 +48,9 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
         ModelError: conversations and a tokenizer without a chat template.
     """
     max_length, train_on = settings.get("max_length"), render.mode(settings)
-    bad = WARNING if settings.get("on_bad_row") == "skip" else ERROR
-    lengths, trained, kept, turns, ended = [0], 0, 0, 0, 0
+    skips = settings.get("on_bad_row") == "skip"
+    bad, skipped = (WARNING, ": the row is skipped") if skips else (ERROR, "")
+    lengths, trained, kept, turns, ended, kept_rows = [0], 0, 0, 0, 0, 0
     cut: list[str] = []
     beheaded: list[str] = []  # rows that lose their whole answer
     idle: list[str] = []  # rows with nothing to train
@@ -56,8 +59,13 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     rendered = render.tokenize(rows, tokenizer, train_on, remarks)
     for where, row in zip(rows.where, rendered, strict=True):
         if isinstance(row, DataError):
-            what = row.what + f" ({row.why})" * bool(row.why)
-            findings.append(Finding(bad, "not_rendered", what, [where], row.way_out))
+            # Of rows that are skipped, those with one fault are told together.
+            what = row.what.partition(": ")[0] if skips else row.what + f" ({row.why})" * bool(row.why)
+            same = next((finding for finding in findings if skips and finding.what == what + skipped), None)
+            if same is None:
+                same = Finding(bad, NOT_RENDERED, what + skipped, [], row.way_out)
+                findings.append(same)
+            same.where.append(where)
             continue
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
@@ -65,6 +73,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
         is_cut = max_length is not None and len(row.ids) > max_length
         if is_cut:
             cut.append(where)
+        kept_rows += bool(left)
         if not left:
             (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(where)
         found = sum(max_length is None or end < max_length for end in row.ends)
@@ -85,9 +94,12 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
             findings.append(no_end())
     if beheaded:
         what, way_out = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(bad, "answer_cut", what, beheaded, way_out))
+        findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, way_out))
     if idle:
-        findings.append(Finding(bad, "nothing_trained", "nothing of the row is trained", idle, "remove the row"))
+        what = "nothing of the row is trained"
+        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, idle, "remove the row"))
+    if skips and len(rows) and not kept_rows:
+        findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
         what = f"{_share(cut, rows)} are cut by max_length {max_length}"
         findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
