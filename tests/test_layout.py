@@ -6,7 +6,9 @@ import itertools
 import json
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import chat_templates
 from conftest import ROOT
@@ -321,6 +323,25 @@ def test_short_texts_are_not_mistaken(tokenizer) -> None:
     messages = [USER, {"role": "assistant", "content": "One moment."}, {"role": "tool", "content": "5"}]
     with pytest.raises(DataError, match="does not render the text of a message: '5'"):
         result(tokenizer, {"messages": [*messages, {"role": "assistant", "content": "It is 5."}]})
+
+
+PIECES = ("a", "5", " ", "\n", "\n\n", "<b>", "</b>", "<think>", "</think>", "{{x}}", "é", "😊", "aQ0Z", "日本", "|")
+WRITING = st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join).filter(str.strip)
+PAIRS = st.lists(st.tuples(WRITING, WRITING), min_size=1, max_size=3)
+
+
+@hypothesis.given(pairs=PAIRS, trims=st.booleans())
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_any_texts_are_trained_as_they_are(pairs: list[tuple[str, str]], trims: bool, tokenizer) -> None:
+    """Guards texts that look like tags, like marks or like each other: answers are trained, and nothing else."""
+    tokenizer.chat_template = chatml("m.content | trim" if trims else "m.content")
+    messages = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    stretches, _ = result(tokenizer, {"messages": messages})
+    assert stretches == [f"{answer.strip() if trims else answer}<|im_end|>" for _, answer in pairs]
 
 
 # ---- tokens at the beginning of an answer ----

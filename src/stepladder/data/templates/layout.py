@@ -466,7 +466,9 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
         """An answer that holds a thought is two texts, the first of which a template may drop."""
         if role == "assistant" and text.count(THOUGHT_END) == 1:
             thought, end, answer = text.partition(THOUGHT_END)
-            return put_text(message, "reasoning", thought) + end + put_text(message, "content", answer)
+            parts = put_text(message, "reasoning", thought), put_text(message, "content", answer)
+            if parts != (thought, answer):  # else there is neither
+                return parts[0] + end + parts[1]
         return put_text(message, "content", text)
 
     def put_leaves(message: int, value: Any) -> Any:
