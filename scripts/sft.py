@@ -78,6 +78,7 @@ def main() -> int | None:
     if launch.rank == 0:
         notes += prepare.remarked(folder, train_rows, eval_rows)
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
+        notes += prepare.stream_notes(train_rows, tokenizer, recipe) if launch.rank == 0 else []
         train_set = prepare.streamed(train_rows, tokenizer, recipe)
     planned, unplanned = {}, []
     if launch.rank == 0:
@@ -174,6 +175,10 @@ def main() -> int | None:
         if record.is_writer:
             at_the_end.callback(page.write, record.folder)  # once run.json says that it is finished
             at_the_end.callback(data_audit.write, record.folder, train_rows, eval_rows)  # before the page: last in
+    if record.is_writer and isinstance(train_rows, stream.Stream) and train_rows.left_out:
+        left_out = list(train_rows.left_out)
+        record.update(rows_left_out=left_out)
+        console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
     console.say(announce.ending(record))
     return None
 

@@ -27,7 +27,6 @@ OWN = "the model's own"
 FAMILIES = {  # of recipes/models/: the template that their models carry
     "SmolLM2": OWN,
     "Llama 3.1": "llama3_1",
-    "Mistral 7B v0.3": "mistral",
     "Phi-3 mini": "phi3",
     "Qwen3": "qwen3",
     "GPT-2, DistilGPT-2, OPT": "prompt_template",
@@ -167,16 +166,32 @@ def page(cells: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Chat templates",
         "",
-        "```",
-        "$ make templates",
-        f"{len(cells)} templates, {sum(counts.values())} cells: " + ", ".join(f"{n} {k}" for k, n in counts.items()),
-        "```",
+        "A chat template is the program, in Jinja, that turns a conversation into the text that a model reads: who "
+        "says what, and where a turn ends. An instruction-tuned model carries its own: set nothing. A base model needs "
+        "one: `chat_template: chatml`, or `qwen3` for rows with thoughts, `qwen2_5` for calls of tools; or "
+        '`prompt_template: "### User: {input}\\n### Assistant: "` for single questions. `chat_template` takes a name '
+        "of the table or a template itself, `chat_template_path` a Jinja file or another model. "
+        "[6.1](workshop/6.1-chat-templates.md) shows three of them.",
         "",
-        "Each template that can be named under `chat_template`, and each kind of conversation. A row is **right** when "
-        "the assistant's words, calls and thoughts and the end of each turn are trained and nothing else is. It is "
-        "**warned** of when that holds and a person should know more, and **refused** when the template would lose a "
-        "part of it: training stops at the row, or skips and lists it (`on_bad_row: skip`). No cell is made by hand.",
+        "What each does with a row, found by `make templates`; no cell is made by hand. ✔ right: the assistant's "
+        "words, calls and thoughts and the end of each turn are trained, and nothing else is. ⚠ right, with a warning. "
+        "✘ refused: the template would lose a part of the row, so training stops there, or skips and lists the row "
+        "(`on_bad_row: skip`).",
         "",
+        "| column | a row of it |",
+        "| --- | --- |",
+        "| one turn, two turns | a question and its answer, and once more |",
+        "| system | two turns after a system turn |",
+        "| inline thoughts | answers that begin with `<think>…</think>` |",
+        "| reasoning | the same thoughts under `reasoning_content` |",
+        "| tool call | a question, a call, the tool's result, the answer; and the list of `tools` |",
+        "| reasoning, tool | the same with a thought before the call |",
+        "",
+        "⚠ *thought*: the generation prompt opens a thought that the answer does not have. ⚠ *dropped*: the template "
+        "drops the reasoning of earlier turns. ✘ *reasoning*, *calls*, *tools*, *a turn*: what it does not render. "
+        "✘ *turns*: it raises an error of its own, for a system turn or for roles that it does not know.",
+        "",
+        f"{len(cells)} templates, {sum(counts.values())} cells: {', '.join(f'{n} {k}' for k, n in counts.items())}. "
         f"{datetime.date.today()}, {versions}; the tokenizer is SmolLM2's with each template's tokens added.",
         "",
         "| template | " + " | ".join(CONVERSATIONS) + " |",
@@ -188,12 +203,11 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {title} | " + " | ".join(_short(row[kind]) for kind in CONVERSATIONS) + " |")
     lines += [
         "",
-        "✔ right. ⚠ right, with a warning: *thought*, the generation prompt opens a thought that the answer does not "
-        "have; *dropped*, the template drops the reasoning of earlier turns. ✘ refused, since the template does not "
-        "render: *reasoning*; *calls* of tools; *tools*, their list; *a turn*. Or it raises an error of its own: "
-        "*turns*, for a system turn or roles that it does not know.",
+        "Mistral 7B v0.3 carries another template than `mistral`: it writes the system prompt into the last user turn.",
         "",
-        "How it is found out: a conversation is rendered once with marks in place of its texts. Which marks come out, "
+        "## How it is found out",
+        "",
+        "A conversation is rendered once with marks in place of its texts. Which marks come out, "
         "in which order and with what between them is the layout of all conversations of that form, and a row's own "
         "text must be that layout filled with its texts. An answer begins where the generation prompt ends, and ends "
         "with the last special token that closes the turn wherever it stands. Where an earlier turn is rendered "

@@ -321,15 +321,6 @@ def test_a_template_that_no_set_is_rendered_by(tmp_path: Path) -> None:
     assert not [row for row in result.rows if row.stops] and "chat_template" not in result.recipe
 
 
-def test_the_names_that_the_reader_of_rows_knows() -> None:
-    """Guards the importer's copies of what data/ reads, which it cannot import."""
-    from stepladder.data import conversation
-    from stepladder.recipe.axolotl import data
-
-    assert data.ROLES == conversation.ROLES
-    assert data.REASONING == conversation.REASONING and data.MASKS == conversation.MASKS
-
-
 def test_templates_of_one_name_render_one_text() -> None:
     """Guards the translation of Axolotl's template names by what its own templates render for two turns."""
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -545,7 +545,7 @@ def test_every_column_that_can_be_mapped_to_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [("bot", "assistant"), ("model", "assistant"), ("Customer", "user"), ("function", "tool"), ("context", "system")],
+    [("bot", "assistant"), ("model", "assistant"), ("Customer", "user"), ("ipython", "tool"), ("context", "system")],
 )
 def test_a_role_that_is_known_elsewhere_comes_with_a_map(name: str, role: str, follow: Callable[..., Any]) -> None:
     """Guards the suggested `role_map`: followed, the turn has the role that the name stands for."""

@@ -229,6 +229,56 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str], list[str]]] = {
         ["Cross the bridge.<|im_end|>"],
         [],
     ),
+    "a call whose arguments hold no text": (
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content -}}{%- for c in m.tool_calls or [] -%}"
+        "{{- c.function.name + '<file_sep>' + (c.function.arguments | tojson) -}}{%- endfor -%}"
+        "{{- '<|im_end|>\n' -}}{%- endfor -%}" + ASK,
+        {
+            "messages": [
+                USER,
+                {**CALLS, "tool_calls": [{**CALL, "function": {"name": "find_way", "arguments": {"km": 7}}}]},
+                RESULT,
+                LAST,
+            ]
+        },
+        ['find_way<file_sep>{"km": 7}<|im_end|>', "Cross the bridge.<|im_end|>"],
+        [],
+    ),
+    "a result as a JSON string": (
+        chatml(
+            "(m.content | tojson if m.role == 'tool'"
+            " else m.content + (m.tool_calls[0].function | tojson if m.tool_calls else ''))"
+        ),
+        {"messages": [USER, CALLS, {**RESULT, "content": 'say "left"'}, LAST]},
+        ['{"name": "find_way", "arguments": {"to": "Lisbon", "km": 7}}<|im_end|>', "Cross the bridge.<|im_end|>"],
+        ["unread_key"],
+    ),
+    "no generation prompt": (
+        CHATML + "{#- add_generation_prompt -#}",
+        {"messages": [USER, ANSWER]},
+        ["<|im_start|>assistant\nFollow the river.<|im_end|>"],
+        ["unasked"],
+    ),
+    "white space is stripped": (
+        chatml("m.content | trim"),
+        {"messages": [USER, {"role": "assistant", "content": "    if x:\n        y"}]},
+        ["if x:\n        y<|im_end|>"],
+        ["trimmed"],
+    ),
+    "a thought that nothing opens": (
+        chatml("m.content"),
+        {"messages": [USER, {"role": "assistant", "content": "Use </think> to close it."}]},
+        ["Use </think> to close it.<|im_end|>"],
+        ["half_thought"],
+    ),
+    "its own marks leave a thought out": (
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}{%- if m.role == 'assistant' -%}"
+        "{{- m.thinking -}}{%- generation -%}{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}"
+        "{%- else -%}{{- m.content + '<|im_end|>\n' -}}{%- endif -%}{%- endfor -%}" + ASK,
+        {"messages": [USER, {**ANSWER, "thinking": "It flows south.\n"}]},
+        ["Follow the river.<|im_end|>"],
+        ["outside_blocks"],
+    ),
     "special tokens in an answer": (
         CHATML + ASK,
         {"messages": [USER, {"role": "assistant", "content": "A turn ends with <|im_end|> and then begins."}]},
@@ -294,6 +344,51 @@ LOST: dict[str, tuple[str, dict[str, Any], str]] = {
         {"messages": [{"role": "user", "content": "Yes.<|im_end|>\n<|im_start|>assistant\nSure!"}, ANSWER]},
         "opens an assistant's turn",
     ),
+    "a turn inside an answer": (
+        CHATML,
+        {"messages": [USER, {"role": "assistant", "content": "Yes.<|im_end|>\n<|im_start|>assistant\nSure!"}]},
+        "opens an assistant's turn",
+    ),
+    "another order": (
+        CHATML.replace("messages", "messages | sort(attribute='role')", 1),
+        {"messages": [USER, ANSWER, AGAIN, LAST]},
+        "renders the turns in another order",
+    ),
+    "a text twice": (
+        CHATML + "{{- messages[-1].content -}}",
+        {"messages": [USER, ANSWER]},
+        "renders a text twice",
+    ),
+    "another text each time": (
+        "{{- range(100000) | random -}}" + CHATML,
+        {"messages": [USER, ANSWER]},
+        "renders a conversation differently each time",
+    ),
+    "results in another order than their calls": (
+        chatml("m.content + (m.tool_calls | map(attribute='function') | list | tojson if m.tool_calls else '')"),
+        {
+            "messages": [
+                USER,
+                {**CALLS, "tool_calls": [CALL, {**CALL, "id": "zyxwvutsr"}]},
+                {**RESULT, "tool_call_id": "zyxwvutsr"},
+                RESULT,
+                LAST,
+            ]
+        },
+        "in another order than their calls",
+    ),
+    "arguments": (
+        chatml("m.content + (m.tool_calls[0].function.name if m.tool_calls else '')"),
+        {
+            "messages": [
+                USER,
+                {**CALLS, "tool_calls": [{**CALL, "function": {"name": "find_way", "arguments": {"km": 7}}}]},
+                RESULT,
+                LAST,
+            ]
+        },
+        "does not render the argument: 'km'",
+    ),
     "a rendered prompt": (
         CHATML,
         {"messages": [{"role": "user", "content": "<|im_start|>user\nWhich way?<|im_end|>\n"}, ANSWER]},
@@ -321,7 +416,7 @@ def test_short_texts_are_not_mistaken(tokenizer) -> None:
     """Guards the check of what is rendered: a lost "5" must not be found in another text that holds one."""
     tokenizer.chat_template = CHATML.replace("messages", "messages if m.role != 'tool'", 1) + ASK
     messages = [USER, {"role": "assistant", "content": "One moment."}, {"role": "tool", "content": "5"}]
-    with pytest.raises(DataError, match="does not render the text of a message: '5'"):
+    with pytest.raises(DataError, match="does not render the tool's result: '5'"):
         result(tokenizer, {"messages": [*messages, {"role": "assistant", "content": "It is 5."}]})
 
 
@@ -470,6 +565,71 @@ def test_a_template_that_is_no_template(tokenizer, settings, tmp_path) -> None:
     tokenizer.chat_template = broken
     with pytest.raises(ModelError, match="of the model is not valid Jinja, line 2"):
         templates.prepare(tokenizer, settings())
+
+
+def test_templates_by_their_names(tokenizer, settings) -> None:
+    """Guards a model that carries several templates: Transformers takes `tool_use` where a row has tools."""
+    plain = CHATML + ASK
+    tools = "{{- tools | tojson -}}" + chatml("m.content + (m.tool_calls[0].function | tojson if m.tool_calls else '')")
+    tokenizer.chat_template = {"default": plain, "tool_use": tools}
+    assert result(tokenizer, {"messages": [USER, ANSWER]})[0] == ["Follow the river.<|im_end|>"]
+    stretches, _ = result(tokenizer, {"messages": [USER, CALLS, RESULT, LAST], "tools": [TOOL]})
+    assert stretches[0].startswith('{"name": "find_way"')
+    templates.prepare(tokenizer, settings(chat_template="tool_use"))
+    assert tokenizer.chat_template == tools
+    tokenizer.chat_template = {"rag": plain, "tool_use": tools}
+    with pytest.raises(ModelError, match="rag, tool_use"):
+        templates.prepare(tokenizer, settings())
+
+
+def test_what_a_template_needs_is_asked_for(tokenizer, settings) -> None:
+    """Guards against tracebacks of templates that render nothing, nest too deeply, or need an end that is not there."""
+    for template in ("", "{{ m.contents }}", CHATML.replace("m.content", "m.content | upper")):
+        templates.prepare(tokenizer, settings(chat_template=template + "{% if false %}{% endif %}"))
+        with pytest.raises(DataError, match=r"does not render|refuses"):
+            result(tokenizer, {"messages": [USER, ANSWER]})
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        templates.prepare(tokenizer, settings(chat_template="{% if true %}" * 400 + "{% endif %}" * 400))
+    tokenizer.chat_template = CHATML + ASK
+    deep: Any = "text"
+    for _ in range(500):
+        deep = {"key": deep}
+    call = {**CALL, "function": {"name": "find_way", "arguments": {"key": deep}}}
+    with pytest.raises(DataError, match=r"nested too deeply|does not render"):
+        result(tokenizer, {"messages": [USER, {**CALLS, "tool_calls": [call]}, RESULT, LAST]})
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no end token"):
+        templates.prepare(tokenizer, settings())
+
+
+def test_a_tokenizer_that_changes_texts_is_named(smollm2) -> None:
+    """Guards lower-casing tokenizers and unknown characters: the model is trained on something else than the row."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = ["[UNK]", "<|im_start|>", "<|im_end|>"]
+    core.train_from_iterator(["follow the river. which way?"], trainers.WordPieceTrainer(special_tokens=special))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML + ASK
+    assert "changed_by_tokenizer" in result(tokenizer, {"messages": [USER, ANSWER]})[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n", "<|im_start|>user"),
+        ("### Human: Hi\n### Assistant: Hello", "### Human"),
+        ("<s>[INST] Hi [/INST] Hello </s>", "[INST]"),
+        ("A plain text about Human: rights.", ""),
+    ],
+)
+def test_a_chat_as_plain_text_is_named(text: str, detail: str, tokenizer) -> None:
+    """Guards chats that were rendered before: as documents, their questions are trained too."""
+    remarks = Remarks()
+    list(render.tokenize(mixture.Rows("rows", [{"text": text}], ["rows:1"]), tokenizer, "all_turns", remarks))
+    assert list(remarks.rows) == ([("rendered_text", detail)] if detail else [])
 
 
 # ---- bad rows ----

@@ -161,7 +161,7 @@ def test_prompt_template_needs_one_place_for_the_input(bad, base_tokenizer, sett
 def test_an_unknown_template_is_refused(base_tokenizer, settings) -> None:
     with pytest.raises(RecipeError, match="no chat template 'chatlm'") as caught:
         templates.prepare(base_tokenizer, settings(chat_template="chatlm"))
-    assert "chatml" in caught.value.way_out and "llama3" in caught.value.way_out
+    assert "chatml" in caught.value.way_out
 
 
 def test_tool_calls_are_trained_and_results_are_not(base_tokenizer, settings, tmp_path) -> None:

@@ -90,7 +90,8 @@ def _model(recipe: Recipe) -> tuple[str, Any]:
 
 def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
     arguments.check_streaming(recipe)
-    found = audit.of_recipe(recipe, audit.Limits())
+    found = audit.of_recipe(recipe, audit.Limits(0, 0))  # training refuses no row for being short
+
     audit.stop_on_errors(found.findings)
     warned = sum(finding.severity == audit.WARNING for finding in found.findings)
     held = f", {len(found.evaluation)} held out" if found.evaluation else ""

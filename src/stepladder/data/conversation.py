@@ -22,20 +22,26 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function": "tool",
 }
 # What other tools call the roles: `role_map` is suggested for these, and not applied unasked.
 LIKELY_ROLES = {
     **dict.fromkeys(("instruction", "context", "system_prompt"), "system"),
     **dict.fromkeys(("customer", "client", "prompter", "question", "player", "me"), "user"),
     **dict.fromkeys(("bot", "model", "ai", "agent", "chatbot", "chatgpt", "claude", "bard", "answer"), "assistant"),
-    **dict.fromkeys(("function", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_response", "ipython"), "tool"),
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MASKS = ("loss", "loss_weight", "training", "train", "weight")  # ms-swift, LLaMA-Factory, Axolotl, OpenAI
+# Of ms-swift, LLaMA-Factory, Axolotl, OpenAI, verl.
+MASKS = ("loss", "loss_weight", "loss_scale", "loss_mask", "training", "trainable", "train", "weight")
 ARGUMENTS = ("parameters", "params", "args", "input")  # what a tool call's arguments are called elsewhere
 PARTIAL_MASKS = ("training_detail", "train_detail")  # Axolotl's, for parts of a turn
+UNCLEAR_MASKS = ("mask", "masked")  # true leaves a turn out in one tool, and trains it in another
+CALL_ROLES = ("function_call", "tool_call")  # whose text is the call
 ON, OFF = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *MASKS, *PARTIAL_MASKS}
 # The keys of a finished message whose meaning chat templates share.
@@ -78,6 +84,12 @@ def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = Fa
                 way_out="cut it elsewhere, or remove the row",
             )
         return value
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        raise DataError(
+            f"the {role}'s text ('{column}') is a list of {len(value)} texts: {shown(value)}",
+            where=where,
+            way_out="choose one of them, or make a row of each",
+        )
     if isinstance(value, list):
         return text("".join(_part(part, where) for part in value), role, column, where, may_be_empty)
     if value is None:
@@ -139,16 +151,16 @@ def _message(item: Any, where: str, role_map: RoleMap | None) -> Message:
         raise _unknown_role(name, where)
     key = "content" if "content" in item or "value" not in item else "value"
     content = item.get(key)
-    if len(item) == 2 and key in item and name != "function_call":  # nearly all messages
+    if len(item) == 2 and key in item and name not in CALL_ROLES:  # nearly all messages
         return {"role": role, "content": text(content, role, key, where, role in MAY_BE_EMPTY)}
     _check_twins(item, where)
     if content is None:
         content = item.get("value")
     calls: Any = item.get("tool_calls") or item.get("function_call")
-    if name == "function_call" and not calls:
+    if name in CALL_ROLES and not calls:
         calls, content = content, ""
     if isinstance(calls, str):
-        calls = from_json(calls, "the function_call" if name == "function_call" else "'tool_calls'", where)
+        calls = from_json(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'", where)
     if calls and role != "assistant":
         raise DataError(f"the {role} calls tools", where=where, way_out="only the assistant has 'tool_calls'")
     if calls and content is None:
@@ -203,6 +215,10 @@ def _reasoning(item: Message, role: str, where: str) -> Message:
         raise DataError(
             f"a message has both '{key}' and '{other}', and they differ", where=where, way_out="remove one of them"
         )
+    if "</think>" in str(item.get("content") or item.get("value") or ""):
+        raise DataError(
+            f"a message has '{key}', and another thought in its text (</think>)", where=where, way_out="one of them"
+        )
     if role != "assistant":
         raise DataError(f"the {role} has '{key}'", where=where, way_out="only the assistant's turns have reasoning")
     return {key: value}
@@ -218,6 +234,14 @@ def _is_trained(item: Message, role: str, where: str) -> bool:
     for key in PARTIAL_MASKS:
         if item.get(key):
             raise _partial_mask(f"a message has '{key}'", where)
+    for key in UNCLEAR_MASKS:
+        if item.get(key) is not None:
+            raise DataError(
+                f"a message has '{key}': {shown(item[key])}",
+                where=where,
+                why="in some tools true leaves a turn out, in others it trains the turn",
+                way_out="train: false on the turns that are context only",
+            )
     found = {key: _mask(key, item[key], where) for key in MASKS if item.get(key) is not None}
     if not found:
         return True
@@ -318,7 +342,7 @@ def from_json(value: Any, what: str, where: str) -> Any:
 def plain(value: Any, what: str, where: str) -> Any:
     """The value itself, once it is sure that JSON and a tokenizer can take it."""
     try:
-        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+        json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
             raise TypeError  # JSON would turn the key into text
     except (TypeError, ValueError, RecursionError):

@@ -106,8 +106,14 @@ def from_question_answer(row: Row, where: str, role_map: RoleMap | None) -> Exam
 
 def _first_answer(answers: Any) -> Any:
     """SQuAD's `{"text": [...]}`, or a list of texts: its first; None where a question has no answer."""
+    found = listed_answers(answers)
+    return found[0] if found else None
+
+
+def listed_answers(answers: Any) -> list[Any]:
+    """All answers of such a column."""
     found = answers.get("text") if isinstance(answers, dict) else answers
-    return (found[0] if found else None) if isinstance(found, list) else found
+    return found if isinstance(found, list) else [found]
 
 
 def from_query_response(row: Row, where: str, role_map: RoleMap | None) -> Example:
@@ -125,6 +131,15 @@ def from_input_output(row: Row, where: str, role_map: RoleMap | None) -> Example
 
 
 def from_text(row: Row, where: str, role_map: RoleMap | None) -> Example:
+    """A document. Chat logs have one turn per row, which would train what the customers say."""
+    if speaker := next((name for name in ("role", "speaker", "from", "author") if is_filled(row.get(name))), None):
+        raise DataError(
+            f"the row is one turn of a conversation ('{speaker}': {shown(row[speaker])})",
+            where=where,
+            why="its text would be trained as a document, whoever says it",
+            way_out='a row per conversation: {"messages": [{"role": "user", "content": "…"}, …]}; '
+            "or documents without that column (columns: [text] of datasets)",
+        )
     return {"text": text(row["text"], "row", "text", where)}
 
 

@@ -11,7 +11,7 @@ from stepladder.suggest import distance
 
 # What an answer's column is called elsewhere.
 ANSWERS = (
-    *("output", "answer", "response", "completion", "solution", "target", "targets", "reply"),
+    *("output", "answer", "response", "completion", "solution", "generated_solution", "target", "targets", "reply"),
     *("antwort", "respuesta", "réponse", "答案", "答", "回答"),
 )
 SUMMARIES = ("summary", "highlights")
@@ -40,7 +40,7 @@ BESIDE = {  # columns beside question and answer, and what they are read as
     "context": "context",
     "history": "history",
 }
-REASONING = ("reasoning", "thinking", "thought", "cot", "chain_of_thought")
+REASONING = ("reasoning", "thinking", "thought", "cot", "complex_cot", "chain_of_thought")
 TEXTS = ("text", "content", "body")  # documents without a question
 TYPO_LETTERS = 5  # from which length one slip in a name does not make it another word
 ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"messages": [{"role": "user", …}, …]}'
@@ -49,6 +49,8 @@ ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"mes
 def for_row(row: Row) -> str:
     """The way out for a row of no known shape: a `column_map` that reads it rightly, or the form that it needs."""
     names = {_normal(column): column for column in reversed(row)}
+    if "input_ids" in names:
+        return "rows of token ids are not read: give the texts, which are tokenized and masked here"
     if "chosen" in names and "rejected" in names:
         return _preference(row, names)
     if talks := {column: talk for column, value in row.items() if (talk := _messages(value))}:
@@ -57,7 +59,10 @@ def for_row(row: Row) -> str:
         if others or not names.keys().isdisjoint(ANSWERS) or _role(talk[-1]) in ("user", "human", "system", "tool"):
             return ANY
         return in_recipe({"messages": column} | _beside(names, "messages"))
-    if mapping := _pair(row, names):
+    mapping = _pair(row, names)
+    if mapping and any(map(_calls, row.values())):
+        return 'rows {"messages": […]} with the calls as tool_calls: as text they would be trained as words'
+    if mapping:
         return in_recipe(mapping)
     if text := next((names[name] for name in TEXTS if name in names and isinstance(row[names[name]], str)), None):
         return in_recipe({"text": text}) + " (documents that are trained whole)"
@@ -90,6 +95,11 @@ def in_recipe(mapping: dict[str, str]) -> str:
 
 def column_map(mapping: dict[str, str]) -> str:
     return f"column_map: {{{', '.join(f'{new}: {yaml_name(old)}' for new, old in mapping.items())}}}"
+
+
+def _calls(value: Any) -> bool:
+    """Whether a text is a list of tool calls (xLAM)."""
+    return isinstance(value, str) and value.lstrip().startswith("[") and '"name"' in value and '"arguments"' in value
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 TRAIN, EVALUATION = "train", "evaluation"
 NOTES = "notes.json"  # beside them: what was remarked of their rows, and which were left out
+STREAMED = 200  # rows of a stream that are looked at before it is trained on
 CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py")  # what prepared rows follow from
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
@@ -125,6 +126,18 @@ def lengths(dataset: Dataset) -> list[int]:
 def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
     """The training set of a stream, which each rank renders and packs as it reads."""
     return packing.packed(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
+
+
+def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
+    """What is remarked of a stream's first rows; those left out later are in its `left_out`.
+
+    Raises:
+        DataError: as `render.render`, of one of these rows.
+    """
+    pairs = list(itertools.islice(stream, STREAMED))
+    rows, remarks = Rows(stream.name, [example for example, _ in pairs], [where for _, where in pairs]), Remarks()
+    render.render(rows, tokenizer, settings, 0, remarks)
+    return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(len(rows))]
 
 
 def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> tuple[Dataset, Remarks]:

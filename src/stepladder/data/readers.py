@@ -321,7 +321,10 @@ def separated(stream: Any, name: str) -> Iterator[Found]:
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 KiB a cell is less than a long document
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     first = text.readline()
-    reader = csv.reader(itertools.chain([first], text), delimiter=max(",;\t", key=first.count), strict=True)
+    delimiter = max(",;\t", key=first.count)
+    if first.lower().startswith("sep="):  # Excel's line about the separator: an empty one, so that line numbers hold
+        first, delimiter = "\n", first[4:5]
+    reader = csv.reader(itertools.chain([first], text), delimiter=delimiter, strict=True)
     header: list[str] = []
     width = 0  # cells of the header's line, those without a name at its end included
     while True:

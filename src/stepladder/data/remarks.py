@@ -25,12 +25,39 @@ TEXTS = {
         "what it is not trained after",
         "answers with reasoning (reasoning_content), or a template whose prompt opens no thought",
     ),
+    "unasked": (
+        "{rows} are trained to begin an answer with {detail}: no generation prompt of the chat template writes it",
+        "{{% if add_generation_prompt %}} in the template",
+    ),
+    "trimmed": (
+        "{rows} have an answer that begins or ends with white space, which the chat template strips",
+        "another chat_template where the white space matters (code)",
+    ),
+    "half_thought": (
+        "{rows} have an answer with </think> and no <think> before it: what stands before it is read as a thought",
+        "right where the generation prompt opens the thought; else write the tag otherwise",
+    ),
+    "outside_blocks": (
+        "{rows} have an answer of which the template's {{% generation %}} blocks leave out a part",
+        "mark the whole turn in the template, unless the part is meant not to be trained",
+    ),
+    "changed_by_tokenizer": (
+        "{rows} are changed by the tokenizer, which does not know or does not keep some of their characters",
+        "another model, or other rows",
+    ),
+    "rendered_text": (
+        "{rows} of plain text hold a rendered chat ({detail}): its questions are trained too",
+        "messages, or prompt and completion, of which the answers alone are trained",
+    ),
     "turn_without_end": (
         "{rows} have a turn that the chat template closes by no special token: the model does not learn to end it",
         "a chat_template that closes every turn",
     ),
-    "unread_key": ("message keys that the chat template does not read: {detail} ({rows})", "remove them"),
-    "unread_argument": ("chat_template_kwargs that the chat template does not read: {detail} ({rows})", "remove them"),
+    "unread_key": ("message keys that the chat template does not read: {detail} ({rows})", "they change nothing"),
+    "unread_argument": (
+        "chat_template_kwargs that the chat template does not read: {detail} ({rows})",
+        "they change nothing",
+    ),
     "no_beginning": (
         "{rows} begin without {detail}, which the tokenizer puts before every text: the chat template writes none",
         "right where the model was trained so; llama.cpp and Ollama add it by themselves",
@@ -85,7 +112,7 @@ class Remarks:
         for (kind, detail), places in self.rows.items():
             text, way_out = TEXTS[kind]
             count = f"{len(places):,} of {total:,} rows ({len(places) / total:.1%})"
-            found.append((kind, text.format(rows=count, detail=repr(detail)), way_out, places))
+            found.append((kind, text.format(rows=count, detail=repr(detail)), way_out.format(), places))
         return found
 
     def notes(self, total: int) -> list[str]:

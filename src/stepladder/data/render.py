@@ -19,6 +19,7 @@ from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.data.templates.layout import (
     READ,
+    THOUGHT_END,
     ChatTemplate,
     Layout,
     Point,
@@ -39,8 +40,15 @@ IGNORED = -100  # the label of a token that trains nothing
 BATCH = 1000  # rows that the Rust tokenizer takes at once, on all its threads
 # How the answers of other models' training data end.
 FOREIGN_END = re.compile(r"(</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|<eos>)\s*\Z")
+# What opens a question in the formats that chats are published in.
+RENDERED_CHAT = re.compile(
+    r"<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user|<\|user\|>|\[INST\]"
+    r"|^### (?:Human|User|Instruction)\b|^(?:Human|User|USER): .*\n+(?:Assistant|ASSISTANT): ",
+    re.MULTILINE,
+)
 # The keys of a message that have a meaning here, whether or not a template reads them.
 HANDLED = READ | {"train", "tool_call_id"}
+LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
 ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
 
 Example = dict[str, Any]
@@ -106,11 +114,11 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
         while batch := list(itertools.islice(reading, BATCH)):
             held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])
             for number, row in _within_length(held, tokenizer, settings, remarks):
+                stream.left_out.update(dict.fromkeys(remarks.skipped))
                 yield {"input_ids": row.ids, "labels": row.labels, "rows": [count + number]}
             if len(remarks.skipped) == len(batch):
                 raise none_left(stream.name, remarks)
             count += len(batch)
-            stream.skipped += remarks.skipped
             remarks.skipped = []
 
     return IterableDataset.from_generator(rows, features=Features(_features()))
@@ -203,6 +211,7 @@ class _Renderer:
         self.tokenizer, self.remarks = tokenizer, remarks
         self.template = ChatTemplate(tokenizer)
         self.begin = beginning(tokenizer)
+        self.unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
 
     def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
         texts: list[str] = []
@@ -224,10 +233,17 @@ class _Renderer:
             if isinstance(turns, DataError):
                 yield turns
             elif "messages" not in example:
+                if chat := RENDERED_CHAT.search(example["text"]):
+                    self.remarks.add("rendered_text", where[number], chat[0].strip())
                 ids = self._whole(ids)
                 yield Rendered(ids, list(ids))
             else:
-                ids, offsets = self._apart(texts[number], [span.start for span in turns], (ids, offsets), where[number])
+                cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
+                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets), where[number])
+                if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
+                    self.remarks.add("changed_by_tokenizer", where[number])
+                if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
+                    self.remarks.add("changed_by_tokenizer", where[number])
                 if self.begin and ids[: len(self.begin)] != self.begin:
                     self.remarks.add("no_beginning", where[number], self.tokenizer.decode(self.begin))
                 yield _labelled(ids, offsets, turns, train_on)
@@ -241,8 +257,8 @@ class _Renderer:
             DataError: the template refuses it, or its text does not hold all of the row as it is.
         """
         template = self.template
-        slots, marked = mark(example)
         try:
+            slots, marked = mark(example)
             layout = template.layout(slots, marked)
             _refuse_losses(layout, len(example["messages"]), self.remarks, where)
             text = template.row_text(example, layout, slots)
@@ -251,20 +267,33 @@ class _Renderer:
             blocks = template.generated(example, layout.dialect) if has_blocks else None
         except Refusal as error:
             raise _refused(error, where) from None
+        except RecursionError:
+            raise _refused(Refusal("nested too deeply"), where) from None
         starts = layout.find(text, slots)
         if isinstance(starts, Slot):
-            raise DataError(
-                f"the chat template changes the {_name(starts)}: {_short(starts.text)}",
-                where=where,
-                why="what is trained must be what the row says",
-                way_out="another chat_template, or remove the row",
-            )
+            raise self._changed(starts, slots, marked, layout, where)
         text += next((turn.appended for turn in layout.turns if turn.appended), "")
         self._remark(example, slots, layout, where)
         spans = _spans(example, layout, starts, len(text))
         if blocks is not None:
             spans = self._within_blocks(text, spans, blocks, where)
         return text, spans
+
+    def _changed(self, slot: Slot, slots: list[Slot], marked: Example, layout: Layout, where: str) -> DataError:
+        again = ChatTemplate(self.tokenizer).layout(slots, marked)
+        if again.literals != layout.literals:
+            return DataError(
+                "the chat template renders a conversation differently each time",
+                where=where,
+                why="it holds the time or a random choice, which the rows would be trained on",
+                way_out="another chat_template, or a fixed value in chat_template_kwargs",
+            )
+        return DataError(
+            f"the chat template changes the {_name(slot)}: {_short(slot.text)}",
+            where=where,
+            why="what is trained must be what the row says",
+            way_out="another chat_template, or remove the row; or on_bad_row: skip",
+        )
 
     def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]], where: str) -> list[Span]:
         """The trained turns as the template's own `{% generation %}` blocks have them, up to their end of turn.
@@ -284,6 +313,9 @@ class _Renderer:
                     way_out="mark every assistant turn in the template, or train: false on the message",
                 )
             found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
+            edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
+            if any(text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)):
+                self.remarks.add("outside_blocks", where)
         return found
 
     def _remark(self, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
@@ -297,11 +329,20 @@ class _Renderer:
                 self._refuse_turns_in(slot, example, slots, layout, where)
                 self.remarks.add("special_tokens", where, found[0])
             is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
+            if is_answer and any(slot.edges):
+                self._remark_edges(slots.index(slot), slots, layout, where)
             if is_answer and (foreign := FOREIGN_END.search(slot.text, len(slot.text) - 40)):
                 self.remarks.add("foreign_end", where, foreign[1])
+        for message in example["messages"]:
+            before, end, _ = message["content"].partition(THOUGHT_END)
+            if end and message["role"] == "assistant" and "<think>" not in before:
+                self.remarks.add("half_thought", where)
+        _refuse_other_order(example["messages"], slots, layout, where)
         for turn in layout.turns:
             if turn.opened:
                 self.remarks.add("unopened", where, turn.opened)
+            if turn.unasked:
+                self.remarks.add("unasked", where, turn.unasked)
             if not turn.ends:
                 self.remarks.add("turn_without_end", where)
         keys = {key for message in example["messages"] if len(message) > 2 for key in message}
@@ -309,8 +350,19 @@ class _Renderer:
             if not self.template.reads(key):
                 self.remarks.add("unread_key", where, key)
         for key in example.get("chat_template_kwargs") or ():
-            if not self.template.reads(key):
+            if not self.template.names(key):
                 self.remarks.add("unread_argument", where, key)
+
+    def _remark_edges(self, number: int, slots: list[Slot], layout: Layout, where: str) -> None:
+        """White space around an answer that the template strips; an answer after a thought that nothing opens."""
+        place, (left, right) = layout.order.index(number), slots[number].edges
+        before, after = layout.literals[place], layout.literals[place + 1]
+        # A line break after a thought is the template's as much as the row's.
+        thought = (
+            number and slots[number - 1].kind == "reasoning" and slots[number - 1].message == slots[number].message
+        )
+        if not (thought or before.endswith(left)) or not after.startswith(right):
+            self.remarks.add("trimmed", where)
 
     def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
         """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
@@ -324,8 +376,6 @@ class _Renderer:
                 why=f"the chat template would put {own[-1]} before it once more",
                 way_out="give the texts without the template's tokens, or the whole as a column 'text'",
             )
-        if example["messages"][slot.message]["role"] == "assistant":
-            return
         for turn in layout.turns:
             header = layout.literals[turn.start.literal][: turn.start.offset]
             if found := list(self.template.special.finditer(header)):
@@ -383,6 +433,23 @@ class _Renderer:
             if ids[: len(alone)] == alone and all(a >= len(anchor) for a, _ in offsets[len(alone) :]):
                 return ids[len(alone) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(alone) :]]
         return None
+
+
+def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout, where: str) -> None:
+    """Raise where results follow in another order than their calls, and the template renders no ids."""
+    if any(slots[slot].kind == "id" for slot in layout.order):
+        return
+    for number, message in enumerate(messages):
+        asked = [call.get("id") for call in message.get("tool_calls", ())]
+        results = itertools.takewhile(lambda m: m["role"] == "tool", messages[number + 1 :])
+        given = [result.get("tool_call_id") for result in results]
+        if len(asked) > 1 and None not in asked + given and asked[: len(given)] != given:
+            raise DataError(
+                "the tools' results stand in another order than their calls",
+                where=where,
+                why="the chat template renders no ids, so a result would be taken for that of another call",
+                way_out="results in the order of the calls",
+            )
 
 
 def _is_inside(cut: int, offsets: list[tuple[int, int]], ends: list[int]) -> bool:
@@ -447,20 +514,24 @@ def _way_out(kind: str) -> str:
         return "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip"
     if kind == "content":
         return "another chat_template, or remove the row; or on_bad_row: skip"
-    return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them)"
+    return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); or on_bad_row: skip"
 
 
 def _name(slot: Slot) -> str:
-    names = {"content": "text of a message", "reasoning": "reasoning", "name": "tool call", "argument": "argument"}
-    return names[slot.kind]
+    names = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
+    return names.get(slot.kind, slot.kind)
 
 
 def _refused(error: Refusal, where: str) -> DataError:
     return DataError(
         f"the chat template refuses this conversation: {error}",
         where=where,
-        way_out="the turns that it wants (a system turn or none, user and assistant in turn), or another chat_template",
+        way_out="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
     )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
 
 
 def _short(text: str) -> str:

@@ -126,6 +126,8 @@ class Converter:
             self.columns[column] += 1
         for column in self.column_map.values():
             self.present[column] += column in row
+        if "answers" in shape.columns and len(formats.listed_answers(row["answers"])) > 1:
+            self.columns["answers, all but the first"] += 1
         for message in example.get("messages", ()):
             if len(message) > 2:
                 self.keys.update(message.keys() - KNOWN_KEYS)
@@ -228,7 +230,16 @@ def examples(
     found = source.rows()
     head = list(itertools.islice(found, HEAD))
     found = itertools.chain(head, found)
-    converter = Converter.of_source(source, usual_shape(head))
+    shape = usual_shape(head)
+    for new, old in (source.column_map or {}).items():
+        if new not in shape.used:
+            raise DataError(
+                f"column_map reads '{old}' as '{new}', which rows of the shape {shape} have no use for",
+                where=source.where,
+                why=f"{source.label} has the columns {shape}, which come first",
+                way_out="another column_map, or columns: […] without those",
+            )
+    converter = Converter.of_source(source, shape)
     for where, row in found:
         example = _example(where, row, converter)
         if isinstance(example, DataError):

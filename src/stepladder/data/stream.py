@@ -32,6 +32,7 @@ class Stream:
     seed: int
     skip_bad_rows: bool = False
     skipped: list[str] = field(default_factory=list)  # the bad rows that the latest pass left out
+    left_out: dict[str, None] = field(default_factory=dict)  # rows that could not be rendered, in whichever pass
     notes: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Item]:

@@ -16,6 +16,7 @@ AT_LAUNCH = "the strategy is chosen at launch, so that one recipe runs under all
 USE_LAUNCHER = "accelerate launch --config_file accelerate_configs/zero3.yaml (or fsdp.yaml, zero2.yaml …)"
 FIXED_BATCH = "per_device_train_batch_size: a smaller one, and global_batch_size keeps the curve"
 OWN_LOADER = "rows come in an order of their own, the same on any number of ranks"
+OWN_SPLIT = "eval_dataset_name: null holds a part of the training rows out; or no test_split_size"
 LOSS_ONLY = "an evaluation here computes the loss and nothing else"
 
 # Keys of TRL and Transformers that would change nothing here, or break a promise: why, and the way
@@ -92,9 +93,7 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
     if recipe.get("eval_dataset_name"):
         keys = ["eval_dataset_name", "test_split_size"]
         both = recipe.get("test_split_size")
-        return (
-            conflict(recipe, "eval_dataset_name and test_split_size are both set", keys, "remove one") if both else None
-        )
+        return conflict(recipe, "eval_dataset_name and test_split_size are both set", keys, OWN_SPLIT) if both else None
     for key in ("test_split_size", "datasets"):
         if recipe.get(key):
             return idle(recipe, key, ["dataset_test_split"])

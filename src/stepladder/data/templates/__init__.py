@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, mark, source
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +47,19 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
                     f"{key} '{token}' is not in the model's vocabulary", where=settings.where(key), way_out="remove it"
                 )
             setattr(tokenizer, key, token)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the model's tokenizer has no end token, so no answer would end",
+            way_out="eos_token: one of its tokens",
+        )
     key = next((key for key in KEYS if settings.get(key)), "")
     if not key:
+        own = tokenizer.chat_template
+        if isinstance(own, dict) and "default" not in own:
+            names = ", ".join(own)
+            raise ModelError(
+                f"the model has chat templates ({names}), none of them its default", way_out="chat_template: NAME"
+            )
         _check_syntax(source(tokenizer), "")
         return []
     value, where = settings.get(key), settings.where(key)
@@ -56,7 +68,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
     elif key == "prompt_template":
         template = from_prompt_template(value, where)
     else:
-        template = value if is_inline(value) else named(value, where)
+        template = value if is_inline(value) else source(tokenizer, value) or named(value, where)
     _check_syntax(template, where, value if key == "chat_template_path" else key)
     tokenizer.chat_template = template
     if key != "prompt_template":
@@ -79,11 +91,9 @@ def named(name: str, where: str = "") -> str:
     """
     known = shipped()
     if name not in known:
-        raise RecipeError(
-            f"there is no chat template '{name}'",
-            where=where,
-            way_out=f"one of {', '.join(sorted(known))}; or a template in Jinja",
-        )
+        way_out = f"chat_template_path: {name}" if Path(name).exists() else suggest(name, known)
+        way_out = way_out or f"one of {', '.join(sorted(known))}; or a template in Jinja"
+        raise RecipeError(f"there is no chat template '{name}'", where=where, way_out=way_out)
     return known[name]
 
 
@@ -115,6 +125,10 @@ def from_path(path: str, where: str = "") -> str:
             return Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"the chat template {path} cannot be read: {error}", where=where) from None
+    if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
+        raise RecipeError(
+            f"there is no file {path}", where=where, way_out="paths are relative to the folder you start from"
+        )
     from transformers import AutoTokenizer
 
     try:
@@ -168,11 +182,12 @@ def _check_syntax(template: str, where: str, name: str = "") -> None:
 
     try:
         render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         kind = RecipeError if name else ModelError
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        reason = error.message if isinstance(error, TemplateError) else "nested too deeply"
         raise kind(
-            f"{name or 'the chat template of the model'} is not valid Jinja{line}: {error.message}",
+            f"{name or 'the chat template of the model'} is not valid Jinja{line}: {reason}",
             where=where,
             way_out="correct it, or chat_template: chatml",
         ) from None
@@ -184,14 +199,15 @@ def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     The end-of-turn token becomes the end of generation, else the model would not stop.
     """
     layout = _shortest(tokenizer)
-    if layout is None:  # of the shortest conversations; the rows may be others
+    if layout is None or not layout.turns:  # of the shortest conversations; the rows may be others
         return []
     ends = TURN_TOKEN.findall(layout.literals[-1])
     between = TURN_TOKEN.findall(layout.literals[layout.turns[0].end.literal])
     if not ends and not between:
         return []  # an answer ends by the tokenizer's own end token
+    text = "".join(layout.literals) + _with_tool(tokenizer)
     vocabulary = tokenizer.get_vocab()
-    new = [token for token in dict.fromkeys(TURN_TOKEN.findall("".join(layout.literals))) if token not in vocabulary]
+    new = [token for token in dict.fromkeys(TURN_TOKEN.findall(text)) if token not in vocabulary]
     tokenizer.add_special_tokens({"additional_special_tokens": new} if new else {})
     if ends:  # else an answer ends by what opens the next turn (GLM)
         tokenizer.eos_token = ends[0]
@@ -211,6 +227,22 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     layout = _shortest(tokenizer) if tokenizer.chat_template else None
     ends = [turn.ends for turn in layout.turns if turn.ends] if layout else []
     return [tokenizer.convert_tokens_to_ids(end) for end in dict.fromkeys(ends)]
+
+
+def _with_tool(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation with a tool as the template renders it, "" where it does not."""
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "tool", "arguments": {"key": "value"}}}
+    calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "name": "tool", "tool_call_id": "abcdefghi", "content": "result"}
+    tool = {
+        "type": "function",
+        "function": {"name": "tool", "description": "A tool.", "parameters": {"type": "object"}},
+    }
+    try:
+        layout = ChatTemplate(tokenizer).layout(*mark({"messages": [USER, calls, result, ANSWER], "tools": [tool]}))
+    except Refusal:
+        return ""
+    return "".join(layout.literals)
 
 
 def _shortest(tokenizer: PreTrainedTokenizerBase) -> Layout | None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +28,10 @@ Message = dict[str, Any]
 
 READ = {"role", "content", "tool_calls", *REASONING}  # the keys of a message that every template is given
 GIVEN = ("tools", "chat_template_kwargs")  # what a template is given beside the messages
-MARK = re.compile(r"aQ(\d+|X)b*Z")  # both cases and digits, so that a filter that changes a text changes the mark
-OTHER = "aQXZ"  # the mark of a text that is none of the conversation's
+# Both cases and digits, so that a filter that changes a text changes the mark; drawn, so that no text looks like one.
+BEGINS = f"a{secrets.token_hex(2)}Q"
+MARK = re.compile(BEGINS + r"(\d+|X)b*Z")
+OTHER = f"{BEGINS}XZ"  # the mark of a text that is none of the conversation's
 # Tags at the edges of a text, but for what other tokenizers' special tokens look like.
 OPENING = re.compile(r"<(?!s>|bos>|eos>|start_of_turn>|end_of_turn>)[A-Za-z][\w:.-]{0,39}>\s*")
 CLOSING = re.compile(r"\s*</(?!s>)[A-Za-z][\w:.-]{0,39}>$")
@@ -37,7 +40,8 @@ STARTS = re.compile(r"start|begin", re.IGNORECASE)  # in the name of a token tha
 PRINTED_PART = re.compile(r"""['"]type['"]: ?['"]text['"]""")
 THOUGHT_END = "</think>"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-WHOLE_MESSAGE = re.compile(r"\bmessages?\s*\|\s*\w|\bmessage\.items\b")  # keys are read without being named
+# Keys are read without being named.
+WHOLE_MESSAGE = re.compile(r"\bmessages?\s*\|\s*(?:tojson|string|pprint|list|items|map|dictsort)|\bmessage\.items\b")
 MOST_LAYOUTS = 2000  # that are remembered
 
 
@@ -49,9 +53,10 @@ class Slot(NamedTuple):
     """A text of a conversation: the number of its message, what it is, and whether it must be rendered."""
 
     message: int
-    kind: str  # content, reasoning, name, argument or id
+    kind: str  # content, result (of a tool), reasoning, name, argument or id
     text: str
     required: bool = True
+    edges: tuple[str, str] = ("", "")  # white space and tags around the text, which stay where the mark is put
 
 
 class Dialect(NamedTuple):
@@ -76,7 +81,8 @@ class Turn:
 
     `ends` is the special token that closes the turn, "" where the template closes it by none. `appended`
     is that token where the template writes it with the next turn only (GLM), which the last turn lacks.
-    `opened` is what the generation prompt writes beyond the turn's own beginning (`<think>`).
+    `opened` is what the generation prompt writes beyond the turn's own beginning (`<think>`), `unasked` what
+    the turn begins with where the template has no generation prompt.
     """
 
     message: int
@@ -85,6 +91,7 @@ class Turn:
     ends: str
     appended: str
     opened: str
+    unasked: str
 
 
 @dataclass
@@ -112,11 +119,13 @@ class Layout:
             at += len(literal)
             if number < len(self.order):
                 slot, rest = slots[self.order[number]], self.literals[number + 1]
-                forms = json_forms(slot.text) if slot.kind == "argument" else (slot.text,)
-                ends = (at + len(form) for form in forms if text.startswith(form, at))
+                forms = json_forms(slot.text) if slot.kind in ("argument", "result") else (slot.text,)
+                ends = [at + len(form) for form in forms if text.startswith(form, at)]
                 end = next((end for end in ends if text.startswith(rest, end)), None)
-                if end is None:
-                    return slot
+                if (
+                    end is None
+                ):  # the text is there and what follows is not: the next text decides what stands before it
+                    return slots[self.order[number + 1]] if ends and number + 1 < len(self.order) else slot
                 at = end
         return starts if at == len(text) else slots[self.order[-1]]
 
@@ -127,6 +136,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.source = source(tokenizer)
+        self.with_tools = source(tokenizer, "tool_use") or self.source  # as Transformers chooses among named templates
         self.special = special_tokens(tokenizer)
         self.marked = GENERATION.search(self.source) is not None  # it says itself what is trained
         self.layouts: dict[str, Layout | Refusal] = {}
@@ -184,7 +194,8 @@ class ChatTemplate:
         messages = [self._message(message, dialect) for message in example["messages"]]
         kwargs |= example.get("chat_template_kwargs") or {}
         kwargs |= {"tools": example.get("tools") or ([] if dialect.empty_tools else None)}
-        template = self.training if dialect.training else self.source
+        template = self.with_tools if kwargs["tools"] else self.source
+        template = self.training if dialect.training else template
         try:
             return render(messages, chat_template=template, add_generation_prompt=prompt, **kwargs)
         except Exception as error:  # Jinja's own errors, and whatever its expressions raise
@@ -204,9 +215,13 @@ class ChatTemplate:
     def reads(self, key: str) -> bool:
         """Whether the template names this key; one that it does not name cannot change what it renders."""
         if key not in self._read:
-            pattern = rf"\b{re.escape(key)}\b"
-            self._read[key] = bool(re.search(pattern, self.source) or WHOLE_MESSAGE.search(self.source))
+            source = self.source + self.with_tools
+            self._read[key] = self.names(key) or bool(WHOLE_MESSAGE.search(source))
         return self._read[key]
+
+    def names(self, word: str) -> bool:
+        """Whether the word stands in the template."""
+        return bool(re.search(rf"\b{re.escape(word)}\b", self.source + self.with_tools))
 
     def layout(self, slots: list[Slot], marked: Example) -> Layout:
         """The layout of conversations of this form, as `mark` gives it.
@@ -302,6 +317,15 @@ class ChatTemplate:
             places = [place for place, slot in first if slot.message == number]
             if message["role"] == "assistant" and places:
                 layout.turns.append(self._turn(number, places, layout, slots, marked))
+                written = "".join(layout.literals[places[0] : places[-1] + 2])
+                keys = _argument_keys(message.get("tool_calls", ()))
+                layout.lost += [Slot(number, "argument", k) for k in keys if not _stands(k, written)]
+        talk = [slot for _, slot in first if slot.kind in ("content", "result")]
+        talk = [slot for slot in talk if marked["messages"][slot.message]["role"] not in ("system", "developer")]
+        if any(a.message > b.message for a, b in itertools.pairwise(talk)):
+            raise Refusal("it renders the turns in another order")
+        if any(order.count(slot) > 1 for slot in order if slots[slot].kind == "content"):
+            raise Refusal("it renders a text twice")
 
     def _turn(self, number: int, places: list[int], layout: Layout, slots: list[Slot], marked: Example) -> Turn:
         first, last = places[0], places[-1]
@@ -312,7 +336,7 @@ class ChatTemplate:
                 break  # else the id of a call stands before its end (Mistral)
             last += 1
         before, after = layout.literals[first], layout.literals[last + 1]
-        start, opened = self._start(number, before, marked, layout.dialect)
+        start, opened, unasked = self._start(number, before, marked, layout.dialect)
         alone = self._prefix(number + 1, marked, layout.dialect)  # the conversation when this turn was the last
         if alone is not None:
             literals, order = alone
@@ -323,24 +347,29 @@ class ChatTemplate:
                 *literals[own[0] + 1 : own[-1] + 1],
             ]
         length, ends, appended = self._end(number, after, alone, marked, layout.dialect)
-        return Turn(number, Point(first, start), Point(last + 1, length), ends, appended, opened)
+        return Turn(number, Point(first, start), Point(last + 1, length), ends, appended, opened, unasked)
 
-    def _start(self, number: int, before: str, marked: Example, dialect: Dialect) -> tuple[int, str]:
-        """How much of the text before a turn is its header, and what the generation prompt has beyond it."""
+    def _start(self, number: int, before: str, marked: Example, dialect: Dialect) -> tuple[int, str, str]:
+        """How much of the text before a turn is its header; what the generation prompt has beyond it; and what
+        the turn has beyond a prompt that the template does not write.
+        """
         asked = self._prefix(number, marked, dialect, prompt=True)
         if asked is not None:
             tail = asked[0][-1]
             common = self._common(before, tail)
-            if common == len(tail):
-                return common, ""
+            own = before[common:]
+            if common == len(tail) and not own.strip():
+                return common, "", ""
             plain = self._prefix(number, marked, dialect)
+            if common == len(tail):
+                return common, "", own if plain and plain[0][-1] == tail else ""
             without = _common(plain[0][-1], tail) if plain else 0
             if shared := self._shared(before[common:], tail[common:]):  # white space differs
-                return common + shared, ""
+                return common + shared, "", ""
             if common > without or without == len(tail):  # some templates write the generation prompt always
-                return common, tail[common:]
+                return common, tail[common:], ""
             if plain and common == len(plain[0][-1]) and not self.special.search(before[common:]):
-                return common, tail[common:]  # the turn goes on after a tool's result (Gemma 4)
+                return common, tail[common:], ""  # the turn goes on after a tool's result (Gemma 4)
         # The turn is the first, or the one before it is rendered differently: by what an ordinary prompt ends with.
         for content in (OTHER, [{"type": "text", "text": OTHER}]):
             try:
@@ -350,7 +379,7 @@ class ChatTemplate:
             tail = text.rpartition(OTHER)[2]
             suffixes = (tail[start:] for start in range(len(tail)))
             if any(before.endswith(suffix) for suffix in suffixes if len(suffix.strip()) > 2):
-                return len(before), ""
+                return len(before), "", ""
         raise Refusal("it does not begin the assistant's turn as its generation prompt does")
 
     def _shared(self, before: str, prompt: str) -> int:
@@ -386,10 +415,14 @@ class ChatTemplate:
         What closes a turn stands there both at the end of a conversation and before another turn:
         Phi-3's `<|endoftext|>` closes the conversation, and what opens the next turn is that turn's.
         """
+        message = marked["messages"][number]
         is_last = number + 1 == len(marked["messages"])
         other = after
         if is_last:
             longer = [*marked["messages"], {"role": "user", "content": OTHER}]
+            if calls := message.get("tool_calls"):
+                answers = {"tool_call_id": calls[0].get("id", ""), "name": calls[0]["function"]["name"]}
+                longer[-1] = {"role": "tool", "content": OTHER, **answers}
             try:
                 text = self.text({**marked, "messages": longer}, dialect).rpartition(OTHER)[0]
                 other = _parts(text)[0][-1] or after
@@ -400,21 +433,25 @@ class ChatTemplate:
         common = after[: _common(after, other)]
         # A turn may follow always (Cohere's).
         follows = next((m.start() for m in self.special.finditer(common) if STARTS.search(m[0])), len(common))
-        common = common[:follows]
-        if found := list(self.special.finditer(common)):
-            return found[-1].end(), found[-1][0], ""
+        found = list(self.special.finditer(common[:follows]))
+        ends = found[-1].end() if found else 0
+        later = self.special.search(after, ends)
+        if found and not common[ends : later.start() if later else follows].strip():
+            return ends, found[-1][0], ""
         # gpt-oss ends earlier turns by another token than the last one; GLM's end by what opens the next.
-        if (first := self.special.search(after)) and not STARTS.search(first[0]):
-            return first.end(), first[0], ""
-        if is_last and (first := self.special.search(other)) and not STARTS.search(first[0]):
-            return len(after), first[0], first[0]
-        return len(common.rstrip()), "", ""
+        if later and not STARTS.search(later[0]):
+            return later.end(), later[0], ""
+        if is_last and (later := self.special.search(other)) and not STARTS.search(later[0]):
+            return len(after), later[0], later[0]
+        return len(common[:follows].rstrip()), "", ""
 
 
-def source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text of a tokenizer's template: the default one of several."""
+def source(tokenizer: PreTrainedTokenizerBase, name: str = "default") -> str:
+    """The Jinja text of a tokenizer's template, or of the one with this name where there are several."""
     template = tokenizer.chat_template or ""
-    return str(template.get("default", "")) if isinstance(template, dict) else template
+    if isinstance(template, dict):
+        return str(template.get(name, ""))
+    return template if name == "default" else ""
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -440,15 +477,16 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
     slots: list[Slot] = []
     ids: dict[str, str] = {}
 
-    def put(message: int, kind: str, text: str) -> str:
-        slots.append(Slot(message, kind, text))
-        return f"aQ{len(slots) - 1}Z"
+    def put(message: int, kind: str, text: str, edges: tuple[str, str] = ("", "")) -> str:
+        slots.append(Slot(message, kind, text, edges=edges))
+        return f"{BEGINS}{len(slots) - 1}Z"
 
     def put_id(message: int, text: str) -> str:
         """Ids are compared by templates (a result with its call), and checked for their length (Mistral)."""
-        if text not in ids and len(text) >= len("aQ000Z"):
+        own = f"{BEGINS}{len(slots)}".ljust(len(text) - 1, "b") + "Z"
+        if text not in ids and len(own) == len(text):
             slots.append(Slot(message, "id", text, required=False))
-            ids[text] = f"aQ{len(slots) - 1}".ljust(len(text) - 1, "b") + "Z"
+            ids[text] = own
         return ids.get(text, text)
 
     def put_text(message: int, kind: str, text: str) -> str:
@@ -460,7 +498,10 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
             last -= len(closing[0])
         if first >= last:  # nothing but a tag
             first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        return text[:first] + put(message, kind, text[first:last]) + text[last:] if first < last else text
+        if first >= last:
+            return text
+        edges = text[:first], text[last:]
+        return put(message, kind, text[first:last], edges).join(edges)
 
     def put_content(message: int, role: str, text: str) -> str:
         """An answer that holds a thought is two texts, the first of which a template may drop."""
@@ -469,7 +510,7 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
             parts = put_text(message, "reasoning", thought), put_text(message, "content", answer)
             if parts != (thought, answer):  # else there is neither
                 return parts[0] + end + parts[1]
-        return put_text(message, "content", text)
+        return put_text(message, "result" if role == "tool" else "content", text)
 
     def put_leaves(message: int, value: Any) -> Any:
         if isinstance(value, str):
@@ -498,6 +539,16 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
             marked["tool_calls"] = [put_call(number, call) for call in message["tool_calls"]]
         messages.append(marked)
     return slots, {**{key: value for key, value in example.items() if key in GIVEN}, "messages": messages}
+
+
+def _argument_keys(calls: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The names of the arguments of calls."""
+    for call in calls:
+        yield from call["function"]["arguments"]
+
+
+def _stands(text: str, written: str) -> bool:
+    return any(form in written for form in json_forms(text))
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -540,7 +591,7 @@ def _lost_tools(marked: Example, literals: str) -> list[str]:
         text
         for tool in marked.get("tools") or ()
         for text in _tool_texts(tool.get("function", tool))
-        if not any(form in literals for form in json_forms(text))
+        if not _stands(text, literals)
     ]
 
 

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from stepladder.data.conversation import MASKS, REASONING, ROLES
 from stepladder.recipe.axolotl.config import Config
 from stepladder.recipe.axolotl.outcome import (
     Outcome,
@@ -119,13 +120,6 @@ def column(name: str) -> Rule:
 
 def messages(value: Any, entry: Config) -> Outcome:
     return dropped("recognized") if value == "conversations" else column("messages")(value, entry)
-
-
-# As data/ reads them; a room on the same floor cannot be asked.
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-REASONING = ("reasoning_content", "reasoning", "thinking")
-MASKS = ("loss", "loss_weight", "training", "train", "weight")
 
 
 def properties(value: Any, entry: Config) -> Outcome:
