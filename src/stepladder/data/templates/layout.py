@@ -337,6 +337,8 @@ class ChatTemplate:
             last += 1
         before, after = layout.literals[first], layout.literals[last + 1]
         start, opened, unasked = self._start(number, before, marked, layout.dialect)
+        if unasked.strip() == slots[layout.order[first]].edges[0].strip():
+            unasked = ""  # the row's own
         alone = self._prefix(number + 1, marked, layout.dialect)  # the conversation when this turn was the last
         if alone is not None:
             literals, order = alone
