@@ -3,7 +3,8 @@
     accelerate launch … tests/in_turn.py COMMANDS.json
 
 The file holds a list. A list of words in it is a command line of sft.py; `{"cut": [FROM, TO, STEP]}` copies a run
-to what a kill after its checkpoint STEP would have left. The exit codes are written to COMMANDS.json.codes.
+to what a kill after its checkpoint STEP would have left; `{"env": {NAME: VALUE}}` sets variables for what follows,
+or removes them where VALUE is null. The exit codes are written to COMMANDS.json.codes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def main() -> None:
     codes: list[int] = []
     for command in json.loads(file.read_text()):
         if isinstance(command, dict):
-            if FIRST:
+            for name, value in command.get("env", {}).items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            if FIRST and "cut" in command:
                 cut(*command["cut"])
             continue
         sys.argv = ["sft.py", *map(str, command)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -23,13 +24,13 @@ def recipe(folder: Path, **keys) -> Recipe:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run that was killed at step 6, with checkpoints at 2, 4 and 6 of two small files each."""
+    """A run that was killed at step 6, with checkpoints at 2, 4 and 6 of three small files each."""
     folder = tmp_path / "run"
     for step in (2, 4, 6):
         checkpoint = resume.of_step(folder, step)
         checkpoint.mkdir(parents=True)
         files = {}
-        for name in ("model-0-0.safetensors", "state.json"):
+        for name in ("model-0-0.safetensors", "state.json", "trainer_state.json"):
             (checkpoint / name).write_text(f"{name} of step {step}")
             files[name] = {
                 "bytes": (checkpoint / name).stat().st_size, "sha256": resume.digest(checkpoint / name)
@@ -53,7 +54,33 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+def list_files(checkpoint: Path, *names: str) -> None:
+    """Let the mark list these files alone, each with the size and hash of the weights."""
+    mark = json.loads((checkpoint / resume.COMPLETE).read_text())
+    facts = mark["files"]["model-0-0.safetensors"]
+    write_whole(checkpoint / resume.COMPLETE, json.dumps(mark | {"files": dict.fromkeys(names, facts)}))
+
+
+def replace_by_link(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name(f"{path.name}.moved")))
+
+
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGES = {
+    "nothing listed": lambda c: list_files(c),
+    "no state listed": lambda c: list_files(c, "model-0-0.safetensors"),
+    "a path listed": lambda c: list_files(c, "../checkpoint-4/model-0-0.safetensors"),
+    "a device listed": lambda c: list_files(c, "/dev/zero"),
+    "a link": lambda c: replace_by_link(c / "model-0-0.safetensors"),
+    "a FIFO": lambda c: replace_by_fifo(c / "state.json"),
+    "mark a link": lambda c: replace_by_link(c / resume.COMPLETE),
+    "mark nested": lambda c: (c / resume.COMPLETE).write_text("[" * 100_000),
+    "folder a link": replace_by_link,
+    "another step's": lambda c: shutil.copytree(c.with_name("checkpoint-2"), c, dirs_exist_ok=True),
     "a bit": lambda c: flip_a_bit(c / "model-0-0.safetensors"),
     "cut": lambda c: (c / "model-0-0.safetensors").write_text("mod"),
     "gone": lambda c: (c / "state.json").unlink(),

@@ -34,11 +34,10 @@ from stepladder.console import say
 from stepladder.errors import CheckpointError
 from stepladder.run import write_whole
 from stepladder.training import state
-from stepladder.training.resume import COMPLETE, digest, of_step, whole_steps
+from stepladder.training.resume import COMPLETE, STATE, TRAINER_STATE, digest, listed, of_step, whole_steps
 
 PART = 1 << 30  # bytes that a rank gathers before it writes them: what a save costs in memory
 RULED_BY_RECIPE = ("lr_lambdas", "base_lrs")  # of a scheduler's state: not to be put back
-TRAINER_STATE, STATE = "trainer_state.json", "state.json"
 
 
 def save(trainer: Any) -> bool:
@@ -121,7 +120,7 @@ def load_position(trainer: Any, folder: Path) -> None:
     for key, values in saved["since_log"]["metrics"].items():
         trainer._metrics["train"][key].extend(values)
     file = folder / f"rng-{trainer.args.process_index}.safetensors"
-    if not file.is_file():  # more ranks than before: there is no state to continue
+    if file not in listed(folder):  # more ranks than before: there is no state to continue
         torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
         return
     with safe_open(file, framework="pt") as tensors:
@@ -289,7 +288,9 @@ def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str
 def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Each tensor's name, and how to read it: only what is asked for is read."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
-    for file in sorted(folder.glob(f"{kind}-*.safetensors")):
+    for file in listed(folder):
+        if not file.name.startswith(f"{kind}-"):
+            continue
         tensors = safe_open(file, framework="pt").__enter__()
         for name in tensors.keys():  # noqa: SIM118
             found[name] = functools.partial(tensors.get_tensor, name)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,23 @@ from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import METRICS, STUCK_AFTER, Run, status
 
-COMPLETE = "COMPLETE.json"
+COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 
 
 def of_step(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; None for any other name (`checkpoint-08`, one that was set aside)."""
+    found = re.fullmatch(r"checkpoint-(0|[1-9][0-9]{0,17})", checkpoint.name)
+    return int(found[1]) if found else None
+
+
 def whole_steps(folder: Path) -> list[int]:
     """The steps whose checkpoints are complete, in order."""
-    names = [file.parent.name.removeprefix("checkpoint-") for file in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(int(name) for name in names if name.isdigit())  # not those that were set aside
+    steps = [step_of(file.parent) for file in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(step for step in steps if step is not None)
 
 
 def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[str]) -> Path | None:
@@ -120,10 +129,13 @@ def newest_whole(folder: Path) -> Path | None:
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or nothing."""
     try:
-        content = json.loads((checkpoint / COMPLETE).read_text())
-        files: dict[str, Any] = content["files"]
+        content, files = _content(checkpoint)
         if not content["resumable"]:
             return "it holds the weights only (save_only_model: true)"
+        if content["step"] != step_of(checkpoint):
+            return f"it was written at step {content['step']}"
+        if not {TRAINER_STATE, STATE} <= files.keys() or not any(name.startswith("model-") for name in files):
+            return f"{COMPLETE} lists no weights, {TRAINER_STATE} or {STATE}"
         for name, facts in files.items():
             size = (checkpoint / name).stat().st_size
             if size != facts["bytes"]:
@@ -132,9 +144,39 @@ def damage(checkpoint: Path) -> str:
                 return f"{name} is not what was written (SHA-256)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{COMPLETE} cannot be read: {error!r}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{COMPLETE}: {error if isinstance(error, ValueError) else repr(error)}"
     return ""
+
+
+def listed(checkpoint: Path) -> list[Path]:
+    """The files that `COMPLETE.json` lists, in the order of their names: no other file of the folder is to be read.
+
+    Raises:
+        CheckpointError: the list cannot be read, or names anything but ordinary files of the folder.
+    """
+    try:
+        return [checkpoint / name for name in sorted(_content(checkpoint)[1])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read", why=str(error)) from None
+
+
+def _content(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`COMPLETE.json`, and the files in it; ValueError where it names anything but ordinary files beside it."""
+    _check_ordinary(checkpoint, stat.S_ISDIR)
+    _check_ordinary(checkpoint / COMPLETE)
+    content = json.loads((checkpoint / COMPLETE).read_text())
+    for name in content["files"]:
+        if name != Path(name).name:
+            raise ValueError(f"{name} is a path, not the name of a file")
+        _check_ordinary(checkpoint / name)
+    return content, dict(content["files"])
+
+
+def _check_ordinary(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -> None:
+    """ValueError for a link, a device or a FIFO, whose opening could wait for ever."""
+    if not is_kind(path.lstat().st_mode):
+        raise ValueError(f"{path.name} is no ordinary {'file' if is_kind is stat.S_ISREG else 'folder'}")
 
 
 def digest(file: Path) -> str:

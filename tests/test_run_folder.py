@@ -1,0 +1,93 @@
+"""What lies in a run folder, and what a start makes of it: only what the run wrote is read, and little is removed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, losses, run
+from in_turn import cut
+
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
+STEPS, CUT = 4, 2
+
+
+class Starts:
+    """Starts of sft.py, all in one process, on folders that are prepared before it."""
+
+    def __init__(self, folder: Path, recipe: Path):
+        self.folder, self.recipe = folder, recipe
+        self.commands: list[Any] = []
+        self.names: list[str] = []
+        self.codes: dict[str, int] = {}
+
+    def add(self, name: str, *words: Any, output_dir: Path | None = None, **env: str | None) -> None:
+        """One start, with these words and variables, into the folder `name` unless another is given."""
+        self.names.append(name)
+        words = ("--recipe", self.recipe, "--output_dir", output_dir or self.folder / name, *words)
+        self.commands += [{"env": env}, list(map(str, words)), {"env": dict.fromkeys(env)}]
+
+    def run(self) -> None:
+        file = self.folder / "commands.json"
+        file.write_text(json.dumps(self.commands))
+        done = run(sys.executable, ROOT / "tests/in_turn.py", file)
+        assert done.code == 0, done
+        self.out = done.out
+        self.codes = dict(zip(self.names, json.loads(Path(f"{file}.codes").read_text()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def starts(tiny, learnable, tmp_path_factory) -> Starts:
+    """A finished run `whole`, and all starts of this file on copies of it."""
+    folder = tmp_path_factory.mktemp("folders")
+    recipe = folder / "recipe.json"
+    keys = {
+        "model_name_or_path": str(tiny), "dataset_name": str(learnable), "max_steps": STEPS, "global_batch_size": 4,
+        "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "bf16": False,
+        "gradient_checkpointing": False, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "max_length": 192,
+    }  # fmt: skip
+    recipe.write_text(json.dumps(keys))
+    first = Starts(folder, recipe)
+    first.add("whole")
+    first.run()
+    rest = Starts(folder, recipe)
+    for scenario in SCENARIOS:
+        scenario(rest)
+    rest.run()
+    return rest
+
+
+def killed(starts: Starts, name: str, step: int = CUT) -> Path:
+    """A copy of the run as a kill after this step leaves it."""
+    cut(str(starts.folder / "whole"), str(starts.folder / name), step)
+    return starts.folder / name
+
+
+# ---- files beside a checkpoint
+
+
+def strays(starts: Starts) -> None:
+    checkpoint = killed(starts, "strays") / f"checkpoint-{CUT}"
+    for kind in ("model", "optimizer"):
+        for stray in ("0-0_old", "0-0.sync-conflict-20260101-101010-ABC", "1-0"):
+            shutil.copy(
+                starts.folder / f"whole/checkpoint-{STEPS}/{kind}-0-0.safetensors",
+                checkpoint / f"{kind}-{stray}.safetensors",
+            )
+    shutil.copy(checkpoint / "rng-0.safetensors", checkpoint / "rng-0_old.safetensors")
+    starts.add("strays")
+
+
+def test_only_listed_files_are_read(starts) -> None:
+    """Guards the weights of a checkpoint against copies beside it, such as an editor's or a synchronizer's."""
+    assert starts.codes["strays"] == 0
+    assert losses(starts.folder / "strays") == losses(starts.folder / "whole")
+
+
+SCENARIOS = [strays]
