@@ -113,12 +113,31 @@ def test_none_is_whole(folder) -> None:
 
 def test_a_dead_save_is_set_aside(folder, capsys) -> None:
     """Guards against a folder that looks complete: killed before its mark, it never was a checkpoint."""
-    for number in ("", "2"):
-        (resume.of_step(folder, 6) / resume.COMPLETE).unlink()
-        assert claim(folder) == resume.of_step(folder, 4)
-        assert (folder / f"checkpoint-6.partial{number}").is_dir()
-        shutil.copytree(resume.of_step(folder, 4), resume.of_step(folder, 6))
+    (resume.of_step(folder, 6) / resume.COMPLETE).unlink()
+    assert claim(folder) == resume.of_step(folder, 4)
+    assert (folder / "checkpoint-6.partial").is_dir()
     assert "cut off" in capsys.readouterr().out
+    assert claim(folder) == resume.of_step(folder, 4)
+    assert (folder / "checkpoint-6.partial").is_dir(), "a start that sets nothing aside removes nothing"
+
+
+def test_leftovers_are_those_of_one_start(folder) -> None:
+    """Guards the disk of a job that is queued again and again, and dies in each save."""
+    for step in range(7, 12):
+        shutil.copytree(resume.of_step(folder, 4), resume.of_step(folder, step))
+        (resume.of_step(folder, step) / resume.COMPLETE).unlink()
+        assert claim(folder) == resume.of_step(folder, 6)
+        assert [path.name for path in folder.glob("*.partial*")] == [f"checkpoint-{step}.partial"]
+
+
+def test_a_checkpoint_of_another_name_is_no_leftover(folder) -> None:
+    """Guards a checkpoint that somebody renamed: the run does not start anew, which would remove it."""
+    for step in (2, 4):
+        shutil.rmtree(resume.of_step(folder, step))
+    resume.of_step(folder, 6).rename(folder / "checkpoint-06")
+    with pytest.raises(CheckpointError, match="no checkpoint in") as caught:
+        claim(folder)
+    assert caught.value.why.endswith("checkpoint-06: not the name of a checkpoint")
 
 
 def test_a_run_without_checkpoints_starts_anew_and_says_so(folder, capsys) -> None:
@@ -137,11 +156,14 @@ def test_another_recipe_is_refused_with_what_differs(folder) -> None:
     assert claim(folder, allowed=("learning-rate",), learning_rate=1e-4) == resume.of_step(folder, 6)
 
 
-def test_a_chosen_checkpoint(folder, tmp_path) -> None:
+def test_a_chosen_checkpoint(folder) -> None:
     assert claim(folder, how=str(resume.of_step(folder, 4))) == resume.of_step(folder, 4)
     assert claim(folder) == resume.of_step(folder, 4), "the newer ones are set aside"
-    with pytest.raises(LaunchError, match="no checkpoint of the run"):
-        claim(folder, how=str(tmp_path / "elsewhere/checkpoint-4"))
+    (folder / "latest").symlink_to(resume.of_step(folder, 4))
+    (folder / "checkpoint-²").mkdir()
+    for name in ("../elsewhere/checkpoint-4", "checkpoint-6.partial", "latest", "checkpoint-²", "checkpoint-04", "."):
+        with pytest.raises(LaunchError, match="no checkpoint of the run"):
+            claim(folder, how=str(folder / name))
 
 
 @pytest.mark.parametrize(("status", "how"), [("finished", "auto"), ("running", "never")])

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from conftest import ROOT, losses, run
 from in_turn import cut
+
+from conftest import ROOT, losses, manifest, run
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 STEPS, CUT = 4, 2
@@ -90,4 +90,33 @@ def test_only_listed_files_are_read(starts) -> None:
     assert losses(starts.folder / "strays") == losses(starts.folder / "whole")
 
 
-SCENARIOS = [strays]
+# ---- a job that is queued again
+
+REQUEUED = {"resume": ("--resume", "checkpoint-1"), "overwrite": ("--overwrite",), "never": ("--resume", "never")}
+
+
+def requeued(starts: Starts) -> None:
+    for name, words in REQUEUED.items():
+        for job in ("7", "8"):
+            folder = killed(starts, f"{name}-{job}", 3)
+            facts = manifest(folder) | {"slurm": {"job_id": "7", "restart_count": 0}}
+            (folder / "run.json").write_text(json.dumps(facts))
+            words_here = (str(folder / word) if word.startswith("checkpoint") else word for word in words)
+            starts.add(f"{name}-{job}", *words_here, SLURM_JOB_ID=job, SLURM_RESTART_COUNT="1")
+
+
+@pytest.mark.parametrize("name", REQUEUED)
+def test_a_requeued_job_resumes_its_run(name, starts) -> None:
+    """Guards the work of a job's first start against the options of its command, which Slurm gives again."""
+    assert starts.codes[f"{name}-7"] == 0, starts.out
+    assert manifest(starts.folder / f"{name}-7")["resumed"][-1]["step"] == 3
+    assert losses(starts.folder / f"{name}-7") == losses(starts.folder / "whole")
+    other = manifest(starts.folder / f"{name}-8")
+    if name == "never":
+        assert starts.codes[f"{name}-8"] == 2 and other["status"] == "running"
+    else:  # the folder's run is not this job's
+        assert [entry["step"] for entry in other["resumed"]] == ([1] if name == "resume" else [])
+        assert other["slurm"]["job_id"] == "8"
+
+
+SCENARIOS = [strays, requeued]

@@ -91,7 +91,7 @@ class Run:
     def clear(self, but: str = "") -> None:
         for file in self._files():
             if file.name != but:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+                remove(file)
 
     def _files(self) -> list[Path]:
         return [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS))]
@@ -102,6 +102,14 @@ class Run:
             return dict(json.loads((self.folder / MANIFEST).read_text()))
         except (OSError, ValueError) as error:
             raise LaunchError(f"{self.folder / MANIFEST} cannot be read: {error}", way_out="--overwrite") from None
+
+    def is_requeued(self) -> bool:
+        """Whether the last start here was one of this Slurm job, which has been queued again since."""
+        job = slurm_job()
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged manifest is not this job's
+            before = read_object(self.folder / MANIFEST)["slurm"]
+            return bool(job and before["job_id"] == job["job_id"] and before["restart_count"] < job["restart_count"])
+        return False
 
     def begin(self, recipe_yaml: str, resumed: dict[str, Any] | None = None, **facts: Any) -> None:
         """Write the resolved recipe and the manifest with `status: running`.
@@ -233,11 +241,33 @@ def row_of(line: str) -> dict[str, Any] | None:
     return None
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an integer of more than 18 digits is a float.
+
+    Raises:
+        ValueError: it is missing, damaged, nested too deeply or no object.
+    """
+    try:
+        found = json.loads(
+            file.read_text(encoding="utf-8"), parse_int=lambda digits: (int if len(digits) < 19 else float)(digits)
+        )
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
 def status(folder: Path) -> str:
     try:
         return str(json.loads((folder / MANIFEST).read_text())["status"])
     except (OSError, ValueError, KeyError):
         return "unreadable"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; of a link the link, not what it leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def make_folder(folder: Path) -> None:

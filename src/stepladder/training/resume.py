@@ -16,9 +16,10 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import METRICS, STUCK_AFTER, Run, status
+from stepladder.run import METRICS, STUCK_AFTER, Run, remove, status
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
+ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -55,6 +56,9 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     if not run.is_writer:
         return None
     run.lock()
+    if (overwrite or resume != "auto") and run.is_requeued():
+        say("this job was queued again: it resumes its run, without --overwrite and with --resume auto")
+        resume, overwrite = "auto", False
     folder, where = run.folder, recipe.where("output_dir")
     chosen = None if resume in ("auto", "never") else Path(resume)
     if not run.exists(where) or overwrite:
@@ -71,7 +75,6 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
             way_out="another --output_dir, or --overwrite to replace that run",
         )
     _check_recipe(recipe, before["recipe"], allowed, where)
-    _set_leftovers_aside(folder)
     found = _checked(chosen, folder) if chosen else newest_whole(folder)
     step = int(found.name.split("-")[1]) if found else 0
     starts = 1 if chosen or before.get("progress", {}).get("step") != step else before["progress"]["starts"] + 1
@@ -87,6 +90,8 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     if found is None:
         say(f"the run in {folder} ended before its first checkpoint: it starts anew")
         run.clear(but=METRICS)  # it tells the trackers which steps they know
+    else:
+        _set_aside(folder, step)
     run.manifest = {**before, "progress": {"step": step, "starts": starts}}
     if found is None:
         run.update()  # a start that ends before it trains leaves the count of starts, and the run's id in W&B
@@ -107,13 +112,11 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are some, and none is whole.
     """
-    faults = []
+    marked = [file.parent for file in folder.glob(f"checkpoint-*/{COMPLETE}") if ASIDE not in file.parent.name]
+    faults = [f"{checkpoint}: not the name of a checkpoint" for checkpoint in marked if step_of(checkpoint) is None]
     for step in reversed(whole_steps(folder)):
         checkpoint = of_step(folder, step)
         if not (fault := damage(checkpoint)):
-            for newer in whole_steps(folder):
-                if newer > step:  # else the run, when it comes to that step again, would take it for saved
-                    _set_aside(of_step(folder, newer))
             return checkpoint
         faults.append(f"{checkpoint}: {fault}")
         say(f"⚠ {faults[-1]}; the one before it is tried")
@@ -188,13 +191,10 @@ def digest(file: Path) -> str:
 
 
 def _checked(chosen: Path, folder: Path) -> Path:
-    if chosen.resolve().parent != folder.resolve() or not (chosen / COMPLETE).is_file():
+    if chosen.absolute().parent.resolve() != folder.resolve() or step_of(chosen) not in whole_steps(folder):
         raise _no_checkpoint_of(chosen, folder)
     if fault := damage(chosen):
         raise CheckpointError(f"{chosen} cannot be resumed from", why=fault, way_out="--resume auto takes a whole one")
-    for step in whole_steps(folder):
-        if step > int(chosen.name.split("-")[1]):  # else the next start would take it
-            _set_aside(of_step(folder, step))
     return chosen
 
 
@@ -219,18 +219,24 @@ def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], wh
         )
 
 
-def _set_leftovers_aside(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*/"):
-        if checkpoint.is_dir() and checkpoint.name.split("-")[1].isdigit() and not (checkpoint / COMPLETE).is_file():
+def _set_aside(folder: Path, step: int) -> None:
+    """Rename saves that were cut off, and the checkpoints after the step that is resumed from.
+
+    The run, when it comes to such a step again, would take it for saved. What an earlier start set
+    aside is removed then: what one start sets aside is kept, not that of a hundred starts of a queue.
+    """
+    earlier = [*folder.glob(f"checkpoint-*{ASIDE}*")]
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        number = step_of(checkpoint)
+        if number is None or not checkpoint.is_dir():
+            continue
+        if not (checkpoint / COMPLETE).is_file():
             say(f"⚠ {checkpoint} was never complete (its save was cut off)")
-            _set_aside(checkpoint)
-
-
-def _set_aside(checkpoint: Path) -> None:
-    free = checkpoint.with_name(f"{checkpoint.name}.partial")
-    number = 1
-    while free.exists():
-        number += 1
-        free = checkpoint.with_name(f"{checkpoint.name}.partial{number}")
-    say(f"  {checkpoint.name} is now {free.name}")
-    checkpoint.rename(free)
+        elif number <= step:
+            continue
+        while earlier:
+            old = earlier.pop()
+            say(f"  {old.name}, set aside by an earlier start, is removed")
+            remove(old)
+        say(f"  {checkpoint.name} is now {checkpoint.name}{ASIDE}")
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}{ASIDE}"))
