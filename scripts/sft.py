@@ -88,7 +88,7 @@ def main() -> int | None:
                 recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu=not use_cpu
             )
             planned = choose.of_manifest(plan, way)
-            requirements.disk(recipe, record.folder, *plan.sizes(way))
+            requirements.disk(recipe, record.folder, *plan.sizes(way), record.replaced_bytes())
         except errors.ModelError as error:
             if recipe.plans():
                 raise

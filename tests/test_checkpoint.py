@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import STUCK_AFTER, Run, write_whole
@@ -172,7 +173,27 @@ def test_what_stands_is_kept(status, how, folder) -> None:
     with pytest.raises(LaunchError, match="holds a run"):
         claim(folder, how=how)
     assert claim(folder, how=how, overwrite=True) is None
-    assert not list(folder.glob("checkpoint-*"))
+    assert len(list(folder.glob("checkpoint-*"))) == 3, "until the new run has begun"
+
+
+def test_a_kill_while_a_run_is_replaced(folder) -> None:
+    """Guards the old run at each moment of its replacement: it is put back whole until the new one has a manifest."""
+    before, old = sorted(path.name for path in folder.iterdir()), folder / run_module.REPLACED
+    for moved in range(1, len(before) + 1):
+        run = Run(folder, is_writer=True)
+        old.mkdir()
+        for file in run._files()[:moved]:
+            file.rename(old / file.name)
+        assert claim(folder) == resume.of_step(folder, 6)
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*before, run_module.LOCK])
+    run = Run(folder, is_writer=True)
+    resume.claim(run, recipe(folder), "auto", True, [])
+    run.begin("", recipe=KEYS)
+    run._lock.close()
+    assert claim(folder) is None, "the new one has begun"
+    assert (old / "checkpoint-6").is_dir(), "it has not trained"
+    run.log({"step": 1})
+    assert not list(folder.glob(".replaced*"))
 
 
 def test_no_progress_over_three_starts(folder) -> None:
@@ -190,8 +211,6 @@ def test_no_progress_over_three_starts(folder) -> None:
 
 def test_two_processes_do_not_share_a_run(folder, monkeypatch) -> None:
     """Guards against the ranks of a launcher that died, which may still be training."""
-    from stepladder import run as run_module
-
     monkeypatch.setattr(run_module, "LOCK_PATIENCE", 0)
     first = Run(folder, is_writer=True)
     first.lock()

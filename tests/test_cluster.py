@@ -58,6 +58,14 @@ def test_a_job_without_a_run_has_failed(tmp_path: Path) -> None:
     assert job.after(tmp_path, 0)[0] == "failed"
 
 
+def test_a_refused_start_is_not_taken_for_the_run_that_stands(tmp_path, monkeypatch) -> None:
+    """Guards what waits for a job (`afterok`) against the run of another job, which a refused start leaves as it is."""
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    for number, decided in (("7", "failed"), ("8", "finished")):
+        (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "slurm": {"job_id": number}}))
+        assert job.after(tmp_path, 0)[0] == decided
+
+
 def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
     """Guards the array: every combination once, each value as the recipe's own type, no two runs in one folder."""
     file = tmp_path / "sweep.yaml"

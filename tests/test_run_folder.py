@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from in_turn import cut
 
-from conftest import ROOT, losses, manifest, run
+from conftest import ROOT, losses, manifest, metrics, run
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 STEPS, CUT = 4, 2
@@ -119,4 +119,63 @@ def test_a_requeued_job_resumes_its_run(name, starts) -> None:
         assert other["slurm"]["job_id"] == "8"
 
 
-SCENARIOS = [strays, requeued]
+# ---- --overwrite
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+REFUSED = {
+    "a base that is cut": ("--model_name_or_path", "CUT_BASE"),
+    "a row that trains nothing": ("--max_length", "8"),
+    "a callback that is not there, after the run has begun": ("--callback", "none.py"),
+    "its own model": ("--model_name_or_path", "HERE"),
+    "its own model, by a link": ("--model_name_or_path", "LINK"),
+    "its own rows": ("--dataset_name", "HERE/rows.jsonl"),
+    "its own rows, in a mixture": ("--datasets", '[{"path": "HERE/rows.jsonl"}]'),
+}
+
+
+def replaced(starts: Starts) -> None:
+    base = starts.folder / "base"
+    shutil.copytree(json.loads(starts.recipe.read_text())["model_name_or_path"], base)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:9000])
+    for name, words in REFUSED.items():
+        here = starts.folder / name
+        shutil.copytree(starts.folder / "whole", here)
+        shutil.copy(json.loads(starts.recipe.read_text())["dataset_name"], here / "rows.jsonl")
+        (starts.folder / f"link to {name}").symlink_to(here)
+        for word, path in {"CUT_BASE": base, "LINK": starts.folder / f"link to {name}", "HERE": here}.items():
+            words = tuple(text.replace(word, str(path)) for text in words)
+        starts.add(name, "--overwrite", *words)
+    elsewhere = starts.folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("years of work")
+    shutil.copytree(starts.folder / "whole", starts.folder / "replaced")
+    (starts.folder / "replaced/link").symlink_to(elsewhere)
+    starts.add("replaced", "--overwrite", "--max_steps", "1")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_overwrite_leaves_the_run(name, starts) -> None:
+    """Guards the run that stands, and the base or rows in its folder, against a start that is refused."""
+    assert starts.codes[name] == 2, starts.out
+    left = tree(starts.folder / name)
+    assert left.pop("rows.jsonl")
+    assert left == tree(starts.folder / "whole")
+    if name.startswith("its own"):
+        assert f"{starts.folder / name}, whose run --overwrite replaces" in starts.out
+
+
+def test_an_overwritten_run_goes_and_links_are_not_followed(starts) -> None:
+    assert starts.codes["replaced"] == 0, starts.out
+    found = {path.name for path in (starts.folder / "replaced").iterdir()}
+    assert found == ({path.name for path in (starts.folder / "whole").iterdir()}) - {
+        f"checkpoint-{step}" for step in range(2, STEPS + 1)
+    }
+    assert [row["step"] for row in metrics(starts.folder / "replaced")] == [1]
+    assert (starts.folder / "elsewhere/thesis.tex").is_file()
+
+
+SCENARIOS = [strays, requeued, replaced]

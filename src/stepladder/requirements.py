@@ -129,13 +129,14 @@ def compiler(settings: Settings) -> str:
     return f"{shutil.which(name)}, for torch_compile"
 
 
-def disk(settings: Settings, folder: Path, trained: float, states: float, whole: float) -> str:
+def disk(settings: Settings, folder: Path, trained: float, states: float, whole: float, replaced_bytes: int = 0) -> str:
     """The room that checkpoints and the result take, of what is free.
 
     Args:
         trained: bytes of the trained weights, which every checkpoint holds.
         states: bytes of the optimizer's state, which it holds too.
         whole: bytes of the result: the model, or the adapter.
+        replaced_bytes: of the run that gives way to this one.
 
     Raises:
         LaunchError: they do not fit.
@@ -149,7 +150,7 @@ def disk(settings: Settings, folder: Path, trained: float, states: float, whole:
         count = 2  # how many there will be is not known here: the first two, then
     need = count * (trained + (0 if settings.get("save_only_model") else states)) + whole
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + replaced_bytes
     checkpoints = f"{count:.0f} checkpoints and the result take" if count else "the result takes"
     if need > free:
         raise LaunchError(

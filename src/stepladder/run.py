@@ -31,6 +31,7 @@ PACKAGES = (
     "bitsandbytes",
 )
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
+REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
 STUCK_AFTER = 3  # starts that came no further than one and the same step
 JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
@@ -43,6 +44,7 @@ class Run:
         self.folder, self.is_writer = folder, is_writer
         self.manifest: dict[str, Any] = {}
         self.logged_until = -1  # the step to which metrics were logged before this start
+        self.replaces = False  # the run that the folder holds gives way once this one trains
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
         self._rows = ""  # of metrics.jsonl, not written yet
         self._unwritten: OSError | None = None  # why the last try to write failed
@@ -94,7 +96,51 @@ class Run:
                 remove(file)
 
     def _files(self) -> list[Path]:
-        return [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS))]
+        """The run's own files, the manifest last: a folder whose files are being removed or moved is still a run's."""
+        files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS, REPLACED))]
+        return sorted(files, key=lambda file: file.name == MANIFEST)
+
+    def replaced_bytes(self) -> int:
+        """What `drop_replaced` will free."""
+        if not self.replaces:
+            return 0
+        return sum(file.lstat().st_size for file in self.folder.rglob("*") if not file.name.startswith(JOB_LOGS))
+
+    def _move_aside(self) -> None:
+        old = self.folder / REPLACED
+        if (old / MANIFEST).is_file():  # a start that was killed before it trained: what it wrote is not kept
+            return self.clear()
+        old.mkdir(exist_ok=True)
+        for file in self._files():
+            file.rename(old / file.name)
+
+    def put_back(self) -> None:
+        """Return to its place the run that another start was to replace and did not come to: it failed, or was killed.
+
+        One that was killed after it had written its own manifest goes on instead.
+        """
+        old = self.folder / REPLACED
+        if not self.is_writer or not old.is_dir():
+            return
+        if self.replaces:
+            self.clear()
+            self.is_writer = False  # the manifest is the other run's again
+        elif (old / MANIFEST).is_file() and (self.folder / MANIFEST).is_file():
+            return
+        for file in sorted(old.iterdir(), key=lambda file: file.name != MANIFEST):
+            file.rename(self.folder / file.name)
+        old.rmdir()
+        say(f"the run in {self.folder} stays: the one that was to replace it has trained nothing")
+
+    def drop_replaced(self) -> None:
+        """Remove the run that this one replaces, and what a kill left of such a removal."""
+        old, removed = self.folder / REPLACED, self.folder / REMOVED
+        with contextlib.suppress(OSError):  # it may lie there until the folder itself goes
+            if removed.is_dir():
+                remove(removed)
+            if old.is_dir():
+                old.rename(removed)  # at once: a part of a run is never put back
+                remove(removed)
 
     def read(self) -> dict[str, Any]:
         """The manifest on the disk."""
@@ -144,6 +190,8 @@ class Run:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
         if self.is_writer:
+            if self.replaces:
+                self._move_aside()
             write_whole(self.folder / RECIPE, recipe_yaml)
             self._rewind(resumed["step"] if resumed else -1)
             self._write()
@@ -189,6 +237,7 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_writer:
+            self.drop_replaced()
             self._rows += json.dumps(row) + "\n"
             self._keep(manifest=False)
 
@@ -218,6 +267,7 @@ class Run:
         except BaseException as error:
             said = f"{type(error).__name__}: {error}"[:2000]
             self.update(status="failed", error="another rank ended" if lost_a_rank(error) else said)
+            self.put_back()
             raise
         if self.manifest["status"] == "running":
             self.update(status="finished", ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -55,6 +55,9 @@ def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int =
         status = manifest["status"]
     except (OSError, ValueError, KeyError) as error:
         return "failed", f"{run / MANIFEST} says nothing: {error}"
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and (manifest.get("slurm") or {}).get("job_id") != job:
+        return "failed", f"{run} holds no run of job {job}: its start was refused"
     if status != "preempted":
         return ("finished" if status == "finished" else "failed"), f"the run is {status}"
     progress, step = manifest["progress"], manifest.get("totals", {}).get("steps", 0)

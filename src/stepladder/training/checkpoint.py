@@ -54,6 +54,7 @@ def save(trainer: Any) -> bool:
     trainer.store_flos()
     fault = ""
     if first:
+        trainer.meter.run.drop_replaced()  # its room may be needed
         shutil.rmtree(folder, ignore_errors=True)
         fault = _attempt(folder.mkdir, 0o777, True)
     if _no_rank_failed(fault):

@@ -19,6 +19,7 @@ from stepladder.recipe.recipe import Recipe
 from stepladder.run import METRICS, STUCK_AFTER, Run, remove, status
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
+READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
 
 
@@ -56,6 +57,7 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     if not run.is_writer:
         return None
     run.lock()
+    run.put_back()
     if (overwrite or resume != "auto") and run.is_requeued():
         say("this job was queued again: it resumes its run, without --overwrite and with --resume auto")
         resume, overwrite = "auto", False
@@ -64,7 +66,9 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     if not run.exists(where) or overwrite:
         if chosen:
             raise _no_checkpoint_of(chosen, folder)
-        run.clear()
+        run.replaces = run.exists(where)
+        if run.replaces:
+            _check_reads(recipe, folder)
         return None
     before = run.read()
     if before["status"] == "finished" or resume == "never":
@@ -97,6 +101,25 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
         run.update()  # a start that ends before it trains leaves the count of starts, and the run's id in W&B
     run.allowed = [key.replace("-", "_") for key in allowed]
     return found
+
+
+def _check_reads(recipe: Recipe, replaced: Path) -> None:
+    """Raise LaunchError where the new run reads a file of the run that it replaces, by whatever links."""
+    for key in READ_KEYS:
+        for path in map(Path, _strings(recipe.values.get(key))):
+            above = [*(path / "_").absolute().parents, *(path / "_").resolve().parents]
+            if replaced.resolve() in [place.resolve() for place in above]:
+                raise LaunchError(
+                    f"{key} {path} lies in {replaced}, whose run --overwrite replaces",
+                    where=recipe.where(key),
+                    way_out="another --output_dir",
+                )
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def entry(checkpoint: Path | None) -> dict[str, Any] | None:
