@@ -46,7 +46,8 @@ def claim(folder: Path, how: str = "auto", overwrite: bool = False, allowed: tup
     try:
         return resume.claim(run, recipe(folder, **keys), how, overwrite, list(allowed))
     finally:
-        run._lock.close()  # as the end of a process does
+        if hasattr(run, "_lock"):
+            run._lock.close()  # as the end of a process does
 
 
 def flip_a_bit(file: Path) -> None:
@@ -218,6 +219,17 @@ def test_two_processes_do_not_share_a_run(folder, monkeypatch) -> None:
         claim(folder)
     first._lock.close()
     assert claim(folder)
+
+
+def test_a_link_is_not_written_through(folder, tmp_path) -> None:
+    """Guards other people's files against links of the run folder's own names."""
+    (thesis := tmp_path / "thesis.tex").write_text("years of work")
+    (folder / ".run.json.part").symlink_to(thesis)
+    write_whole(folder / "run.json", (folder / "run.json").read_text())
+    (folder / run_module.LOCK).symlink_to(thesis)
+    with pytest.raises(LaunchError, match=r"\.lock, a link, cannot be written"):
+        claim(folder)
+    assert thesis.read_text() == "years of work"
 
 
 def test_metrics_are_rewound(folder) -> None:

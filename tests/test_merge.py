@@ -434,6 +434,17 @@ def merged(trained: Path) -> Path:
     return folder
 
 
+def test_two_merges_into_one_folder(trained: Path, tmp_path: Path) -> None:
+    """Guards the work of a merge against a second one, which took it for what a killed one had left."""
+    out = tmp_path / "out"
+    with weights.beside(out, 0) as part:
+        (part / "model.safetensors").write_text("half")
+        done = script("merge", "--adapter", trained, "--output_dir", out)
+        assert done.code == 2 and f"another process is merging into {out}" in done.err, done
+        assert (part / "model.safetensors").read_text() == "half"
+    assert {file.name for file in out.iterdir()} == {"merge.json", "model.safetensors"}
+
+
 def test_a_run_becomes_a_model(trained: Path, merged: Path, tiny: Path) -> None:
     """The main path: proved, with a card, a Modelfile and a tokenizer, and read back by inspect_model."""
     facts = json.loads((merged / "merge.json").read_text())

@@ -56,6 +56,31 @@ def test_the_same_content_is_prepared_once(learnable, tokenizer, settings, cache
     assert made == [8] * 6 and len(list(cached.iterdir())) == 5
 
 
+CUTS = {
+    "a byte": ("train/data-00000-of-00001.arrow", lambda content: content[:-50] + b"?" + content[-49:]),
+    "cut": ("train/data-00000-of-00001.arrow", lambda content: content[:100]),
+    "empty": ("train/state.json", lambda content: b""),
+    "notes": ("notes.json", lambda content: content[:20]),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_damaged_set_is_prepared_again(name, learnable, tokenizer, settings, cached, made, capsys) -> None:
+    """Guards later runs against what a power cut left: a traceback in each of them, or other tokens."""
+    rows = mixture.from_name(str(learnable))
+    folder = prepare.prepared(rows, None, tokenizer, settings(max_length=160))
+    before = prepare.opened(folder)[0].to_list()
+    file, cut = CUTS[name]
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()  # the set above has it mapped
+    (folder / file).write_bytes(cut(content))
+    for said in ("prepared again", ""):
+        assert prepare.prepared(rows, None, tokenizer, settings(max_length=160)) == folder
+        assert made == [8, 8] and prepare.opened(folder)[0].to_list() == before
+        assert said in (out := capsys.readouterr().out) and bool(out) == bool(said)
+    assert [path.name for path in cached.iterdir()] == [folder.name]
+
+
 def test_several_processes_prepare_what_one_does(tokenizer, settings) -> None:
     """Guards the order and the numbers of the rows where processes share them."""
     rows = mixture.from_name("data/techco.jsonl")

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, RunError, TrainingError, lost_a_rank
@@ -57,9 +57,10 @@ class Run:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / LOCK).open("w")
+            self._lock = open_lock(self.folder / LOCK)
         except OSError as error:
-            raise LaunchError(f"output_dir {self.folder} cannot be written: {error.strerror}") from None
+            where = self.folder if error.errno != errno.ELOOP else f"{self.folder / LOCK}, a link,"
+            raise LaunchError(f"output_dir {where} cannot be written: {error.strerror}") from None
         for second in range(LOCK_PATIENCE + 1):
             try:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,6 +321,11 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def open_lock(file: Path) -> IO[bytes]:
+    """Open a file to lock it by `flock`; OSError where it is a link, which is not followed."""
+    return open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder that files are to be written into.
 
@@ -340,6 +346,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     part = path.with_name(f".{path.name}.part")
     try:
+        part.unlink(missing_ok=True)  # a link is not written through
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(part, path)
     except OSError:

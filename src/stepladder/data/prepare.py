@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 TRAIN, EVALUATION = "train", "evaluation"
 NOTES = "notes.json"  # beside them: what was remarked of their rows, and which were left out
 STREAMED = 200  # rows of a stream that are looked at before it is trained on
+FILES = "files"  # in the notes: the SHA-256 of each file of the sets
 CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py")  # what prepared rows follow from
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
@@ -55,9 +56,12 @@ def prepared(
         ModelError: conversations and a tokenizer without a chat template.
     """
     cached = cache.folder() / "prepared" / _identity(train, evaluation, tokenizer, settings)
-    with contextlib.suppress(OSError):
-        os.utime(cached)  # found, and in use from now on
-        return cached
+    if cached.is_dir():
+        if not (fault := _damage(cached)):
+            with contextlib.suppress(OSError):
+                os.utime(cached)  # in use from now on
+            return cached
+        console.say(f"⚠ the prepared rows in {cached} are damaged and are prepared again: {fault}")
     packs, sets, said = settings.get("packing"), {}, {}
     if isinstance(train, Rows):
         train_set, remarks = rendered(train, tokenizer, settings)
@@ -197,11 +201,47 @@ def _write(sets: dict[str, Dataset], said: dict[str, Any], folder: Path) -> Path
     try:
         for name, dataset in sets.items():
             dataset.save_to_disk(str(part / name))
+        files = [file.relative_to(part).as_posix() for file in part.glob("*/*")]
+        said = said | {FILES: {name: _digest(part / name) for name in files}}
         (part / NOTES).write_text(json.dumps(said), encoding="utf-8")
+        _flush(part)
+        if folder.is_dir() and _damage(folder):
+            damaged = part.with_name(f"{part.name}.damaged")
+            folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
         part.rename(folder)
     except OSError:
-        if not folder.is_dir():  # else another job was faster, with the same content
+        if not folder.is_dir() or _damage(folder):  # else another job was faster, with the same content
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a prepared folder, or nothing."""
+    try:
+        for name, digest in json.loads((folder / NOTES).read_text(encoding="utf-8"))[FILES].items():
+            if _digest(folder / name) != digest:
+                return f"{name} is not what was written (SHA-256)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return repr(error)
+    return ""
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """Wait until all that a folder holds is on the disk: a power cut must not leave its name without its content."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
+from stepladder.run import LOCK, open_lock, remove
 
 if TYPE_CHECKING:
     import torch
@@ -190,30 +192,41 @@ def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]
         overwrite: whether it may take the place of another merge, which stands until then.
 
     Raises:
-        ModelError: not enough space, or a file of the user's where the work would be.
+        ModelError: not enough space, a file of the user's where the work would be, or another merge is at work there.
     """
     check_output(folder, overwrite)
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    if (part / MARK).is_file():  # what a merge left that was killed
-        shutil.rmtree(part)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
-        raise ModelError(
-            f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
-            way_out="make room, another --output_dir, or --dtype bf16 where it is fp32",
-        )
-    try:
-        part.mkdir()
-    except FileExistsError:
-        raise ModelError(f"{part} exists, and the work is done there", way_out="remove it") from None
-    try:
-        (part / MARK).write_text('{"status": "merging"}\n')
-        yield part
-        if (folder / MARK).is_file():
-            os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(part)
-        raise
+    names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
+    if os.path.lexists(part) and MARK not in names and names - {LOCK}:
+        raise ModelError(f"{part} exists, and the work is done there", way_out="remove it")
+    part.mkdir(exist_ok=True)
+    with open_lock(part / LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (part / LOCK).stat()  # not there: the other one has just ended
+        except (BlockingIOError, FileNotFoundError):
+            raise ModelError(
+                f"another process is merging into {folder}", way_out="wait for it or end it, or another --output_dir"
+            ) from None
+        try:
+            for file in part.iterdir():  # what a merge left that was killed
+                if file.name != LOCK:
+                    remove(file)
+            (part / MARK).write_text('{"status": "merging"}\n')
+            free = shutil.disk_usage(folder.parent).free
+            if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
+                raise ModelError(
+                    f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
+                    way_out="make room, another --output_dir, or --dtype bf16 where it is fp32",
+                )
+            yield part
+            (part / LOCK).unlink()
+            check_output(folder, overwrite)  # something may lie there by now
+            if (folder / MARK).is_file():
+                os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
