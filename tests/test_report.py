@@ -19,7 +19,7 @@ from stepladder.evaluation.compare import Side
 from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Question
-from stepladder.reporting import page, runs
+from stepladder.reporting import page, project, runs
 from stepladder.reporting.verdicts import judge
 
 HOSTILE = (
@@ -248,6 +248,12 @@ def test_hostile_text_is_text(copy, tmp_path: Path) -> None:
         (lambda f: (f / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
         (lambda f: (f / "run.json").unlink(), "run.json is missing"),
         (lambda f: (f / "run.json").write_text('{"status": "fin'), "run.json cannot be read"),
+        (lambda f: (f / "run.json").write_text("[" * 100_000), "it is nested too deeply"),
+        (lambda f: (f / "run.json").write_text('{"a": ' * 200 + "1" + "}" * 200), "it is nested too deeply"),
+        (lambda f: (f / "run.json").write_text('{"totals": {"steps": "x"}}'), "totals in another form"),
+        (lambda f: (f / "metrics.jsonl").open("a").write("[" * 100_000 + "\n"), "is damaged at line"),
+        (lambda f: (f / "metrics.jsonl").write_text(f'{{"step": 1{"0" * 400}}}\n{{"step": 1, "loss": 1{"0" * 400}}}\n'),
+         "at line 1: left out"),
         (lambda f: (f / "run.json").write_text('{"status": "running", "totals": {}, "parameters": []}'), "running"),
         (lambda f: (f / "run.json").write_text('{"status": "failed", "error": "CUDA out of memory"}'), "CUDA out of"),
         (lambda f: (f / "compare.json").write_text('{"sides": [{"name": "a", "answers": [1]}]}'), "compare.json does"),
@@ -317,10 +323,14 @@ def test_odd_values_still_make_a_page(copy) -> None:
     """Guards against a page that one unexpected value in run.json or audit.json prevents."""
     folder = copy()
     whole = json.loads((folder / "run.json").read_text()) | {"plan": {"peak_memory_bytes": 1}}
-    for odd in (None, 3, "x", ["x"], {"x": "y"}):
+    for odd in (None, 3, "x", ["x"], {"x": "y"}, 10**400, float("inf")):
         for key in whole:
-            (folder / "run.json").write_text(json.dumps(whole | {key: odd}))
-            assert "Run it again" in page.page([runs.read(folder)])
+            keys = whole[key] if isinstance(whole[key], dict) else {}
+            for value in (odd, *({**keys, inner: odd} for inner in keys)):
+                (folder / "run.json").write_text(json.dumps(whole | {key: value}))
+                logged = runs.read(folder)
+                assert "Run it again" in page.page([logged])
+                assert runs.side_by_side([logged]) and project.markdown(logged, "any")
         (folder / "run.json").write_text(json.dumps(whole))
         for audit in (odd, {"findings": odd}, {"findings": [odd]}, {"findings": [{"figures": odd, "where": odd}]}):
             (folder / "audit.json").write_text(json.dumps(audit))

@@ -178,4 +178,44 @@ def test_an_overwritten_run_goes_and_links_are_not_followed(starts) -> None:
     assert (starts.folder / "elsewhere/thesis.tex").is_file()
 
 
-SCENARIOS = [strays, requeued, replaced]
+# ---- run.json as accidents and strangers leave it
+
+DAMAGED: dict[str, Any] = {
+    "empty": "", "an empty object": "{}", "a list": "[]", "nested": "[" * 100_000,
+    "deep": '{"a": ' * 200 + "1" + "}" * 200,
+    "a status of another kind": {"status": {}}, "a recipe of another kind": {"recipe": [1]},
+    "progress of another kind": {"progress": [1]}, "many starts": {"progress": {"step": 2, "starts": 10**400}},
+    "no progress": {"progress": None},
+    "resumed of another kind": {"resumed": {"a": 1}}, "no data": {"datasets": []},
+    "data of another kind": {"datasets": "x"},
+    "a batch that is none": {"global_batch_size": None},
+}  # fmt: skip
+
+
+def damaged(starts: Starts) -> None:
+    for name, content in DAMAGED.items():
+        folder = killed(starts, name)
+        text = content if isinstance(content, str) else json.dumps(manifest(folder) | content)
+        (folder / "run.json").write_text(text)
+        starts.add(name)
+    (killed(starts, "metrics") / "metrics.jsonl").open("a").write(
+        "[" * 100_000 + '\n{"step": 1' + "0" * 400 + "}\n[]\n"
+    )
+    starts.add("metrics")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_manifest_is_refused(name, starts) -> None:
+    """Guards against a traceback, and against a start from the beginning over checkpoints that are whole."""
+    assert starts.codes[name] == 2, starts.out
+    said = "with another global_batch_size" if "none" in name else f"{starts.folder / name}/run.json cannot be used"
+    assert said in starts.out
+    assert (starts.folder / name / f"checkpoint-{CUT}/COMPLETE.json").is_file()
+
+
+def test_damaged_metrics_are_left_out(starts) -> None:
+    assert starts.codes["metrics"] == 0 and "has 3 damaged lines: left out" in starts.out
+    assert losses(starts.folder / "metrics") == losses(starts.folder / "whole")
+
+
+SCENARIOS = [strays, requeued, replaced, damaged]

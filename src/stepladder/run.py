@@ -144,11 +144,30 @@ class Run:
                 remove(removed)
 
     def read(self) -> dict[str, Any]:
-        """The manifest on the disk."""
+        """The manifest on the disk.
+
+        Raises:
+            LaunchError: it cannot be read, or holds other kinds of values than a start needs.
+        """
         try:
-            return dict(json.loads((self.folder / MANIFEST).read_text()))
-        except (OSError, ValueError) as error:
-            raise LaunchError(f"{self.folder / MANIFEST} cannot be read: {error}", way_out="--overwrite") from None
+            found = read_object(self.folder / MANIFEST)
+        except ValueError as error:
+            raise self._unreadable(str(error)) from None
+        kinds: list[tuple[dict[str, Any], str, type]] = [(found, "status", str), (found, "recipe", dict)]
+        optional = {"progress": dict, "resumed": list, "wandb_run_id": str}
+        kinds += [(found, key, kind) for key, kind in optional.items() if key in found]
+        if isinstance(progress := found.get("progress"), dict):
+            kinds += [(progress, "step", int), (progress, "starts", int)]
+        for part, key, kind in kinds:
+            if not isinstance(part.get(key), kind):
+                raise self._unreadable(f"it holds no {key} as sft.py writes it")
+        return found
+
+    def _unreadable(self, why: str) -> LaunchError:
+        return LaunchError(
+            f"{self.folder / MANIFEST} cannot be used: {why}",
+            way_out="put it back from a copy, another --output_dir, or --overwrite to replace the run",
+        )
 
     def is_requeued(self) -> bool:
         """Whether the last start here was one of this Slurm job, which has been queued again since."""
@@ -200,10 +219,13 @@ class Run:
     def _check_same(self, facts: dict[str, Any]) -> None:
         """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
         before, now = self.manifest, facts
-        changes = {
-            "global_batch_size": (before["global_batch_size"], now["global_batch_size"]),
-            "dataset_name": (before["datasets"][0]["sha256"], now["datasets"][0]["sha256"]),
-        }
+        try:
+            changes = {
+                "global_batch_size": (before["global_batch_size"], now["global_batch_size"]),
+                "dataset_name": (before["datasets"][0]["sha256"], now["datasets"][0]["sha256"]),
+            }
+        except (KeyError, IndexError, TypeError):
+            raise self._unreadable("it lacks the global batch size or the training set") from None
         for key, (old, new) in changes.items():
             if old != new and key not in self.allowed:
                 raise LaunchError(
@@ -285,34 +307,45 @@ class Run:
 
 def row_of(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None where it is damaged, or not whole yet."""
-    with contextlib.suppress(ValueError):
-        row = json.loads(line)
+    with contextlib.suppress(ValueError, RecursionError):
+        row = _parsed(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
     return None
 
 
+def _parsed(text: str) -> Any:
+    """Any JSON value; an integer of more than 18 digits is a float, since arithmetic on it could overflow."""
+    return json.loads(text, parse_int=lambda digits: (int if len(digits) < 19 else float)(digits))
+
+
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an integer of more than 18 digits is a float.
+    """The object in a JSON file.
 
     Raises:
-        ValueError: it is missing, damaged, nested too deeply or no object.
+        ValueError: it is missing, damaged, nested more than 50 levels deep, or no object.
     """
     try:
-        found = json.loads(
-            file.read_text(encoding="utf-8"), parse_int=lambda digits: (int if len(digits) < 19 else float)(digits)
-        )
-    except (OSError, RecursionError) as error:
-        raise ValueError(str(error)) from None
+        found = _parsed(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")
+    level: list[Any] = [found]
+    for _ in range(50):
+        items = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [item for part in items for item in part if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
     return found
 
 
 def status(folder: Path) -> str:
     try:
-        return str(json.loads((folder / MANIFEST).read_text())["status"])
-    except (OSError, ValueError, KeyError):
+        return str(read_object(folder / MANIFEST)["status"])
+    except (ValueError, KeyError):
         return "unreadable"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import errors
 from stepladder.recipe import load
-from stepladder.run import MANIFEST, STUCK_AFTER
+from stepladder.run import MANIFEST, STUCK_AFTER, read_object
 
 MAX_RESTARTS = 100  # of a job; STEPLADDER_MAX_RESTARTS sets another
 STOP = "stop"  # a file of this name in the run folder ends the chain: touch runs/lora/stop
@@ -51,9 +51,9 @@ def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int =
         or `failed`; and the reason.
     """
     try:
-        manifest = json.loads((run / MANIFEST).read_text())
+        manifest = read_object(run / MANIFEST)
         status = manifest["status"]
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         return "failed", f"{run / MANIFEST} says nothing: {error}"
     job = os.environ.get("SLURM_JOB_ID")
     if job and (manifest.get("slurm") or {}).get("job_id") != job:

@@ -51,7 +51,7 @@ def _configuration(run: LoggedRun) -> list[str]:
         rows["LoRA rank"] = recipe.get("lora_r")
     rows |= {
         "Learning rate": recipe.get("learning_rate"),
-        "Epochs": None if recipe.get("max_steps", -1) > 0 else recipe.get("num_train_epochs"),
+        "Epochs": None if (recipe.get("max_steps") or -1) > 0 else recipe.get("num_train_epochs"),
         "Global batch": facts.get("global_batch_size"),
         "Steps": totals.get("steps"),
         "Trained parameters": counts and f"{counts.get('trainable', 0):,} of {counts.get('all', 0):,}",

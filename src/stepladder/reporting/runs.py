@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepladder.errors import RunError
-from stepladder.run import MANIFEST, METRICS
+from stepladder.run import MANIFEST, METRICS, read_object, row_of
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
+LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST
+
+
+def _are_totals(value: Any) -> bool:
+    peaks = value.get("peak_memory_bytes", [0])
+    rest = [value.get(key) or 0 for key in ("steps", "tokens", "seconds", "tokens_per_second")]
+    return isinstance(peaks, list) and all(map(_is_number, peaks + rest))
+
+
+def _is_plan(value: Any) -> bool:
+    return all(_is_number(value.get(key) or 0) for key in ("peak_memory_bytes", "tokens_per_second"))
+
+
+def _is_recipe(value: Any) -> bool:
+    return isinstance(value.get("max_steps") or 0, int)
+
+
 # What the page looks into; a damaged or foreign manifest may hold anything.
-FACTS = {"recipe": dict, "packages": dict, "parameters": dict, "totals": dict, "plan": dict, "datasets": list}
+FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
+    "recipe": (dict, _is_recipe),
+    "packages": (dict, bool),
+    "parameters": (dict, lambda value: all(map(_is_number, value.values()))),
+    "totals": (dict, _are_totals),
+    "final": (dict, lambda value: all(v is None or isinstance(v, int | float) for v in value.values())),
+    "plan": (dict, _is_plan),
+    "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
+}
 Curve = dict[int, float]  # optimizer step → value, NaN and infinity included
 
 
@@ -52,8 +80,8 @@ def read(folder: Path) -> LoggedRun:
         )
     run = LoggedRun(folder, folder.resolve().name)
     run.facts = _read_json(run, MANIFEST, needed=True)
-    for key, kind in FACTS.items():
-        if not isinstance(run.facts.get(key) or kind(), kind):
+    for key, (kind, fits) in FACTS.items():
+        if (value := run.facts.get(key)) and not (isinstance(value, kind) and fits(value)):
             run.remarks.append(f"{MANIFEST} holds {key} in another form than sft.py writes: left out")
             del run.facts[key]
     run.comparison = _read_json(run, "compare.json")
@@ -124,7 +152,7 @@ def _has_findings(audit: dict[str, Any]) -> bool:
 
 
 def finite(curve: Curve) -> Curve:
-    return {step: value for step, value in curve.items() if math.isfinite(value)}
+    return {step: value for step, value in curve.items() if _is_number(value)}
 
 
 def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any]:
@@ -133,11 +161,8 @@ def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any
         run.remarks += [f"{name} is missing"] * needed
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
-    except (OSError, ValueError) as error:
+        return read_object(path)
+    except ValueError as error:
         run.remarks.append(f"{name} cannot be read and is left out: {error}")
         return {}
 
@@ -149,11 +174,7 @@ def _read_metrics(run: LoggedRun) -> None:
         return
     lines, damaged = path.read_bytes().decode("utf-8", errors="replace").split("\n"), []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line or "null")
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if row := row_of(line):
             if isinstance(peak := row.get("peak_memory_bytes"), int):
                 row["peak_memory_gib"] = peak / 2**30
             run.rows.append(row)
