@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -53,6 +54,9 @@ def main() -> None:
         except errors.StepladderError as error:
             print(error.render(), flush=True)
             codes.append(error.exit_code)
+        except Exception:
+            traceback.print_exc()
+            codes.append(errors.EXIT_FAILED)
         AcceleratorState._reset_state()
     if FIRST:
         file.with_name(f"{file.name}.codes").write_text(json.dumps(codes))
