@@ -184,4 +184,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    errors.exit_with(main)
+    errors.exit_with(main, prints_log=True)

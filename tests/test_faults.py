@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from background import Running, steps_logged
-from conftest import manifest, metrics, script
+from conftest import manifest, metrics, run, script
 from stepladder.errors import TrainingError
 from stepladder.training.ranks import Launch
 
@@ -35,6 +36,39 @@ def test_a_loss_that_is_no_number_stops_before_the_step(keys, write_recipe, tmp_
     assert "of step 2 is not a finite number" in done.err and "its rows (counted from 0): [" in done.err, done
     assert manifest(folder)["status"] == "failed"
     assert [row["step"] for row in metrics(folder)] == [1]
+
+
+@pytest.mark.parametrize("output", ["full", "unread", "closed", "ascii"])
+def test_printing_never_ends_a_run(output, keys, write_recipe, tmp_path) -> None:
+    """Guards a log on a full disk, `| head`, a closed terminal, and characters that a terminal lacks.
+
+    Each of them was an exception of `print`: the run ended, or run.json said `finished` and the exit code 120.
+    """
+    folder = tmp_path / "run"
+    words = [sys.executable, "scripts/sft.py", "--recipe", write_recipe(**keys), "--output_dir", folder]
+    shell = {
+        "full": '"$@" >/dev/full 2>&1',
+        "unread": '{ "$@" 2>&1; echo $? >"$code"; } | true; exit $(cat "$code")',
+        "closed": '"$@" >&- 2>&- <&-',
+        "ascii": 'PYTHONIOENCODING=ascii "$@"',
+    }[output]
+    done = run("bash", "-c", shell, "bash", *words, code=str(tmp_path / "code"))
+    assert (done.code, manifest(folder)["status"]) == (0, "finished"), done
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "report.html").is_file()
+    if output == "ascii":
+        assert "\\u2714 6 steps" in done.out
+    if output == "full":
+        assert run("bash", "-c", shell, "bash", *words, "--max_steps", "x").code == 2
+
+
+def test_an_answer_that_is_lost_is_a_failure() -> None:
+    """Guards scripts whose result is what they print: a full disk is their failure, a reader that left is not."""
+    check = f"{sys.executable} scripts/check.py --recipe lora --show 1"
+    done = run("bash", "-c", f"{check} >/dev/full")
+    assert done.code == 1 and "the output could not be written: No space left" in done.err, done
+    done = run("bash", "-c", f'set -o pipefail; {check} | true; exit "${{PIPESTATUS[0]}}"')
+    assert done.code == 0 and not done.err, done
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2"])

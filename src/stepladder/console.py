@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import io
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # PyTorch's own switch: `torch.compile` returns the function as it is
 
@@ -20,6 +23,50 @@ def say(text: str = "") -> None:
     """Print on rank 0 only."""
     if is_main_rank():
         print(text, flush=True)
+
+
+class _Output(io.FileIO):
+    """A standard stream that takes everything: what its file does not take is dropped, and the first reason is kept."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.lost = self.lost or error
+            return len(data)
+
+
+def keep_printing() -> None:
+    """Replace stdout and stderr by streams that never raise, so that no `print`, of a library either, ends the work.
+
+    A full disk, a pipe whose reader has left and a terminal that was closed lose the text. A character that the
+    terminal's encoding lacks is written as its escape. A stream that was closed before the start is opened on
+    /dev/null: the next file that is opened would take its number, and what native code prints would go into that file.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        with contextlib.suppress(OSError, AttributeError):
+            old.flush()
+        raw = _Output(number, "w", closefd=False)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=getattr(old, "encoding", "utf-8"),
+            errors="backslashreplace",
+            line_buffering=getattr(old, "line_buffering", True),
+        )
+        setattr(sys, name, stream)
+
+
+def lost_output() -> str:
+    """Why stdout does not hold all that was printed; empty where it does, or where its reader left (`| head`)."""
+    sys.stdout.flush()
+    lost = getattr(getattr(sys.stdout.buffer, "raw", None), "lost", None)
+    return "" if lost is None or lost.errno == errno.EPIPE else str(lost.strerror)
 
 
 def quiet_libraries() -> None:

@@ -16,6 +16,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from stepladder import console
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 
 
@@ -106,18 +108,27 @@ class CheckpointError(StepladderError):
     kind = "checkpoint"
 
 
-def exit_with(main: Callable[[], int | None]) -> None:
+def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
     """Run a script's main and turn a user's mistake into one message and exit code 2.
+
+    Args:
+        main: the script; it returns its exit code, None for 0.
+        prints_log: what it prints is a log, and its result lies in files. Else a stdout that could not be
+            written (a full disk) is a failure, and the exit code is 1.
 
     What fails on one rank alone is said by that rank, and to the launcher. The others, which lose
     their connection to it, say no more than that, and later, so that the cause is named first.
     """
     rank = os.environ.get("RANK", "0")
+    console.keep_printing()
     try:
         code = main() or 0
         if code == EXIT_PREEMPTED:
             tell_launcher("preempted", "no failure: it stopped as asked, after a checkpoint. Start it again to go on.")
         end_process_groups()
+        if code == 0 and not prints_log and (lost := console.lost_output()):
+            print(f"✘ error: the output could not be written: {lost}", file=sys.stderr)
+            code = EXIT_FAILED
         sys.exit(code)
     except StepladderError as error:
         tell_launcher(error.what, error.render())
@@ -128,8 +139,6 @@ def exit_with(main: Callable[[], int | None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `… | head`: the reader left, which is no fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if "RANK" not in os.environ:
             raise
