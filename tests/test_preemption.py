@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from background import PATIENCE, Running, steps_logged
-from conftest import manifest, metrics, script
+from conftest import ROOT, manifest, metrics, script
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -40,6 +41,7 @@ SIGNALS: dict[str, Callable[[Running], None]] = {
     "all ranks, apart, twice": twice_to_all_apart,
     "the launcher": lambda running: os.kill(running.process.pid, signal.SIGTERM),
     "the launcher, which dies of it": lambda running: os.kill(running.process.pid, signal.SIGUSR1),
+    "the launcher, whose terminal is closed": lambda running: os.kill(running.process.pid, signal.SIGHUP),
     "the terminal's group": lambda running: os.killpg(running.process.pid, signal.SIGINT),
 }
 
@@ -78,6 +80,39 @@ def test_a_signal_while_it_starts_and_the_same_command_again(recipe, tmp_path) -
     assert done.code == 0, done
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert manifest(folder)["resumed"][0]["step"] == 1
+
+
+def test_a_closed_terminal(recipe, tmp_path) -> None:
+    """Guards the ssh session that breaks: the run died of SIGHUP, or of what it then printed."""
+    folder = tmp_path / "run"
+    terminal, end = pty.openpty()
+    command = [sys.executable, "scripts/sft.py", "--recipe", str(recipe), "--output_dir", str(folder)]
+    process = subprocess.Popen(["setsid", "--ctty", *command], cwd=ROOT, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    stop = time.monotonic() + PATIENCE
+    while steps_logged(folder) < 2:
+        assert process.poll() is None and time.monotonic() < stop, os.read(terminal, 100_000).decode()
+        time.sleep(0.05)
+    os.close(terminal)
+    assert process.wait(PATIENCE) == 75
+    assert manifest(folder)["status"] == "preempted"
+
+
+def test_nohup_keeps_its_meaning(recipe, tmp_path) -> None:
+    """Guards `nohup python scripts/sft.py`: the run trains on after the session has ended."""
+    folder = tmp_path / "run"
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
+    try:
+        running = Running("--recipe", recipe, "--output_dir", folder)
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    running.wait_for(lambda: steps_logged(folder) >= 2)
+    os.kill(running.process.pid, signal.SIGHUP)
+    logged = steps_logged(folder)
+    running.wait_for(lambda: steps_logged(folder) >= logged + 5)
+    os.kill(running.process.pid, signal.SIGTERM)
+    code, out = running.end()
+    assert code == 75 and "SIGTERM: the run saves" in out and "SIGHUP" not in out, out
 
 
 def test_the_second_interrupt_ends_at_once() -> None:

@@ -3,18 +3,22 @@
 Handlers do no more than set a flag: whatever else they did would run in the middle of a step, on
 one rank alone. They stand from the first moment, so that a signal during start-up counts too.
 
+SIGHUP (a closed terminal or ssh session) asks as SIGTERM does, unless it was ignored at the start (nohup).
+
 SIGUSR1 is blocked instead, and asked for: a queue sends it to every process of a job, and a compiler
 or a worker that a rank has started would die of it. A blocked signal stays blocked in them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from types import FrameType
 
 USR1: signal.Signals | None = getattr(signal, "SIGUSR1", None)  # Windows knows none
+HUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 # A terminal sends Ctrl-C to the launcher and to the ranks, and the launcher passes it on: the
 # second SIGINT is a person's only where some time lies between.
 ANOTHER_AFTER = 1.5  # seconds
@@ -39,13 +43,19 @@ def install(trains: bool = False) -> None:
     handler would hold them there until they are killed 30 s later.
     """
     global _launcher
-    if "TORCHELASTIC_RUN_ID" in os.environ and not trains:
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and not trains:
         _launcher = os.getppid()
     if USR1:
         signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])
     signal.signal(signal.SIGINT, _remember)
-    if trains or int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    answered = trains or int(os.environ.get("WORLD_SIZE") or 1) == 1
+    if answered:
         signal.signal(signal.SIGTERM, _remember)
+    # torchrun catches SIGHUP under nohup too, and ends its ranks by it: they have a session of their own, and no
+    # terminal sends them another one.
+    if HUP and (launched or signal.getsignal(HUP) != signal.SIG_IGN):
+        signal.signal(HUP, _remember if answered else signal.SIG_DFL)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
@@ -64,4 +74,5 @@ def _say(name: str) -> None:
         asked = name
         # os.write: print is not safe in a handler
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"\n{name}: the run saves a checkpoint at the end of this step and stops\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: the run saves a checkpoint at the end of this step and stops\n".encode())
