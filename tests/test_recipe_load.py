@@ -118,6 +118,8 @@ def test_the_parents_file_is_named(tmp_path: Path) -> None:
         ("packing: 1", "packing takes true or false, found a whole number (1)"),
         ("lr_scheduler_type: cosin", "did you mean 'cosine'?"),
         ("optim: AdamW_Torch", "did you mean 'adamw_torch'?"),
+        ("report_to: wanbd", "report_to: 'wanbd' is not an allowed value"),
+        ("debug: x", "debug: 'x' is not an allowed value"),
         ("report_to: [wandb, tensorbord]", "report_to[1]: 'tensorbord' is not an allowed value"),
         ("bf16: atuo", "did you mean 'auto'?"),
         ("num_train_epochs: null", "remove it: the default is 3.0"),

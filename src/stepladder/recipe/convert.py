@@ -114,13 +114,14 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             way_out="remove the key, write null where that is meant, or put a text with a # in quotes",
         )
     result = _scalar(key, node, where, source)
-    if key.choices and isinstance(result, str) and result not in key.choices:
+    named = result if isinstance(result, list) else [result]  # one word may stand for a list of it
+    for name in (name for name in named if key.choices and isinstance(name, str) and name not in key.choices):
         others = [words for kind, words in TYPE_NAMES.items() if kind in key.types and kind != "str"]
         raise RecipeError(
-            f"{key.name}: '{result}' is not an allowed value",
+            f"{key.name}: '{name}' is not an allowed value",
             where=where,
             why=f"allowed: {', '.join([*others, *key.choices])}" if len(key.choices) <= 16 else "",
-            way_out=suggest(result, key.choices),
+            way_out=suggest(name, key.choices),
         )
     if result == "" and key.default != "" and key.types != ANYTHING:
         raise RecipeError(
