@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve curve-gpu keys templates chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ curve-gpu: $(INSTALLED) models/smollm2-135m-instruct ## every method on a CUDA G
 
 keys: $(INSTALLED) models/smollm2-135m-instruct ## give each key of a recipe each kind of value: none may end in a traceback (about 15 minutes)
 	$(BIN)/python tests/every_key.py
+
+optimizers: $(INSTALLED) models/smollm2-135m-instruct ## each optimizer under each strategy by each method: none may end in a traceback (an hour)
+	$(BIN)/python tests/every_optimizer.py
 
 templates: $(INSTALLED) models/smollm2-135m-instruct ## what each chat template does with each kind of conversation; writes docs/templates.md (a minute)
 	$(BIN)/python tests/chat_templates.py --page docs/templates.md

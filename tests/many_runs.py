@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+GRACE = 5.0  # seconds for what this rank finds wrong by itself
+
 
 def main(each: Callable[[dict, int], None]) -> None:
     from stepladder import console
@@ -38,7 +40,8 @@ def main(each: Callable[[dict, int], None]) -> None:
                 if status:
                     failed.touch()
                 break
-            if failed.exists():  # another rank's part of this run ended: this one would wait for it for ever
+            if failed.exists() and time.time() - failed.stat().st_mtime > GRACE:
+                # another rank's part of this run ended: this one would wait for it for ever
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.02)
 

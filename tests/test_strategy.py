@@ -24,8 +24,35 @@ def test_every_optimizer_is_known_to_be_safe_noted_or_refused_under_zero(optimiz
         assert optimizer in error.what and optimizer not in strategy.ELEMENTWISE
     else:
         assert (optimizer in strategy.ELEMENTWISE) != bool(notes)
-    for name in ("single", "ddp", "fsdp", "fsdp_offload"):
-        assert not strategy.check(recipe, under(name)), "only ZeRO cuts matrices into slices"
+    if not optimizer.startswith((*strategy.NOT_SAVED, "lomo")):
+        for name in ("single", "ddp"):
+            assert not strategy.check(recipe, under(name)), "only ZeRO cuts matrices into slices"
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_offload"])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_lion_32bit", "ademamix", "adafactor"])
+def test_an_optimizer_of_plain_tensors_is_refused_under_fsdp(optimizer, name, settings) -> None:
+    """Guards against a traceback at the first step: bitsandbytes' kernels have no rule for DTensors."""
+    with pytest.raises(RecipeError, match=f"{optimizer} cannot run under {name}") as error:
+        strategy.check(settings(optim=optimizer), under(name))
+    assert "optim: adamw_torch_fused" in error.value.way_out
+    assert ("zero3.yaml" in error.value.way_out) == (optimizer != "adafactor")
+    assert not strategy.check(settings(optim="adamw_torch_fused"), under(name))
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_adamw_layerwise", "adalomo", "adamw_torch_8bit"])
+def test_an_optimizer_that_no_checkpoint_holds_is_refused(optimizer, settings) -> None:
+    """Guards against a traceback at the first save: GaLore and APOLLO keep projectors among their states, torchao its
+    quantized tensors."""
+    with pytest.raises(RecipeError, match=f"optim: {optimizer} cannot run under single"):
+        strategy.check(settings(optim=optimizer), under("single", ranks=1))
+
+
+def test_lomo_is_refused_on_several_ranks(settings) -> None:
+    """Guards a run whose ranks each train weights of their own, which only the check of the saved result found."""
+    assert not strategy.check(settings(optim="lomo"), under("single", ranks=1))
+    with pytest.raises(RecipeError, match="lomo cannot run under ddp"):
+        strategy.check(settings(optim="lomo"), under("ddp"))
 
 
 def test_an_8_bit_base_is_noted_on_several_ranks(settings) -> None:

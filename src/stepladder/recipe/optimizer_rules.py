@@ -77,7 +77,7 @@ def optimizer_reads_its_arguments(recipe: Recipe) -> RuleBreak | None:
 def optimizer_projects_modules(recipe: Recipe) -> RuleBreak | None:
     """Only GaLore and APOLLO project the gradients of chosen modules."""
     projects = any(part in recipe.get("optim") for part in ("galore", "apollo"))
-    return None if projects else idle(recipe, "optim", ["optim_target_modules"], "optim: galore_adamw")
+    return None if projects else idle(recipe, "optim", ["optim_target_modules"])
 
 
 @rule

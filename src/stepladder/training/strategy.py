@@ -18,6 +18,15 @@ ELEMENTWISE = {
     *("lion_32bit", "paged_adamw_32bit", "paged_ademamix_32bit", "paged_lion_32bit", "rmsprop_bnb"),
     *("rmsprop_bnb_32bit", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
+# Those that compute on FSDP's shards; bitsandbytes' kernels, Adafactor's factors and the rest know plain tensors only.
+ON_SHARDS = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"),
+    *("sgd", "adagrad", "rmsprop", "grokadamw", "stable_adamw"),
+    *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+}
+# Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
+# quantized tensors, which differ by a rounding once they were written as plain ones.
+NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
 BLOCKS = ("_8bit", "_4bit")  # their state is quantized in blocks, which fall elsewhere in slices
 
 
@@ -34,15 +43,36 @@ def named(asked: str | None, ranks: int) -> str:
     return name
 
 
+def _unusable(optimizer: str, launch: Launch) -> str:
+    """Why an optimizer cannot compute or be saved under a strategy; empty where it can."""
+    if optimizer.startswith(NOT_SAVED):
+        return "a checkpoint cannot hold the whole of its state, so an interrupted run could not resume"
+    if optimizer == "lomo" and launch.ranks > 1:
+        return "it updates the weights in the backward pass, before the ranks have averaged their gradients"
+    if launch.strategy.startswith("fsdp") and optimizer not in ON_SHARDS:
+        return "FSDP gives an optimizer sharded tensors (DTensor), and this one computes on plain tensors only"
+    return ""
+
+
 def check(recipe: Recipe, launch: Launch) -> list[str]:
     """Notes on what will differ from one process by more than rounding.
 
     Raises:
-        RecipeError: an optimizer that computes something else on the slices of ZeRO.
+        RecipeError: an optimizer that no checkpoint can hold, that computes something else on the slices of ZeRO,
+            or nothing on the shards of FSDP.
     """
     notes, optimizer, where = [], str(recipe.get("optim")), recipe.where("optim")
     zero = launch.strategy.startswith("zero")
-    if zero and optimizer.endswith(BLOCKS) and not optimizer.startswith("galore"):
+    if why := _unusable(optimizer, launch):
+        instead = "zero3" if optimizer in ELEMENTWISE or optimizer.endswith(BLOCKS) else "ddp"
+        raise RecipeError(
+            f"optim: {optimizer} cannot run under {launch.strategy}",
+            where=where,
+            why=why,
+            way_out="optim: adamw_torch_fused"
+            + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
+        )
+    if zero and optimizer.endswith(BLOCKS):
         notes.append(
             f"{where}: {optimizer} quantizes its state in other blocks under ZeRO: losses differ by about 1e-3"
         )
@@ -52,7 +82,8 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             where=where,
             why="it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
             "the curve would be another one (adafactor's by 5e-2 within 7 steps)",
-            way_out="optim: adamw_torch_fused, or accelerate_configs/fsdp.yaml, which keeps the matrices",
+            way_out="optim: adamw_torch_fused, or "
+            f"accelerate_configs/{'fsdp' if optimizer in ON_SHARDS else 'ddp'}.yaml, which keeps the matrices",
         )
     kind = recipe.get("peft_type")
     if recipe.get("use_peft") and kind != "lora" and launch.strategy.startswith(("zero3", "fsdp")):
