@@ -173,8 +173,9 @@ def main() -> int | None:
             return errors.EXIT_PREEMPTED
         result.save(sft, record, recipe, shapes)
         if record.is_writer:
-            at_the_end.callback(page.write, record.folder)  # once run.json says that it is finished
-            at_the_end.callback(data_audit.write, record.folder, train_rows, eval_rows)  # before the page: last in
+            # Once run.json says that it is finished; the audit before the page, so it comes last.
+            at_the_end.callback(announce.written_beside, page.write, record.folder)
+            at_the_end.callback(announce.written_beside, data_audit.write, record.folder, train_rows, eval_rows)
     if record.is_writer and isinstance(train_rows, stream.Stream) and train_rows.left_out:
         left_out = list(train_rows.left_out)
         record.update(rows_left_out=left_out)

@@ -131,6 +131,44 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_else(keys, write_reci
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_full_disk_leaves_a_run_that_goes_on(keys, write_recipe, tmp_path) -> None:
+    """Guards the same command after a disk that was full at the begin, at the final save, and at the report.
+
+    A limit on a file's size stands for the disk. The begin once left a folder that the next start took for no run's,
+    a final save was a traceback, and a run whose page could not be written was called failed.
+    """
+    folder = tmp_path / "run"
+    words = [sys.executable, "scripts/sft.py", "--recipe", write_recipe(**keys), "--output_dir", folder]
+    script("sft", *words[2:-1], tmp_path / "other", "--max_steps", 2)  # its caches are written
+    limited = ["bash", "-c", 'ulimit -f "$KIB" && exec "$@"', "bash", *words]
+
+    begin = run(*limited, KIB="1")
+    assert begin.code == 2 and "cannot be written: File too large" in begin.err, begin
+    assert "Traceback" not in begin.err
+
+    save = run(*limited, KIB="50")
+    assert save.code == 1 and "the result could not be written" in save.err and "Traceback" not in save.err, save
+    assert (manifest(folder)["status"], metrics(folder)[-1]["step"]) == ("failed", 6)
+
+    done = run(*words)
+    assert done.code == 0 and manifest(folder)["status"] == "finished", done
+    reference = (folder / "model.safetensors").read_bytes()
+
+    (folder / "run.json").write_text("")  # a power cut
+    (folder / "loss.png").unlink()
+    (folder / "loss.png").mkdir()  # in the way of the picture
+    done = run(*words)
+    assert done.code == 0 and f"is rebuilt from {folder}/checkpoint-6" in done.out, done
+    assert f"the pages of {folder} are not whole: IsADirectoryError" in done.out, done
+    assert (folder / "model.safetensors").read_bytes() == reference
+    assert (manifest(folder)["status"], manifest(folder)["resumed"][-1]["step"]) == ("finished", 6)
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+    (folder / "run.json").unlink()
+    done = run(*words, "--max_steps", 7)
+    assert done.code == 2 and "max_steps: 6 → 7" in done.err, done
+
+
 def test_a_rank_that_hangs_ends_the_job_and_says_where(keys, write_recipe, tmp_path) -> None:
     """Guards against half an hour of nothing: a stopped rank is the plainest hang."""
     folder = tmp_path / "run"

@@ -32,6 +32,7 @@ PACKAGES = (
 )
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
+PART = ".part"  # ends the name of a file that is being written
 STUCK_AFTER = 3  # starts that came no further than one and the same step
 JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
@@ -82,7 +83,7 @@ class Run:
         """
         if (self.folder / MANIFEST).is_file():
             return True
-        if self._files():
+        if {file.name for file in self._files()} - {METRICS}:  # which is kept while a run is made ready to start anew
             raise LaunchError(
                 f"output_dir {self.folder} exists and is no run folder",
                 where=where,
@@ -97,8 +98,12 @@ class Run:
                 remove(file)
 
     def _files(self) -> list[Path]:
-        """The run's own files, the manifest last: a folder whose files are being removed or moved is still a run's."""
+        """The run's own files, the manifest last: a folder whose files are being removed or moved is still a run's.
+
+        Not the queue's, nor what a kill left of a file that was being written.
+        """
         files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS, REPLACED))]
+        files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART))]
         return sorted(files, key=lambda file: file.name == MANIFEST)
 
     def replaced_bytes(self) -> int:
@@ -188,7 +193,8 @@ class Run:
             facts: of this start.
 
         Raises:
-            LaunchError: the global batch or the training data are not those of the run that is resumed.
+            LaunchError: the global batch or the training data are not those of the run that is resumed, or the
+                folder cannot be written.
         """
         if resumed and self.is_writer:
             self._check_same(facts)
@@ -210,11 +216,17 @@ class Run:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
         if self.is_writer:
-            if self.replaces:
-                self._move_aside()
-            write_whole(self.folder / RECIPE, recipe_yaml)
-            self._rewind(resumed["step"] if resumed else -1)
-            self._write()
+            try:
+                if self.replaces:
+                    self._move_aside()
+                self._write()  # first: by it the next start knows the folder for a run's, however little follows
+                write_whole(self.folder / RECIPE, recipe_yaml)
+                self._rewind(resumed["step"] if resumed else -1)
+            except OSError as error:
+                raise LaunchError(
+                    f"output_dir {self.folder} cannot be written: {error.strerror}",
+                    way_out="make room, then the same command again",
+                ) from None
 
     def _check_same(self, facts: dict[str, Any]) -> None:
         """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
@@ -376,11 +388,14 @@ def make_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
+    """Write a file so that a reader, after a power cut too, sees the old one or the new one, never half of it."""
+    part = path.with_name(f".{path.name}{PART}")
     try:
         part.unlink(missing_ok=True)  # a link is not written through
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())  # else the rename may reach the disk before the content
         os.replace(part, path)
     except OSError:
         with contextlib.suppress(OSError):

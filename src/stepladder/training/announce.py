@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from stepladder.console import say
+from stepladder.errors import StepladderError
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 
@@ -95,6 +99,18 @@ def ending(run: Run) -> str:
             f"  merge it:    python scripts/merge.py --adapter {run.folder} --output_dir merged/{run.folder.name}"
         )
     return "\n".join(lines)
+
+
+def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
+    """Write a page of a run that is finished. What goes wrong is said: the result stands without its page."""
+    try:
+        write(folder, *args)
+    except Exception as error:
+        cause = (
+            f"{error.what}: {error.why}" if isinstance(error, StepladderError) else f"{type(error).__name__}: {error}"
+        )
+        say(f"⚠ the pages of {folder} are not whole: {cause}")
+        say(f"  the result stands; for its page, once that is mended: python scripts/report.py {folder}")
 
 
 def preempted(run: Run) -> str:

@@ -230,6 +230,7 @@ def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
         **{key: facts.get(key) for key in ("world_size", "strategy", "recipe_hash", "wandb_run_id")},
         "resumable": not trainer.args.save_only_model,
         "files": files,
+        "run": facts,  # from which a lost run.json is rebuilt
     }
     _flush_folder(folder)
     write_whole(folder / COMPLETE, json.dumps(content, indent=1) + "\n")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, TrainingError
 from stepladder.model import adapter, card, weights
 from stepladder.run import Run
 from stepladder.settings import Settings
@@ -43,8 +43,23 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
     """Save what was trained into the run folder and check it; every rank calls it.
 
     Raises:
+        TrainingError: it cannot be written.
         ModelError: the saved adapter is not the trained one, or the model is not whole.
     """
+    from safetensors import SafetensorError
+
+    try:
+        _save(trainer, run, recipe, shapes)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise TrainingError(
+            f"the result could not be written: {error}",
+            where=str(run.folder),
+            way_out="make room, then the same command again: it goes on from the newest whole checkpoint",
+            this_rank_only=True,
+        ) from None
+
+
+def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
     trainer.save_model(str(run.folder))
     trainer.accelerator.wait_for_everyone()
     run.update(saved=reloaded.check(trainer, run.folder, run.manifest["precision"]))

@@ -16,7 +16,7 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import METRICS, STUCK_AFTER, Run, remove, status
+from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
@@ -63,6 +63,8 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
         resume, overwrite = "auto", False
     folder, where = run.folder, recipe.where("output_dir")
     chosen = None if resume in ("auto", "never") else Path(resume)
+    if not overwrite:
+        _rebuild_manifest(run)
     if not run.exists(where) or overwrite:
         if chosen:
             raise _no_checkpoint_of(chosen, folder)
@@ -120,6 +122,21 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, dict | list):
         return [text for item in (value.values() if isinstance(value, dict) else value) for text in _strings(item)]
     return [value] if isinstance(value, str) else []
+
+
+def _rebuild_manifest(run: Run) -> None:
+    """Write a run.json that is lost, empty or damaged anew, from the newest checkpoint that holds its content."""
+    if status(run.folder) != "unreadable":
+        return
+    for step in reversed(whole_steps(run.folder)):
+        checkpoint = of_step(run.folder, step)
+        try:
+            content = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+            run.manifest = {**content["run"], "status": "running"}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        say(f"⚠ {run.folder / MANIFEST} is lost or damaged: it is rebuilt from {checkpoint}")
+        return run.update()
 
 
 def entry(checkpoint: Path | None) -> dict[str, Any] | None:
