@@ -27,7 +27,6 @@ ON_SHARDS = {
 # Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
 # quantized tensors, which differ by a rounding once they were written as plain ones.
 NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
-BLOCKS = ("_8bit", "_4bit")  # their state is quantized in blocks, which fall elsewhere in slices
 
 
 def named(asked: str | None, ranks: int) -> str:
@@ -51,6 +50,13 @@ def _unusable(optimizer: str, launch: Launch) -> str:
         return "it updates the weights in the backward pass, before the ranks have averaged their gradients"
     if launch.strategy.startswith("fsdp") and optimizer not in ON_SHARDS:
         return "FSDP gives an optimizer sharded tensors (DTensor), and this one computes on plain tensors only"
+    if launch.strategy.startswith("zero") and optimizer.endswith("8bit"):
+        return "it quantizes its state in blocks, which ZeRO's slices cut: a checkpoint cannot hold them"
+    if launch.strategy.startswith("zero") and optimizer not in ELEMENTWISE:
+        return (
+            "it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
+            "the curve would be another one (adafactor's by 5e-2 within 7 steps)"
+        )
     return ""
 
 
@@ -62,28 +68,15 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             or nothing on the shards of FSDP.
     """
     notes, optimizer, where = [], str(recipe.get("optim")), recipe.where("optim")
-    zero = launch.strategy.startswith("zero")
     if why := _unusable(optimizer, launch):
-        instead = "zero3" if optimizer in ELEMENTWISE or optimizer.endswith(BLOCKS) else "ddp"
+        others = {"zero3": optimizer in ELEMENTWISE, "fsdp": optimizer in ON_SHARDS, "ddp": True}
+        instead = next(name for name, trains in others.items() if trains)
         raise RecipeError(
             f"optim: {optimizer} cannot run under {launch.strategy}",
             where=where,
             why=why,
             way_out="optim: adamw_torch_fused"
             + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
-        )
-    if zero and optimizer.endswith(BLOCKS):
-        notes.append(
-            f"{where}: {optimizer} quantizes its state in other blocks under ZeRO: losses differ by about 1e-3"
-        )
-    elif zero and optimizer not in ELEMENTWISE:
-        raise RecipeError(
-            f"optim: {optimizer} cannot run under {launch.strategy}",
-            where=where,
-            why="it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
-            "the curve would be another one (adafactor's by 5e-2 within 7 steps)",
-            way_out="optim: adamw_torch_fused, or "
-            f"accelerate_configs/{'fsdp' if optimizer in ON_SHARDS else 'ddp'}.yaml, which keeps the matrices",
         )
     kind = recipe.get("peft_type")
     if recipe.get("use_peft") and kind != "lora" and launch.strategy.startswith(("zero3", "fsdp")):
