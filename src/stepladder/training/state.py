@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 WEIGHT = ""  # the key of the weights themselves, beside the optimizer's own (`exp_avg`, `step` …)
@@ -19,6 +20,11 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile and ac
 
 def of(trainer: Any) -> Plain | Zero:
     model = trainer.accelerator.unwrap_model(trainer.model)
+    for module in model.modules():
+        # After a forward pass without a backward one (an evaluation), FSDP's root still shows its gathered
+        # parameters: the optimizer knows no state of them, and what is written into them is lost.
+        if isinstance(module, FSDPModule):
+            module.reshard()
     parameters = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
