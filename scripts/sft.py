@@ -159,12 +159,16 @@ def main() -> int | None:
                 on_nan=recipe.get("on_nan"),
                 callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if use_cpu else [])],
             )
-        ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
+        ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         with out_of_memory.explained(settled, launch, step.micro, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
-        record.update(totals=telemetry.totals(meter, sft.state.global_step), final=telemetry.final(sft.state))
+        record.update(
+            totals=telemetry.totals(meter, sft.state.global_step),
+            final=telemetry.final(sft.state),
+            result_step=telemetry.result_step(sft.state),
+        )
         if sft.agreement.preempted:
             record.update(status="preempted")
             trackers.close(told, errors.EXIT_PREEMPTED)

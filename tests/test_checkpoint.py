@@ -158,6 +158,13 @@ def test_another_recipe_is_refused_with_what_differs(folder) -> None:
     assert claim(folder, allowed=("learning-rate",), learning_rate=1e-4) == resume.of_step(folder, 6)
 
 
+def test_a_rate_that_follows_a_metric_stays(folder) -> None:
+    """Guards against a new rate that a plateau's schedule, which holds its own, would never use."""
+    for change in ({"learning_rate": 1e-4, "lr_scheduler_type": "greedy"}, {"lr_scheduler_type": "greedy"}):
+        with pytest.raises(LaunchError, match="cannot change as the run"):
+            claim(folder, allowed=(*change,), **change)
+
+
 def test_a_chosen_checkpoint(folder) -> None:
     assert claim(folder, how=str(resume.of_step(folder, 4))) == resume.of_step(folder, 4)
     assert claim(folder) == resume.of_step(folder, 4), "the newer ones are set aside"

@@ -23,6 +23,11 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "lora": {**LORA, "lora_dropout": 0.1},  # dropout shows whether the random generators go on
     "qlora": {**LORA, "lora_dropout": 0.1, "load_in_4bit": True},
 }
+CHANGES: dict[str, dict[str, Any]] = {
+    "rate": {"learning_rate": 1e-3},
+    "schedule": {"lr_scheduler_type": "cosine"},
+    "steps": {"max_steps": 4},
+}
 STEPS, KILLED_AFTER = 5, 3  # three steps an epoch: by KILLED_AFTER an epoch is over, by 2 it is not
 # what is the same wherever a run goes on, and how far it may differ where sums are made in another order
 COMPARED = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -72,12 +77,12 @@ class Session:
         self.commands.append([*self.keys(**keys), "--output_dir", str(self.folder / name), *map(str, words)])
         return self.folder / name
 
-    def resume(self, source: Path, name: str, step: int, **keys: Any) -> Path:
+    def resume(self, source: Path, name: str, step: int, *words: str, **keys: Any) -> Path:
         """Cut a run off after a step, and give the same command again."""
         self.commands.append({"cut": [str(source), str(self.folder / name), step]})
-        return self.train(name, **keys)
+        return self.train(name, *words, **keys)
 
-    def start(self, config: str = "single", ranks: int = 1) -> Done:
+    def start(self, config: str = "single", ranks: int = 1, codes: list[int] | None = None) -> Done:
         file = self.folder / "commands.json"
         file.write_text(json.dumps(self.commands))
         start = [sys.executable, ROOT / "tests/in_turn.py", file]
@@ -87,8 +92,8 @@ class Session:
                          "--num_processes", ranks, "--main_process_port", "0"]  # fmt: skip
         done = run(*start)
         assert done.code == 0, done
-        codes = json.loads(Path(f"{file}.codes").read_text())
-        assert codes == [0] * len(codes), done
+        found = json.loads(Path(f"{file}.codes").read_text())
+        assert found == (codes or [0] * len(found)), done
         return done
 
 
@@ -126,6 +131,11 @@ def in_one_process(tiny, rows, tmp_path_factory) -> dict[str, Path]:
     folders["second"] = session.resume(folders["mid_epoch again"], "second", KILLED_AFTER, **keys)
     folders["third"] = session.resume(folders["second"], "third", 4, **keys)
     folders["after the last step"] = session.resume(folders["mid_epoch"], "last", STEPS, **keys)
+    for name, change in CHANGES.items():
+        folders[name] = session.train(name, **keys | change)
+        words = [word for key in change for word in ("--allow_change", key)]
+        folders[f"to {name}"] = session.resume(folders["mid_epoch"], f"to-{name}", 2, *words, **keys | change)
+    folders["logged"] = session.resume(folders["mid_epoch"], "logged", 2, **keys, logging_steps=4)
     for technique in ("full", "lora"):  # for other strategies and numbers of ranks: without dropout, which is per rank
         folders[technique] = session.train(technique, **TECHNIQUES[technique] | ladder(technique))
     session.start()
@@ -140,6 +150,18 @@ def ladder(technique: str) -> dict[str, Any]:
 def test_bit_for_bit_in_one_process(name, in_one_process) -> None:
     """Guards the place in the data, the random generators and every counter, in the middle of an epoch and of a log."""
     assert difference(in_one_process[name], in_one_process[f"{name} again"]) == EXACT
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_rate_holds_from_the_first_step(name, in_one_process) -> None:
+    """Guards `--allow_change`: the first step after a resumption had the rate that the checkpoint was written with."""
+    begun, resumed = ([row.get("learning_rate") for row in metrics(in_one_process[of])] for of in (name, f"to {name}"))
+    assert resumed[-3:] == begun[-3:]
+
+
+def test_what_is_logged_may_change(in_one_process) -> None:
+    """Guards `logging_steps` of a resumed run, which Transformers takes from the checkpoint without a word."""
+    assert [row["step"] for row in metrics(in_one_process["logged"]) if "loss" in row] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("name", ["second", "third", "after the last step"])

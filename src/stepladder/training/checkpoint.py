@@ -29,12 +29,24 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError
 from stepladder.run import write_whole
 from stepladder.training import state
-from stepladder.training.resume import COMPLETE, STATE, TRAINER_STATE, digest, listed, of_step, whole_steps
+from stepladder.training.ranks import from_first
+from stepladder.training.resume import (
+    COMPLETE,
+    STATE,
+    TRAINER_STATE,
+    WITHOUT_BEST,
+    damage,
+    digest,
+    listed,
+    of_step,
+    whole_steps,
+)
 
 PART = 1 << 30  # bytes that a rank gathers before it writes them: what a save costs in memory
 RULED_BY_RECIPE = ("lr_lambdas", "base_lrs")  # of a scheduler's state: not to be put back
@@ -78,14 +90,7 @@ def load(trainer: Any, folder: Path) -> None:
         CheckpointError: it is of other parameters than those that are trained here.
     """
     here = state.of(trainer)
-    weights, states = _tensors(folder, "model"), _tensors(folder, "optimizer")
-    if set(weights) != set(here.parameters):
-        missing, extra = sorted({*here.parameters} - {*weights}), sorted({*weights} - {*here.parameters})
-        raise CheckpointError(
-            f"{folder} holds other parameters than this run trains",
-            why=f"missing: {missing[:3] or 'none'}; not known here: {extra[:3] or 'none'}",
-            way_out="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
-        )
+    weights, states = _weights(folder, here.parameters), _tensors(folder, "optimizer")
     by_parameter: dict[str, dict[str, Callable[[], torch.Tensor]]] = defaultdict(dict)
     for name, read in states.items():
         parameter, _, key = name.rpartition("/")
@@ -103,10 +108,16 @@ def load(trainer: Any, folder: Path) -> None:
 
 
 def load_weights(trainer: Any, folder: Path) -> None:
-    """The weights alone: for the end of a run that keeps its best ones."""
+    """Put the weights alone back; every rank calls it.
+
+    Raises:
+        CheckpointError: it is not whole, or of other parameters than those that are trained here.
+    """
+    if fault := from_first(damage(folder, weights_only=True) if trainer.args.process_index == 0 else ""):
+        raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, way_out=WITHOUT_BEST)
     here = state.of(trainer)
     with torch.no_grad():
-        for name, read in _tensors(folder, "model").items():
+        for name, read in _weights(folder, here.parameters).items():
             here.put_weights(name, read())
 
 
@@ -251,7 +262,9 @@ def _delete_older(trainer: Any) -> None:
     folder, limit = Path(trainer.args.output_dir), trainer.save_total_limit
     steps = whole_steps(folder)
     kept = {steps[-1], trainer.state.best_global_step} & {*steps}
-    for step in steps if limit else []:
+    # Last of all the best one before: where the newest is damaged, the one that is resumed from may name it.
+    steps.sort(key=lambda step: step == trainer._best_before[1])
+    for step in list(steps) if limit else []:
         if len(steps) > max(limit, len(kept)) and step not in kept:
             # without its mark first: killed in between, it is a leftover and no damaged checkpoint
             (of_step(folder, step) / COMPLETE).unlink()
@@ -287,6 +300,19 @@ def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str
 # ---- reading
 
 
+def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
+    """The weights of a checkpoint, which must be those of the parameters."""
+    weights = _tensors(folder, "model")
+    if set(weights) != set(parameters):
+        missing, extra = sorted({*parameters} - {*weights}), sorted({*weights} - {*parameters})
+        raise CheckpointError(
+            f"{folder} holds other parameters than this run trains",
+            why=f"missing: {missing[:3] or 'none'}; not known here: {extra[:3] or 'none'}",
+            way_out="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
+        )
+    return weights
+
+
 def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Each tensor's name, and how to read it: only what is asked for is read."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
@@ -301,10 +327,13 @@ def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
 
 def _put_scheduler(trainer: Any, saved: dict[str, Any]) -> None:
     """Continue the schedule. ZeRO leaves out empty parameter groups, so their number may be another."""
-    groups, rates = trainer.optimizer.param_groups, saved["_last_lr"]
+    groups, rates, scheduler = trainer.optimizer.param_groups, saved["_last_lr"], trainer.lr_scheduler
     if len(rates) != len(groups):
         rates = rates[:1] * len(groups)
-    trainer.lr_scheduler.load_state_dict({**trainer.lr_scheduler.state_dict(), **saved, "_last_lr": rates})
+    if isinstance(scheduler, LambdaLR):  # the recipe's own at this step, which `--allow_change` may have changed
+        factors = [factor(saved["last_epoch"]) for factor in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), **saved, "_last_lr": rates})
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 

@@ -15,12 +15,18 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
+from stepladder.recipe.optimizer_rules import BY_METRIC
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
+OF_THE_RATE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}
+WITHOUT_BEST = (
+    "put it back from a copy; or end with the last step: "
+    "--load_best_model_at_end false --allow_change load_best_model_at_end"
+)
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -82,6 +88,8 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
         )
     _check_recipe(recipe, before["recipe"], allowed, where)
     found = _checked(chosen, folder) if chosen else newest_whole(folder)
+    if found and recipe.get("load_best_model_at_end"):
+        _check_best(found)
     step = int(found.name.split("-")[1]) if found else 0
     starts = 1 if chosen or before.get("progress", {}).get("step") != step else before["progress"]["starts"] + 1
     if starts > STUCK_AFTER:
@@ -169,15 +177,16 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, or nothing."""
+def damage(checkpoint: Path, weights_only: bool = False) -> str:
+    """What is wrong with a checkpoint, or nothing; `weights_only` where no more than its weights is needed."""
     try:
         content, files = _content(checkpoint)
-        if not content["resumable"]:
+        if not content["resumable"] and not weights_only:
             return "it holds the weights only (save_only_model: true)"
         if content["step"] != step_of(checkpoint):
             return f"it was written at step {content['step']}"
-        if not {TRAINER_STATE, STATE} <= files.keys() or not any(name.startswith("model-") for name in files):
+        needed = {TRAINER_STATE} if weights_only else {TRAINER_STATE, STATE}
+        if not needed <= files.keys() or not any(name.startswith("model-") for name in files):
             return f"{COMPLETE} lists no weights, {TRAINER_STATE} or {STATE}"
         for name, facts in files.items():
             size = (checkpoint / name).stat().st_size
@@ -222,6 +231,14 @@ def _check_ordinary(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -
         raise ValueError(f"{path.name} is no ordinary {'file' if is_kind is stat.S_ISREG else 'folder'}")
 
 
+def _check_best(checkpoint: Path) -> None:
+    """Raise CheckpointError where the best checkpoint so far, which may become the result, is not whole."""
+    step = json.loads((checkpoint / TRAINER_STATE).read_text())["best_global_step"]
+    best = of_step(checkpoint.parent, step or 0)
+    if step and best.name != checkpoint.name and (fault := damage(best, weights_only=True)):
+        raise CheckpointError(f"the best checkpoint so far, {best}, is not whole", why=fault, way_out=WITHOUT_BEST)
+
+
 def digest(file: Path) -> str:
     found = hashlib.sha256()
     with file.open("rb") as stream:
@@ -256,6 +273,14 @@ def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], wh
             why="\n".join(f"{key}: {old} → {new}" for key, (old, new) in sorted(changes.items())),
             way_out="another --output_dir; or to go on with the change: "
             + " ".join(f"--allow_change {key}" for key in sorted(changes)),
+        )
+    by_metric = {before.get("lr_scheduler_type"), recipe.get("lr_scheduler_type")} & {*BY_METRIC}
+    if by_metric and (keys := OF_THE_RATE & recipe.changes(before).keys()):
+        raise LaunchError(
+            f"{' and '.join(sorted(keys))} cannot change as the run in {recipe.output_dir} is resumed",
+            where=recipe.where(min(keys)),
+            why=f"{min(by_metric)} derives each rate from the one before and the evaluations so far",
+            way_out="the values that it began with, or another --output_dir",
         )
 
 

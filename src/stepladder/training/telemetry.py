@@ -235,9 +235,15 @@ def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
     }
 
 
+def result_step(state: Any) -> int:
+    """The step whose weights are the result: the best one where `load_best_model_at_end` has loaded it."""
+    return int(state.best_global_step if state.best_model_checkpoint else state.global_step)
+
+
 def final(state: Any) -> dict[str, float]:
-    """The last training and evaluation loss of a run, from the trainer's state."""
+    """The last training and evaluation loss up to the step that is the result, from the trainer's state."""
     last: dict[str, float] = {}
     for entry in state.log_history:
-        last |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
+        if entry["step"] <= result_step(state):
+            last |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
     return last

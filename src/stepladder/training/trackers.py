@@ -33,8 +33,8 @@ from stepladder.training.telemetry import DROPPED
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
 MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, that the upload of the result may take
-NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "saved", "error",
-                     "samples"}  # fmt: skip
+NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "result_step", "saved",
+                     "error", "samples"}  # fmt: skip
 NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
 
 

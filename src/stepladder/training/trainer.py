@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
+from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
@@ -21,6 +22,7 @@ from stepladder.recipe.batch import Layout
 from stepladder.training import checkpoint, gradients
 from stepladder.training.agreement import Agreement
 from stepladder.training.order import Order, StepStream, with_empty_row
+from stepladder.training.resume import of_step
 from stepladder.training.rows import Rows, WithRows
 from stepladder.training.telemetry import Telemetry
 
@@ -76,6 +78,7 @@ class Trainer(SFTTrainer):
         self._order: Order | None = None
         self._bad_losses = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._norm: Any = 0.0
+        self._best_before: tuple[float | None, int | None] = (None, None)  # metric and step before the best ones
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
 
     def get_train_dataloader(self) -> DataLoader:
@@ -186,9 +189,21 @@ class Trainer(SFTTrainer):
 
     # ---- checkpoints
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save the best step, whatever `save_steps` says, and the step that a signal stops at, whatever its metric."""
+        before = self.state.best_metric, self.state.best_global_step
+        if better := super()._determine_best_metric(metrics, trial):
+            self._best_before = before
+            self.control.should_save |= self.args.load_best_model_at_end
+        return better or self.agreement.preempted
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if not checkpoint.save(self) and self.agreement.preempted:
+        if checkpoint.save(self):
+            return
+        if self.agreement.preempted:
             raise TrainingError("no checkpoint could be written before the stop", way_out="mend that, and start again")
+        if self.state.best_global_step == self.state.global_step:  # the best one is chosen among those that stand
+            self.state.best_metric, self.state.best_global_step = self._best_before
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Nothing yet: weights and optimizer are put back together, once the strategy has sharded them."""
@@ -196,6 +211,8 @@ class Trainer(SFTTrainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
+            # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.
+            self.state.compute_steps(self.args, max_steps)
             checkpoint.load(self, Path(resume_from_checkpoint))
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
             if self._order is not None:
@@ -214,9 +231,16 @@ class Trainer(SFTTrainer):
         if checkpoint_folder is not None:
             checkpoint.load_position(self, Path(checkpoint_folder))
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers calls `_load_best_model` where its own `_save_checkpoint` has named the folder."""
+        best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.agreement.preempted
+        self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
+        if chooses and not best and self.args.process_index == 0:
+            say("⚠ load_best_model_at_end: no evaluation gave a finite loss, so the result is the last step's")
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_best_model(self) -> None:
-        if not self.agreement.preempted:
-            checkpoint.load_weights(self, checkpoint.of_step(Path(self.args.output_dir), self.state.best_global_step))
+        checkpoint.load_weights(self, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card at every checkpoint: one is written at the end, from what the run has shown."""

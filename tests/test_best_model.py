@@ -1,0 +1,128 @@
+"""`load_best_model_at_end` ends with the weights of the best step, bit for bit, under each strategy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import Session
+
+from conftest import manifest, metrics
+from stepladder.training.resume import of_step, whole_steps
+
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"},
+}
+STEPS, ADAPTER = 6, "adapter_model.safetensors"
+BREAKS = """
+import shutil
+from pathlib import Path
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            shutil.rmtree(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows to train, and rows with the same questions and another answer, on which the loss soon rises."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, answer in (
+        ("train", "Open sesame, said the owl."),
+        ("eval", "Please contact customer support within thirty days."),
+    ):
+        lines = [{"input": f"What is the password of door {n}?", "output": answer} for n in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "train.jsonl", folder / "eval.jsonl"
+
+
+class Best(Session):
+    def __init__(self, folder: Path, model: Path, rows: Path, evaluated: Path):
+        super().__init__(folder, model, rows)
+        self.evaluated = evaluated
+
+    def keys(self, **more: Any) -> list[str]:
+        keys = {
+            "eval_dataset_name": self.evaluated, "global_batch_size": 4, "max_steps": STEPS, "eval_strategy": "steps",
+            "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.3,
+            "lr_scheduler_type": "constant_with_warmup", "warmup_steps": STEPS,  # ends in ruin
+        }  # fmt: skip
+        return super().keys(**keys | more)
+
+
+def best_step(folder: Path) -> int:
+    """The step of the lowest evaluation loss, which must lie in the middle for a test to mean anything."""
+    found = min((row for row in metrics(folder) if "eval_loss" in row), key=lambda row: row["eval_loss"])["step"]
+    assert 1 < found < STEPS, [row.get("eval_loss") for row in metrics(folder)]
+    return int(found)
+
+
+def tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    return {
+        name.replace(".default", ""): value
+        for file in files
+        if file.is_file()
+        for name, value in load_file(file).items()
+    }
+
+
+def assert_result_is(folder: Path, step: int) -> None:
+    result = tensors([folder / "model.safetensors", folder / ADAPTER])
+    best = tensors(sorted(of_step(folder, step).glob("model-*.safetensors")))
+    assert result.keys() - best.keys() <= {"lm_head.weight"}  # tied, and saved twice under FSDP
+    assert all(torch.equal(result[name], best[name]) for name in best)
+    facts = manifest(folder)
+    assert facts["result_step"] == step
+    assert facts["final"]["eval_loss"] == min(row["eval_loss"] for row in metrics(folder) if "eval_loss" in row)
+
+
+@pytest.mark.parametrize(("config", "ranks"), [("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp", 2)])
+def test_the_result_is_the_best_step(config, ranks, tiny, rows, tmp_path) -> None:
+    """Guards the choice, which Transformers makes in a method that is replaced here: the last step was the result.
+    Guards too a best step between two saves, and one before the step that a run is resumed from."""
+    session = Best(tmp_path, tiny, *rows)
+    runs = {}
+    for method, keys in METHODS.items():
+        folder = session.train(method, **keys, save_total_limit=None, save_steps=4)
+        runs[folder] = session.resume(folder, f"{method}-again", 4, **keys)
+    session.start(config, ranks)
+    for folder, again in runs.items():
+        step = best_step(folder)
+        assert_result_is(folder, step)
+        assert_result_is(again, step)
+        assert {4, STEPS, step} <= {*whole_steps(folder)}
+        assert whole_steps(again) == [step, STEPS], "save_total_limit: 1 keeps the best and the newest"
+
+
+def test_in_one_process(tiny, rows, tmp_path) -> None:
+    """Guards the weights by a run that never chose: its last step is the other's best one. And guards against the last
+    step as the result when the best checkpoint is gone, found at the end and by the start after it."""
+    (tmp_path / "breaks.py").write_text(BREAKS)
+    session, lora = Best(tmp_path, tiny, *rows), METHODS["lora"]
+    chosen = session.train("chosen", **lora)
+    for step in (2, 3):
+        session.train(f"ended-{step}", **lora, max_steps=step, load_best_model_at_end=False)
+    broken = session.train("broken", "--callback", tmp_path / "breaks.py", **lora)
+    session.resume(broken, "again", STEPS, **lora)
+    session.commands.append({"cut": [str(broken), str(tmp_path / "last"), STEPS]})
+    words = ["--load_best_model_at_end", "false", "--allow_change", "load_best_model_at_end"]
+    last = session.train("last", *words, **lora)
+    done = session.start(codes=[0, 0, 0, 2, 2, 0])
+    best = best_step(chosen)
+    assert whole_steps(chosen) == [best, STEPS]
+    assert_result_is(chosen, best)
+    result, ended = load_file(chosen / ADAPTER), load_file(tmp_path / f"ended-{best}" / ADAPTER)
+    assert all(torch.equal(value, ended[name]) for name, value in result.items())
+    assert f"checkpoint-{best}, cannot be loaded" in done.out
+    assert f"checkpoint-{best}, is not whole" in done.out and "COMPLETE.json is missing" in done.out
+    assert manifest(last)["result_step"] == STEPS
