@@ -66,6 +66,7 @@ def main() -> int | None:
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
     notes += [f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)]
+    notes += ranks.leave_to_recipe(precision, step.accumulation, recipe.get("max_grad_norm"))
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
@@ -125,6 +126,7 @@ def main() -> int | None:
         global_batch_size=step.rows,
         micro_batch_size=step.micro,
         gradient_accumulation_steps=step.accumulation,
+        max_grad_norm=training_args.max_grad_norm,
         seed=training_args.seed,
         parameters=result.parameter_counts(model),
         plan=planned,
@@ -161,7 +163,6 @@ def main() -> int | None:
             )
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
-        ranks.assert_strategy(launch, sft.accelerator.distributed_type)
         with out_of_memory.explained(settled, launch, step.micro, planned.get("peak_memory_bytes")):
             sft.train(resume_from_checkpoint=checkpoint)
         record.update(

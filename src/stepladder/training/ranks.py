@@ -182,22 +182,68 @@ def shard_on_cpu(launch: Launch) -> None:
         os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
 
 
-def assert_strategy(launch: Launch, actual: Any) -> None:
-    """Compare the strategy that was launched with the one that Accelerate has set up.
+def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> list[str]:
+    """Let the recipe decide what a launcher's configuration may set too.
+
+    Call it before the training arguments are made: Transformers takes the launcher's precision where the recipe asks
+    for fp32, and DeepSpeed its accumulation and clipping.
 
     Args:
-        actual: the accelerator's `distributed_type`.
+        precision: `bf16`, `fp16` or `fp32`.
+        accumulation: micro-batches of an optimizer step.
+        max_grad_norm: what gradients are clipped to.
+
+    Returns:
+        A note for each of the launcher's values that is another and is not used.
+    """
+    ours = {
+        "mixed_precision": "no" if precision == "fp32" else precision,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+    }
+    notes = []
+    for key, value in ours.items():
+        theirs = os.environ.pop(f"ACCELERATE_{key.upper()}", "auto")
+        if theirs not in ("auto", "no", str(value), f"{value}.0"):
+            notes.append(f"{key}: {theirs} of the launcher is not used: the recipe decides, and it is {value} here")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = str(ours["mixed_precision"])
+    return notes
+
+
+def assert_no_mismatch(trainer: Any) -> None:
+    """Raise LaunchError where a file of DeepSpeed's fixes values that the recipe sets to others."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and (found := dict.fromkeys(plugin.hf_ds_config.mismatches)):
+        raise LaunchError(
+            "DeepSpeed's configuration contradicts the recipe", why="\n".join(found), way_out='"auto" in that file'
+        )
+
+
+def assert_set_up(trainer: Any, recorded: dict[str, Any]) -> None:
+    """Compare what Accelerate and DeepSpeed have set up with what run.json says of this run.
 
     Raises:
-        LaunchError: they differ.
+        LaunchError: they differ in strategy, precision, accumulation or clipping.
     """
-    wanted = {"zero": "DEEPSPEED", "fsdp": "FSDP"}.get(launch.strategy[:4])
-    found = str(actual.value) if actual.value in ("DEEPSPEED", "FSDP") else None
-    if found != wanted:
+    accelerator, args = trainer.accelerator, trainer.args
+    kind = accelerator.distributed_type.value
+    found = {
+        "strategy": "fsdp" if kind == "FSDP" else "ddp" if accelerator.num_processes > 1 else "single",
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": args.max_grad_norm,
+    }
+    if kind == "DEEPSPEED":
+        engine = trainer.model_wrapped
+        found["strategy"] = f"zero{engine.zero_optimization_stage()}"
+        found["gradient_accumulation_steps"] = engine.gradient_accumulation_steps()
+        found["max_grad_norm"] = engine.gradient_clipping()
+    wanted = {**recorded, "strategy": recorded["strategy"].removesuffix("_offload")}
+    if differ := [f"{key}: {value} instead of {wanted[key]}" for key, value in found.items() if value != wanted[key]]:
         raise LaunchError(
-            f"{launch.strategy} was launched and Accelerate set up {actual.value}",
-            why="the run would silently train otherwise than it says",
-            way_out="launch with a file of accelerate_configs/, and report this with your versions (run.json)",
+            "Accelerate set up something else than the launch and the recipe ask for",
+            why="\n".join(differ),
+            way_out='launch with a file of accelerate_configs/; in one of DeepSpeed\'s, "auto" leaves it to the recipe',
         )
 
 

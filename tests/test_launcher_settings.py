@@ -1,0 +1,82 @@
+"""What a launcher's configuration may set too is left to the recipe, or refused: run.json says what runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import ROOT, Done, manifest, metrics, run
+
+pytestmark = [pytest.mark.proof, pytest.mark.alone]
+
+
+def start(config: Path | str, recipe: Path, folder: Path, *words: str, ranks: int = 2) -> Done:
+    accelerate = Path(sys.executable).with_name("accelerate")
+    return run(
+        accelerate, "launch", "--config_file", config, "--num_processes", ranks, "--main_process_port", "0", *words,
+        "scripts/sft.py", "--recipe", recipe, "--output_dir", folder,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tiny, learnable, write_recipe) -> Path:
+    return write_recipe(
+        model_name_or_path=str(tiny), dataset_name=str(learnable), max_steps=2, global_batch_size=8, max_length=192,
+        per_device_train_batch_size=2, bf16=False, gradient_checkpointing=False, logging_steps=1, max_grad_norm=0.01,
+        save_strategy="no", learning_rate=1e-2,
+    )  # fmt: skip
+
+
+def test_the_recipe_decides(recipe, tmp_path) -> None:
+    """Guards fp32 that `--mixed_precision bf16` made bf16 while run.json said fp32, and the accumulation and clipping
+    that `accelerate config` writes for DeepSpeed without a file."""
+    deepspeed = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_machines": 1, "machine_rank": 0,
+        "mixed_precision": "bf16", "deepspeed_config": {
+            "zero_stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 5.0, "zero3_init_flag": False,
+            "offload_optimizer_device": "none", "offload_param_device": "none",
+        },
+    }  # fmt: skip
+    (tmp_path / "zero2.yaml").write_text(yaml.safe_dump(deepspeed))
+    launches = {
+        "plain": ("accelerate_configs/ddp.yaml",),
+        "ddp": ("accelerate_configs/ddp.yaml", "--mixed_precision", "bf16"),
+        "fsdp": ("accelerate_configs/fsdp.yaml", "--mixed_precision", "bf16"),
+        "zero2": (tmp_path / "zero2.yaml",),
+    }
+    losses = {}
+    for name, (config, *words) in launches.items():
+        done = start(config, recipe, tmp_path / name, *words)
+        assert done.code == 0, done
+        assert ("mixed_precision: bf16 of the launcher is not used" in done.out) == (name != "plain"), done
+        assert ("gradient_clipping: 5.0 of the launcher is not used" in done.out) == (name == "zero2"), done
+        facts = manifest(tmp_path / name)
+        assert (facts["precision"], facts["gradient_accumulation_steps"], facts["max_grad_norm"]) == ("fp32", 2, 0.01)
+        losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
+    for name, found in losses.items():
+        assert found == pytest.approx(losses["plain"], abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("fixed", "said"),
+    [
+        ({"gradient_clipping": 5.0, "bf16": {"enabled": True}}, ["gradient_clipping=5.0", "bf16.enabled=True"]),
+        ({"gradient_clipping": None}, ["max_grad_norm: 1.0 instead of 0.01"]),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_is_refused(fixed, said, recipe, tmp_path) -> None:
+    """Guards a traceback (Transformers' own check), and a file without clipping, for which Accelerate puts 1.0."""
+    content = json.loads((ROOT / "ds_configs/zero2.json").read_text()) | fixed
+    file = tmp_path / "zero2.json"
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    config = yaml.safe_load((ROOT / "accelerate_configs/zero2.yaml").read_text())
+    config["deepspeed_config"]["deepspeed_config_file"] = str(file)
+    (tmp_path / "zero2.yaml").write_text(yaml.safe_dump(config))
+    done = start(tmp_path / "zero2.yaml", recipe, tmp_path / "run", ranks=1)
+    assert all(words in done.out + done.err for words in said), done
+    assert "✘" in done.out + done.err and "ValueError" not in done.out + done.err, done
+    assert manifest(tmp_path / "run")["status"] == "failed"
