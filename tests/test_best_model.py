@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import Session
+from test_resume import Session, difference
 
 from conftest import manifest, metrics
 from stepladder.training.resume import of_step, whole_steps
@@ -89,7 +89,8 @@ def assert_result_is(folder: Path, step: int) -> None:
 @pytest.mark.parametrize(("config", "ranks"), [("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp", 2)])
 def test_the_result_is_the_best_step(config, ranks, tiny, rows, tmp_path) -> None:
     """Guards the choice, which Transformers makes in a method that is replaced here: the last step was the result.
-    Guards too a best step between two saves, and one before the step that a run is resumed from."""
+    Guards too a best step between two saves, and one before the step that a run is resumed from; and a checkpoint
+    written after an evaluation, in which FSDP's lacked the optimizer's state of the root's parameters."""
     session = Best(tmp_path, tiny, *rows)
     runs = {}
     for method, keys in METHODS.items():
@@ -100,6 +101,7 @@ def test_the_result_is_the_best_step(config, ranks, tiny, rows, tmp_path) -> Non
         step = best_step(folder)
         assert_result_is(folder, step)
         assert_result_is(again, step)
+        assert max(difference(folder, again).values()) <= 1e-6
         assert {4, STEPS, step} <= {*whole_steps(folder)}
         assert whole_steps(again) == [step, STEPS], "save_total_limit: 1 keeps the best and the newest"
 
