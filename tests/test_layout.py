@@ -412,6 +412,14 @@ def test_what_a_template_loses_is_refused(kind: str, tokenizer) -> None:
     assert message in str(caught.value) and caught.value.where == "rows:1" and caught.value.way_out
 
 
+def test_a_refusal_quotes_its_own_row(tokenizer) -> None:
+    """Guards the message of the second row of a form: what is lost is said in that row's words."""
+    tokenizer.chat_template = CHATML + ASK
+    examples = [{"messages": [USER, {**ANSWER, "thinking": thought}]} for thought in ("South.", "North.")]
+    first, second = render.tokenize(mixture.Rows("rows", examples, ["rows:1", "rows:2"]), tokenizer)
+    assert "'South.'" in str(first) and "'North.'" in str(second)
+
+
 def test_short_texts_are_not_mistaken(tokenizer) -> None:
     """Guards the check of what is rendered: a lost "5" must not be found in another text that holds one."""
     tokenizer.chat_template = CHATML.replace("messages", "messages if m.role != 'tool'", 1) + ASK

@@ -48,6 +48,7 @@ RENDERED_CHAT = re.compile(
 )
 # The keys of a message that have a meaning here, whether or not a template reads them.
 HANDLED = READ | {"train", "tool_call_id"}
+NAMES = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
 LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
 ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
 
@@ -197,8 +198,9 @@ def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     # An answer follows, as in training: how the template takes texts and tools is learnt from whole conversations.
     answered = {**example, "messages": [*example["messages"], {"role": "assistant", "content": "answer"}]}
     try:
-        layout = template.layout(*mark(answered))
-        _refuse_losses(layout, len(example["messages"]), Remarks(), "")
+        slots, marked = mark(answered)
+        layout = template.layout(slots, marked)
+        _refuse_losses(layout, slots, len(example["messages"]), Remarks(), "")
         return template.text(example, layout.dialect._replace(training=False), prompt=True)
     except Refusal as error:
         raise _refused(error, "") from None
@@ -260,7 +262,7 @@ class _Renderer:
         try:
             slots, marked = mark(example)
             layout = template.layout(slots, marked)
-            _refuse_losses(layout, len(example["messages"]), self.remarks, where)
+            _refuse_losses(layout, slots, len(example["messages"]), self.remarks, where)
             text = template.row_text(example, layout, slots)
             # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
             has_blocks = template.marked and layout.spliced is None
@@ -289,7 +291,7 @@ class _Renderer:
                 way_out="another chat_template, or a fixed value in chat_template_kwargs",
             )
         return DataError(
-            f"the chat template changes the {_name(slot)}: {_short(slot.text)}",
+            f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {_short(slot.text)}",
             where=where,
             why="what is trained must be what the row says",
             way_out="another chat_template, or remove the row; or on_bad_row: skip",
@@ -493,17 +495,20 @@ def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span],
     return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
 
 
-def _refuse_losses(layout: Layout, messages: int, remarks: Remarks, where: str) -> None:
+def _refuse_losses(layout: Layout, slots: list[Slot], messages: int, remarks: Remarks, where: str) -> None:
     """Raise for what the template does not render; thoughts of earlier turns are dropped by design, and remarked."""
     last = max((turn.message for turn in layout.turns), default=messages)
-    lost = [slot for slot in layout.lost if slot.kind != "reasoning" or slot.message >= last]
-    if lost or layout.lost_tools:
-        name, text = (_name(lost[0]), lost[0].text) if lost else ("tool list", layout.lost_tools[0])
+    missing = [slots[number] for number in layout.lost]
+    lost = [(slot.kind, slot.text) for slot in missing if slot.kind != "reasoning" or slot.message >= last]
+    lost += [("argument", key) for key in layout.lost_keys]
+    lost += [("tool list", text) for text in layout.lost_tools]
+    if lost:
+        kind, text = lost[0]
         raise DataError(
-            f"the chat template does not render the {name}: {_short(text)}",
+            f"the chat template does not render the {NAMES.get(kind, kind)}: {_short(text)}",
             where=where,
             why="it would be lost without a word",
-            way_out=_way_out(lost[0].kind if lost else "tools"),
+            way_out=_way_out(kind),
         )
     if layout.lost:
         remarks.add("dropped_thoughts", where)
@@ -515,11 +520,6 @@ def _way_out(kind: str) -> str:
     if kind == "content":
         return "another chat_template, or remove the row; or on_bad_row: skip"
     return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); or on_bad_row: skip"
-
-
-def _name(slot: Slot) -> str:
-    names = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
-    return names.get(slot.kind, slot.kind)
 
 
 def _refused(error: Refusal, where: str) -> DataError:

@@ -101,8 +101,9 @@ class Layout:
     dialect: Dialect
     literals: list[str]
     order: list[int]
-    lost: list[Slot]  # required texts that are not rendered
+    lost: list[int]  # the numbers of required slots that are not rendered
     lost_tools: list[str]  # names and descriptions of tools that are not
+    lost_keys: list[str] = field(default_factory=list)  # names of calls' arguments that are not
     turns: list[Turn] = field(default_factory=list)
     changed: bool = False  # an earlier turn is rendered differently than when it was the last
     spliced: Point | None = None  # up to here the text is a generation prompt, from here on the last turn
@@ -261,7 +262,7 @@ class ChatTemplate:
         for number, dialect in enumerate(_dialects(marked, training)):
             try:
                 layout = self._by(dialect, slots, marked)
-                if any(slot.kind == "content" or slot.message == last for slot in layout.lost):
+                if any(slots[slot].kind == "content" or slots[slot].message == last for slot in layout.lost):
                     layout = min(layout, self._spliced(layout, slots, marked), key=_loss)
             except Refusal as error:
                 refusal = refusal if number else error
@@ -277,9 +278,9 @@ class ChatTemplate:
         if dialect.parts and PRINTED_PART.search(text):
             raise Refusal("it prints parts as they are")
         literals, order = _parts(text)
-        lost = [slot for number, slot in enumerate(slots) if slot.required and number not in order]
+        lost = [number for number, slot in enumerate(slots) if slot.required and number not in order]
         if _shows_python(marked, text):
-            lost += [slot for slot in slots if slot.kind == "name"]
+            lost += [number for number, slot in enumerate(slots) if slot.kind == "name"]
         layout = Layout(dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
         self._find_turns(layout, slots, marked)
         return layout
@@ -303,7 +304,7 @@ class ChatTemplate:
             literals[-1] += whole.literals[turn.end.literal]
         literals = [*asked[0][:-1], asked[0][-1] + literals[0], *literals[1:]]
         order = asked[1] + order
-        lost = [slot for number, slot in enumerate(slots) if slot.required and number not in order]
+        lost = [number for number, slot in enumerate(slots) if slot.required and number not in order]
         layout = Layout(whole.dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
         layout.spliced = Point(len(asked[0]) - 1, len(asked[0][-1]))
         self._find_turns(layout, slots, marked)
@@ -319,7 +320,7 @@ class ChatTemplate:
                 layout.turns.append(self._turn(number, places, layout, slots, marked))
                 written = "".join(layout.literals[places[0] : places[-1] + 2])
                 keys = _argument_keys(message.get("tool_calls", ()))
-                layout.lost += [Slot(number, "argument", k) for k in keys if not _stands(k, written)]
+                layout.lost_keys += [key for key in keys if not _stands(key, written)]
         talk = [slot for _, slot in first if slot.kind in ("content", "result")]
         talk = [slot for slot in talk if marked["messages"][slot.message]["role"] not in ("system", "developer")]
         if any(a.message > b.message for a, b in itertools.pairwise(talk)):
@@ -578,7 +579,7 @@ def _dialects(marked: Example, training: bool) -> list[Dialect]:
 
 
 def _loss(layout: Layout) -> tuple[int, bool]:
-    return len(layout.lost) + len(layout.lost_tools), layout.changed
+    return len(layout.lost) + len(layout.lost_tools) + len(layout.lost_keys), layout.changed
 
 
 def _shows_python(marked: Example, text: str) -> bool:
