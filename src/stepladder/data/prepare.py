@@ -37,7 +37,8 @@ TRAIN, EVALUATION = "train", "evaluation"
 NOTES = "notes.json"  # beside them: what was remarked of their rows, and which were left out
 STREAMED = 200  # rows of a stream that are looked at before it is trained on
 FILES = "files"  # in the notes: the SHA-256 of each file of the sets
-CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py")  # what prepared rows follow from
+# What prepared rows follow from, beside their content.
+CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py", "templates/marks.py")
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
 ROWS_A_PROCESS = 20_000

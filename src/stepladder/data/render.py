@@ -19,16 +19,14 @@ from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.data.templates.layout import (
     READ,
-    THOUGHT_END,
     ChatTemplate,
     Layout,
     Point,
     Refusal,
-    Slot,
     Turn,
     beginning,
-    mark,
 )
+from stepladder.data.templates.marks import THOUGHT_END, Slot, mark
 from stepladder.errors import DataError, ModelError
 from stepladder.settings import Settings
 

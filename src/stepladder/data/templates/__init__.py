@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, mark, source
+from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, source
+from stepladder.data.templates.marks import mark
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
