@@ -138,7 +138,7 @@ def test_an_optimizer_that_needs_matrices_is_refused_under_zero(tiny, learnable,
     recipe = write_recipe(**recipe_keys("full", tiny, learnable) | {"optim": "adafactor"})
     done = launch("zero2", 2, "sft", "--recipe", recipe, "--output_dir", tmp_path / "run")
     assert done.code != 0 and "optim: adafactor cannot run under zero2" in done.err, done
-    assert f"{recipe}:" in done.err and "accelerate_configs/fsdp.yaml" in done.err, done
+    assert f"{recipe}:" in done.err and "accelerate_configs/ddp.yaml" in done.err, done
     assert not (tmp_path / "run").exists()
 
 
