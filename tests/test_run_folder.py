@@ -180,9 +180,11 @@ def test_an_overwritten_run_goes_and_links_are_not_followed(starts) -> None:
 
 # ---- run.json as accidents and strangers leave it
 
-DAMAGED: dict[str, Any] = {
+LOST = {
     "empty": "", "an empty object": "{}", "a list": "[]", "nested": "[" * 100_000,
     "deep": '{"a": ' * 200 + "1" + "}" * 200,
+}  # fmt: skip
+DAMAGED: dict[str, Any] = {
     "a status of another kind": {"status": {}}, "a recipe of another kind": {"recipe": [1]},
     "progress of another kind": {"progress": [1]}, "many starts": {"progress": {"step": 2, "starts": 10**400}},
     "no progress": {"progress": None},
@@ -193,7 +195,7 @@ DAMAGED: dict[str, Any] = {
 
 
 def damaged(starts: Starts) -> None:
-    for name, content in DAMAGED.items():
+    for name, content in (LOST | DAMAGED).items():
         folder = killed(starts, name)
         text = content if isinstance(content, str) else json.dumps(manifest(folder) | content)
         (folder / "run.json").write_text(text)
@@ -202,6 +204,13 @@ def damaged(starts: Starts) -> None:
         "[" * 100_000 + '\n{"step": 1' + "0" * 400 + "}\n[]\n"
     )
     starts.add("metrics")
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_manifest_is_rebuilt(name, starts) -> None:
+    """Guards a run.json that says nothing any more: the newest checkpoint holds its content, and the run goes on."""
+    assert starts.codes[name] == 0 and f"{starts.folder / name}/run.json is lost or damaged" in starts.out
+    assert losses(starts.folder / name)[CUT:] == losses(starts.folder / "whole")[CUT:]
 
 
 @pytest.mark.parametrize("name", DAMAGED)
