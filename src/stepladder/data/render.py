@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ RENDERED_CHAT = re.compile(
 )
 # The keys of a message that have a meaning here, whether or not a template reads them.
 HANDLED = READ | {"train", "tool_call_id"}
+START, END = operator.itemgetter(0), operator.itemgetter(1)  # of a token's characters
 NAMES = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
 LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
 ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
@@ -402,8 +404,7 @@ class _Renderer:
         The model is asked with the text before a cut, so it is trained after the tokens of that.
         """
         _, offsets = whole
-        ends = [end for _, end in offsets]
-        inside = [cut for cut in cuts if _is_inside(cut, offsets, ends)]
+        inside = [cut for cut in cuts if _is_inside(cut, offsets)]
         if not inside:
             return whole
         edges = [0, *inside, len(text)]
@@ -452,9 +453,9 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
             )
 
 
-def _is_inside(cut: int, offsets: list[tuple[int, int]], ends: list[int]) -> bool:
+def _is_inside(cut: int, offsets: list[tuple[int, int]]) -> bool:
     """Whether a token begins before the cut and ends behind it."""
-    after = bisect.bisect_right(ends, cut)
+    after = bisect.bisect_right(offsets, cut, key=END)
     return after < len(offsets) and offsets[after][0] < cut
 
 
@@ -481,10 +482,9 @@ def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span],
     """Labels for the tokens of the trained turns."""
     if train_on == "last_turn":
         spans = spans[-1:]
-    starts = [start for start, _ in offsets]
     labels, ends = [IGNORED] * len(ids), []
     for span in spans:
-        first, last = bisect.bisect_left(starts, span.start), bisect.bisect_left(starts, span.end)
+        first, last = (bisect.bisect_left(offsets, place, key=START) for place in (span.start, span.end))
         if first and offsets[first - 1][1] > span.start:
             first -= 1
         labels[first:last] = ids[first:last]
