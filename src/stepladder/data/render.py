@@ -260,8 +260,7 @@ class _Renderer:
         """
         template = self.template
         try:
-            slots, marked = mark(example)
-            layout = template.layout(slots, marked)
+            slots, layout = template.row_layout(example)
             _refuse_losses(layout, slots, len(example["messages"]), self.remarks, where)
             text = template.row_text(example, layout, slots)
             # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
@@ -273,7 +272,7 @@ class _Renderer:
             raise _refused(Refusal("nested too deeply"), where) from None
         starts = layout.find(text, slots)
         if isinstance(starts, Slot):
-            raise self._changed(starts, slots, marked, layout, where)
+            raise self._changed(starts, example, layout, where)
         text += next((turn.appended for turn in layout.turns if turn.appended), "")
         self._remark(example, slots, layout, where)
         spans = _spans(example, layout, starts, len(text))
@@ -281,8 +280,8 @@ class _Renderer:
             spans = self._within_blocks(text, spans, blocks, where)
         return text, spans
 
-    def _changed(self, slot: Slot, slots: list[Slot], marked: Example, layout: Layout, where: str) -> DataError:
-        again = ChatTemplate(self.tokenizer).layout(slots, marked)
+    def _changed(self, slot: Slot, example: Example, layout: Layout, where: str) -> DataError:
+        _, again = ChatTemplate(self.tokenizer).row_layout(example)
         if again.literals != layout.literals:
             return DataError(
                 "the chat template renders a conversation differently each time",

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.data.conversation import REASONING
-from stepladder.data.templates.marks import OTHER, Example, Slot, json_forms, parts
+from stepladder.data.templates.marks import OTHER, Example, Slot, json_forms, mark, parts, plain_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,6 +121,7 @@ class ChatTemplate:
         self.special = special_tokens(tokenizer)
         self.marked = GENERATION.search(self.source) is not None  # it says itself what is trained
         self.layouts: dict[str, Layout | Refusal] = {}
+        self.plain: dict[tuple[str, ...], Layout] = {}  # of conversations of plain texts, by their roles
         self._read: dict[str, bool] = {}
         self._training: str | None = None
 
@@ -203,6 +204,21 @@ class ChatTemplate:
     def names(self, word: str) -> bool:
         """Whether the word stands in the template."""
         return bool(re.search(rf"\b{re.escape(word)}\b", self.source + self.with_tools))
+
+    def row_layout(self, example: Example) -> tuple[list[Slot], Layout]:
+        """The texts of a row, and the layout of conversations of its form.
+
+        Raises:
+            Refusal: as `layout`.
+        """
+        slots, roles = plain_slots(example), tuple(message["role"] for message in example["messages"])
+        if slots is not None and roles in self.plain:
+            return slots, self.plain[roles]
+        marked_slots, marked = mark(example)
+        layout = self.layout(marked_slots, marked)
+        if slots is not None and len(self.plain) < MOST_LAYOUTS:
+            self.plain[roles] = layout
+        return marked_slots, layout
 
     def layout(self, slots: list[Slot], marked: Example) -> Layout:
         """The layout of conversations of this form, as `mark` gives it.

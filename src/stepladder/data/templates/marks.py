@@ -19,6 +19,7 @@ OTHER = f"{BEGINS}XZ"  # the mark of a text that is none of the conversation's
 # Tags at the edges of a text, but for what other tokenizers' special tokens look like.
 OPENING = re.compile(r"<(?!s>|bos>|eos>|start_of_turn>|end_of_turn>)[A-Za-z][\w:.-]{0,39}>\s*")
 CLOSING = re.compile(r"\s*</(?!s>)[A-Za-z][\w:.-]{0,39}>$")
+EDGES = " \t\n<>"  # what the edges of a text may begin or end with
 THOUGHT_END = "</think>"
 
 
@@ -30,6 +31,19 @@ class Slot(NamedTuple):
     text: str
     required: bool = True
     edges: tuple[str, str] = ("", "")  # white space and tags around the text, which stay where the mark is put
+
+
+def plain_slots(example: Example) -> list[Slot] | None:
+    """The texts of a conversation whose form is its roles alone, as nearly all are; None of any other."""
+    if not example.keys() <= {"messages", "prompt_messages"}:
+        return None
+    slots = []
+    for number, message in enumerate(example["messages"]):
+        text = message["content"]
+        if len(message) != 2 or not text or text[0] in EDGES or text[-1] in EDGES or THOUGHT_END in text:
+            return None
+        slots.append(Slot(number, "result" if message["role"] == "tool" else "content", text))
+    return None if any(slot.text != slot.text.strip() for slot in slots) else slots
 
 
 def mark(example: Example) -> tuple[list[Slot], Example]:
