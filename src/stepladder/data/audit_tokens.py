@@ -59,7 +59,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     rendered = render.tokenize(rows, tokenizer, train_on, remarks)
     for where, row in zip(rows.where, rendered, strict=True):
         if isinstance(row, DataError):
-            # Of rows that are skipped, those with one fault are told together.
+            # Skipped rows with the same fault share one finding.
             what = row.what.partition(": ")[0] if skips else row.what + f" ({row.why})" * bool(row.why)
             same = next((finding for finding in findings if skips and finding.what == what + skipped), None)
             if same is None:

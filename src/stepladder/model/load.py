@@ -127,7 +127,7 @@ def tokenizer_of(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
     with _loading(name):
         tok = AutoTokenizer.from_pretrained(name, **kwargs)
-    if not tok.is_fast:  # what is trained is told by the characters that each token stands for
+    if not tok.is_fast:  # labels need the characters that each token stands for
         raise ModelError(
             f"the tokenizer of '{name}' is not a fast one",
             why="it does not tell which characters its tokens stand for",
