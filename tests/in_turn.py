@@ -9,6 +9,7 @@ or removes them where VALUE is null. The exit codes are written to COMMANDS.json
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ def main() -> None:
     from accelerate.state import AcceleratorState
 
     from stepladder import errors
+    from stepladder.training import signals
 
     file = Path(sys.argv[1])
     codes: list[int] = []
@@ -49,6 +51,7 @@ def main() -> None:
                 cut(*command["cut"])
             continue
         sys.argv = ["sft.py", *map(str, command)]
+        signals.asked = None  # a process of its own would not have heard of it
         try:
             codes.append(sft.main() or 0)
         except errors.StepladderError as error:
@@ -58,6 +61,7 @@ def main() -> None:
             traceback.print_exc()
             codes.append(errors.EXIT_FAILED)
         AcceleratorState._reset_state()
+        gc.collect()  # the lock of the run folder ends with its process
     if FIRST:
         file.with_name(f"{file.name}.codes").write_text(json.dumps(codes))
 

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_resume import Session, difference
 
 from background import PATIENCE, Running, steps_logged
 from conftest import ROOT, manifest, metrics, script
@@ -112,7 +114,52 @@ def test_nohup_keeps_its_meaning(recipe, tmp_path) -> None:
     running.wait_for(lambda: steps_logged(folder) >= logged + 5)
     os.kill(running.process.pid, signal.SIGTERM)
     code, out = running.end()
-    assert code == 75 and "SIGTERM: the run saves" in out and "SIGHUP" not in out, out
+    assert code == 75 and "SIGTERM: the run ends this step" in out and "SIGHUP" not in out, out
+
+
+STOPS = """
+import os, signal
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if state.global_step == int(os.environ["STOP_AT"]) and args.process_index == args.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+"""
+EVALUATED: dict[str, dict[str, Any]] = {  # by what an evaluation decides: the result, the rate, what is saved
+    "steps": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 4},
+    "epoch": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau", "save_steps": 4},
+    "best": {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "eval_on_start": True,
+             "metric_for_best_model": "loss"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "names"), [("single", 1, list(EVALUATED)), ("fsdp", 2, ["steps"]), ("zero3", 2, ["steps"])]
+)
+def test_an_evaluation_is_left_and_made_later(config, ranks, names, tiny, learnable, tmp_path) -> None:
+    """Guards a stop during a long evaluation, which waited for its end, so that the queue's KILL lost everything; and
+    against an evaluation that is missing after it, or counts for nothing. It is stopped three times: the first time,
+    when it is made up for, and at the last step."""
+    (tmp_path / "stops.py").write_text(STOPS)
+    session, step, codes = Session(tmp_path, tiny, learnable), 2, []
+    for name in names:
+        keys = {**EVALUATED[name], "max_steps": 4, "per_device_eval_batch_size": 2}
+        session.train(f"{name}-whole", **keys)
+        if keys.get("eval_on_start"):
+            session.commands.append({"env": {"STOP_AT": "0"}})
+            session.train(name, "--callback", tmp_path / "stops.py", **keys)
+        for stop in (step, step, 4):
+            session.commands.append({"env": {"STOP_AT": str(stop)}})
+            session.train(name, "--callback", tmp_path / "stops.py", **keys)
+        session.train(name, **keys)
+        codes += [0, *[75] * (4 if keys.get("eval_on_start") else 3), 0]
+    done = session.start(config, ranks, codes)
+    for name in names:
+        whole, left = tmp_path / f"{name}-whole", tmp_path / name
+        assert max(difference(whole, left).values()) <= 1e-6, done
+        assert [entry["step"] for entry in manifest(left)["resumed"]] == [step, step, 4]
+        assert manifest(left)["result_step"] == manifest(whole)["result_step"]
 
 
 def test_the_second_interrupt_ends_at_once() -> None:

@@ -69,6 +69,8 @@ class Session:
         }  # fmt: skip
         if keys["eval_strategy"] == "no":
             del keys["eval_dataset_name"]
+        if keys["save_strategy"] != "steps":
+            del keys["save_steps"]
         recipe = self.folder / f"{len(self.commands)}.json"
         recipe.write_text(json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in keys.items()}))
         return ["--recipe", str(recipe)]

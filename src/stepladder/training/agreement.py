@@ -1,7 +1,7 @@
 """Once a step the ranks tell each other what one of them may have seen: a signal, a loss that is no number.
 
-One small all-reduce before each optimizer step. What follows from it is done by all ranks at the
-same step: a rank that stops or skips alone leaves the others waiting in a collective
+One small all-reduce before each optimizer step, and before each batch of an evaluation. What follows from it is
+done by all ranks at the same step: a rank that stops or skips alone leaves the others waiting in a collective
 (Transformers' `enable_jit_checkpoint` does, and hangs or breaks the run).
 """
 
@@ -20,6 +20,10 @@ from stepladder.training import signals
 SKIPS = 10  # steps that `on_nan: skip` leaves out before it gives up
 
 
+class EvaluationLeftError(Exception):
+    """A stop was asked for while the run was evaluated."""
+
+
 class Agreement(TrainerCallback):
     """Stops on a signal after a checkpoint, and before an optimizer step that would ruin the weights."""
 
@@ -28,6 +32,13 @@ class Agreement(TrainerCallback):
         self.preempted = False
         self.skipped: list[int] = []  # steps
         self._save_after_evaluation = False
+
+    def stop_asked(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it."""
+        asked = torch.tensor(signals.stop_asked(), dtype=torch.int64, device=self.trainer.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        return bool(asked)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.loss_before = self.trainer._tr_loss.clone()

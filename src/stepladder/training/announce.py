@@ -117,5 +117,6 @@ def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
 
 def preempted(run: Run) -> str:
     """That it stopped as it was asked to, and how to go on."""
-    steps = run.manifest["totals"]["steps"]
+    if not (steps := run.manifest["totals"]["steps"]):
+        return "stopped before the first step: the same command again begins anew (exit code 75)"
     return f"stopped after step {steps}, and saved: the same command again goes on from there (exit code 75)"

@@ -105,6 +105,7 @@ def load(trainer: Any, folder: Path) -> None:
         scaler.load_state_dict(saved["scaler"])
     trainer.meter.restore(saved["telemetry"])
     trainer._total_train_tokens = saved["tokens"]
+    trainer.owes_evaluation = trainer.args.eval_on_start = saved.get("owes_evaluation", False)
 
 
 def load_weights(trainer: Any, folder: Path) -> None:
@@ -218,6 +219,7 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler else None,
         "telemetry": trainer.meter.checkpointed(),
         "tokens": trainer._total_train_tokens,
+        "owes_evaluation": trainer.owes_evaluation,
         # summed up since the last logged step, for `logging_steps` above 1
         "since_log": {
             "loss": loss,

@@ -75,4 +75,4 @@ def _say(name: str) -> None:
         # os.write: print is not safe in a handler
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, f"\n{name}: the run saves a checkpoint at the end of this step and stops\n".encode())
+                os.write(2, f"\n{name}: the run ends this step (or evaluation batch), saves, and stops\n".encode())

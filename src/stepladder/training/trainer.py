@@ -20,7 +20,7 @@ from stepladder.errors import TrainingError
 from stepladder.model import fused_loss
 from stepladder.recipe.batch import Layout
 from stepladder.training import checkpoint, gradients, ranks
-from stepladder.training.agreement import Agreement
+from stepladder.training.agreement import Agreement, EvaluationLeftError
 from stepladder.training.order import Order, StepStream, with_empty_row
 from stepladder.training.resume import of_step
 from stepladder.training.rows import Rows, WithRows
@@ -80,6 +80,7 @@ class Trainer(SFTTrainer):
         self._norm: Any = 0.0
         self._best_before: tuple[float | None, int | None] = (None, None)  # metric and step before the best ones
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
+        self.owes_evaluation = False  # of the step that is saved: it was left for a stop
 
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
@@ -153,6 +154,8 @@ class Trainer(SFTTrainer):
         return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if self.agreement.stop_asked():
+            raise EvaluationLeftError
         inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
@@ -173,6 +176,24 @@ class Trainer(SFTTrainer):
         with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Leave the evaluation at the next batch where a stop is asked for. The next start makes it before it trains.
+
+        Transformers asks for that one by `eval_on_start`, which `checkpoint.load` sets, and without what follows from
+        an evaluation: the schedule's step and the best metric.
+        """
+        owed = skip_scheduler and self.state.global_step > 0
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
+        except EvaluationLeftError:
+            self.agreement.preempted = self.owes_evaluation = True
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        if owed:
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
     def not_finite(self) -> tuple[bool, bool]:
         """Whether this rank saw a loss, or a gradient norm, that is no finite number since it was last asked."""
         loss = bool(self._bad_losses)
@@ -192,7 +213,7 @@ class Trainer(SFTTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save the best step, whatever `save_steps` says, and the step that a signal stops at, whatever its metric."""
         before = self.state.best_metric, self.state.best_global_step
-        if better := super()._determine_best_metric(metrics, trial):
+        if better := bool(metrics) and super()._determine_best_metric(metrics, trial):  # none of one that was left
             self._best_before = before
             self.control.should_save |= self.args.load_best_model_at_end
         return better or self.agreement.preempted
@@ -222,8 +243,8 @@ class Trainer(SFTTrainer):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """A run that died after its last step has only its end left; Transformers would train one step more."""
-        if self.state.global_step < self.state.max_steps:
+        """Transformers would train one step more where a run died after its last step, or a start stops before any."""
+        if self.state.global_step < self.state.max_steps and not self.agreement.preempted:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
