@@ -228,3 +228,48 @@ def test_a_start_that_ends_before_it_trains_is_counted(tmp_path, settings) -> No
     resume.claim(record, settings(output_dir=tmp_path), "auto", True, [])
     record.begin("", world_size=1, strategy="single")
     assert manifest(tmp_path)["wandb_run_id"] != "abc"
+
+
+LONGER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "constant": ({"lr_scheduler_type": "constant"}, {"max_steps": 6}),
+    "epochs": ({"lr_scheduler_type": "constant", "num_train_epochs": 1}, {"num_train_epochs": 2}),
+    "cosine": ({"lr_scheduler_type": "cosine"}, {"max_steps": 6}),
+}
+NOT_LONGER: dict[str, tuple[list[str], str]] = {
+    "the same command": ([], "holds a run (finished)"),
+    "no more steps": (["--max_steps", "3"], "is finished: max_steps: 3 is not more than the 4 that it has"),
+    "no more epochs": (["--max_steps", "-1", "--num_train_epochs", "1"], "num_train_epochs: 1 is not more than the 1.3"),
+    "another recipe": (["--max_steps", "6", "--lora_r", "4"], "lora_r: 8 → 4"),
+    "no checkpoint": (["--max_steps", "6"], "kept no checkpoint to train on from"),
+}
+
+
+def test_a_finished_run_is_trained_on(tiny, rows, tmp_path) -> None:
+    """Guards a longer run of what is finished, which was refused: it is the longer run from its beginning, where the
+    schedule allows it, and a line says where it does not; what is not longer is refused, and nothing is removed."""
+    session, keys = Session(tmp_path, tiny, rows), {**TECHNIQUES["lora"], "global_batch_size": 8}
+    for name, (schedule, more) in LONGER.items():
+        steps = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+        short = {**keys, **({"max_steps": -1} if "num_train_epochs" in more else steps), **schedule}
+        session.train(f"{name}-long", **short | more)
+        session.train(name, **short)
+        session.train(name, **short | more)
+    codes = [0] * len(session.commands)
+    short = {**keys, "max_steps": 4, "lr_scheduler_type": "constant"}
+    session.train("ended", **short)
+    session.train("unsaved", **short, save_strategy="no")
+    for name, (words, _) in NOT_LONGER.items():
+        unsaved = name == "no checkpoint"
+        more = {"save_strategy": "no"} if unsaved else {}
+        session.train("unsaved" if unsaved else "ended", *words, **short | more)
+    done = session.start(codes=[*codes, 0, 0, *[2] * len(NOT_LONGER)])
+    for name in ("constant", "epochs"):
+        assert difference(tmp_path / f"{name}-long", tmp_path / name) == EXACT
+    assert difference(tmp_path / "cosine-long", tmp_path / "cosine")["learning_rate"] > 0
+    assert done.out.count("⚠ this is not the curve of a run that began with this recipe: step 2") == 1, done
+    facts = manifest(tmp_path / "constant")
+    assert facts["resumed"][0]["changes"] == {"max_steps": [4, 6]}
+    assert facts["status"] == "finished" and facts["result_step"] == facts["totals"]["steps"] == 6
+    for name, (_, said) in NOT_LONGER.items():
+        assert said in done.out, name
+    assert {(tmp_path / name / "adapter_model.safetensors").is_file() for name in ("ended", "unsaved")} == {True}

@@ -47,6 +47,7 @@ class Run:
         self.logged_until = -1  # the step to which metrics were logged before this start
         self.replaces = False  # the run that the folder holds gives way once this one trains
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
+        self.changes: dict[str, list[Any]] = {}  # keys in which a resumed run differs from the start before: old, new
         self._rows = ""  # of metrics.jsonl, not written yet
         self._unwritten: OSError | None = None  # why the last try to write failed
 
@@ -203,7 +204,8 @@ class Run:
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
         known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
         past["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
-        past.pop("error", None)
+        for key in ("error", "ended"):  # of the start before
+            past.pop(key, None)
         self.manifest = {
             **past,
             "status": "running",
@@ -214,6 +216,7 @@ class Run:
         }
         if resumed:
             here = {"world_size": facts["world_size"], "strategy": facts["strategy"]}
+            here |= {"changes": self.changes} if self.changes else {}
             self.manifest["resumed"] = [*past["resumed"], {**resumed, "at": now, **here}]
         if self.is_writer:
             try:
@@ -275,6 +278,11 @@ class Run:
             self.drop_replaced()
             self._rows += json.dumps(row) + "\n"
             self._keep(manifest=False)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        lines = (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
+        return [row for line in lines if (row := row_of(line))]
 
     def _keep(self, manifest: bool = True) -> None:
         """Write what is new. On a full disk the run goes on, and the next time tries again with all of it."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -106,6 +107,20 @@ def load(trainer: Any, folder: Path) -> None:
     trainer.meter.restore(saved["telemetry"])
     trainer._total_train_tokens = saved["tokens"]
     trainer.owes_evaluation = trainer.args.eval_on_start = saved.get("owes_evaluation", False)
+
+
+def compare_rates(trainer: Any) -> None:
+    """Say where the steps so far were trained with other rates than this recipe gives them: it may end elsewhere."""
+    scheduler, done = trainer.lr_scheduler, trainer.state.global_step
+    told = trainer.args.process_index == 0 and isinstance(scheduler, LambdaLR)
+    if not told or scheduler.last_epoch != done:  # fp16 leaves steps out
+        return
+    for row in trainer.meter.run.rows():
+        here = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](row["step"] - 1)
+        if not math.isclose(row.get("learning_rate", here), here, rel_tol=1e-6):
+            say(f"⚠ this is not the curve of a run that began with this recipe: step {row['step']} was trained with")
+            say(f"  a rate of {row['learning_rate']:.4g}, and its schedule over all steps has {here:.4g} there")
+            return
 
 
 def load_weights(trainer: Any, folder: Path) -> None:

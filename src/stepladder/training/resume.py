@@ -22,6 +22,7 @@ from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
+LENGTH = ("max_steps", "num_train_epochs")  # of a run: more of it trains a finished one on
 OF_THE_RATE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}
 WITHOUT_BEST = (
     "put it back from a copy; or end with the last step: "
@@ -79,15 +80,20 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
             _check_reads(recipe, folder)
         return None
     before = run.read()
-    if before["status"] == "finished" or resume == "never":
+    changes = recipe.changes(before["recipe"])
+    finished = before["status"] == "finished"
+    if (finished and not changes.keys() & {*LENGTH}) or resume == "never":
         raise LaunchError(
             f"output_dir {folder} holds a run ({status(folder)})",
             where=where,
             why="nothing that existed is overwritten",
-            way_out="another --output_dir, or --overwrite to replace that run",
+            way_out="another --output_dir, or --overwrite to replace that run"
+            + ("; a larger --max_steps or --num_train_epochs trains it on" if finished else ""),
         )
-    _check_recipe(recipe, before["recipe"], allowed, where)
+    _check_recipe(recipe, before["recipe"], [*allowed, *(LENGTH if finished else [])], where)
     found = _checked(chosen, folder) if chosen else newest_whole(folder)
+    if finished:
+        _check_longer(recipe, folder, found)
     if found and recipe.get("load_best_model_at_end"):
         _check_best(found)
     step = int(found.name.split("-")[1]) if found else 0
@@ -110,7 +116,29 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     if found is None:
         run.update()  # a start that ends before it trains leaves the count of starts, and the run's id in W&B
     run.allowed = [key.replace("-", "_") for key in allowed]
+    run.changes = {key: list(values) for key, values in changes.items()}
     return found
+
+
+def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
+    """Raise LaunchError where a finished run cannot be trained on, or is not asked for more than it has."""
+    if last is None:
+        raise LaunchError(
+            f"the run in {folder} is finished and kept no checkpoint to train on from",
+            where=recipe.where("output_dir"),
+            why="its save_strategy was no",
+            way_out=f"--model_name_or_path {folder} and another --output_dir train its result on, with a new optimizer",
+        )
+    key = LENGTH[0] if recipe.get(LENGTH[0]) > 0 else LENGTH[1]
+    state = json.loads((last / TRAINER_STATE).read_text())
+    done = state["global_step"] if key == LENGTH[0] else state["epoch"]
+    if recipe.get(key) <= done:
+        raise LaunchError(
+            f"the run in {folder} is finished: {key}: {recipe.get(key):g} is not more than the {done:g} that it has",
+            where=recipe.where(key),
+            way_out=f"a larger {key} trains it on; --overwrite replaces it",
+        )
+    say(f"the run in {folder} is finished: it is trained on from {last.name}")
 
 
 def _check_reads(recipe: Recipe, replaced: Path) -> None:

@@ -27,7 +27,7 @@ from transformers.integrations import (
 from stepladder.console import say
 from stepladder.errors import EXIT_FAILED, EXIT_PREEMPTED
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import METRICS, Run, row_of
+from stepladder.run import Run
 from stepladder.training.telemetry import DROPPED
 
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
@@ -171,9 +171,8 @@ class Wandb(WandbCallback):
         else:
             say(f"W&B shows the run at {without_secrets(self.run.url)}")
         self._next = self.run.step
-        for line in (self.record.folder / METRICS).read_text(encoding="utf-8").splitlines():
-            if row := row_of(line):
-                self._show(row["step"], row)
+        for row in self.record.rows():
+            self._show(row["step"], row)
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         if step >= self._next:

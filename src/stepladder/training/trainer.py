@@ -237,6 +237,7 @@ class Trainer(SFTTrainer):
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.
             self.state.compute_steps(self.args, max_steps)
             checkpoint.load(self, Path(resume_from_checkpoint))
+            checkpoint.compare_rates(self)
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
             if self._order is not None:
                 self._order.set_epoch(self.state.global_step // self._order.steps)
