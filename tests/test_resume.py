@@ -238,7 +238,7 @@ LONGER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 NOT_LONGER: dict[str, tuple[list[str], str]] = {
     "the same command": ([], "holds a run (finished)"),
     "no more steps": (["--max_steps", "3"], "is finished: max_steps: 3 is not more than the 4 that it has"),
-    "no more epochs": (["--max_steps", "-1", "--num_train_epochs", "1"], "num_train_epochs: 1 is not more than the 1.3"),
+    "no more epochs": (["--max_steps", "-1", "--num_train_epochs", "1"], "num_train_epochs: 1 is not more than the 1."),
     "another recipe": (["--max_steps", "6", "--lora_r", "4"], "lora_r: 8 → 4"),
     "no checkpoint": (["--max_steps", "6"], "kept no checkpoint to train on from"),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 import json
 import re
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,6 +292,44 @@ def test_a_server_that_hangs_is_not_waited_for(fault, tmp_path, monkeypatch, set
     said = capsys.readouterr().out
     assert "left out" not in said
     assert ("its server cannot be used" if fault == "hang" else "did not take everything") in said
+
+
+def test_offline_a_full_disk_is_noticed(tmp_path, monkeypatch, settings, capsys, clean) -> None:
+    """Guards a disk that is full for a while: W&B's service stops writing for good, and says nothing. The file that is
+    made in its place holds the whole run, by W&B's own `sync`."""
+    import psutil
+    import wandb
+
+    from stepladder.run import Run
+    from stepladder.training.trackers import Tracker, Wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = Run(tmp_path, is_writer=True)
+    record.manifest = {"wandb_run_id": "abc", "status": "finished", "totals": {"steps": 9}}
+    args, state = SimpleNamespace(project="p", run_name=None), SimpleNamespace(global_step=0, is_hyper_param_search=0)
+    tracker = Tracker(Wandb(record, settings()))
+    (tmp_path / "metrics.jsonl").write_text("")
+    tracker.on_train_begin(args, state, None)
+    (service,) = (p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core")
+    for state.global_step in range(1, 10):
+        record.log({"step": state.global_step, "loss": 1.0})
+        tracker.on_log(args, state, None, logs={"loss": 1.0})
+        if state.global_step == 3:
+            resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            time.sleep(2)  # in which it writes
+    resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    tracker.close(0)
+    wandb.teardown()
+    said = capsys.readouterr().out
+    assert "lacks the run's end" in said and said.count("wandb sync") == 2, said
+    newest = max(tmp_path.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_mtime)
+    with Server() as server:
+        subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", newest],
+            env={**clean, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "PATH": ""}, check=True, timeout=120,
+        )  # fmt: skip
+    assert [row["_step"] for row in server.history["abc"].values()] == list(range(1, 10))
+    assert server.summary["abc"]["totals/steps"] == 9
 
 
 def test_a_tracker_that_raises_is_left_out(capsys) -> None:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import secrets
 import shutil
@@ -48,6 +49,7 @@ class Run:
         self.replaces = False  # the run that the folder holds gives way once this one trains
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
         self.changes: dict[str, list[Any]] = {}  # keys in which a resumed run differs from the start before: old, new
+        self._since = 0.0  # by the monotonic clock: when the run would have begun, had it had one start only
         self._rows = ""  # of metrics.jsonl, not written yet
         self._unwritten: OSError | None = None  # why the last try to write failed
 
@@ -199,7 +201,7 @@ class Run:
         """
         if resumed and self.is_writer:
             self._check_same(facts)
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        now, self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self._began()
         past = {"started": now, "resumed": [], **(self.manifest if resumed else {})}
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
         known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
@@ -230,6 +232,17 @@ class Run:
                     f"output_dir {self.folder} cannot be written: {error.strerror}",
                     way_out="make room, then the same command again",
                 ) from None
+
+    def _began(self) -> float:
+        """When this start's process began, less the seconds of the starts before it that were written down."""
+        before = [self.manifest, *self.rows()] if self.manifest else []  # one that goes on, or starts anew by itself
+        spent = [value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float)]
+        return time.perf_counter() - process_seconds() - max(filter(math.isfinite, spent), default=0.0)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of all starts so far, each from its command on; of one that was killed, to its last line."""
+        return time.perf_counter() - self._since
 
     def _check_same(self, facts: dict[str, Any]) -> None:
         """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
@@ -281,6 +294,8 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""
+        if not (self.folder / METRICS).is_file():
+            return []
         lines = (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
         return [row for line in lines if (row := row_of(line))]
 
@@ -322,6 +337,8 @@ class Run:
             )
 
     def _write(self) -> None:
+        if self._since:
+            self.manifest["elapsed_seconds"] = round(self.elapsed, 3)
         write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -434,6 +451,16 @@ def slurm_job() -> dict[str, Any] | None:
         return None
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     return {"job_id": job, "restart_count": restarts, "nodes": os.environ.get("SLURM_JOB_NODELIST")}
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started."""
+    with contextlib.suppress(OSError):  # no Linux
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())
 
 
 def git_commit() -> str | None:

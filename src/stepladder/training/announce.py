@@ -82,12 +82,15 @@ def ending(run: Run) -> str:
     """What happened, and where it lies."""
     totals, last = run.manifest["totals"], run.manifest["final"]
     losses = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in last.items())  # none of a short run
+    starts = len(run.manifest["resumed"]) + 1
     used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
     memory = max(totals["peak_memory_bytes"]) / 2**30
     best = run.manifest["result_step"]
     lines = [
         f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s{losses}",
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
+        f"  goodput {100 * totals['goodput']:.0f} %: {totals['seconds']:,.0f} s of steps in "
+        f"{totals['seconds'] / totals['goodput']:,.0f} s" + (f" over {starts} starts" if starts > 1 else ""),
         *([f"  the result is step {best}, the best of the evaluations"] if best != totals["steps"] else []),
         f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
         f'  ask it:      python scripts/generate.py --model {run.folder} --prompt "…"',

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from stepladder.run import Run
+from stepladder.run import Run, process_seconds
 from stepladder.training.utilization import Work
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
@@ -45,6 +45,8 @@ class Telemetry(TrainerCallback):
         self.seconds = self.waited = 0.0
         self.rows_checksum = 0  # of the rows trained since the last logged step
         self.step_seconds: list[float] = []  # of each step since this start
+        self.save_seconds: list[float] = []  # for which each checkpoint of this start kept the steps waiting
+        self.first_step: float | None = None  # seconds from this start's command to its first step
         self._since_log: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._waits = self._forward = 0.0  # of this rank, since the last logged step
         self._events: list[tuple[Any, Any]] = []  # around each forward pass on a GPU, which runs on by itself
@@ -76,11 +78,18 @@ class Telemetry(TrainerCallback):
         for batch in loader:
             now = time.perf_counter()
             if first:
-                self._began = now
+                self._began, self.first_step = now, self.first_step or process_seconds()
             else:
                 self._waits += now - began
             yield batch
             first, began = False, time.perf_counter()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a checkpoint's writing."""
+        began = time.perf_counter()
+        yield
+        self.save_seconds.append(time.perf_counter() - began)
 
     @contextlib.contextmanager
     def forward(self, device: Any) -> Iterator[None]:
@@ -124,6 +133,7 @@ class Telemetry(TrainerCallback):
             "step_seconds": round(new["seconds"] / max(new["steps"], 1), 4),
             "data_wait_seconds": round(max(waits), 4),
             "peak_memory_bytes": int(max(memory)),
+            "elapsed_seconds": round(self.run.elapsed, 3),
         }
         if len(waits) > 1:
             own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
@@ -209,7 +219,7 @@ def peak_memory_bytes() -> int:
 def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
     """The `totals` of run.json; every rank calls it, to tell its peak memory.
 
-    The percentiles of the step times are of this start's steps alone.
+    The percentiles of the step times, the saves and the first step are of this start alone.
     """
     import torch
     import torch.distributed as dist
@@ -226,6 +236,10 @@ def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
         "trained_tokens": telemetry.trained_tokens,
         "seconds": round(telemetry.seconds, 3),
         "data_wait_seconds": round(telemetry.waited, 3),
+        "goodput": round(telemetry.seconds / telemetry.run.elapsed, 4),
+        "first_step_after_seconds": telemetry.first_step and round(telemetry.first_step, 3),
+        "saves": len(telemetry.save_seconds),
+        "save_seconds": round(sum(telemetry.save_seconds), 3),
         "tokens_per_second": None,
         **rates(counted, work),
         **({"peak_flops": work.peak, "peak_flops_source": work.peak_source} if work else {}),

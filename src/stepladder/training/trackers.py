@@ -12,7 +12,10 @@ import io
 import itertools
 import os
 import re
+import secrets
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -33,6 +36,7 @@ from stepladder.training.telemetry import DROPPED
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
 MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, that the upload of the result may take
+BLOCK = 1 << 15  # bytes, of W&B's file (LevelDB's log format)
 NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "result_step", "saved",
                      "error", "samples"}  # fmt: skip
 NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
@@ -143,7 +147,7 @@ class Wandb(WandbCallback):
         settings = wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout_raises=True)
         mode = wandb.setup(settings).settings.mode
         project = recipe.values.get("project") or os.environ.get("WANDB_PROJECT") or args.project
-        asked = {
+        self._asked_for = asked = {
             "id": facts["wandb_run_id"],
             "project": project,
             "entity": recipe.get("wandb_entity"),
@@ -170,6 +174,9 @@ class Wandb(WandbCallback):
             say(f"W&B is offline{why}; to upload the run later: wandb sync {self.run.settings.sync_dir}")
         else:
             say(f"W&B shows the run at {without_secrets(self.run.url)}")
+        self._catch_up()
+
+    def _catch_up(self) -> None:
         self._next = self.run.step
         for row in self.record.rows():
             self._show(row["step"], row)
@@ -197,10 +204,36 @@ class Wandb(WandbCallback):
             return []
 
     def close(self, code: int) -> None:
-        """End the run as it ended here, and wait for the upload, but not for long."""
+        """End the run as it ended here, and wait for the upload, but not for long.
+
+        Offline, W&B stops recording for good at its first error, such as a disk that is full for a moment, and says
+        nothing: what it has written is looked at, and written anew where it lacks the end.
+        """
         if self.run is None:
             return
+        self._end(code)
+        if self.run.settings.mode != "offline" or self._is_whole():
+            return
+        say(f"⚠ W&B's file in {self.run.settings.sync_dir} lacks the run's end (was the disk full?); it is made anew")
+        self.run = self._wandb.init(**self._asked_for, mode="offline")
+        self._catch_up()
+        self._end(code)
+        if not self._is_whole():
+            raise OSError(f"{self.run.settings.sync_dir} lacks the run's end too")
+        say(f"  to upload the run later: wandb sync {self.run.settings.sync_dir}")
+
+    def _is_whole(self) -> bool:
+        """Whether the file of this offline run holds its last entry. A block of the file begins with 7 bytes."""
+        file = next(Path(self.run.settings.sync_dir).glob("*.wandb"))
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size // BLOCK - 100) * BLOCK)
+            blocks = iter(lambda: stream.read(BLOCK), b"")
+            return self._ended.encode() in b"".join(block[7:] for block in blocks)
+
+    def _end(self, code: int) -> None:
+        self._ended = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {secrets.token_hex(4)}"
         try:
+            self.run.summary["ended"] = self._ended
             if code == 0:
                 self._add_results()
             elif code == EXIT_PREEMPTED:

@@ -219,7 +219,9 @@ class Trainer(SFTTrainer):
         return better or self.agreement.preempted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if checkpoint.save(self):
+        with self.meter.saving():
+            saved = checkpoint.save(self)
+        if saved:
             return
         if self.agreement.preempted:
             raise TrainingError("no checkpoint could be written before the stop", way_out="mend that, and start again")
