@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ templates: $(INSTALLED) models/smollm2-135m-instruct ## what each chat template 
 
 chaos: $(INSTALLED) models/smollm2-135m-instruct ## throw 100 faults at tiny runs, compare their curves, write docs/reliability.md (about an hour)
 	$(BIN)/python tests/chaos.py --runs 100 --report docs/reliability.md
+
+survive: $(INSTALLED) models/smollm2-135m-instruct ## what saves and resumed starts cost; writes docs/reliability.md (10 minutes)
+	$(BIN)/python benchmarks/survive.py --report docs/reliability.md
 
 plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak memory against real steps; writes docs/planning.md (about 20 minutes)
 	$(BIN)/python benchmarks/plan.py --folder runs/plan-check --page docs/planning.md

@@ -18,7 +18,7 @@ PATIENCE = 240  # seconds for a start on a busy machine
 class Running:
     """A command of sft.py in the background, alone or under `accelerate launch`."""
 
-    def __init__(self, *words: Any, ranks: int = 1, config: str = "ddp", **env: str):
+    def __init__(self, *words: Any, ranks: int = 1, config: str = "ddp", log: Any = subprocess.PIPE, **env: str):
         command = [sys.executable, "scripts/sft.py", *map(str, words)]
         if ranks > 1:
             command[:1] = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
@@ -26,7 +26,7 @@ class Running:
                            "--main_process_port", "0"]  # fmt: skip
         self.ranks = ranks
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env}, stdout=subprocess.PIPE,
+            command, cwd=ROOT, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **env}, stdout=log,
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -53,6 +53,8 @@ class Running:
         return [found[rank] for rank in sorted(found)]
 
     def end(self) -> tuple[int, str]:
+        if not self.process.stdout or self.process.stdout.closed:
+            return self.process.wait(PATIENCE), ""
         out, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, out
 

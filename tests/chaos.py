@@ -2,9 +2,10 @@
 
     make chaos
 
-Each history takes a strategy, an uninterrupted run of it, and a second run that is killed, signalled, robbed of its
-disk or of bytes in its checkpoints at random moments, and started each time by the same command. In the end both
-must have the same rows and losses at every step, each step once. The seed decides everything but the machine's speed.
+Each history takes a strategy, an uninterrupted run of it, and a second run that is killed, signalled, halted, robbed
+of its disk, its log or of bytes in its checkpoints at random moments, and started each time by the same command. In
+the end both must have the same rows and losses at every step, each step once. A start on an edited base, tokenizer or
+row must be refused. The seed decides everything but the machine's speed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from tiny import make_tiny
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2}
 STEPS, SAVE_STEPS, FAULTS = 24, 2, 4  # of a history
 TOLERANCE = 1e-6  # a resumed run adds up in the same order as its reference
+HALT = 5  # seconds, many times what a collective takes
 SMALL = 30_000  # bytes a file: a checkpoint's are larger, run.json and metrics.jsonl are not
 COMPARED = ("loss", "grad_norm", "learning_rate", "rows_checksum", "tokens")
 
@@ -45,31 +48,38 @@ class History:
 
     def __init__(self, folder: Path, keys: dict[str, Any], strategy: str, draw: random.Random, counts: Counter[str]):
         self.folder, self.strategy, self.draw = folder, strategy, draw
-        self.recipe = folder.with_suffix(".json")
+        self.recipe, self.keys = folder.with_suffix(".json"), keys
         self.recipe.write_text(json.dumps(keys))
         self.lost = 0  # steps that a fault undid
         self.log: list[str] = []
         self.kinds = counts
 
-    def start(self, disk: int | None = None) -> Running:
+    def start(self, disk: int | None = None, log: Any = subprocess.PIPE) -> Running:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk or before[0], before[1]))  # inherited
         try:
             return Running(
                 "--recipe", self.recipe, "--output_dir", self.folder,
-                ranks=STRATEGIES[self.strategy], config=self.strategy, HF_HUB_OFFLINE="1", PET_SHUTDOWN_TIMEOUT="60",
+                ranks=STRATEGIES[self.strategy], config=self.strategy, log=log, HF_HUB_OFFLINE="1",
+                PET_SHUTDOWN_TIMEOUT="60",
             )  # fmt: skip
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     def suffer(self, name: str) -> bool:
         """One start with one fault; whether the run goes on."""
-        began = self._step()
-        if name in DAMAGES and len(whole_steps(self.folder)) < 2:
-            name = "killed"  # a run whose only checkpoint is damaged is rightly refused
+        began, saved = self._step(), len(whole_steps(self.folder))
+        if (name in DAMAGES | ADDED and saved < 2) or (name in EDITED and not saved):
+            name = "killed"  # a run whose only checkpoint is damaged is rightly refused, one without any begins anew
         self.kinds[name] += 1
-        running = self.start(SMALL if name == "disk full" else None)
-        more = 1 if name in ("signal", "disk full") else self.draw.randint(SAVE_STEPS + 1, 2 * SAVE_STEPS)
+        if name in EDITED:
+            self._refuse_edit(name, EDITED[name])
+            return True
+        with open("/dev/full", "w") as full:
+            log = full if name == "full log" else subprocess.PIPE
+            running = self.start(SMALL if name == "disk full" else None, log)
+        beside = self.start() if name == "two starts" else None
+        more = 1 if name in ("signal", "hangup", "disk full") else self.draw.randint(SAVE_STEPS + 1, 2 * SAVE_STEPS)
         if name == "killed while saving":
             saves = set(self.folder.glob("checkpoint-*"))
             self._until(running, lambda: bool(set(self.folder.glob("checkpoint-*")) - saves))
@@ -81,11 +91,15 @@ class History:
         if running.process.poll() is None:
             self._strike(running, name)
         _, out = running.end()
+        if beside:  # it has waited for the other, or has found out that it cannot
+            code, theirs = beside.end()
+            out += theirs
+            assert code == 0 or "another process is training" in theirs, out
         self._until_gone(running)
         self.log.append(f"--- {name} (from step {began})\n{out}")
         reached = self._step()
-        if name in DAMAGES:
-            DAMAGES[name](self._newest(), self.draw)
+        if name in DAMAGES | ADDED:
+            (DAMAGES | ADDED)[name](self._newest(), self.draw)
         if (status := manifest(self.folder)["status"] if (self.folder / "run.json").is_file() else "") != "finished":
             whole = whole_steps(self.folder)[: -1 if name in DAMAGES else None]
             self.lost = max(self.lost, reached - max([0, *(step for step in whole if step <= reached)]))
@@ -93,15 +107,41 @@ class History:
 
     def _strike(self, running: Running, name: str) -> None:
         pids = self.pids = running.pids() or [running.process.pid]
-        if name == "signal":
-            kind = self.draw.choice([signal.SIGTERM, signal.SIGUSR1])
+        if name in ("signal", "hangup"):
+            kind = signal.SIGHUP if name == "hangup" else self.draw.choice([signal.SIGTERM, signal.SIGUSR1])
             for pid in self.draw.choice([pids, pids[-1:], [running.process.pid]]):
                 _send(pid, kind)
                 time.sleep(self.draw.choice([0.02, 0.15]))
         elif name == "launcher killed":
             _send(running.process.pid, signal.SIGKILL)
+        elif name in GOES_ON:
+            if name == "reader gone":
+                running.process.stdout.close()
+            elif name == "stopped for a while":
+                halted = self.draw.choice(pids)
+                _send(halted, signal.SIGSTOP)
+                time.sleep(HALT)
+                _send(halted, signal.SIGCONT)
+            step = self._step()
+            self._until(running, lambda: self._step() >= min(step + 1, STEPS))
+            _send(self.draw.choice(pids), signal.SIGKILL)
         else:
             _send(self.draw.choice(pids), signal.SIGKILL)
+
+    def _refuse_edit(self, name: str, edit: Callable[[dict[str, Any]], Path]) -> None:
+        """A start on something else than the run began with must be refused; it is put back for the next one."""
+        file = edit(self.keys)
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        place = content.index(b"owl") if b"owl" in content else len(content) - self.draw.randrange(1, 999)
+        content[place] ^= 1
+        file.write_bytes(content)
+        try:
+            code, out = self.start().end()
+        finally:
+            file.write_bytes(whole)
+        self.log.append(f"--- {name}\n{out}")
+        assert code and "way out" in out, f"{name} was not refused: {out}"
 
     def _until(self, running: Running, there: Callable[[], bool]) -> None:
         end = time.monotonic() + 300
@@ -147,9 +187,27 @@ def _any_file(checkpoint: Path, draw: random.Random) -> Path | None:
     return draw.choice(files) if files else None
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {"killed, a bit flipped": _flip, "killed, a file cut": _cut}
+def _add_copy(checkpoint: Path, draw: random.Random) -> None:
+    """What a synchronizer or a person leaves: an older checkpoint's weights beside the listed ones."""
+    older = of_step(checkpoint.parent, whole_steps(checkpoint.parent)[-2])
+    for file in older.glob("model-*"):
+        name = draw.choice(["{}_old.safetensors", "{}.sync-conflict-20261129-120000.safetensors", "{}-1.safetensors"])
+        shutil.copy(file, checkpoint / name.format(file.stem))
+
+
+Damage = Callable[[Path, random.Random], None]
+DAMAGES: dict[str, Damage] = {"killed, a bit flipped": _flip, "killed, a file cut": _cut}
+ADDED: dict[str, Damage] = {"killed, a copy added": _add_copy}  # which costs nothing
+GOES_ON = ("reader gone", "full log", "stopped for a while")  # the run, which is killed a step later
+EDITED: dict[str, Callable[[dict[str, Any]], Path]] = {
+    "base edited": lambda keys: Path(keys["model_name_or_path"]) / "model.safetensors",
+    "tokenizer edited": lambda keys: Path(keys["model_name_or_path"]) / "tokenizer.json",
+    "rows edited": lambda keys: Path(keys["dataset_name"]),
+}
+GOES_ON = ("reader gone", "full log", "stopped for a while")  # the run, which is killed a step later
 FAULT_KINDS = (
-    "killed", "killed while saving", "killed while starting", "launcher killed", "signal", "disk full", *DAMAGES,
+    "killed", "killed while saving", "killed while starting", "launcher killed", "two starts", "signal", "hangup",
+    "disk full", *GOES_ON, *DAMAGES, *ADDED, *EDITED,
 )  # fmt: skip
 WITHOUT_PROGRESS = {"killed while starting", "disk full", "killed while saving"}  # three in a row would be `stuck`
 
