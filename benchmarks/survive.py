@@ -29,7 +29,7 @@ STEPS, SAVE_STEPS = 12, 4
 
 def totals(method: str, ranks: int, folder: Path, steps: int) -> dict[str, Any]:
     """The totals of a run that is begun, or trained on to these steps; with the bytes of a checkpoint."""
-    words = f"""scripts/sft.py --recipe {RECIPES[method]} --output_dir {folder} --max_steps {steps} --eval_strategy no
+    words = f"""--recipe {RECIPES[method]} --output_dir {folder} --max_steps {steps} --eval_strategy no
         --lr_scheduler_type constant --save_strategy steps --save_steps {SAVE_STEPS}""".split()
     ddp = "--config_file accelerate_configs/ddp.yaml --num_processes 2 --main_process_port 0"
     accelerate = str(Path(sys.executable).parent / "accelerate")
