@@ -70,7 +70,7 @@ def test_all_ranks_stop_at_one_step(to, recipe, tmp_path) -> None:
 
 
 def test_a_signal_while_it_starts_and_the_same_command_again(recipe, tmp_path) -> None:
-    """Guards a signal before the first step (it is remembered), exit code 75, and the way on."""
+    """Guards a signal before the first step (it is remembered), exit code 75, the way on, and the seconds of both."""
     folder = tmp_path / "run"
     words = ("--recipe", recipe, "--output_dir", folder)
     running = Running(*words)
@@ -78,8 +78,16 @@ def test_a_signal_while_it_starts_and_the_same_command_again(recipe, tmp_path) -
     os.kill(running.process.pid, signal.SIGUSR1)
     code, out = running.end()
     assert (code, manifest(folder)["status"], manifest(folder)["totals"]["steps"]) == (75, "preempted", 1), out
+    first = manifest(folder)
+    began = time.monotonic()
     done = script("sft", *words, "--max_steps", 4, "--allow-change", "max_steps")
+    seconds = time.monotonic() - began
     assert done.code == 0, done
+    facts, spent = manifest(folder), [row["elapsed_seconds"] for row in metrics(folder)]
+    assert 0 < spent[0] < first["elapsed_seconds"] < spent[1] < spent[3] < facts["elapsed_seconds"]
+    assert 0.5 * seconds < facts["elapsed_seconds"] - first["elapsed_seconds"] < seconds
+    assert facts["totals"]["goodput"] == pytest.approx(facts["totals"]["seconds"] / spent[3], rel=0.5)
+    assert 0 < facts["totals"]["first_step_after_seconds"] < seconds and "over 2 starts" in done.out
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert manifest(folder)["resumed"][0]["step"] == 1
 
