@@ -25,6 +25,9 @@ from stepladder.training import arguments, strategy
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
 
 
+SLOWER = 1.05  # what the plan's best must win to be named
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -70,7 +73,8 @@ def main() -> None:
     script += ["--strategy", args.strategy] if args.strategy else []
     command = ["sbatch", *options, f"--output={submit.log_pattern(folder, log)}", *script, *overrides]
     if args.dry_run:
-        print(f"# {planned}\n" * bool(planned) + f"# {shlex.join(command)}\n\n{Path(script[0]).read_text()}")
+        said = "".join(f"# {line}\n" for line in [*planned.splitlines(), shlex.join(command)])
+        print(f"{said}\n{Path(script[0]).read_text()}")
         return
 
     if planned:
@@ -126,9 +130,14 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
             f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
             f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"
         )
+        if (times := best.tokens_per_second / way.tokens_per_second) > SLOWER:
+            lines[-1] += (
+                f"\n      {best.strategy}, micro-batch {best.micro}, checkpointing "
+                f"{'on' if best.checkpointing else 'off'} is {times:.1f} times as fast by the plan: --strategy auto"
+            )
         if not way.fits:
             raise errors.LaunchError(
-                f"it does not fit: {lines[-1]}",
+                f"it does not fit: {lines[-1].splitlines()[0]}",
                 why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
                 way_out=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
             )

@@ -119,14 +119,18 @@ def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
 
 
 def test_submit_plans_where_it_knows_the_gpus() -> None:
-    """Guards the queue against jobs that never fitted, and `auto` against a plan that the job is not given."""
+    """Guards the queue against jobs that never fitted, and `auto` against a plan that the job is not given;
+    what a recipe's own checkpointing costs is said."""
     full = ("--recipe", "models/qwen3-8b/full", "--gpus", "h100:8", "--dry_run")
     done = script("submit", *full, "--strategy", "ddp")
     assert done.code == 2 and "it does not fit: plan: ddp, micro-batch 1" in done.err and "Traceback" not in done.err, (
         done
     )
     assert not done.out
+    done = script("submit", *full, "--strategy", "fsdp")
+    assert "# plan: fsdp, micro-batch 1, checkpointing on" in done.out and "--strategy auto" in done.out, done
     done = script("submit", *full, "--strategy", "auto")
+    assert "as fast" not in done.out, "nothing is left on the table"
     assert done.code == 0 and done.out.startswith("# plan: fsdp, micro-batch 1, checkpointing off"), done
     assert "--strategy fsdp --per_device_train_batch_size 1 --gradient_checkpointing false" in done.out.splitlines()[1]
     done = script("submit", "--recipe", "lora", "--gpus", "8", "--strategy", "auto", "--dry_run")

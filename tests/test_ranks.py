@@ -88,6 +88,14 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
     assert ranks.choose_device(ranks.launched(), use_cpu=True) and not torch.cuda.is_available()
     assert len(shared_out) == 1
+    for threads, launcher, taken in (("3", "of-torchrun", 1), ("1", "of-torchrun", 2), ("1", "", 2)):
+        # a user's number holds; a launcher's own 1 does not
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launcher)
+        if not launcher:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        ranks.choose_device(ranks.launched(), use_cpu=True)
+        assert len(shared_out) == taken
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     recipe = load.load("lora", ["--use_cpu", "true"])
     found = {check.name: check for check in preflight.checks(recipe, preflight.Machine())}

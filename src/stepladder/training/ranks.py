@@ -101,7 +101,9 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE") or cores))  # a job's share, confined to it or not
-    torch.set_num_threads(max(1, cores // launch.local_ranks))
+    asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+    if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
+        torch.set_num_threads(max(1, cores // launch.local_ranks))
     freed_memory.keep()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
     if launch.strategy.startswith("zero"):
