@@ -14,7 +14,7 @@ import argparse
 import contextlib
 
 from stepladder import console, errors, requirements, run
-from stepladder.data import mixture, stream
+from stepladder.data import mixture, stream, templates
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
@@ -48,6 +48,7 @@ def main() -> int | None:
     reads = launch.local_rank == 0  # one rank a node reads and prepares the rows; the others open what it made
     train_rows, eval_rows = mixture.load(recipe) if reads else mixture.unread(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
+    templates.check_path(recipe)
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
     checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change)
 
@@ -56,7 +57,7 @@ def main() -> int | None:
         use_cpu = ranks.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         import transformers
 
-        from stepladder.data import prepare, templates
+        from stepladder.data import prepare
         from stepladder.evaluation import samples
         from stepladder.model import adapter, attention
         from stepladder.planning import choose

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stepladder import console, errors, flags
 from stepladder.cluster import job, submit, sweep
-from stepladder.data import mixture
+from stepladder.data import mixture, templates
 from stepladder.hardware import GPUS
 from stepladder.model import load as model_load
 from stepladder.training import arguments, strategy
@@ -152,6 +152,7 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     arguments.layout(recipe, ranks)
     mixture.load(recipe)
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
+    templates.check_path(recipe)
     asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
     return "auto" if asked == "auto" else strategy.named(asked, ranks)
 

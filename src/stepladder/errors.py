@@ -7,6 +7,7 @@ complete checkpoint.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -131,15 +132,14 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
             code = EXIT_FAILED
         sys.exit(code)
     except StepladderError as error:
-        tell_launcher(error.what, error.render())
-        if error.this_rank_only:
-            print(f"[rank {rank}] {error.render()}", file=sys.stderr, flush=True)
-        elif rank == "0":
-            print(error.render(), file=sys.stderr, flush=True)
+        _report(error, rank)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        if no_path := _of_no_path(error):
+            _report(no_path, rank)
+            sys.exit(no_path.exit_code)
         if "RANK" not in os.environ:
             raise
         if lost_a_rank(error):
@@ -156,6 +156,24 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
         # holds a process group (DDP) may go by that search only, and the group's threads would outlive what they use.
         if "RANK" not in os.environ:
             gc.freeze()
+
+
+def _report(error: StepladderError, rank: str) -> None:
+    tell_launcher(error.what, error.render())
+    if error.this_rank_only:
+        print(f"[rank {rank}] {error.render()}", file=sys.stderr, flush=True)
+    elif rank == "0":
+        print(error.render(), file=sys.stderr, flush=True)
+
+
+def _of_no_path(error: Exception) -> StepladderError | None:
+    """The message for a path of the user's that no file can have, wherever it was used first; None for any other."""
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
+        return StepladderError(f"{name[:60]}{'…' * (len(name) > 60)} cannot be used: {error.strerror}")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return StepladderError("a path holds a NUL character, which no file's name can have")
+    return None
 
 
 def end_process_groups() -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, RunError, TrainingError, lost_a_rank
+from stepladder.files import parse_json, read_object, read_text
 
 PACKAGES = (
     "stepladder",
@@ -33,6 +34,7 @@ PACKAGES = (
 )
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
+METRICS_BYTES = 1 << 30
 PART = ".part"  # ends the name of a file that is being written
 STUCK_AFTER = 3  # starts that came no further than one and the same step
 JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
@@ -86,7 +88,8 @@ class Run:
         """
         if (self.folder / MANIFEST).is_file():
             return True
-        if {file.name for file in self._files()} - {METRICS}:  # which is kept while a run is made ready to start anew
+        # Metrics are kept while a run is made ready to start anew.
+        if any(file.name != METRICS or not file.is_file() for file in self._files()):
             raise LaunchError(
                 f"output_dir {self.folder} exists and is no run folder",
                 where=where,
@@ -267,15 +270,13 @@ class Run:
     def _rewind(self, step: int) -> None:
         """Keep the metrics up to a step. A last line that was cut off goes; others that are damaged are counted."""
         kept, damaged, self.logged_until = [], 0, step
-        if (self.folder / METRICS).is_file():
-            text = (self.folder / METRICS).read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines(keepends=True):
-                if row := row_of(line):
-                    self.logged_until = max(self.logged_until, row["step"])
-                    if row["step"] <= step:
-                        kept.append(line.rstrip("\n") + "\n")
-                else:
-                    damaged += line.endswith("\n")
+        for line in metrics_text(self.folder).splitlines(keepends=True):
+            if row := row_of(line):
+                self.logged_until = max(self.logged_until, row["step"])
+                if row["step"] <= step:
+                    kept.append(line.rstrip("\n") + "\n")
+            else:
+                damaged += line.endswith("\n")
         if damaged:
             say(f"⚠ {self.folder / METRICS} has {damaged} damaged line{'s' * (damaged > 1)}: left out")
         write_whole(self.folder / METRICS, "".join(kept))
@@ -342,41 +343,26 @@ class Run:
         write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
+def metrics_text(folder: Path) -> str:
+    """The lines of metrics.jsonl, damaged or not; none where there is no such file.
+
+    Raises:
+        LaunchError: it cannot be read.
+    """
+    file = folder / METRICS
+    try:
+        return read_text(file, METRICS_BYTES, errors="replace") if os.path.lexists(file) else ""
+    except ValueError as error:
+        raise LaunchError(f"{file} cannot be used: {error}", way_out="put it back from a copy, or remove it") from None
+
+
 def row_of(line: str) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None where it is damaged, or not whole yet."""
-    with contextlib.suppress(ValueError, RecursionError):
-        row = _parsed(line)
+    with contextlib.suppress(ValueError):
+        row = parse_json(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
     return None
-
-
-def _parsed(text: str) -> Any:
-    """Any JSON value; an integer of more than 18 digits is a float, since arithmetic on it could overflow."""
-    return json.loads(text, parse_int=lambda digits: (int if len(digits) < 19 else float)(digits))
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it is missing, damaged, nested more than 50 levels deep, or no object.
-    """
-    try:
-        found = _parsed(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(error.strerror) from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError("it holds no JSON object")
-    level: list[Any] = [found]
-    for _ in range(50):
-        items = [part.values() if isinstance(part, dict) else part for part in level]
-        level = [item for part in items for item in part if isinstance(item, dict | list)]
-    if level:
-        raise ValueError("it is nested too deeply")
-    return found
 
 
 def status(folder: Path) -> str:

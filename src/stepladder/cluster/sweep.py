@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from stepladder import errors
+from stepladder import errors, files
 
 
 def elements(file: Path) -> list[list[str]]:
@@ -29,8 +29,8 @@ def elements(file: Path) -> list[list[str]]:
         RecipeError: the file is no sweep.
     """
     try:
-        sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        sweep = files.parse_yaml(files.read_text(file, files.YAML_BYTES))
+    except ValueError as error:
         raise errors.RecipeError(f"not a sweep: {error}", where=str(file)) from None
     grid = sweep.get("grid") if isinstance(sweep, dict) else None
     if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):

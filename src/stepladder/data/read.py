@@ -27,6 +27,7 @@ from stepladder.data.readers import (
     without_nulls,
 )
 from stepladder.errors import DataError
+from stepladder.files import name_fault, read_json
 
 COMPRESSED = (".gz", ".zst")
 LFS_POINTER = b"version https://git-lfs"
@@ -118,6 +119,8 @@ def printable(path: Path) -> str:
 
 def _require_file(path: Path, name: str) -> None:
     """Raise DataError unless there is a file, or a folder of `save_to_disk`: a named pipe would wait for ever."""
+    if fault := name_fault(str(path)):
+        raise DataError(f"{name[:60]}… cannot be read: {fault}", way_out="name a file that can")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -239,8 +242,8 @@ def llama_factory_sets(path: Path) -> dict[str, dict[str, Any]]:
         DataError: the file is not JSON or may not be read, so that a folder's files may be sets of their own.
     """
     try:
-        listed = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        listed = read_json(path)
+    except ValueError as error:
         way_out = "mend it; or remove it, if the files beside it are one set"
         raise DataError(f"it cannot be read: {error}", where=printable(path), way_out=way_out) from None
     places = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "om_hub_url"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
+from stepladder.data.templates import limits
 from stepladder.data.templates.layout import (
     READ,
     ChatTemplate,
@@ -270,6 +271,8 @@ class _Renderer:
             raise _refused(error, where) from None
         except RecursionError:
             raise _refused(Refusal("nested too deeply"), where) from None
+        except limits.Exceeded as error:
+            raise limits.Exceeded(error.fault, where) from None
         starts = layout.find(text, slots)
         if isinstance(starts, Slot):
             raise self._changed(starts, example, layout, where)

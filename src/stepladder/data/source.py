@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stepladder.data.read import (
     METADATA,
     OTHER_KINDS,
@@ -32,11 +30,12 @@ from stepladder.data.read import (
 )
 from stepladder.data.readers import READERS, Found, split_key, split_word
 from stepladder.errors import DataError
+from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
 HEAD = 100  # rows looked at to learn what a set is like
-CARD = "README.md"  # of a hub data set
+CARD, CARD_BYTES = "README.md", 1 << 22  # of a hub data set
 LLAMA_FACTORY = "dataset_info.json"
 MAP_CACHE = "cache-*.arrow"  # what `Dataset.map` leaves beside the data that it read
 DATA_KINDS = {*OTHER_KINDS, *UNPACKERS} - {".txt", ".yaml", ".yml"}
@@ -372,15 +371,15 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     """
     card = folder / CARD
     try:
-        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
-    except OSError as error:
-        raise DataError(f"it cannot be read: {error.strerror}", where=str(card), way_out="chmod u+r FILE") from None
+        text = read_text(card, CARD_BYTES, errors="replace") if card.is_file() else ""
+    except ValueError as error:
+        raise DataError(f"it cannot be read: {error}", where=str(card), way_out="chmod u+r FILE") from None
     front = re.match(r"---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
     if not front or "configs:" not in front[1]:
         return []
     try:
-        found = yaml.safe_load(front[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = parse_yaml(front[1])
+    except ValueError:
         way_out = f'datasets: [{{path: {folder}, data_files: "*.jsonl"}}]'
         raise DataError("its front matter is not valid YAML", where=str(card), way_out=way_out) from None
     configs = found.get("configs") if isinstance(found, dict) else None

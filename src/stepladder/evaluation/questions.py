@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepladder import files
 from stepladder.data import formats, read
 from stepladder.data.formats import Example
 from stepladder.data.rows import Converter, Rows
 from stepladder.errors import DataError
 from stepladder.evaluation.generate import Message
+
+PROMPTS_BYTES = 1 << 26  # each prompt is answered by a model
 
 
 class Question(NamedTuple):
@@ -73,8 +77,13 @@ def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
     Raises:
         DataError: no such file, one without a prompt, a row that holds none.
     """
-    if path.suffix == ".txt" and path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if path.suffix == ".txt" and os.path.exists(path):
+        try:
+            lines = files.read_text(path, PROMPTS_BYTES, errors="replace").splitlines()
+        except ValueError as error:
+            raise DataError(
+                f"the prompts {path} cannot be read: {error}", way_out="a text file of one a line"
+            ) from None
         found = [Question([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
     else:
         converter = Converter(str(path), None)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepladder import files
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 
@@ -52,13 +53,11 @@ def read(path: Path) -> list[Rule]:
     Raises:
         DataError: no such file, no YAML, an unknown key, a pattern that is none.
     """
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"the rubric {path} cannot be read", why=why, way_out="see data/techco_rubric.yaml") from None
+        found = files.parse_yaml(files.read_text(path, files.YAML_BYTES))
+    except ValueError as error:
+        way_out = "see data/techco_rubric.yaml"
+        raise DataError(f"the rubric {path} cannot be read", why=str(error), way_out=way_out) from None
     if not isinstance(found, dict) or not found:
         raise DataError(f"{path} holds no rules", way_out="NAME: {pattern: '…'}, as in data/techco_rubric.yaml")
     return [_rule(str(name), keys, str(path)) for name, keys in found.items()]
@@ -77,5 +76,5 @@ def _rule(name: str, keys: Any, where: str) -> Rule:
             raise DataError(f"in_reference of the rule '{name}' is {value!r}", where=where, way_out="true or false")
     try:
         return Rule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise DataError(f"the pattern of the rule '{name}' is none: {error}", where=where) from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from stepladder.data.templates import limits
 from stepladder.errors import ModelError
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], prompt: bool = True) -> str:
     """The chat template's text, without the beginning that Ollama adds by itself."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    with limits.limited():
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     begins = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if begins and tokenizer.bos_token else text
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder import files
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
@@ -44,19 +43,22 @@ def precision(recipe: Settings) -> str:
 
 
 def check_source(name: str | None, where: str = "") -> None:
-    """Raise ModelError unless `name` is a model folder with safetensors, an adapter, or can be a hub id."""
+    """Raise ModelError unless `name` is a model folder with safetensors, an adapter, or can be a hub id.
+
+    The files of a folder are looked at before a library opens them: a pipe would be waited for until the job ends.
+    """
     if not name:
         raise ModelError("no model is named", where=where, way_out="model_name_or_path: a folder or a hub id")
+    if fault := files.name_fault(name):
+        raise ModelError(f"'{name[:60]}…' names no model: {fault}", where=where, way_out="a folder or a hub id")
     folder = Path(name)
-    for file in folder.glob("*.safetensors"):
-        if not os.access(file, os.R_OK):  # safetensors itself would say that there is no such file
-            raise ModelError(f"{file} may not be read by you", where=where, way_out=f"its owner: chmod a+r {file}")
     if not folder.is_dir():
         looks_local = folder.is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
         if looks_local:
             fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
             raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
         return
+    _check_files(folder, where)
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         if not list(folder.glob("*.safetensors")):
             raise ModelError(
@@ -78,6 +80,13 @@ def check_source(name: str | None, where: str = "") -> None:
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
+def _check_files(folder: Path, where: str = "") -> None:
+    try:
+        files.check_model_folder(folder)
+    except ValueError as error:
+        raise ModelError(str(error), where=where, way_out="fetch or copy the model again") from None
+
+
 def folder_of(name: str, revision: str | None = None, small_files_only: bool = False) -> Path:
     """The folder that holds a model or adapter: `name` itself, or what the hub's cache holds or fetches of it.
 
@@ -91,8 +100,10 @@ def folder_of(name: str, revision: str | None = None, small_files_only: bool = F
 
     wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
     with _loading(name):
-        files = wanted if small_files_only else [*wanted, "*.safetensors"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        patterns = wanted if small_files_only else [*wanted, "*.safetensors"]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    _check_files(folder)
+    return folder
 
 
 def unquantized(name: str, revision: str | None = None) -> Path:
@@ -104,7 +115,7 @@ def unquantized(name: str, revision: str | None = None) -> Path:
     folder = folder_of(name, revision)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} is no base model: it has no config.json", way_out="--base")
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if "quantization_config" in files.read_object(folder / "config.json"):  # which `check_source` has read
         raise ModelError(
             f"{name} holds quantized weights, which an adapter cannot be folded into",
             way_out="--base with the model that they were made from",
@@ -253,8 +264,7 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     adapter = Path(name) / "adapter_config.json"
     base = name
     if adapter.is_file():
-        with _loading(name):
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = str(files.read_object(adapter).get("base_model_name_or_path") or "")
     if base != name:
         check_source(base, where=str(adapter))
     tok = tokenizer_of(name)
@@ -278,10 +288,15 @@ class _loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)) or type(error).__name__ == "SafetensorError":
+        # A configuration that fits nothing can raise whatever its reader's expressions raise. A RuntimeError may be
+        # another rank's end, or the memory's.
+        wrong = isinstance(error, (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError))
+        wrong = wrong or (isinstance(error, RuntimeError) and "mismatch" in str(error))
+        if wrong or type(error).__name__ == "SafetensorError":
             lines = str(error).strip().splitlines()
+            said = lines[0] if lines else type(error).__name__
             raise ModelError(
                 f"'{self.name}' could not be loaded",
-                why=lines[0] if lines else type(error).__name__,
+                why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",
                 way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)",
             ) from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import ranges
 from stepladder.recipe.schema import Key
@@ -18,6 +19,9 @@ ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 TYPE_NAMES |= {"list": "a list", "dict": "a block of keys", "none": "null"}
+# Keys whose values may name a file or a folder.
+PATHS = {"model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name", "output_dir"}
+PATHS |= {"datasets.path", "datasets.data_dir", "datasets.data_files", "run_name"}
 
 Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
@@ -132,6 +136,11 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
         )
     if expected := ranges.outside(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
+    for text in (text for text in named if isinstance(text, str)):
+        is_path = re.sub(r"\[\d+\]", "", key.name) in PATHS
+        if fault := files.name_fault(text) if is_path else "it holds a NUL character" * ("\0" in text):
+            said = text if len(text) <= 60 else f"{text[:60]}…"
+            raise RecipeError(f"{key.name} {said!r} cannot be used: {fault}", where=where)
     return result
 
 
@@ -198,7 +207,7 @@ def constructed(node: yaml.Node) -> Any:
 
 def _json(key: Key, node: yaml.ScalarNode, where: str) -> yaml.Node:
     try:
-        return unplaced(yaml.compose(node.value, Loader=yaml.SafeLoader))
+        return unplaced(files.compose(node.value))
     except yaml.YAMLError:
         raise RecipeError(f"{key.name}: not a block of keys: {node.value}", where=where) from None
 

@@ -5,10 +5,12 @@ Nothing heavy is imported here: a wrong key is reported before torch is.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import yaml
 
+from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, renamed, rules
 from stepladder.recipe.recipe import Recipe
@@ -60,11 +62,15 @@ def _in_order(errors: list[RecipeError]) -> list[RecipeError]:
 
 def find(name: str) -> Path:
     """`name` as given, then under `recipes/`; `.yaml` may be left out."""
-    if Path(name).is_dir() and (Path(name) / "recipe.yaml").is_file():
+    if fault := files.name_fault(name):
+        raise RecipeError(f"--recipe {name[:60]}…: {fault}", where=COMMAND_LINE)
+    if os.path.isfile(f"{name}/recipe.yaml"):
         return Path(name) / "recipe.yaml"  # a run folder: its own recipe
     for candidate in (name, f"{name}.yaml", f"recipes/{name}", f"recipes/{name}.yaml"):
-        if Path(candidate).is_file():
+        if os.path.isfile(candidate):
             return Path(candidate)
+    if os.path.lexists(name):  # a folder, a pipe, a link to nothing
+        compose(Path(name))
     raise RecipeError(
         f"there is no recipe '{name}'",
         where=COMMAND_LINE,
@@ -81,15 +87,20 @@ def compose(path: Path) -> yaml.Node | None:
     """Parse YAML (or JSON, which is YAML) to nodes, which know their line and column.
 
     Raises:
-        RecipeError: not readable, not UTF-8, a shell script, or not YAML; tabs are named.
+        RecipeError: not an ordinary file of UTF-8 text, larger than `files.YAML_BYTES`, a shell script, not YAML (tabs
+            are named), or blocks that are nested too deeply or multiply.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_text(path, files.YAML_BYTES)
+    except ValueError as error:
         raise RecipeError(f"cannot be read: {error}", where=str(path), way_out="a UTF-8 text file") from None
     foreign.refuse_script(text, path)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return files.compose(text)
+    except files.Excess as error:
+        mark = error.problem_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise RecipeError(str(error.problem), where=where, way_out="write the keys out, without * and &") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -103,16 +114,6 @@ def compose(path: Path) -> yaml.Node | None:
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"invalid YAML: {error}", where=str(path)) from None
-    if node is not None and _contains_itself(node, ()):
-        raise RecipeError("a block contains itself", where=str(path), way_out="write its keys out, without * and &")
-    return node
-
-
-def _contains_itself(node: yaml.Node, above: tuple[yaml.Node, ...]) -> bool:
-    if isinstance(node, yaml.ScalarNode):
-        return False
-    inside = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-    return any(node is n for n in above) or any(_contains_itself(n, (*above, node)) for n in inside)
 
 
 class _Reading:
@@ -140,9 +141,12 @@ class _Reading:
         where, named = convert.position(str(path), key), str(value.value)
         if not isinstance(value, yaml.ScalarNode) or named in ("", "null", "~"):
             return None  # reported as a value of the wrong type, or meant as none
+        self.suspects.add("extends")  # until it is found
+        if fault := files.name_fault(f"{named}.yaml"):
+            self.errors.append(RecipeError(f"extends names no file: {fault}", where=where))
+            return None
         given = path.parent / named
         parent = given if given.is_file() else given.with_name(given.name + ".yaml")
-        self.suspects.add("extends")  # until it is found
         if not parent.is_file():
             near = [str(p.relative_to(path.parent)) for p in path.parent.glob("*.yaml") if p != path]
             self.errors.append(
@@ -238,7 +242,7 @@ def _node(name: str, words: list[str]) -> yaml.Node:
     text = words[0]
     if text.startswith(("{", "[")) and (key is None or {"list", "dict"} & {*key.types}):
         try:
-            return convert.unplaced(yaml.compose(text, Loader=yaml.SafeLoader))
+            return convert.unplaced(files.compose(text))
         except yaml.YAMLError:
             pass
     takes_text = key is not None and {"str", "list"} & {*key.types} and not {"bool", "int", "float"} & {*key.types}

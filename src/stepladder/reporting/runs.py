@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepladder.errors import RunError
-from stepladder.run import MANIFEST, METRICS, read_object, row_of
+from stepladder.files import read_object, read_text
+from stepladder.run import MANIFEST, METRICS, METRICS_BYTES, row_of
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
@@ -157,7 +159,7 @@ def finite(curve: Curve) -> Curve:
 
 def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any]:
     path = run.folder / name
-    if not path.is_file():
+    if not os.path.lexists(path):
         run.remarks += [f"{name} is missing"] * needed
         return {}
     try:
@@ -169,10 +171,15 @@ def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any
 
 def _read_metrics(run: LoggedRun) -> None:
     path = run.folder / METRICS
-    if not path.is_file():
+    if not os.path.lexists(path):
         run.remarks.append(f"{METRICS} is missing: there are no curves")
         return
-    lines, damaged = path.read_bytes().decode("utf-8", errors="replace").split("\n"), []
+    try:
+        lines = read_text(path, METRICS_BYTES, errors="replace").split("\n")
+    except ValueError as error:
+        run.remarks.append(f"{METRICS} cannot be read, so there are no curves: {error}")
+        return
+    damaged = []
     for number, line in enumerate(lines, start=1):
         if row := row_of(line):
             if isinstance(peak := row.get("peak_memory_bytes"), int):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import cache
+from stepladder import cache, files
 from stepladder.console import say
 from stepladder.errors import LaunchError
 
@@ -50,16 +49,18 @@ def _strategy(ranks: int) -> str:
         zero: dict = {}
         if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
             try:
-                with open(file) as stream:
-                    zero = json.load(stream).get("zero_optimization", {})
-            except (OSError, ValueError) as error:
+                zero = files.read_object(file).get("zero_optimization", {})
+                if not isinstance(zero, dict):
+                    raise ValueError("its zero_optimization is no block")
+            except ValueError as error:
                 raise LaunchError(
                     f"DeepSpeed's configuration {file} cannot be read: {error}",
                     why="the accelerate config names it relative to the folder you start from",
                     way_out="start from the folder that holds ds_configs/",
                 ) from None
         stage = zero.get("stage") or env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        offload = zero.get("offload_optimizer", {}).get("device", "none") not in ("none", None)
+        offloads = zero.get("offload_optimizer")
+        offload = isinstance(offloads, dict) and offloads.get("device", "none") not in ("none", None)
         return f"zero{stage}" + ("_offload" if offload else "")
     if env.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp" + ("_offload" if env.get("FSDP_OFFLOAD_PARAMS") == "true" else "")

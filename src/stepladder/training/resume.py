@@ -6,7 +6,6 @@ Decided on rank 0 before torch is imported; nothing here is more than files and 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import stat
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError
+from stepladder.files import read_object
 from stepladder.recipe.optimizer_rules import BY_METRIC
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
@@ -167,9 +167,8 @@ def _rebuild_manifest(run: Run) -> None:
     for step in reversed(whole_steps(run.folder)):
         checkpoint = of_step(run.folder, step)
         try:
-            content = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-            run.manifest = {**content["run"], "status": "running"}
-        except (OSError, ValueError, KeyError, TypeError):
+            run.manifest = {**read_object(checkpoint / COMPLETE)["run"], "status": "running"}
+        except (ValueError, KeyError, TypeError):
             continue
         say(f"⚠ {run.folder / MANIFEST} is lost or damaged: it is rebuilt from {checkpoint}")
         return run.update()
@@ -245,7 +244,7 @@ def _content(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`COMPLETE.json`, and the files in it; ValueError where it names anything but ordinary files beside it."""
     _check_ordinary(checkpoint, stat.S_ISDIR)
     _check_ordinary(checkpoint / COMPLETE)
-    content = json.loads((checkpoint / COMPLETE).read_text())
+    content = read_object(checkpoint / COMPLETE)
     for name in content["files"]:
         if name != Path(name).name:
             raise ValueError(f"{name} is a path, not the name of a file")
@@ -261,7 +260,12 @@ def _check_ordinary(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -
 
 def _check_best(checkpoint: Path) -> None:
     """Raise CheckpointError where the best checkpoint so far, which may become the result, is not whole."""
-    step = json.loads((checkpoint / TRAINER_STATE).read_text())["best_global_step"]
+    try:
+        step = read_object(checkpoint / TRAINER_STATE)["best_global_step"]
+        if not isinstance(step, int | None):
+            raise ValueError(f"best_global_step is {step!r}")
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint / TRAINER_STATE} cannot be used", why=str(error)) from None
     best = of_step(checkpoint.parent, step or 0)
     if step and best.name != checkpoint.name and (fault := damage(best, weights_only=True)):
         raise CheckpointError(f"the best checkpoint so far, {best}, is not whole", why=fault, way_out=WITHOUT_BEST)

@@ -7,10 +7,13 @@ merging and serving all render alike from the tokenizer that is saved with the r
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepladder import files
+from stepladder.data.templates import limits
 from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, source
 from stepladder.data.templates.marks import mark
 from stepladder.errors import ModelError, RecipeError
@@ -92,7 +95,7 @@ def named(name: str, where: str = "") -> str:
     """
     known = shipped()
     if name not in known:
-        way_out = f"chat_template_path: {name}" if Path(name).exists() else suggest(name, known)
+        way_out = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
         way_out = way_out or f"one of {', '.join(sorted(known))}; or a template in Jinja"
         raise RecipeError(f"there is no chat template '{name}'", where=where, way_out=way_out)
     return known[name]
@@ -119,17 +122,21 @@ def name_of(template: str | None) -> str:
     return own[0] if own else f"its own, {len(template)} characters"
 
 
+def check_path(settings: Settings) -> None:
+    """What is wrong with `chat_template_path`, as far as it shows without the libraries: see `from_path`."""
+    if path := settings.get("chat_template_path"):
+        _read_path(path, settings.where("chat_template_path"))
+
+
 def from_path(path: str, where: str = "") -> str:
-    """A Jinja file, or the template of another model's tokenizer (TRL's `chat_template_path`)."""
-    if Path(path).is_file():
-        try:
-            return Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"the chat template {path} cannot be read: {error}", where=where) from None
-    if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
-        raise RecipeError(
-            f"there is no file {path}", where=where, way_out="paths are relative to the folder you start from"
-        )
+    """A Jinja file, or the template of another model's tokenizer (TRL's `chat_template_path`).
+
+    Raises:
+        RecipeError: no such file, or one that cannot be read.
+        ModelError: no such model, or one without a template.
+    """
+    if (text := _read_path(path, where)) is not None:
+        return text
     from transformers import AutoTokenizer
 
     try:
@@ -139,6 +146,23 @@ def from_path(path: str, where: str = "") -> str:
     if not template:
         raise ModelError(f"the tokenizer at '{path}' has no chat template", where=where)
     return template
+
+
+def _read_path(path: str, where: str) -> str | None:
+    """The text of a file; None for a folder, and for a name that can be a hub id."""
+    try:
+        if os.path.isdir(path):
+            files.check_model_folder(Path(path))
+            return None
+        if os.path.lexists(path):
+            return files.read_text(path, encoding="utf-8")
+    except ValueError as error:
+        raise RecipeError(f"the chat template {path} cannot be read: {error}", where=where) from None
+    if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
+        raise RecipeError(
+            f"there is no file {path}", where=where, way_out="paths are relative to the folder you start from"
+        )
+    return None
 
 
 def from_prompt_template(template: str, where: str = "") -> str:
@@ -181,8 +205,11 @@ def _check_syntax(template: str, where: str, name: str = "") -> None:
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if len(template) > limits.SOURCE:
+        raise limits.Exceeded(f"has {len(template):,} characters, and {limits.SOURCE:,} is the most", where)
     try:
-        render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
+        with limits.limited():
+            render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
     except (TemplateError, RecursionError) as error:
         kind = RecipeError if name else ModelError
         line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""

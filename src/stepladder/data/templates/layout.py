@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.data.conversation import REASONING
+from stepladder.data.templates import limits
 from stepladder.data.templates.marks import OTHER, Example, Slot, json_forms, mark, parts, plain_slots
 
 if TYPE_CHECKING:
@@ -132,7 +133,10 @@ class ChatTemplate:
             from trl.chat_template_utils import get_training_chat_template
 
             try:
-                self._training = get_training_chat_template(self.tokenizer) or ""
+                with limits.limited():
+                    self._training = get_training_chat_template(self.tokenizer) or ""
+            except limits.Exceeded:
+                raise
             except Exception:  # it renders conversations of its own to find out, which this template may refuse
                 self._training = ""
         return self._training
@@ -142,8 +146,11 @@ class ChatTemplate:
 
         Raises:
             Refusal: the template raises an error.
+            limits.Exceeded: it takes more time or memory than it may, or makes too long a text.
         """
-        return str(self._apply(self.tokenizer.apply_chat_template, example, dialect, prompt, tokenize=False))
+        text = str(self._apply(self.tokenizer.apply_chat_template, example, dialect, prompt, tokenize=False))
+        limits.check_length(text, example)
+        return text
 
     def row_text(self, example: Example, layout: Layout, slots: list[Slot]) -> str:
         """A row's text by its layout.
@@ -179,7 +186,10 @@ class ChatTemplate:
         template = self.with_tools if kwargs["tools"] else self.source
         template = self.training if dialect.training else template
         try:
-            return render(messages, chat_template=template, add_generation_prompt=prompt, **kwargs)
+            with limits.limited():
+                return render(messages, chat_template=template, add_generation_prompt=prompt, **kwargs)
+        except limits.Exceeded:
+            raise
         except Exception as error:  # Jinja's own errors, and whatever its expressions raise
             raise Refusal(str(error).strip() or type(error).__name__) from None
 

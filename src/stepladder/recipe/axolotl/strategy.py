@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe.axolotl.config import Config
 from stepladder.recipe.axolotl.outcome import TRANSLATED, Outcome, left_out, unsupported
@@ -39,7 +39,7 @@ def _read_json(name: str, config: Config) -> dict[str, Any]:
     file = None
     try:
         file = next((f for f in (config.file.parent / name, Path(name)) if f.is_file()), None)
-        content = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        content = files.read_json(file) if file else {}
     except (ValueError, OSError) as error:
         raise RecipeError(
             f"deepspeed: {file or name} cannot be read: {error}", where=config.where("deepspeed")

@@ -1,0 +1,192 @@
+"""Files that a person, a model's folder or an earlier run names: read without waiting, within limits, or refused.
+
+Every function raises ValueError with the reason, and the caller's message names the place and the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TEXT_BYTES = 1 << 20  # of a template, a rubric, a model card: the largest in use have a tenth of it
+YAML_BYTES = 1 << 18  # PyYAML reads 0.15 to 0.6 MB a second
+JSON_BYTES = 1 << 26
+DEPTH = 50  # levels of blocks and lists
+NODES = 200_000  # of a YAML file, its aliases (*name) written out
+NAME_BYTES, PATH_BYTES = 255, 4095  # what Linux' file systems take
+
+LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # what the libraries open in a model's folder
+OBJECTS = {
+    *("config.json", "generation_config.json", "adapter_config.json", "merge.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "model.safetensors.index.json"),
+}
+
+
+class Excess(yaml.MarkedYAMLError):
+    """YAML that is nested too deeply, contains itself, or whose aliases multiply to more than memory holds."""
+
+
+def read_text(path: str | Path, most: int = TEXT_BYTES, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
+    """The text of an ordinary file, or of what a link leads to.
+
+    Args:
+        most: bytes that it may hold.
+
+    Raises:
+        ValueError: it is missing, a folder, a pipe or a device, may not be read, holds more, or is not of `encoding`.
+    """
+    try:
+        # Without O_NONBLOCK a pipe would be waited for until somebody writes into it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, and no file")
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise ValueError(_reason(path, error)) from None
+    except MemoryError:
+        raise ValueError("it is larger than the memory") from None
+    if len(content) > most:
+        raise ValueError(f"it holds more than {most:,} bytes")
+    try:
+        return content.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: byte {error.start:,} is {content[error.start]:#04x}") from None
+
+
+def _reason(path: str | Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"it is a link to {os.readlink(path)!r}, which is not there"
+    if error.filename is None and os.path.isdir(path):  # Python's own word on a folder
+        return "it is a folder, and no file"
+    return error.strerror or str(error)
+
+
+def read_json(path: str | Path, most: int = JSON_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path, most))
+
+
+def read_object(path: str | Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: as `read_json`, or it is another kind of value.
+    """
+    if not isinstance(found := read_json(path, most), dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def parse_json(text: str) -> Any:
+    """Any JSON value; an integer of more than 18 digits is a float, since arithmetic on it could overflow.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than `DEPTH` levels deep.
+    """
+    try:
+        found = json.loads(text, parse_int=lambda digits: (int if len(digits) < 19 else float)(digits))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [found] if isinstance(found, dict | list) else []
+    for _ in range(DEPTH):
+        items = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [item for part in items for item in part if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    return found
+
+
+def compose(text: str) -> yaml.Node | None:
+    """YAML as nodes, which know their line and column; the value of each alias is the node that it stands for.
+
+    Raises:
+        yaml.YAMLError: it is no YAML; an `Excess` where memory or time would not suffice to use it.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise Excess(problem="nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # such as a number in an escape that is no character
+        raise yaml.YAMLError(str(error)) from None
+    if node is not None:
+        _measure(node, set(), {})
+    return node
+
+
+def _measure(node: yaml.Node, above: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many nodes there are with all aliases written out, and how many levels."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1, 0
+    if id(node) in above:
+        raise Excess(problem="a block contains itself", problem_mark=node.start_mark)
+    if id(node) not in known:
+        above.add(id(node))
+        inside = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        sizes = [_measure(part, above, known) for part in inside]
+        above.remove(id(node))
+        known[id(node)] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
+    size, levels = known[id(node)]
+    if levels > DEPTH:
+        raise Excess(problem=f"nested more than {DEPTH} levels deep", problem_mark=node.start_mark)
+    if size > NODES:
+        said = f"more than {NODES:,} values, with its aliases (*) written out"
+        raise Excess(problem=said, problem_mark=node.start_mark)
+    return size, levels
+
+
+def parse_yaml(text: str) -> Any:
+    """The value in a YAML text, by PyYAML's safe loader.
+
+    Raises:
+        ValueError: it is no YAML, or as `compose`.
+    """
+    try:
+        node = compose(text)
+        return None if node is None else yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark else ""
+        raise ValueError(f"{getattr(error, 'problem', None) or error}{place}") from None
+
+
+def name_fault(name: str) -> str:
+    """Why no file can have this name; empty where one can."""
+    if "\0" in name:
+        return "it holds a NUL character"
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/")):
+        return f"a name in it is longer than the {NAME_BYTES} bytes that a file system takes"
+    return f"it is longer than {PATH_BYTES:,} bytes" if len(os.fsencode(name)) > PATH_BYTES else ""
+
+
+def check_model_folder(folder: Path) -> None:
+    """Look at the files of a model before a library opens them: it would wait for a pipe until the job ends.
+
+    Raises:
+        ValueError: one is neither an ordinary file nor a link to one, may not be read, or should hold one JSON object
+            (`OBJECTS`) and does not.
+    """
+    for file in sorted(file for file in folder.iterdir() if file.suffix in LOADED):
+        try:
+            mode = file.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError("it is a pipe, socket or device, and no file")
+            if file.name in OBJECTS:
+                read_object(file)
+            elif file.suffix == ".jinja":
+                read_text(file)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be used: {_reason(file, error)}") from None
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be used: {error}") from None
+        if not os.access(file, os.R_OK):  # safetensors itself would say that there is no such file
+            raise ValueError(f"{file} may not be read by you: chmod a+r {file}")
