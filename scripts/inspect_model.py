@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from stepladder import console, errors
+from stepladder import console, errors, files
 from stepladder.model import card, weights
 
 QUESTION = "How do I track my order?"
@@ -34,7 +34,7 @@ def main() -> None:
     merged, (trained, _) = _json(folder / "merge.json"), card.read(folder)
     front = card.front_matter(folder)
     if merged and not trained:
-        trained, _ = card.read(Path(merged["adapters"][0]))
+        trained, _ = card.read(_adapter(folder, merged))
     tokenizer = load.tokenizer_of(str(folder))
     asked = [{"role": "user", "content": QUESTION}]
     has = tokenizer.chat_template is not None
@@ -60,7 +60,17 @@ def main() -> None:
 
 
 def _json(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        return files.read_object(file) if file.is_file() else {}
+    except ValueError as error:
+        raise errors.ModelError(f"{file} cannot be used: {error}") from None
+
+
+def _adapter(folder: Path, merged: dict) -> Path:
+    adapters = merged.get("adapters")
+    if not (isinstance(adapters, list) and adapters and isinstance(adapters[0], str) and merged.get("status")):
+        raise errors.ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", way_out="merge again")
+    return Path(adapters[0])
 
 
 def _listed(value: object) -> str:
@@ -68,15 +78,17 @@ def _listed(value: object) -> str:
 
 
 def _task(adapter: dict, config: dict) -> str:
-    named = [name for name in (adapter.get("task_type"), *config.get("architectures", ())) if name]
+    architectures = config.get("architectures")
+    named = [adapter.get("task_type"), *(architectures if isinstance(architectures, list) else ())]
+    named = [name for name in named if isinstance(name, str)]
     causal = any(name.endswith(("CausalLM", "LMHeadModel")) or name == "CAUSAL_LM" for name in named)
     return "text-generation" if causal else _listed(named) or "none named"
 
 
 def _method(adapter: dict, merged: dict, trained: dict, config: dict) -> str:
     if adapter:
-        kind = "DoRA" if adapter.get("use_dora") else adapter["peft_type"]
-        rank = f", r {adapter['r']}, alpha {adapter['lora_alpha']}" if "lora_alpha" in adapter else ""
+        kind = "DoRA" if adapter.get("use_dora") else adapter.get("peft_type", "an adapter")
+        rank = f", r {adapter.get('r')}, alpha {adapter['lora_alpha']}" if "lora_alpha" in adapter else ""
         return f"{card.method(trained) if trained else kind}{rank}"
     if merged:
         how = card.method(trained) if trained else "an adapter"

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from stepladder import console, errors, flags, run
+from stepladder import console, errors, files, flags, run
 from stepladder.data import prompts
 from stepladder.model import card, injection, load, weights
 
@@ -64,7 +64,7 @@ def main() -> None:
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
 
     file = base / "generation_config.json"
-    generation = json.loads(file.read_text()) if file.is_file() else {}
+    generation = files.read_object(file) if file.is_file() else {}  # `load.unquantized` has looked at it
     generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
     ollama = args.ollama and export.modelfile(tokenizer, generation)
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,28 @@ PACKAGES = (
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
 METRICS_BYTES = 1 << 30
+NUMBER, NONE = (int, float), type(None)
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("status", "strategy", "precision", "wandb_run_id"), (str,)),
+    **dict.fromkeys(("recipe", "progress", "totals", "final", "parameters", "plan", "packages", "samples"), (dict,)),
+    **dict.fromkeys(("resumed", "datasets", "samples.before", "samples.after"), (list,)),
+    **dict.fromkeys(("progress.step", "progress.starts", "resumed.*.step", "world_size"), (int,)),
+    **dict.fromkeys(("totals.steps", "totals.tokens", "totals.peak_memory_bytes.*"), (int,)),
+    **dict.fromkeys(("parameters.all", "parameters.trainable"), (int,)),
+    **dict.fromkeys(("totals.seconds", "final.loss", "final.eval_loss"), NUMBER),
+    **dict.fromkeys(("resumed.*", "datasets.*"), (dict,)),
+    **dict.fromkeys(("recipe.peft_type", "recipe.lr_scheduler_type"), (str, NONE)),
+    "datasets.*.name": (str,),
+    "datasets.*.rows": (int, str, NONE),  # of a stream they are not counted
+    "global_batch_size": (int, NONE),
+    "plan.peak_memory_bytes": (*NUMBER, NONE),
+    "recipe.lora_r": (int, NONE),
+    "slurm": (dict, NONE),
+    "slurm.job_id": (str,),
+    "slurm.restart_count": (int,),
+    "totals.peak_memory_bytes": (list,),
+    "totals.tokens_per_second": (*NUMBER, NONE),
+}  # of a manifest, where anything reads it
 PART = ".part"  # ends the name of a file that is being written
 STUCK_AFTER = 3  # starts that came no further than one and the same step
 JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
@@ -161,18 +183,9 @@ class Run:
             LaunchError: it cannot be read, or holds other kinds of values than a start needs.
         """
         try:
-            found = read_object(self.folder / MANIFEST)
+            return read_manifest(self.folder, ("status", "recipe"))
         except ValueError as error:
             raise self._unreadable(str(error)) from None
-        kinds: list[tuple[dict[str, Any], str, type]] = [(found, "status", str), (found, "recipe", dict)]
-        optional = {"progress": dict, "resumed": list, "wandb_run_id": str}
-        kinds += [(found, key, kind) for key, kind in optional.items() if key in found]
-        if isinstance(progress := found.get("progress"), dict):
-            kinds += [(progress, "step", int), (progress, "starts", int)]
-        for part, key, kind in kinds:
-            if not isinstance(part.get(key), kind):
-                raise self._unreadable(f"it holds no {key} as sft.py writes it")
-        return found
 
     def _unreadable(self, why: str) -> LaunchError:
         return LaunchError(
@@ -184,7 +197,7 @@ class Run:
         """Whether the last start here was one of this Slurm job, which has been queued again since."""
         job = slurm_job()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged manifest is not this job's
-            before = read_object(self.folder / MANIFEST)["slurm"]
+            before = read_manifest(self.folder)["slurm"]
             return bool(job and before["job_id"] == job["job_id"] and before["restart_count"] < job["restart_count"])
         return False
 
@@ -363,6 +376,38 @@ def row_of(line: str) -> dict[str, Any] | None:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
     return None
+
+
+def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """A run's manifest, in which every fact that anything reads is of the kind that `sft.py` writes.
+
+    Args:
+        needed: facts that must be there, by the names of `KINDS`.
+
+    Raises:
+        ValueError: it is missing, damaged, lacks a fact, or holds one of another kind.
+    """
+    found = read_object(folder / MANIFEST)
+    for name in needed:
+        if not [*_values(found, name.split("."))]:
+            raise ValueError(f"it holds no {name} as sft.py writes it")
+    for name, kinds in KINDS.items():
+        for value in _values(found, name.split(".")):
+            # To Python a bool is an int.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"its {name} is {json.dumps(value)[:60]}, which sft.py does not write")
+    return found
+
+
+def _values(found: Any, names: list[str]) -> Iterator[Any]:
+    """What stands at a dotted name, `*` for each element of a list; nothing where it leads nowhere."""
+    if not names:
+        yield found
+    elif names[0] == "*":
+        for item in found if isinstance(found, list) else ():
+            yield from _values(item, names[1:])
+    elif isinstance(found, dict) and names[0] in found:
+        yield from _values(found[names[0]], names[1:])
 
 
 def status(folder: Path) -> str:

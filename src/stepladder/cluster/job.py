@@ -9,14 +9,14 @@ Light, since it runs on every start: no torch.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from stepladder import errors
 from stepladder.recipe import load
-from stepladder.run import MANIFEST, STUCK_AFTER, read_object
+from stepladder.run import MANIFEST, STUCK_AFTER, read_manifest
 
 MAX_RESTARTS = 100  # of a job; STEPLADDER_MAX_RESTARTS sets another
 STOP = "stop"  # a file of this name in the run folder ends the chain: touch runs/lora/stop
@@ -51,10 +51,12 @@ def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int =
         or `failed`; and the reason.
     """
     try:
-        manifest = read_object(run / MANIFEST)
-        status = manifest["status"]
-    except (ValueError, KeyError) as error:
-        return "failed", f"{run / MANIFEST} says nothing: {error}"
+        manifest = read_manifest(run, ("status",))
+        if manifest["status"] == "preempted":
+            read_manifest(run, ("progress.step", "progress.starts"))
+    except ValueError as error:
+        return "failed", f"{run / MANIFEST} cannot be used: {error}"
+    status = manifest["status"]
     job = os.environ.get("SLURM_JOB_ID")
     if job and (manifest.get("slurm") or {}).get("job_id") != job:
         return "failed", f"{run} holds no run of job {job}: its start was refused"
@@ -72,6 +74,13 @@ def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int =
     return "again", f"preempted at step {step}"
 
 
+def _finished(run: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(run, ("strategy", "totals.tokens_per_second", "totals.peak_memory_bytes.*"))
+    except ValueError as error:
+        raise errors.RunError(f"{run / MANIFEST} cannot be used: {error}", way_out="a run that is finished") from None
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["folder", *words]:
@@ -82,14 +91,16 @@ def main() -> None:
             recipe = recipe_of(words)
             print(recipe.get("eval_dataset_name") or recipe.get("dataset_name"))
         case ["speed", run]:
-            manifest = json.loads((Path(run) / MANIFEST).read_text())
+            manifest = _finished(Path(run))
             totals = manifest["totals"]
-            print(f"{manifest['strategy']:14} {totals['tokens_per_second']:>12,.0f} tokens/s  "
+            print(f"{manifest['strategy']:14} {totals['tokens_per_second'] or 0:>12,.0f} tokens/s  "
                   f"{max(totals['peak_memory_bytes']) / 2**30:6.2f} GiB a rank at most")  # fmt: skip
         case ["after", run, *flags]:
             restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-            limit = int(os.environ.get("STEPLADDER_MAX_RESTARTS") or MAX_RESTARTS)
-            decided, why = after(Path(run), restarts, "--cancelled" in flags, limit)
+            limit = os.environ.get("STEPLADDER_MAX_RESTARTS") or str(MAX_RESTARTS)
+            if not limit.isdecimal():
+                raise errors.LaunchError(f"STEPLADDER_MAX_RESTARTS is {limit!r}, and must be a whole number")
+            decided, why = after(Path(run), restarts, "--cancelled" in flags, int(limit))
             print(f"{decided}: {why}", file=sys.stderr)
             print(decided)
         case _:

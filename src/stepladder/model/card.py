@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stepladder import files
+from stepladder.errors import ModelError
 from stepladder.model import virtual_tokens
+from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
+README_BYTES = 1 << 22
+PRECISIONS = ("bf16", "fp16", "fp32")
+LARGEST = 1e100  # of a loss: beyond it there is nothing to draw
+NEEDED = (
+    *("recipe", "totals.steps", "parameters.all", "parameters.trainable", "datasets", "packages", "git_commit"),
+    *("global_batch_size", "strategy", "world_size", "precision"),
+)  # of a manifest, for the card
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
-    """What the YAML head of a folder's README.md says; empty without one."""
-    file = folder / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if not text.startswith("---\n"):
-        return {}
+    """What the YAML head of a folder's README.md says; empty without one, and for one that is no YAML."""
     try:
-        found = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+        text = files.read_text(folder / "README.md", README_BYTES, errors="replace")
+        found = files.parse_yaml(text[4:].split("\n---", 1)[0]) if text.startswith("---\n") else {}
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -31,18 +38,33 @@ def method(trained: dict[str, Any]) -> str:
     recipe = trained["recipe"]
     if not recipe.get("use_peft"):
         return "full fine-tuning"
-    if (kind := recipe.get("peft_type", "lora")) != "lora":
-        return virtual_tokens.NAMES[kind]
+    if (kind := recipe.get("peft_type") or "lora") != "lora":
+        return virtual_tokens.NAMES.get(kind, kind)
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
-    """A run's manifest and its losses; empty where the folder is no run."""
-    manifest, metrics = folder / "run.json", folder / "metrics.jsonl"
-    trained = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return trained, [row["loss"] for row in rows if "loss" in row]
+    """A run's manifest and its losses; empty where the folder is no run.
+
+    Raises:
+        ModelError: run.json is there, and does not say how a model was trained.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return {}, []
+    try:
+        trained = read_manifest(folder, NEEDED)
+        if trained["precision"] not in PRECISIONS:
+            raise ValueError(f"its precision is {trained['precision']!r}")
+    except ValueError as error:
+        raise ModelError(
+            f"{folder / MANIFEST} cannot be used: {error}",
+            why="it says how the model was trained, which the result's card repeats",
+            way_out="put it back from a copy, or remove it: the card then says nothing of the training",
+        ) from None
+    rows = [row for line in metrics_text(folder).splitlines() if (row := row_of(line))]
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), int | float)]
+    return trained, [loss for loss in losses if abs(loss) < LARGEST]  # not NaN
 
 
 def curve(losses: list[float], width: int = 32) -> str:

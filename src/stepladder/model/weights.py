@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
+from stepladder.files import read_object
 from stepladder.run import LOCK, open_lock, remove
 
 if TYPE_CHECKING:
@@ -37,6 +38,19 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor by its name."""
+    try:
+        found = read_object(index).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise ValueError("it lists no shards")
+        if far := [file for file in found.values() if file != Path(file).name]:
+            raise ValueError(f"it names {far[0]!r}, which is no file beside it")
+    except ValueError as error:
+        raise ModelError(f"{index} cannot be used: {error}", way_out="fetch or copy the folder again") from None
+    return found
+
+
 class Weights:
     """The safetensors of a model or adapter folder; a tensor is in memory only while someone holds it.
 
@@ -48,7 +62,7 @@ class Weights:
         self.folder = folder
         listed: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            listed = json.loads((folder / INDEX).read_text())["weight_map"]
+            listed = _weight_map(folder / INDEX)
         files = sorted(set(listed.values())) or [single]
         self.tensors: dict[str, Tensor] = {}
         for file in files:

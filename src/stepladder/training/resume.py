@@ -6,6 +6,7 @@ Decided on rank 0 before torch is imported; nothing here is more than files and 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import stat
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import say
-from stepladder.errors import CheckpointError, LaunchError
+from stepladder.errors import CheckpointError, LaunchError, StepladderError
 from stepladder.files import read_object
 from stepladder.recipe.optimizer_rules import BY_METRIC
 from stepladder.recipe.recipe import Recipe
@@ -28,6 +29,15 @@ WITHOUT_BEST = (
     "put it back from a copy; or end with the last step: "
     "--load_best_model_at_end false --allow_change load_best_model_at_end"
 )
+
+
+class Finished(StepladderError):
+    """There is nothing left to do, which is no mistake."""
+
+    exit_code = 0
+
+    def render(self) -> str:
+        return f"✔ {self.what}"
 
 
 def of_step(folder: Path, step: int) -> Path:
@@ -60,7 +70,11 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
     Raises:
         LaunchError: the folder is no run's, or its run is finished, in use, stuck, or of another recipe.
         CheckpointError: there are checkpoints and none of them is whole.
+        Finished: this job was queued again after it had finished the run. Every rank sees it and ends: one that went
+            on would wait for the others.
     """
+    if run.is_requeued() and status(run.folder) == "finished" and not recipe.changes(run.read()["recipe"]):
+        raise Finished(f"the run in {run.folder} is finished: this job was queued again after its end")
     if not run.is_writer:
         return None
     run.lock()
@@ -69,6 +83,8 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
         say("this job was queued again: it resumes its run, without --overwrite and with --resume auto")
         resume, overwrite = "auto", False
     folder, where = run.folder, recipe.where("output_dir")
+    if os.path.lexists(folder / METRICS) and not os.path.isfile(folder / METRICS) and not overwrite:
+        raise LaunchError(f"{folder / METRICS} is no file", where=where, way_out="remove it, or another --output_dir")
     chosen = None if resume in ("auto", "never") else Path(resume)
     if not overwrite:
         _rebuild_manifest(run)
