@@ -44,6 +44,8 @@ def main() -> None:
     scales = args.weights or [1.0] * len(args.adapter)
     if len(scales) != len(args.adapter):
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
+    for folder in args.adapter:
+        load.check_files(folder)
 
     console.quiet_libraries()
     with console.quick_imports():

@@ -9,12 +9,12 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
 TEXT_BYTES = 1 << 20  # of a template, a rubric, a model card: the largest in use have a tenth of it
-YAML_BYTES = 1 << 18  # PyYAML reads 0.15 to 0.6 MB a second
+YAML_BYTES = 1 << 17  # PyYAML reads 0.1 to 0.6 MB a second
 JSON_BYTES = 1 << 26
 DEPTH = 50  # levels of blocks and lists
 NODES = 200_000  # of a YAML file, its aliases (*name) written out
@@ -31,6 +31,21 @@ class Excess(yaml.MarkedYAMLError):
     """YAML that is nested too deeply, contains itself, or whose aliases multiply to more than memory holds."""
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's composer calls itself for each level, and would end in a RecursionError."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.levels += 1
+        if self.levels > DEPTH + 2:  # the document, and a value
+            mark = self.peek_event().start_mark
+            raise Excess(problem=f"nested more than {DEPTH} levels deep", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
 def read_text(path: str | Path, most: int = TEXT_BYTES, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
     """The text of an ordinary file, or of what a link leads to.
 
@@ -41,11 +56,7 @@ def read_text(path: str | Path, most: int = TEXT_BYTES, encoding: str = "utf-8-s
         ValueError: it is missing, a folder, a pipe or a device, may not be read, holds more, or is not of `encoding`.
     """
     try:
-        # Without O_NONBLOCK a pipe would be waited for until somebody writes into it.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise ValueError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, and no file")
+        with open_file(path) as stream:
             content = stream.read(most + 1)
     except OSError as error:
         raise ValueError(_reason(path, error)) from None
@@ -59,11 +70,25 @@ def read_text(path: str | Path, most: int = TEXT_BYTES, encoding: str = "utf-8-s
         raise ValueError(f"it is not UTF-8 text: byte {error.start:,} is {content[error.start]:#04x}") from None
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """Open an ordinary file, or what a link leads to, to read bytes.
+
+    Raises:
+        OSError: it is missing, or may not be read.
+        ValueError: it is a folder, a pipe or a device.
+    """
+    # Without O_NONBLOCK a pipe would be waited for until somebody writes into it.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise ValueError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}, and no file")
+    return open(handle, "rb")
+
+
 def _reason(path: str | Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
         return f"it is a link to {os.readlink(path)!r}, which is not there"
-    if error.filename is None and os.path.isdir(path):  # Python's own word on a folder
-        return "it is a folder, and no file"
     return error.strerror or str(error)
 
 
@@ -113,9 +138,7 @@ def compose(text: str) -> yaml.Node | None:
         yaml.YAMLError: it is no YAML; an `Excess` where memory or time would not suffice to use it.
     """
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except RecursionError:
-        raise Excess(problem="nested too deeply") from None
+        node = yaml.compose(text, Loader=_Loader)
     except (ValueError, OverflowError) as error:  # such as a number in an escape that is no character
         raise yaml.YAMLError(str(error)) from None
     if node is not None:

@@ -56,6 +56,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
         trained = read_manifest(folder, NEEDED)
         if trained["precision"] not in PRECISIONS:
             raise ValueError(f"its precision is {trained['precision']!r}")
+        if not all(rows.keys() >= {"name", "rows"} for rows in trained["datasets"]):
+            raise ValueError("its datasets have no names or rows")
     except ValueError as error:
         raise ModelError(
             f"{folder / MANIFEST} cannot be used: {error}",

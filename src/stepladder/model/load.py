@@ -58,7 +58,7 @@ def check_source(name: str | None, where: str = "") -> None:
             fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
             raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
         return
-    _check_files(folder, where)
+    check_files(folder, where)
     if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         if not list(folder.glob("*.safetensors")):
             raise ModelError(
@@ -80,9 +80,11 @@ def check_source(name: str | None, where: str = "") -> None:
     raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
 
 
-def _check_files(folder: Path, where: str = "") -> None:
+def check_files(folder: Path, where: str = "") -> None:
+    """Raise ModelError for a file of a folder that a library would wait for, or end in a traceback at."""
     try:
-        files.check_model_folder(folder)
+        if folder.is_dir():
+            files.check_model_folder(folder)
     except ValueError as error:
         raise ModelError(str(error), where=where, way_out="fetch or copy the model again") from None
 
@@ -102,7 +104,7 @@ def folder_of(name: str, revision: str | None = None, small_files_only: bool = F
     with _loading(name):
         patterns = wanted if small_files_only else [*wanted, "*.safetensors"]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    _check_files(folder)
+    check_files(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -88,13 +89,9 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
     Args:
         differences: of each later run's curves from the first's, in columns for a table.
     """
-    import jinja2
-
     parts = resources.files(__package__)
     script, style = ((parts / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
-    engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    engine.filters |= {"number": number, "shown": shown, "share": share}
-    return engine.from_string((parts / "page.html").read_text(encoding="utf-8")).render(
+    return _template().render(
         title=" · ".join(run.name for run in runs),
         runs=runs,
         summary=[(label, values, False) for label, values, _ in _side_by_side([_summary(run) for run in runs])],
@@ -114,6 +111,15 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
         data=_data(runs),
         embedded=_embedded([_curves(run) for run in runs]),
     )
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+
+    engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    engine.filters |= {"number": number, "shown": shown, "share": share}
+    return engine.from_string((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -238,7 +244,7 @@ def _predicted(run: LoggedRun) -> list[tuple[str, str, str]]:
         ("peak memory a rank", "peak_memory_bytes", gib),
         ("tokens a second", "tokens_per_second", number),
     ):
-        sides = [max(v) if isinstance(v, list) else v for v in (plan.get(key), totals.get(key))]
+        sides = [max(v, default=None) if isinstance(v, list) else v for v in (plan.get(key), totals.get(key))]
         if sides[0]:
             rows.append((label, *(words(side) if side else "not measured" for side in sides)))
     return rows  # type: ignore[return-value]

@@ -22,12 +22,13 @@ def _is_number(value: Any) -> bool:
 
 def _are_totals(value: Any) -> bool:
     peaks = value.get("peak_memory_bytes", [0])
-    rest = [value.get(key) or 0 for key in ("steps", "tokens", "seconds", "tokens_per_second")]
-    return isinstance(peaks, list) and all(map(_is_number, peaks + rest))
+    rest = [value.get(key) for key in ("steps", "tokens", "seconds", "tokens_per_second")]
+    return isinstance(peaks, list) and all(map(_is_number, peaks)) and all(v is None or _is_number(v) for v in rest)
 
 
 def _is_plan(value: Any) -> bool:
-    return all(_is_number(value.get(key) or 0) for key in ("peak_memory_bytes", "tokens_per_second"))
+    found = [value.get(key) for key in ("peak_memory_bytes", "tokens_per_second")]
+    return all(v is None or _is_number(v) for v in found)
 
 
 def _is_recipe(value: Any) -> bool:
@@ -122,11 +123,14 @@ def read_all(folders: list[Path]) -> list[LoggedRun]:
 def _has_answers(comparison: dict[str, Any]) -> bool:
     """Whether each side has an answer to each question, as text."""
     try:
-        answers = [side["answers"] for side in comparison["sides"] if side["name"]]
-        texts = [comparison["questions"], comparison["references"], *answers]
+        names = [side["name"] for side in comparison["sides"]]
+        texts = [comparison["questions"], comparison["references"], *(side["answers"] for side in comparison["sides"])]
+        rest = [*names, *comparison.get("notes", []), comparison.get("command", "")]
     except (KeyError, TypeError):
         return False
     rows = texts[0]
+    if not all(names) or not all(isinstance(text, str) for text in rest):
+        return False
     return all(isinstance(t, list) and len(t) == len(rows) and all(isinstance(x, str) for x in t) for t in texts)
 
 
@@ -134,13 +138,16 @@ def _has_figures(comparison: dict[str, Any]) -> bool:
     """Whether each row of figures has a mean a side, and each verdict is one."""
     count = len(comparison["sides"])
     try:
-        means = [side["mean"] for row in comparison["metrics"] for side in row["sides"] if side]
+        shown = [side for row in comparison["metrics"] for side in row["sides"] if side]
+        means = [side["mean"] for side in shown] + [side.get(key) for side in shown for key in ("low", "high")]
         texts = [row[key] for row in comparison["metrics"] for key in ("name", "unit", "winner")]
         verdicts = [Verdict(**verdict) for found in comparison["verdicts"] for verdict in found["verdicts"]]
         whole = all(len(row["sides"]) == count == len(row["tests"]) for row in comparison["metrics"])
+        whole = whole and all((side.get("low") is None) == (side.get("high") is None) for side in shown)
     except (KeyError, TypeError, AttributeError):
         return False
     known = all(verdict.severity in (GOOD, LOOK, FAULT) for verdict in verdicts)
+    texts += [text for v in verdicts for text in (v.name, v.what, v.evidence, v.way_out)]
     numbers = all(mean is None or isinstance(mean, int | float) for mean in means)
     return whole and known and numbers and all(isinstance(text, str) for text in texts)
 

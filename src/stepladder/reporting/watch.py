@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stepladder.files import open_file
 from stepladder.run import METRICS, row_of, status
 
 POLL = 1.0  # seconds
@@ -25,7 +26,10 @@ def follow(folder: Path) -> Iterator[str]:
     at, number, last, heard, quiet, inode = 0, 0, -1, time.monotonic(), False, 0
     while True:
         state, data = status(folder), b""  # before the reading: what comes last is read too
-        with contextlib.suppress(OSError), (folder / METRICS).open("rb") as file:  # not there yet, or a share's hiccup
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open_file(folder / METRICS) as file,
+        ):  # not there yet, or a share's hiccup
             facts = os.fstat(file.fileno())
             anew = at > 0 and (facts.st_size < at or facts.st_ino != inode)
             at, number, inode = (0, 0, facts.st_ino) if anew else (at, number, facts.st_ino)
