@@ -19,6 +19,7 @@ from typing import Any
 
 from stepladder.data import mixture, render, templates
 from stepladder.data.remarks import Remarks
+from stepladder.data.templates import limits
 from stepladder.errors import DataError
 from tiny import SMOLLM2
 
@@ -212,6 +213,15 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         "text must be that layout filled with its texts. An answer begins where the generation prompt ends, and ends "
         "with the last special token that closes the turn wherever it stands. Where an earlier turn is rendered "
         "differently once more turns follow, TRL's version of the template for training stands in.",
+        "",
+        "## What a template may take",
+        "",
+        "A template is a program, and a downloaded model's is a stranger's. Jinja's sandbox keeps it from files and "
+        f"from Python; Stepladder adds limits. A template has at most {limits.SOURCE:,} characters. Each rendering of "
+        f"a conversation takes at most {limits.SECONDS:g} s of processor time and, on Linux, {limits.MEMORY >> 20} MiB "
+        f"of memory, and makes at most {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row where "
+        "that is more. The first rendering that takes more ends the command with one message and exit code 2; "
+        "`on_bad_row: skip` does not skip it, since the next row would take as much.",
         "",
     ]
     return "\n".join(lines)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
+import signal
+import time
 from typing import Any
 
 import hypothesis
@@ -14,6 +17,7 @@ import chat_templates
 from conftest import ROOT
 from stepladder.data import mixture, render, templates
 from stepladder.data.remarks import Remarks
+from stepladder.data.templates import limits
 from stepladder.errors import DataError, ModelError, RecipeError
 
 USER, ANSWER = {"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "Follow the river."}
@@ -573,6 +577,39 @@ def test_a_template_that_is_no_template(tokenizer, settings, tmp_path) -> None:
     tokenizer.chat_template = broken
     with pytest.raises(ModelError, match="of the model is not valid Jinja, line 2"):
         templates.prepare(tokenizer, settings())
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+EXCESSIVE = {
+    "loops": (LOOP, "takes more than 0.5 s"),
+    "macros": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "takes more than 0.5 s",
+    ),
+    "a constant": ("{{ 3 ** (10 ** 8) > 2 }}" * 30, "takes more than 0.5 s"),  # computed while it is compiled
+    "memory": ("{{ 'a' * 10 ** 10 }}", "takes more than 512 MiB"),
+    "memory by doubling": (
+        "{% set s = namespace(x='ab') %}{% for i in range(60) %}{% set s.x = s.x + s.x %}{% endfor %}",
+        "takes more than 512 MiB",
+    ),
+    "text": ("{{ 'a' * (10 ** 7 * messages | length) }}", "makes 20,000,000 characters"),
+    "length": (f"{{# {'x' * 1_100_000} #}}", "the most"),
+    "one row alone": ("{% if messages[0].content == 'Which way?' %}" + LOOP + "{% endif %}" + CHATML + ASK, "rows:1"),
+}
+
+
+@pytest.mark.parametrize("name", EXCESSIVE)
+def test_a_template_that_does_not_end_is_refused(name: str, tokenizer, settings, monkeypatch) -> None:
+    """Guards against a stranger's template that computes for ever or fills the memory; and the limits end with it."""
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    tokenizer.chat_template, said = EXCESSIVE[name]
+    began = time.perf_counter()
+    with pytest.raises(ModelError, match=said):
+        templates.prepare(tokenizer, settings())
+        result(tokenizer, {"messages": [USER, ANSWER]})
+    assert time.perf_counter() - began < 10
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_templates_by_their_names(tokenizer, settings) -> None:

@@ -117,4 +117,5 @@ def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
 def _style(run: LoggedRun) -> list[tuple[str, float]]:
     """The rules of the rubric, and the share of the first tuned side's answers that keep each."""
     rows = [row for row in run.comparison.get("metrics", []) if row["unit"] == "share of answers"]
-    return [(row["name"], row["sides"][1]["mean"]) for row in rows if row["sides"][1]]
+    tuned = [(row["name"], side["mean"]) for row in rows for side in row["sides"][1:2] if side]
+    return [(name, mean) for name, mean in tuned if mean is not None]
