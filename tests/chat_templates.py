@@ -219,8 +219,8 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         "A template is a program, and a downloaded model's is a stranger's. Jinja's sandbox keeps it from files and "
         f"from Python; Stepladder adds limits. A template has at most {limits.SOURCE:,} characters. Each rendering of "
         f"a conversation takes at most {limits.SECONDS:g} s of processor time and, on Linux, {limits.MEMORY >> 20} MiB "
-        f"of memory, and makes at most {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row where "
-        "that is more. The first rendering that takes more ends the command with one message and exit code 2; "
+        f"of memory, and makes at most {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row "
+        "where that is more. The first rendering that takes more ends the command with one message and exit code 2; "
         "`on_bad_row: skip` does not skip it, since the next row would take as much.",
         "",
     ]

@@ -143,7 +143,8 @@ def _require_file(path: Path, name: str) -> None:
         raise DataError(
             f"{name} is a pipe, socket or device, and no file",
             why="data is read more than once",
-            way_out=f"cat {_shell_word(path)} > rows{kind(path) or '.jsonl'}",
+            # A device may never end.
+            way_out=f"cat {_shell_word(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
         )
 
 

@@ -294,7 +294,7 @@ class _loading:
         # another rank's end, or the memory's.
         wrong = isinstance(error, (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError))
         wrong = wrong or (isinstance(error, RuntimeError) and "mismatch" in str(error))
-        if wrong or type(error).__name__ == "SafetensorError":
+        if wrong or type(error).__name__.startswith(("SafetensorError", "StrictDataclass")):
             lines = str(error).strip().splitlines()
             said = lines[0] if lines else type(error).__name__
             raise ModelError(

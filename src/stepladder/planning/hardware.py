@@ -13,6 +13,7 @@ import yaml
 from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError
 from stepladder.hardware import GPU, GPUS
+from stepladder.model import load
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -90,6 +91,7 @@ def config(settings: Settings) -> Any:
     shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
     if not Path(name).is_dir() and name in shapes:
         return AutoConfig.for_model(**shapes[name])
+    load.check_files(Path(name), settings.where("model_name_or_path"))
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=settings.get("trust_remote_code"))
     except (OSError, ValueError, KeyError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def of(given: str | None) -> list[Any]:
         return []
     file = Path(given)
     way_out = "docs/prometheus.py is one"
-    if not file.is_file():
+    if not os.path.isfile(file):  # which a name that is too long does not raise at
         raise LaunchError(f"--callback {file}: there is no such file", way_out=way_out)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
