@@ -198,7 +198,9 @@ def check_model_folder(folder: Path) -> None:
         ValueError: one is neither an ordinary file nor a link to one, may not be read, or should hold one JSON object
             (`OBJECTS`) and does not.
     """
-    for file in sorted(file for file in folder.iterdir() if file.suffix in LOADED):
+    # The weights first: a folder that another user has copied is named by them.
+    loaded = [file for file in folder.iterdir() if file.suffix in LOADED]
+    for file in sorted(loaded, key=lambda file: (file.suffix != ".safetensors", file)):
         try:
             mode = file.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
