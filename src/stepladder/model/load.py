@@ -297,6 +297,7 @@ class _loading:
         if wrong or type(error).__name__.startswith(("SafetensorError", "StrictDataclass")):
             lines = str(error).strip().splitlines()
             said = lines[0] if lines else type(error).__name__
+            said += " " + lines[1].strip() if said.endswith(":") and len(lines) > 1 else ""
             raise ModelError(
                 f"'{self.name}' could not be loaded",
                 why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",

@@ -98,6 +98,6 @@ def config(settings: Settings) -> Any:
         raise ModelError(
             f"'{name}' has no config.json that can be read",
             where=settings.where("model_name_or_path"),
-            why=str(error).splitlines()[0],
+            why=" ".join(line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]),
             way_out=suggest(name, shapes) or "a local folder with config.json, or a hub id (network or cache needed)",
         ) from None
