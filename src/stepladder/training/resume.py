@@ -146,7 +146,7 @@ def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
             way_out=f"--model_name_or_path {folder} and another --output_dir train its result on, with a new optimizer",
         )
     key = LENGTH[0] if recipe.get(LENGTH[0]) > 0 else LENGTH[1]
-    state = json.loads((last / TRAINER_STATE).read_text())
+    state = read_object(last / TRAINER_STATE)
     done = state["global_step"] if key == LENGTH[0] else state["epoch"]
     if recipe.get(key) <= done:
         raise LaunchError(
