@@ -18,7 +18,7 @@ from stepladder.data import mixture, stream, templates
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
-from stepladder.training import allocator, arguments, ranks, resume, signals, strategy
+from stepladder.training import allocator, arguments, inputs, ranks, resume, signals, strategy
 
 
 def main() -> int | None:
@@ -50,7 +50,8 @@ def main() -> int | None:
     model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     templates.check_path(recipe)
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
-    checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change)
+    basis = inputs.Inputs(recipe, eval_rows, reads=launch.rank == 0)
+    checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change, basis)
 
     console.quiet_libraries()
     with console.quick_imports():
@@ -71,13 +72,16 @@ def main() -> int | None:
     training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
     devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
-    checkpoint = ranks.from_first(checkpoint)
+    checkpoint, record.forgets_best = ranks.from_first((checkpoint, record.forgets_best))
 
     tokenizer = model_load.tokenizer(recipe)
+    basis.add_tokenizer(tokenizer)
     new_tokens = templates.prepare(tokenizer, recipe)
+    basis.add_template(tokenizer)
     folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, recipe))
     train_set, eval_set = prepare.opened(folder)
     if launch.rank == 0:
+        notes += basis.notes
         notes += prepare.remarked(folder, train_rows, eval_rows)
     if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
         notes += prepare.stream_notes(train_rows, tokenizer, recipe) if launch.rank == 0 else []
@@ -131,6 +135,7 @@ def main() -> int | None:
         seed=training_args.seed,
         parameters=result.parameter_counts(model),
         plan=planned,
+        inputs=basis.found,
         datasets=[rows.fingerprint() for rows in (train_rows, eval_rows) if rows] if launch.rank == 0 else [],
     )
     signals.install(trains=True)

@@ -3,8 +3,9 @@
     accelerate launch … tests/in_turn.py COMMANDS.json
 
 The file holds a list. A list of words in it is a command line of sft.py; `{"cut": [FROM, TO, STEP]}` copies a run
-to what a kill after its checkpoint STEP would have left; `{"env": {NAME: VALUE}}` sets variables for what follows,
-or removes them where VALUE is null. The exit codes are written to COMMANDS.json.codes.
+to what a kill after its checkpoint STEP would have left; `{"copy": [FROM, TO]}` copies a file over another one;
+`{"env": {NAME: VALUE}}` sets variables for what follows, or removes them where VALUE is null. The exit codes are
+written to COMMANDS.json.codes.
 """
 
 from __future__ import annotations
@@ -49,9 +50,12 @@ def main() -> None:
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
             if FIRST and "cut" in command:
                 cut(*command["cut"])
+            if FIRST and "copy" in command:
+                shutil.copyfile(*command["copy"])
             continue
         sys.argv = ["sft.py", *map(str, command)]
         signals.asked = None  # a process of its own would not have heard of it
+        print("$", *sys.argv, flush=True)
         try:
             codes.append(sft.main() or 0)
         except errors.StepladderError as error:

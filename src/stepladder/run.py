@@ -39,11 +39,13 @@ NUMBER, NONE = (int, float), type(None)
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("status", "strategy", "precision", "wandb_run_id"), (str,)),
     **dict.fromkeys(("recipe", "progress", "totals", "final", "parameters", "plan", "packages", "samples"), (dict,)),
+    **dict.fromkeys(("started_with", "inputs", "inputs.*"), (dict,)),
+    "inputs.*.*": (str,),
     **dict.fromkeys(("resumed", "datasets", "samples.before", "samples.after"), (list,)),
     **dict.fromkeys(("progress.step", "progress.starts", "resumed.*.step", "world_size"), (int,)),
     **dict.fromkeys(("totals.steps", "totals.tokens", "totals.peak_memory_bytes.*"), (int,)),
     **dict.fromkeys(("parameters.all", "parameters.trainable"), (int,)),
-    **dict.fromkeys(("totals.seconds", "final.loss", "final.eval_loss"), NUMBER),
+    **dict.fromkeys(("elapsed_seconds", "totals.seconds", "totals.goodput", "final.loss", "final.eval_loss"), NUMBER),
     **dict.fromkeys(("resumed.*", "datasets.*"), (dict,)),
     **dict.fromkeys(("recipe.peft_type", "recipe.lr_scheduler_type"), (str, NONE)),
     "datasets.*.name": (str,),
@@ -74,6 +76,7 @@ class Run:
         self.allowed: list[str] = []  # facts that may differ from those of the run that is resumed
         self.changes: dict[str, list[Any]] = {}  # keys in which a resumed run differs from the start before: old, new
         self._since = 0.0  # by the monotonic clock: when the run would have begun, had it had one start only
+        self.forgets_best = False  # the best step so far and the coming ones are not measured alike
         self._rows = ""  # of metrics.jsonl, not written yet
         self._unwritten: OSError | None = None  # why the last try to write failed
 
@@ -219,6 +222,7 @@ class Run:
             self._check_same(facts)
         now, self._since = time.strftime("%Y-%m-%dT%H:%M:%S%z"), self._began()
         past = {"started": now, "resumed": [], **(self.manifest if resumed else {})}
+        past.setdefault("started_with", past.get("packages") or package_versions())
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
         known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
         past["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
@@ -271,7 +275,8 @@ class Run:
         except (KeyError, IndexError, TypeError):
             raise self._unreadable("it lacks the global batch size or the training set") from None
         for key, (old, new) in changes.items():
-            if old != new and key not in self.allowed:
+            names = {key, "datasets"} if key == "dataset_name" else {key}  # whose rows these are
+            if old != new and not names.intersection(self.allowed):
                 raise LaunchError(
                     f"the run in {self.folder} was begun with another {key}: {old}, now {new}",
                     why="its curve would not go on as it began",
@@ -308,10 +313,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""
-        if not (self.folder / METRICS).is_file():
-            return []
-        lines = (self.folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
-        return [row for line in lines if (row := row_of(line))]
+        return [row for line in metrics_text(self.folder).splitlines() if (row := row_of(line))]
 
     def _keep(self, manifest: bool = True) -> None:
         """Write what is new. On a full disk the run goes on, and the next time tries again with all of it."""
@@ -400,11 +402,11 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _values(found: Any, names: list[str]) -> Iterator[Any]:
-    """What stands at a dotted name, `*` for each element of a list; nothing where it leads nowhere."""
+    """What stands at a dotted name, `*` for each element of a list or value of an object; nothing where it leads nowhere."""
     if not names:
         yield found
     elif names[0] == "*":
-        for item in found if isinstance(found, list) else ():
+        for item in found if isinstance(found, list) else found.values() if isinstance(found, dict) else ():
             yield from _values(item, names[1:])
     elif isinstance(found, dict) and names[0] in found:
         yield from _values(found[names[0]], names[1:])

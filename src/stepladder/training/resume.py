@@ -19,12 +19,14 @@ from stepladder.files import read_object
 from stepladder.recipe.optimizer_rules import BY_METRIC
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
+from stepladder.training.inputs import EVALUATION, Inputs
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
 LENGTH = ("max_steps", "num_train_epochs")  # of a run: more of it trains a finished one on
-OF_THE_RATE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"}
+OF_THE_CHOICE = {"metric_for_best_model", "greater_is_better"}
+OF_THE_RATE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", *OF_THE_CHOICE}  # of one by a metric
 WITHOUT_BEST = (
     "put it back from a copy; or end with the last step: "
     "--load_best_model_at_end false --allow_change load_best_model_at_end"
@@ -56,19 +58,22 @@ def whole_steps(folder: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
-def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[str]) -> Path | None:
+def claim(
+    run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[str], inputs: Inputs | None = None
+) -> Path | None:
     """Take the run folder for this start.
 
     Args:
         resume: `auto`, `never`, or a checkpoint of this run folder.
         overwrite: a run that is there is replaced.
-        allowed: keys of the curve that may differ from the run's recipe.
+        allowed: keys of the curve that may differ from the run's recipe, in their values or the files they name.
+        inputs: of this start; compared with those of a run that is resumed.
 
     Returns:
         The checkpoint to resume from; None for a run from its beginning, and on other ranks than 0.
 
     Raises:
-        LaunchError: the folder is no run's, or its run is finished, in use, stuck, or of another recipe.
+        LaunchError: the folder is no run's, or its run is finished, in use, stuck, or of another recipe or inputs.
         CheckpointError: there are checkpoints and none of them is whole.
         Finished: this job was queued again after it had finished the run. Every rank sees it and ends: one that went
             on would wait for the others.
@@ -107,10 +112,15 @@ def claim(run: Run, recipe: Recipe, resume: str, overwrite: bool, allowed: list[
             + ("; a larger --max_steps or --num_train_epochs trains it on" if finished else ""),
         )
     _check_recipe(recipe, before["recipe"], [*allowed, *(LENGTH if finished else [])], where)
+    if inputs and whole_steps(folder):
+        inputs.resume(before, allowed, folder)
     found = _checked(chosen, folder) if chosen else newest_whole(folder)
     if finished:
         _check_longer(recipe, folder, found)
-    if found and recipe.get("load_best_model_at_end"):
+    if found and (why := _outdated_best(found, before, recipe, inputs)):
+        run.forgets_best = True
+        say(f"⚠ the best step so far was chosen by {why}: it is chosen anew from the evaluations after {found.name}")
+    elif found and recipe.get("load_best_model_at_end"):
         _check_best(found)
     step = int(found.name.split("-")[1]) if found else 0
     starts = 1 if chosen or before.get("progress", {}).get("step") != step else before["progress"]["starts"] + 1
@@ -272,6 +282,32 @@ def _check_ordinary(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -
     """ValueError for a link, a device or a FIFO, whose opening could wait for ever."""
     if not is_kind(path.lstat().st_mode):
         raise ValueError(f"{path.name} is no ordinary {'file' if is_kind is stat.S_ISREG else 'folder'}")
+
+
+def _outdated_best(checkpoint: Path, before: dict[str, Any], recipe: Recipe, inputs: Inputs | None) -> str:
+    """Why the best step so far and the coming ones are not measured alike, or nothing.
+
+    The checkpoint knows how it was measured. run.json may not: a start that was allowed to change it may have died
+    before a checkpoint of its own.
+    """
+    began = read_object(checkpoint / COMPLETE).get("run")
+    began = began if isinstance(began, dict) and isinstance(began.get("recipe"), dict) else before
+    known = began.get("inputs", before.get("inputs"))
+    evaluated = known.get(EVALUATION) if isinstance(known, dict) else None
+    faults = []
+    if _choice(began["recipe"]) != _choice(recipe.values):
+        faults.append("another metric")
+    if inputs and evaluated and evaluated != inputs.found.get(EVALUATION, evaluated):
+        faults.append("other evaluation rows")
+    if faults and read_object(checkpoint / TRAINER_STATE)["best_global_step"]:
+        return " and ".join(faults)
+    return ""
+
+
+def _choice(values: dict[str, Any]) -> tuple[str, bool]:
+    """The metric by which the best step is chosen, and whether more is better, as Transformers completes them."""
+    metric, greater = values.get("metric_for_best_model") or "loss", values.get("greater_is_better")
+    return metric.removeprefix("eval_"), not metric.endswith("loss") if greater is None else greater
 
 
 def _check_best(checkpoint: Path) -> None:

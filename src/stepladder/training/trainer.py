@@ -240,6 +240,8 @@ class Trainer(SFTTrainer):
             self.state.compute_steps(self.args, max_steps)
             checkpoint.load(self, Path(resume_from_checkpoint))
             checkpoint.compare_rates(self)
+            if self.meter.run.forgets_best:
+                self.state.best_metric = self.state.best_global_step = None
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
             if self._order is not None:
                 self._order.set_epoch(self.state.global_step // self._order.steps)
@@ -262,7 +264,8 @@ class Trainer(SFTTrainer):
         best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.agreement.preempted
         self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
         if chooses and not best and self.args.process_index == 0:
-            say("⚠ load_best_model_at_end: no evaluation gave a finite loss, so the result is the last step's")
+            since = " since the metric or the evaluation rows changed" * self.meter.run.forgets_best
+            say(f"⚠ load_best_model_at_end: no evaluation gave a finite loss{since}, so the result is the last step's")
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:

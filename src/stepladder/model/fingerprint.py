@@ -1,0 +1,176 @@
+"""Short hashes by which a resumed run notices that its base model or tokenizer is another one.
+
+Files up to 16 MiB are read whole. Of a larger one the hash covers its size, its first MiB (in it the safetensors
+header: names, shapes and dtypes) and 256 blocks of 4 KiB, evenly spaced up to its end: about 2 MiB, however large the
+file is. Another training run changes whole tensors: it is noticed. A few edited bytes of a large file are not. Its hash
+is remembered in the cache by path, size, mtime and ctime.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepladder import cache, console
+from stepladder.run import read_object, write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Parts = dict[str, str]  # the hash of each part of a thing: a file of a model, a property of a tokenizer
+WHOLE = 16 << 20  # bytes up to which a file is read whole
+HEAD, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
+SETTLED = 2  # seconds: a file that was written later than that could change again within one tick of its mtime
+CONFIG, ADAPTER_CONFIG, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
+# Which library saved a model, from where, and how it generates: no training step depends on them.
+NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
+MOST_ADAPTERS = 5  # an adapter of an adapter …: a chain that is longer bites its own tail
+
+
+def of_model(name: str, revision: str | None = None, with_code: bool = False) -> Parts:
+    """The files that a model is loaded from, without torch: its configuration and weights; an adapter's base too.
+
+    Args:
+        name: a model or adapter folder, or a hub id, whose snapshot's commit stands for its files.
+        revision: of a hub id.
+        with_code: whether the folder's Python files are run (`trust_remote_code`).
+
+    Returns:
+        Hashes by file name, `base/` before those of an adapter's base; empty where a hub id cannot be resolved.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    parts: Parts = {}
+    for depth in range(MOST_ADAPTERS):
+        folder, prefix = Path(name), "base/" * depth
+        if folder.is_dir():
+            found = of_folder(folder, with_code)
+        else:
+            snapshot = _hub_snapshot(name, revision)
+            if snapshot is None:
+                return {}
+            folder, found = snapshot, {"commit": snapshot.name}
+        parts |= {prefix + part: digest for part, digest in found.items()}
+        try:
+            config = read_object(folder / ADAPTER_CONFIG)
+            name, revision = str(config["base_model_name_or_path"]), config.get("revision")
+        except (ValueError, KeyError):  # no adapter
+            break
+    return parts
+
+
+def of_folder(folder: Path, with_code: bool = False) -> Parts:
+    """The hash of each file of a folder that its model or adapter is loaded from; see `of_model`."""
+    remembered = cache.folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        known = read_object(remembered)
+    files = _files(folder, with_code)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
+        entries = list(pool.map(lambda file: _entry(file, known), files))
+    kept = {file.name: entry for file, entry in zip(files, entries, strict=True) if entry[0]}
+    if kept != known and kept:
+        with contextlib.suppress(OSError):  # without a cache the next start reads its 2 MiB again
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(remembered, json.dumps(kept))
+    return {file.name: digest for file, (_, digest) in zip(files, entries, strict=True)}
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Parts:
+    """A tokenizer as it was loaded: what turns a text into token ids, but neither padding, truncation nor template."""
+    gc.disable()  # the vocabulary's many lists would set off a search through all that the libraries hold: 0.2 s
+    try:
+        return _tokenizer_parts(tokenizer)
+    finally:
+        gc.enable()
+
+
+def of_text(text: str) -> str:
+    """The hash of a text: 16 hexadecimal digits of its SHA-256, as all hashes here."""
+    return _short(text.encode("utf-8", "surrogatepass"))
+
+
+def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    # Merges are pairs or texts, as the version of the library has it.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or []]
+    parts = {
+        "vocabulary": model.pop("vocab", None),
+        "merges": merges,
+        "model": model,
+        "normalizer": state["normalizer"],
+        "pre-tokenizer": state["pre_tokenizer"],
+        "post-processor": state["post_processor"],
+        "added tokens": state["added_tokens"],
+        "special tokens": {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")},
+    }
+    return {name: _short(json.dumps(value).encode()) for name, value in parts.items()}
+
+
+def _files(folder: Path, with_code: bool) -> list[Path]:
+    """What Transformers and PEFT load from a folder: of several weight files the one that they take."""
+    code = sorted(folder.glob("*.py")) if with_code else []
+    if (folder / ADAPTER_CONFIG).is_file():
+        return [folder / ADAPTER_CONFIG, *sorted(folder.glob("adapter_model*.*")), *code]
+    config = [folder / CONFIG] if (folder / CONFIG).is_file() else []
+    if (single := folder / "model.safetensors").is_file():
+        return [*config, single, *code]
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        names = {Path(str(name)).name for name in read_object(folder / INDEX)["weight_map"].values()}
+        shards = [folder / name for name in sorted(names) if (folder / name).is_file()]
+        return [*config, folder / INDEX, *shards, *code]
+    return [*config, *sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]), *code]
+
+
+def _entry(file: Path, known: dict[str, Any]) -> list[str]:
+    """What a file's hash is remembered by, "" where it is not to be, and the hash, from `known` where it is there."""
+    facts = file.stat()
+    if facts.st_size > WHOLE:
+        times = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+        before = known.get(file.name)
+        if isinstance(before, list) and len(before) == 2 and before[0] == times and isinstance(before[1], str):
+            return before
+        settled = facts.st_ctime < time.time() - SETTLED
+        return [times if settled else "", _sampled(file, facts.st_size)]
+    content = file.read_bytes()
+    if file.name in (CONFIG, ADAPTER_CONFIG):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError):
+            config = {key: value for key, value in json.loads(content).items() if key not in NOT_OF_THE_MODEL}
+            content = json.dumps(config, sort_keys=True).encode()
+    return ["", _short(content)]
+
+
+def _sampled(file: Path, size: int) -> str:
+    found = hashlib.sha256(str(size).encode())
+    with file.open("rb", buffering=0) as stream:
+        handle = stream.fileno()
+        found.update(os.pread(handle, HEAD, 0))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # else each block brings 128 KiB of its neighbours
+        for number in range(1, BLOCKS + 1):
+            found.update(os.pread(handle, BLOCK, size * number // BLOCKS - BLOCK))
+    return found.hexdigest()[:16]
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub id's snapshot in the local cache, after a look at the hub where it can be reached."""
+    console.quiet_libraries()
+    from huggingface_hub import hf_hub_download
+
+    for file in (ADAPTER_CONFIG, CONFIG):
+        with contextlib.suppress(Exception):  # not there, no network, no such model: loading it will say which
+            return Path(hf_hub_download(name, file, revision=revision)).parent
+    return None
