@@ -63,6 +63,13 @@ HARMLESS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
         lambda c: json.dumps(json.loads(c) | {"padding_side": "left"}).encode(),
     ),
 }
+FOLLOWED = {
+    "followed rows": ("--allow_change", "eval_dataset_name"),
+    "followed metric": (
+        *("--metric_for_best_model", "mean_token_accuracy", "--greater_is_better", "false"),
+        *("--allow_change", "metric_for_best_model", "--allow_change", "greater_is_better"),
+    ),
+}
 FACTS: dict[str, dict[str, Any]] = {
     "an earlier version": {"packages": {"torch": "2.1.0"}},
     "inputs of another kind": {"inputs": [1]},
@@ -70,6 +77,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "a hash of another kind": {"inputs": {"model": {"config.json": 7}}},
     "packages of another kind": {"packages": 3},
 }
+PLATEAU = ("--lr_scheduler_type", "reduce_lr_on_plateau")
 OWN = "own template"  # a run that uses the model's
 
 
@@ -96,6 +104,7 @@ def starts(tiny, learnable, tmp_path_factory) -> Starts:
     first = Starts(folder, recipe)
     first.add("whole")
     first.add(OWN, "--recipe", plain)
+    first.add("plateau", "--recipe", plain, *PLATEAU)
     first.run()
     assert set(first.codes.values()) == {0}, first.out
 
@@ -130,6 +139,9 @@ def starts(tiny, learnable, tmp_path_factory) -> Starts:
     edited("more is better", "eval.jsonl", bytes, "--greater_is_better", "true",
            "--metric_for_best_model", "loss", "--allow_change", "greater_is_better",
            "--allow_change", "metric_for_best_model")  # fmt: skip
+    for name, words in FOLLOWED.items():
+        edited(name, EDITS["evaluation"][0], EDITS["evaluation"][1] if "rows" in name else bytes,
+               "--recipe", plain, *PLATEAU, *words, source="plateau")  # fmt: skip
     died = "metric, again"  # as a start leaves it that was allowed to change the metric and died before its first save
     edited(died, "eval.jsonl", bytes, *metric[:2])
     recipe_then = manifest(folder / died)["recipe"] | {metric[0].strip("-"): metric[1]}
@@ -201,6 +213,13 @@ def test_the_best_step_is_chosen_anew(name, starts) -> None:
     assert starts.codes[name] == 0, said(starts, name)
     assert f"it is chosen anew from the evaluations after checkpoint-{CUT}" in said(starts, name)
     assert manifest(starts.folder / name)["result_step"] > CUT
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_a_schedule_that_follows_the_evaluations(name, starts) -> None:
+    """Guards a schedule that compares each evaluation with the best one so far: no key allows that to change."""
+    assert starts.codes[name] == 2, said(starts, name)
+    assert "reduce_lr_on_plateau derives each rate from" in said(starts, name)
 
 
 def test_a_run_of_an_earlier_version(starts) -> None:

@@ -282,7 +282,7 @@ class Run:
                     why="its curve would not go on as it began",
                     way_out=f"global_batch_size: {old}"
                     if key == "global_batch_size"
-                    else "the rows that it began with",
+                    else "the rows that it began with; or to go on with these: --allow_change dataset_name",
                 )
 
     def _rewind(self, step: int) -> None:

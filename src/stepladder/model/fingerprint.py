@@ -28,7 +28,8 @@ Parts = dict[str, str]  # the hash of each part of a thing: a file of a model, a
 WHOLE = 16 << 20  # bytes up to which a file is read whole
 HEAD, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
 SETTLED = 2  # seconds: a file that was written later than that could change again within one tick of its mtime
-CONFIG, ADAPTER_CONFIG, INDEX = "config.json", "adapter_config.json", "model.safetensors.index.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Which library saved a model, from where, and how it generates: no training step depends on them.
 NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
 MOST_ADAPTERS = 5  # an adapter of an adapter …: a chain that is longer bites its own tail
@@ -118,17 +119,20 @@ def _tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> Parts:
 
 def _files(folder: Path, with_code: bool) -> list[Path]:
     """What Transformers and PEFT load from a folder: of several weight files the one that they take."""
-    code = sorted(folder.glob("*.py")) if with_code else []
     if (folder / ADAPTER_CONFIG).is_file():
-        return [folder / ADAPTER_CONFIG, *sorted(folder.glob("adapter_model*.*")), *code]
-    config = [folder / CONFIG] if (folder / CONFIG).is_file() else []
-    if (single := folder / "model.safetensors").is_file():
-        return [*config, single, *code]
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        names = {Path(str(name)).name for name in read_object(folder / INDEX)["weight_map"].values()}
-        shards = [folder / name for name in sorted(names) if (folder / name).is_file()]
-        return [*config, folder / INDEX, *shards, *code]
-    return [*config, *sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]), *code]
+        weights = sorted(folder.glob("adapter_model*.*"))
+    elif (folder / SINGLE).is_file():
+        weights = [folder / SINGLE]
+    else:
+        try:
+            shards = {Path(str(name)).name for name in read_object(folder / INDEX)["weight_map"].values()}
+            weights = [folder / INDEX, *(folder / name for name in sorted(shards))]
+        except (ValueError, KeyError, AttributeError):  # no index, or a damaged one
+            weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    config = ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else CONFIG
+    code = sorted(folder.glob("*.py")) if with_code else []
+    # A FIFO or a folder of such a name is left to whoever loads it.
+    return [file for file in (folder / config, *weights, *code) if file.is_file()]
 
 
 def _entry(file: Path, known: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ MODEL, TOKENIZER, TEMPLATE, EVALUATION = "model", "tokenizer", "chat_template", 
 MODEL_KEYS = ("model_name_or_path", "model_revision")
 # Keys by which evaluation rows come from what is trained on.
 SPLIT_KEYS = ("dataset_name", "datasets", "dataset_test_split", "test_split_size", "seed")
+ELSEWHERE = {"gguf_file", "subfolder", "variant"}  # of model_init_kwargs: other files than the usual ones are loaded
 SHOWN = 3  # parts of a thing that are named where they differ
 
 
@@ -58,9 +59,10 @@ class Inputs:
         if not reads:
             return
         name = recipe.get("model_name_or_path")
+        apart = ELSEWHERE & {*(recipe.get("model_init_kwargs") or {})}
         try:
             code = bool(recipe.get("trust_remote_code"))
-            self.found[MODEL] = fingerprint.of_model(name, recipe.get("model_revision"), code)
+            self.found[MODEL] = {} if apart else fingerprint.of_model(name, recipe.get("model_revision"), code)
         except OSError as error:
             what, why = f"{error.filename or name} cannot be read", error.strerror or str(error)
             raise ModelError(what, why=why, where=recipe.where("model_name_or_path")) from None
@@ -115,8 +117,11 @@ class Inputs:
         refused: dict[str, str] = {}  # what differs, by the key that allows it
         for name in names:
             before, now = self._before.get("inputs", {}).get(name), self.found.get(name)
-            if now == {}:  # a hub id of which nothing lies in the cache
-                self.notes.append("the commit of the base model is not known: it could not be compared")
+            if now == {}:
+                self.notes.append(
+                    "whether the base model is the one that the run began with is not known: its commit on the hub is "
+                    f"not, or model_init_kwargs has one of {', '.join(sorted(ELSEWHERE))}"
+                )
             if not before or not now or before == now:
                 continue
             keys = self._keys(name)
