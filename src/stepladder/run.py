@@ -276,7 +276,11 @@ class Run:
             raise self._unreadable("it lacks the global batch size or the training set") from None
         for key, (old, new) in changes.items():
             names = {key, "datasets"} if key == "dataset_name" else {key}  # whose rows these are
-            if old != new and not names.intersection(self.allowed):
+            if old == new:
+                continue
+            if by := names.intersection(self.allowed):
+                say(f"⚠ changed since the run began, which --allow_change {min(by)} allows: {key} {old} → {new}")
+            else:
                 raise LaunchError(
                     f"the run in {self.folder} was begun with another {key}: {old}, now {new}",
                     why="its curve would not go on as it began",

@@ -306,7 +306,7 @@ def _outdated_best(checkpoint: Path, before: dict[str, Any], recipe: Recipe, inp
 
 def _choice(values: dict[str, Any]) -> tuple[str, bool]:
     """The metric by which the best step is chosen, and whether more is better, as Transformers completes them."""
-    metric, greater = values.get("metric_for_best_model") or "loss", values.get("greater_is_better")
+    metric, greater = str(values.get("metric_for_best_model") or "loss"), values.get("greater_is_better")
     return metric.removeprefix("eval_"), not metric.endswith("loss") if greater is None else greater
 
 
