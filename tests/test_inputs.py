@@ -15,6 +15,8 @@ from test_run_folder import Starts
 
 from conftest import losses, manifest, run
 from stepladder.model import fingerprint
+from stepladder.run import package_versions
+from stepladder.training.inputs import Inputs
 
 STEPS, CUT = 4, 2
 TEMPLATE = (
@@ -333,6 +335,24 @@ def test_a_file_of_this_moment_is_not_remembered(tmp_path, monkeypatch) -> None:
         out.truncate(fingerprint.WHOLE + 1)
     fingerprint.of_folder(tmp_path)
     assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_what_cannot_be_compared_is_a_note(settings, tmp_path) -> None:
+    """Guards against silence where one of both starts does not know its base model or tokenizer."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    known, elsewhere = (
+        Inputs(settings(model_name_or_path=str(model), **more), None, reads=True)
+        for more in ({}, {"model_init_kwargs": {"subfolder": "x"}})
+    )
+    for before, inputs in (({}, known), ({"model": {}}, known), ({"model": known.found["model"]}, elsewhere)):
+        inputs.notes.clear()
+        inputs.resume({"inputs": before, "recipe": {}, "packages": package_versions()}, [], tmp_path)
+        assert len(inputs.notes) == 1 and "is not known" in inputs.notes[0]
+    known.notes.clear()
+    known.resume({"inputs": known.found, "recipe": {}, "packages": package_versions()}, [], tmp_path)
+    assert known.notes == []
 
 
 def test_a_hub_model_by_its_commit(tmp_path) -> None:

@@ -117,11 +117,12 @@ class Inputs:
         refused: dict[str, str] = {}  # what differs, by the key that allows it
         for name in names:
             before, now = self._before.get("inputs", {}).get(name), self.found.get(name)
-            if now == {}:
-                self.notes.append(
-                    "whether the base model is the one that the run began with is not known: its commit on the hub is "
-                    f"not, or model_init_kwargs has one of {', '.join(sorted(ELSEWHERE))}"
+            if not (before and now) and "inputs" in self._before and name != EVALUATION:
+                unknown = f"{name.replace('_', ' ')}: whether it is the one that the run began with is not known"
+                why = "a commit on the hub that cannot be told, or model_init_kwargs with " + ", ".join(
+                    sorted(ELSEWHERE)
                 )
+                self.notes.append(f"{unknown} ({why})" if name == MODEL else unknown)
             if not before or not now or before == now:
                 continue
             keys = self._keys(name)
