@@ -30,7 +30,7 @@ def main() -> int | None:
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="default: auto")
     parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY",
-                        help="a key that may differ from the run that is resumed; repeatable")  # fmt: skip
+                        help="a key whose value or content may differ from the resumed run's; repeatable")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="record two steps, and say where their time goes")
     parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback watches the run too")
     args, overrides = parser.parse_known_args()
