@@ -406,7 +406,7 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _values(found: Any, names: list[str]) -> Iterator[Any]:
-    """What stands at a dotted name, `*` for each element of a list or value of an object; nothing where it leads nowhere."""
+    """What stands at a dotted name, `*` for each item of a list or an object; nothing where it leads nowhere."""
     if not names:
         yield found
     elif names[0] == "*":
