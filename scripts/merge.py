@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, files, flags, run
 from stepladder.data import prompts
-from stepladder.model import card, injection, load, weights
+from stepladder.model import card, injection, load, start, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -59,7 +59,7 @@ def main() -> None:
     config = injection.configs(args.adapter)[0]
     trained, losses = card.read(args.adapter[0])
     quantize = quantized.choose(args.quantized_base, trained)
-    name = args.base or config.base_model_name_or_path
+    name = args.base or start.of(str(args.adapter[0])).base
     base = load.unquantized(name, None if args.base else config.revision)
     licence = card.front_matter(base).get("license")
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()

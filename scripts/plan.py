@@ -13,6 +13,7 @@ import json
 
 from stepladder import console, errors, flags
 from stepladder.data import mixture, stream
+from stepladder.model import start
 from stepladder.planning import hardware
 from stepladder.recipe import load
 
@@ -35,6 +36,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
+    if start.of_recipe(recipe).adapter:  # other models need not be here
+        recipe = start.settled(recipe)
     device = hardware.device(args.gpu, args.gpu_memory)
 
     console.quiet_libraries()

@@ -16,6 +16,7 @@ import contextlib
 from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, stream, templates
 from stepladder.model import load as model_load
+from stepladder.model import start
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
 from stepladder.training import allocator, arguments, inputs, ranks, resume, signals, strategy
@@ -42,12 +43,12 @@ def main() -> int | None:
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
+    recipe = start.settled(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
     notes = recipe.notes + strategy.check(recipe, launch)
     reads = launch.local_rank == 0  # one rank a node reads and prepares the rows; the others open what it made
     train_rows, eval_rows = mixture.load(recipe) if reads else mixture.unread(recipe)
-    model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     templates.check_path(recipe)
     record = run.Run(recipe.output_dir, is_writer=launch.rank == 0)
     basis = inputs.Inputs(recipe, eval_rows, reads=launch.rank == 0)
@@ -123,6 +124,7 @@ def main() -> int | None:
         recipe_name=recipe.name,
         recipe=recipe.values,
         recipe_hash=recipe.hash(),
+        starts_from=start.facts(recipe),
         strategy=launch.strategy,
         world_size=launch.ranks,
         devices=devices,

@@ -19,7 +19,7 @@ from stepladder import console, errors, flags
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture, templates
 from stepladder.hardware import GPUS
-from stepladder.model import load as model_load
+from stepladder.model import start
 from stepladder.training import arguments, strategy
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
@@ -146,12 +146,11 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
-    recipe = job.recipe_of(words)
+    recipe = start.settled(job.recipe_of(words))
     gpus = (args.gpus or "").rpartition(":")[2]
     ranks = args.nodes * (int(gpus) if gpus.isdecimal() else args.ranks)
     arguments.layout(recipe, ranks)
     mixture.load(recipe)
-    model_load.check_source(recipe.get("model_name_or_path"), recipe.where("model_name_or_path"))
     templates.check_path(recipe)
     asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
     return "auto" if asked == "auto" else strategy.named(asked, ranks)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from stepladder.errors import ModelError
 from stepladder.model import adapter, load
-from stepladder.model.load import check_source
+from stepladder.model.start import check_source
 
 A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"
 EXPECTED = {A: (2, 8), B: (8, 2)}

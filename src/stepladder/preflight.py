@@ -13,7 +13,7 @@ from typing import Any
 from stepladder import requirements
 from stepladder.data import audit, audit_tokens, templates
 from stepladder.errors import LaunchError, StepladderError
-from stepladder.model import load
+from stepladder.model import load, start
 from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
@@ -63,6 +63,7 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     if recipe.get("torch_compile"):
         look("compiler", _required, requirements.compiler, recipe)
     model = look("model", _model, recipe)
+    recipe = model or recipe  # with an adapter's own values
     rows = look("data", _data, recipe)
     longest = look("template", _template, recipe, rows) if model and rows and rows.train else None
     launch = look("strategy", _strategy, recipe, machine)
@@ -82,10 +83,13 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
     return f"keys: {keys}; each is known, well typed and with an effect", True
 
 
-def _model(recipe: Recipe) -> tuple[str, Any]:
-    name = recipe.get("model_name_or_path")
-    load.check_source(name, recipe.where("model_name_or_path"))
-    return name, True
+def _model(recipe: Recipe) -> tuple[str, Recipe]:
+    """With the recipe as it is trained."""
+    notes = len(recipe.notes)
+    found = start.settled(recipe)
+    begun = start.of_recipe(found)
+    on = f", an adapter that is trained on; its base is {begun.base}" if begun.adapter else ""
+    return "; ".join([f"{found.get('model_name_or_path')}{on}", *recipe.notes[notes:]]), found
 
 
 def _data(recipe: Recipe) -> tuple[str, audit.Audit]:

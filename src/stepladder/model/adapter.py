@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
-from stepladder.model import virtual_tokens
+from stepladder.model import start, virtual_tokens
+from stepladder.model.injection import ADAPTER
+from stepladder.model.weights import more
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -22,21 +27,22 @@ def attach(
     new_tokens: Sequence[str] = (),
     fused: bool = False,
 ) -> PreTrainedModel:
-    """Wrap the model in the adapter that the recipe asks for; without `use_peft` it stays as it is.
+    """Wrap the model in the adapter that the recipe asks for, or that it starts from; without `use_peft` it stays.
 
     The adapter is in fp32 whatever the base: in bf16, small updates would round to nothing.
 
     Args:
-        tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow.
+        tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow, and the
+            weights of an adapter that is trained on are not read.
         new_tokens: tokens that a template added to the vocabulary.
         fused: LoRA's linear layers are those of `fused_lora`, which read the adapter's weights past the
             modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
             PEFT's own, and cannot read these.
 
     Raises:
-        ModelError: a module or parameter that the recipe names does not exist in this model, or there are new
-            tokens: TRL's fused output layer reads the plain weight (`add_fused_lm_head`), so PEFT's wrapped one,
-            which would train their embeddings, cannot stand in its place.
+        ModelError: a module or parameter that the recipe names does not exist in this model, an adapter does not fit
+            it, or there are new tokens: TRL's fused output layer reads the plain weight (`add_fused_lm_head`), so
+            PEFT's wrapped one, which would train their embeddings, cannot stand in its place.
     """
     if not recipe.get("use_peft"):
         return model
@@ -55,7 +61,8 @@ def attach(
         if tokenizer:
             virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
-    config = LoraConfig(
+    begun = start.of_recipe(recipe)
+    config = begun.lora_config(recipe) if begun.adapter else LoraConfig(
         r=recipe.get("lora_r"),
         lora_alpha=recipe.get("lora_alpha"),
         lora_dropout=recipe.get("lora_dropout"),
@@ -66,7 +73,13 @@ def attach(
         use_dora=recipe.get("use_dora"),
         bias="none",
         task_type=recipe.get("lora_task_type"),
-    )
+        revision=recipe.values.get("model_revision"),
+    )  # fmt: skip
+    if begun.adapter:
+        config.base_model_name_or_path = model.name_or_path
+        _check_targets(model, recipe, begun)
+        if tokenizer is None:  # a plan's model has few of the layers
+            config.layers_to_transform = config.layers_pattern = None
     quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
     if fused and not quantized and not recipe.get("torch_compile"):
         from stepladder.model.fused_lora import FusedLinear
@@ -79,7 +92,83 @@ def attach(
     except ValueError as error:
         raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
     _check_names(wrapped, recipe, linear, names)
+    if begun.adapter and tokenizer is not None:
+        _load(wrapped, begun.adapter)
     return wrapped
+
+
+def _check_targets(model: PreTrainedModel, recipe: Settings, begun: start.Start) -> None:
+    """Raise ModelError where `lora_target_modules` names other modules than the adapter has, as it names them."""
+    key, its = "lora_target_modules", begun.config.get("target_modules")
+    its = [its] if isinstance(its, str) else its
+    if not its or not recipe.get(key):
+        return  # compared already, without the model (model/start.py)
+    asked, own = (_matched(model, names) for names in (recipe.get(key), its))
+    if asked != own:
+        new, less = sorted(asked - own), sorted(own - asked)
+        raise ModelError(
+            f"{key}: {', '.join(recipe.get(key))} are other modules than the adapter's: {', '.join(sorted(its))}",
+            where=recipe.where(key),
+            why=f"the adapter has none for {new[0]}" if new else f"the adapter has one for {less[0]} too",
+            way_out=f"remove {key}: an adapter that is trained on keeps its form",
+        )
+
+
+def _matched(model: PreTrainedModel, modules: list[str]) -> set[str]:
+    """The modules of a model that names, `all-linear` or a regular expression stand for, by PEFT's rules."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    names = {name: module for name, module in model.named_modules() if name}
+    if modules[0].lower() == "all-linear":
+        head = model.get_output_embeddings()
+        return {n for n, m in names.items() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
+    if pattern := pattern_of(modules):
+        return {name for name in names if re.fullmatch(pattern, name)}
+    return {name for name in names if any(f".{name}".endswith(f".{end}") for end in modules)}
+
+
+def _load(wrapped: PeftModel, folder: Path) -> None:
+    """Put an adapter's tensors into the model that was wrapped for them; all of them, and no other is left.
+
+    Raises:
+        ModelError: one is missing, has no place, has another shape, or is not finite.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    saved, where = load_file(folder / ADAPTER), str(folder / ADAPTER)
+    fault = _differences({n: tuple(t.shape) for n, t in saved.items()},
+                         {n: tuple(t.shape) for n, t in _tensors(wrapped).items()})  # fmt: skip
+    if fault:
+        raise ModelError(
+            f"the adapter does not fit its base {wrapped.get_base_model().name_or_path}",
+            where=where,
+            why=fault,
+            way_out=f"the base that it was trained on: base_model_name_or_path in {folder / start.CONFIG}",
+        )
+    for name, tensor in saved.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"the adapter holds numbers that are not finite, in {name}", where=where)
+    wrapped.load_adapter(str(folder), "default", is_trainable=True, torch_device="cpu")
+    for name, tensor in _tensors(wrapped).items():
+        if not torch.equal(tensor.detach().cpu().float(), saved[name].float()):
+            raise ModelError(f"{name} of the adapter could not be put into the model", where=where)
+
+
+def _tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their names in its file."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+
+
+def _differences(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+    """Which tensors are missing, unexpected or of another shape; empty where none is."""
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    wrong = sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n])
+    found = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+    return "; ".join(f"{label}: {names[0]}{more(names)}" for label, names in found if names)
 
 
 def _does_not_fit(recipe: Settings, fault: str, linear: list[str], names: list[str]) -> ModelError:
@@ -171,20 +260,10 @@ def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     with safe_open(file, framework="pt") as tensors:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         if shapes != expected:
-            missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-            wrong = sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n])
             raise ModelError(
                 f"the saved adapter is not the one that was trained: {len(shapes)} tensors, expected {len(expected)}",
                 where=str(file),
-                why="; ".join(
-                    f"{label}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-                    for label, names in (
-                        ("missing", missing),
-                        ("unexpected", extra),
-                        ("of another shape", wrong),
-                    )
-                    if names
-                ),
+                why=_differences(shapes, expected),
             )
         for name in shapes:
             tensor = tensors.get_tensor(name)

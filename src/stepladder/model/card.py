@@ -105,6 +105,8 @@ def card(
     front |= {"license": licence} if licence else {}
     how = method(trained) if trained else "An adapter"
     rows = {"base": f"`{base}`", "licence": licence or "the base's, which its folder does not name"}
+    if before := trained.get("starts_from", {}).get("adapter"):
+        rows["trained on from"] = f"the adapter `{before}`"
     if trained:
         totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
         sets = [f"`{d['name']}` ({d['rows']} rows)" for d in trained["datasets"]]

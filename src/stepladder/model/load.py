@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from stepladder import files
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
+from stepladder.model import start
+from stepladder.model.start import check_files, check_source
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,53 +42,6 @@ def precision(recipe: Settings) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def check_source(name: str | None, where: str = "") -> None:
-    """Raise ModelError unless `name` is a model folder with safetensors, an adapter, or can be a hub id.
-
-    The files of a folder are looked at before a library opens them: a pipe would be waited for until the job ends.
-    """
-    if not name:
-        raise ModelError("no model is named", where=where, way_out="model_name_or_path: a folder or a hub id")
-    if fault := files.name_fault(name):
-        raise ModelError(f"'{name[:60]}…' names no model: {fault}", where=where, way_out="a folder or a hub id")
-    folder = Path(name)
-    if not folder.is_dir():
-        looks_local = folder.is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
-        if looks_local:
-            fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
-            raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
-        return
-    check_files(folder, where)
-    if (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-        if not list(folder.glob("*.safetensors")):
-            raise ModelError(
-                f"{folder} holds no safetensors file",
-                where=where,
-                why="weights are read from safetensors only: a pickled file can run code when it is opened",
-                way_out="convert the weights to safetensors, or fetch the model again",
-            )
-        return
-    if (folder / "run.json").is_file():
-        saved = [file.parent for file in folder.glob("checkpoint-*/*.safetensors")]
-        newest = max(saved, key=lambda checkpoint: checkpoint.stat().st_mtime, default="")
-        raise ModelError(
-            f"{folder} holds no model yet: the run has not finished",
-            where=where,
-            why="run.json lies there, and no config.json",
-            way_out="the same sft.py command again goes on with it" + f"; or name {newest}" * bool(saved),
-        )
-    raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
-
-
-def check_files(folder: Path, where: str = "") -> None:
-    """Raise ModelError for a file of a folder that a library would wait for, or end in a traceback at."""
-    try:
-        if folder.is_dir():
-            files.check_model_folder(folder)
-    except ValueError as error:
-        raise ModelError(str(error), where=where, way_out="fetch or copy the model again") from None
 
 
 def folder_of(name: str, revision: str | None = None, small_files_only: bool = False) -> Path:
@@ -126,20 +81,42 @@ def unquantized(name: str, revision: str | None = None) -> Path:
 
 
 def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's model, with a padding token."""
-    return tokenizer_of(
-        recipe.get("model_name_or_path"),
-        trust_remote_code=recipe.get("trust_remote_code"),
-        revision=recipe.get("model_revision"),
-    )
+    """The tokenizer of the recipe's model or adapter, with a padding token.
+
+    Raises:
+        ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
+    """
+    code, begun = recipe.get("trust_remote_code"), start.of_recipe(recipe)
+    tok = tokenizer_of(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
+    if begun.has_tokenizer:
+        from transformers import AutoConfig
+
+        with _loading(begun.base):
+            config = AutoConfig.from_pretrained(begun.base, revision=begun.revision, trust_remote_code=code)
+        if len(tok) > (rows := config.get_text_config().vocab_size):
+            raise ModelError(
+                f"the adapter's tokenizer has {len(tok):,} tokens, and its base {begun.base} embeds {rows:,}",
+                where=str(begun.adapter),
+                why="the adapter holds no embeddings for the others: they would stay as random as they begin",
+                way_out="the tokenizer that the adapter was trained with",
+            )
+    return tok
 
 
-def tokenizer_of(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter folder, or of a hub id, with a padding token."""
+def tokenizer_of(
+    name: str, revision: str | None = None, trust_remote_code: bool | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter folder, or of a hub id, with a padding token.
+
+    An adapter without one has its base's.
+    """
     from transformers import AutoTokenizer
 
+    begun = start.of(name, revision)
+    if begun.adapter and not begun.has_tokenizer:
+        name, revision = begun.base, begun.revision
     with _loading(name):
-        tok = AutoTokenizer.from_pretrained(name, **kwargs)
+        tok = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if not tok.is_fast:  # labels need the characters that each token stands for
         raise ModelError(
             f"the tokenizer of '{name}' is not a fast one",
@@ -184,7 +161,8 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    name = recipe.get("model_name_or_path")
+    begun = start.of_recipe(recipe)
+    name = begun.base
     kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
     if attention := recipe.get("attn_implementation"):
         kwargs["attn_implementation"] = attention
@@ -194,10 +172,16 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=weights_dtype(recipe, mixed_precision),
-            revision=recipe.get("model_revision"),
+            revision=begun.revision,
             trust_remote_code=recipe.get("trust_remote_code"),
             use_safetensors=True,
             **kwargs,
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):  # Transformers puts the base in an adapter's place
+        raise ModelError(
+            f"'{name}' is an adapter, and its files were not here as the run began",
+            where=recipe.where("model_name_or_path"),
+            way_out=f"hf download {name}, then the same command again",
         )
     model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
     for module in model.modules():
@@ -263,20 +247,19 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_source(name)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    adapter = Path(name) / "adapter_config.json"
-    base = name
-    if adapter.is_file():
-        base = str(files.read_object(adapter).get("base_model_name_or_path") or "")
-    if base != name:
-        check_source(base, where=str(adapter))
+    begun = start.of(name)
+    if begun.adapter:
+        check_source(begun.base, where=str(begun.adapter / start.CONFIG))
     tok = tokenizer_of(name)
     with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            begun.base, revision=begun.revision, dtype=dtype, use_safetensors=True
+        )
         fit_embeddings(model, tok)
-        if base != name:
+        if begun.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, name)
+            model = PeftModel.from_pretrained(model, begun.adapter)
     return model.to(device).eval(), tok
 
 

@@ -13,7 +13,7 @@ import yaml
 from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError
 from stepladder.hardware import GPU, GPUS
-from stepladder.model import load
+from stepladder.model import start
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -87,13 +87,15 @@ def config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    name = str(settings.get("model_name_or_path"))
+    begun = start.of_recipe(settings)
+    name = begun.base
     shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
     if not Path(name).is_dir() and name in shapes:
         return AutoConfig.for_model(**shapes[name])
-    load.check_files(Path(name), settings.where("model_name_or_path"))
+    start.check_files(Path(name), settings.where("model_name_or_path"))
+    revision = begun.revision if begun.adapter else None
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=settings.get("trust_remote_code"))
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=settings.get("trust_remote_code"))
     except Exception as error:  # values of another kind raise whatever the expressions that read them raise
         raise ModelError(
             f"'{name}' has no config.json that can be read",

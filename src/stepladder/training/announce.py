@@ -20,7 +20,7 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
         steps: of the whole run; and sequences of an epoch: None of a stream.
     """
     f = run.manifest
-    counts = f["parameters"]
+    counts, begun = f["parameters"], f["starts_from"]
     data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in f["datasets"])
     ranks = f"{f['world_size']} rank{'s' * (f['world_size'] > 1)}"
     return "\n".join(
@@ -33,6 +33,7 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
+            *(f"adapter     {begun['adapter']} is trained on; its base is {begun['base']}",) * ("adapter" in begun),
             f"run         {_method(recipe)}, {steps} steps{_epochs(steps, sequences, f['global_batch_size'])}, "
             f"{_checkpoints(recipe)}",
             f"watch       {_watched(recipe, f['plan'])}",

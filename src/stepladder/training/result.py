@@ -75,7 +75,7 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
-    base, (_, losses) = recipe.get("model_name_or_path"), card.read(run.folder)
+    base, (_, losses) = run.manifest["starts_from"]["base"], card.read(run.folder)
     licence = card.front_matter(Path(base)).get("license")
     text = card.card(run.folder, base, licence, run.manifest, losses, merged=None)
     (run.folder / "README.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError, StepladderError
 from stepladder.files import read_object
+from stepladder.model import start
 from stepladder.recipe.optimizer_rules import BY_METRIC
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
@@ -169,8 +170,10 @@ def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
 
 def _check_reads(recipe: Recipe, replaced: Path) -> None:
     """Raise LaunchError where the new run reads a file of the run that it replaces, by whatever links."""
-    for key in READ_KEYS:
-        for path in map(Path, _strings(recipe.values.get(key))):
+    read = {key: _strings(recipe.values.get(key)) for key in READ_KEYS}
+    read[start.KEY].append(start.of_recipe(recipe).base)  # an adapter's own base is read too
+    for key, paths in read.items():
+        for path in map(Path, paths):
             above = [*(path / "_").absolute().parents, *(path / "_").resolve().parents]
             if replaced.resolve() in [place.resolve() for place in above]:
                 raise LaunchError(
