@@ -51,7 +51,7 @@ LABELS = {
     *("peft_version", "bias", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "megatron_core"),
 }
-TENSORS = (".lora_", ".lora_magnitude_vector", ".modules_to_save.")  # parts of their names
+TENSORS = (".lora_", ".modules_to_save.")  # parts of their names
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,10 @@ def _unknown(start: Start, name: str) -> Iterator[ModelError]:
 
 def _of_tensors(start: Start, name: str) -> Iterator[ModelError]:
     """Weights of an adapter that its training on would leave out."""
-    folder = start.adapter or Path()
-    others = sorted(key for key in Weights(folder, single=ADAPTER).tensors if not any(part in key for part in TENSORS))
+    folder, parts = start.adapter or Path(), [*TENSORS]
+    if isinstance(whole := start.config.get("modules_to_save"), list):
+        parts += [f".{module}." for module in whole]
+    others = sorted(key for key in Weights(folder, single=ADAPTER).tensors if not any(part in key for part in parts))
     if others:
         yield ModelError(
             f"the adapter holds weights of the base itself: {others[0]}{more(others)}",
