@@ -76,9 +76,11 @@ def main() -> int | None:
     checkpoint, record.forgets_best = ranks.from_first((checkpoint, record.forgets_best))
 
     tokenizer = model_load.tokenizer(recipe)
+    own_template = tokenizer.chat_template
     basis.add_tokenizer(tokenizer)
     new_tokens = templates.prepare(tokenizer, recipe)
     basis.add_template(tokenizer)
+    notes += start.template_notes(recipe, own_template, tokenizer.chat_template)
     folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, recipe))
     train_set, eval_set = prepare.opened(folder)
     if launch.rank == 0:

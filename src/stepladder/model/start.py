@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import files
+from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.files import read_object
 from stepladder.model.injection import ADAPTER, CHANGES_BASE
@@ -43,7 +44,7 @@ OF_THE_TRAINING = "lora_dropout"
 # Fields without a key of the recipe, which hold as the adapter has them.
 KEPT = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("fan_in_fan_out", "lora_bias", "ensure_weight_tying"),
+    *("fan_in_fan_out", "ensure_weight_tying"),
 )
 # Fields that change nothing as an adapter is trained on: labels, and how its first weights were drawn.
 LABELS = {
@@ -51,7 +52,6 @@ LABELS = {
     *("peft_version", "bias", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("qalora_group_size", "megatron_core"),
 }
-TENSORS = (".lora_", ".modules_to_save.")  # parts of their names
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,18 @@ def settled(recipe: Recipe) -> Recipe:
     recipe.notes.extend(_notes(recipe, start))
     made = recipe.with_values(**new)
     return dataclasses.replace(made, origins={**recipe.origins, **dict.fromkeys(new, place)})
+
+
+def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
+    """That the recipe chooses another chat template than the one that lies beside the adapter.
+
+    Args:
+        own: the template of the tokenizer as it was loaded, and `chosen` the one that rows are rendered by.
+    """
+    if not own or own == chosen or not of_recipe(recipe).has_tokenizer:
+        return []
+    key = next(key for key in templates.KEYS if recipe.get(key))
+    return [f"{recipe.where(key)}: {key} is another template than the adapter was trained by, which lies beside it"]
 
 
 def facts(recipe: Settings) -> dict[str, Any]:
@@ -318,10 +330,9 @@ def _unknown(start: Start, name: str) -> Iterator[ModelError]:
 
 def _of_tensors(start: Start, name: str) -> Iterator[ModelError]:
     """Weights of an adapter that its training on would leave out."""
-    folder, parts = start.adapter or Path(), [*TENSORS]
-    if isinstance(whole := start.config.get("modules_to_save"), list):
-        parts += [f".{module}." for module in whole]
-    others = sorted(key for key in Weights(folder, single=ADAPTER).tensors if not any(part in key for part in parts))
+    folder, whole = start.adapter or Path(), tuple(map(str, start.config.get("modules_to_save") or ()))
+    names = [key for key in Weights(folder, single=ADAPTER).tensors if ".lora_" not in key]
+    others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
     if others:
         yield ModelError(
             f"the adapter holds weights of the base itself: {others[0]}{more(others)}",
@@ -385,7 +396,8 @@ def _contradictions(recipe: Recipe, start: Start, own: dict[str, Any]) -> Iterat
                 f"{key}: {_shown(value)}, and the adapter in {name} has {_shown(its)}",
                 where=recipe.where(key),
                 why="an adapter that is trained on keeps its form",
-                way_out=f"remove {key}; or for a new adapter on top of this one:\n{_instead(name)}",
+                way_out=f"{f'{key}: {_shown(its)}' if its else f'remove {key}'}; "
+                f"or for a new adapter on top of this one:\n{_instead(name)}",
             )
     if recipe.get("peft_type") != "lora":
         yield RecipeError(

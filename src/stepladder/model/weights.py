@@ -84,7 +84,7 @@ class Weights:
                 way_out="convert the weights to safetensors" if pickles else "fetch or copy the folder again",
             )
         try:
-            with safe_open(path, framework="pt") as shard:
+            with safe_open(path, framework="np") as shard:  # the header alone is read, without torch
                 slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
                 return {n: Tensor(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except SafetensorError as error:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepladder.errors import LaunchError, RecipeError
+from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
+from stepladder.run import read_object
 from stepladder.training.ranks import Launch
 
 # Their update of a weight follows from that weight alone, so that slices change nothing.
@@ -24,6 +26,7 @@ ON_SHARDS = {
     *("sgd", "adagrad", "rmsprop", "grokadamw", "stable_adamw"),
     *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
+EMBEDDINGS = ("embed", "wte")  # what the modules of input embeddings are called
 # Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
 # quantized tensors, which differ by a rounding once they were written as plain ones.
 NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
@@ -60,6 +63,29 @@ def _unusable(optimizer: str, launch: Launch) -> str:
     return ""
 
 
+def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
+    """Raise RecipeError for embeddings beside an adapter (`lora_modules_to_save`) that a strategy cannot train or save.
+
+    Without a folder of the base nobody knows here whether its embeddings are tied.
+    """
+    whole = recipe.get("lora_modules_to_save") or []
+    inputs = [name for name in whole if any(part in name for part in EMBEDDINGS)]
+    why = ""
+    if inputs and launch.strategy.startswith("zero3"):
+        why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
+    elif launch.strategy.startswith("fsdp") and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
+        file = Path(start.of_recipe(recipe).base) / "config.json"
+        if file.is_file() and read_object(file).get("tie_word_embeddings"):
+            why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
+    if why:
+        raise RecipeError(
+            f"lora_modules_to_save: {inputs[0]} cannot be trained under {launch.strategy}",
+            where=recipe.where("lora_modules_to_save"),
+            why=why,
+            way_out="accelerate_configs/ddp.yaml or zero2.yaml",
+        )
+
+
 def check(recipe: Recipe, launch: Launch) -> list[str]:
     """Notes on what will differ from one process by more than rounding.
 
@@ -86,6 +112,8 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             why="PEFT runs the virtual tokens through their encoder as it saves, on one rank, which has a shard of it",
             way_out="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
         )
+    if recipe.get("use_peft"):
+        _check_whole_modules(recipe, launch)
     if recipe.get("load_in_8bit") and launch.ranks > 1:
         notes.append(
             f"{recipe.where('load_in_8bit')}: load_in_8bit finds outliers batch by batch, so evaluation "
