@@ -156,7 +156,7 @@ def facts(recipe: Settings) -> dict[str, Any]:
     if start.adapter is None:
         return {"base": start.base}
     found: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(KEY))}
-    if before := _manifest(start.adapter):
+    if before := object_in(start.adapter / MANIFEST):
         found |= {"recipe_hash": before.get("recipe_hash"), "step": before.get("result_step")}
     return found
 
@@ -251,10 +251,10 @@ def _config(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """run.json of the run that made an adapter; empty where it was made elsewhere."""
+def object_in(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read."""
     try:
-        return read_object(folder / MANIFEST)
+        return read_object(file)
     except ValueError:
         return {}
 
@@ -431,7 +431,7 @@ def _notes(recipe: Recipe, start: Start) -> Iterator[str]:
     """What holds without a key for it, and what differs from the adapter's own training."""
     if kept := [f"{key}: {json.dumps(start.config[key])}" for key in KEPT if start.config.get(key)]:
         yield f"{recipe.get(KEY)} keeps its {', '.join(kept)}"
-    before = _manifest(start.adapter or Path()).get("recipe")
+    before = object_in((start.adapter or Path()) / MANIFEST).get("recipe")
     if isinstance(before, dict):
         was, now = bool(before.get("load_in_4bit")), bool(recipe.get("load_in_4bit"))
         if was != now:

@@ -34,9 +34,9 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
             *(
-                [f"adapter     {begun['adapter']} is trained on; its base is {begun['base']}"]
-                if "adapter" in begun
-                else []
+                f"adapter     {begun[key]} is trained on; its base is {begun['base']}"
+                for key in ("adapter",)
+                if key in begun
             ),
             f"run         {_method(recipe)}, {steps} steps{_epochs(steps, sequences, f['global_batch_size'])}, "
             f"{_checkpoints(recipe)}",

@@ -11,7 +11,6 @@ from pathlib import Path
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import read_object
 from stepladder.training.ranks import Launch
 
 # Their update of a weight follows from that weight alone, so that slices change nothing.
@@ -74,8 +73,8 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     if inputs and launch.strategy.startswith("zero3"):
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
     elif launch.strategy.startswith("fsdp") and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
-        file = Path(start.of_recipe(recipe).base) / "config.json"
-        if file.is_file() and read_object(file).get("tie_word_embeddings"):
+        tied = start.object_in(Path(start.of_recipe(recipe).base) / "config.json").get("tie_word_embeddings")
+        if tied:
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
     if why:
         raise RecipeError(
