@@ -171,7 +171,7 @@ def test_a_damaged_or_unfinished_model_is_named(generate, monkeypatch, tmp_path:
     (run / "run.json").write_text('{"status": "preempted"}')
     (run / "checkpoint-4/model.safetensors").write_text("")
     done = script("generate", "--model", run, "--prompt", "Hello")
-    assert done.code == 2 and "has not finished" in done.err and f"or name {run}/checkpoint-4" in done.err, done
+    assert done.code == 2 and "has not finished" in done.err and "checkpoint-4" not in done.err, done
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"base_model')

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, launch, manifest, metrics, run, script
 from stepladder.errors import ModelError, StepladderError
 from stepladder.model import adapter, load, start
+from stepladder.recipe import explain
 from stepladder.recipe import load as recipe_load
 
 pytestmark = pytest.mark.proof
@@ -155,10 +156,10 @@ def test_the_resolved_recipe_has_the_adapters_values(runs: Path, tiny: Path) -> 
 
 def test_it_resumes_and_runs_on_several_ranks(runs: Path, tiny: Path, learnable: Path, tmp_path: Path) -> None:
     """Guards the checkpoint of a run that began from an adapter, and two ranks that each load it."""
-    assert evaluations(runs / "resumed") == evaluations(runs / "second")
-    assert [row["loss"] for row in metrics(runs / "resumed") if "loss" in row] == [
-        row["loss"] for row in metrics(runs / "second") if "loss" in row
-    ]
+    resumed, straight = metrics(runs / "resumed"), metrics(runs / "second")
+    assert [row["loss"] for row in resumed if "loss" in row] == [row["loss"] for row in straight if "loss" in row]
+    assert evaluations(runs / "resumed")[-1] == evaluations(runs / "second")[-1]
+    assert manifest(runs / "resumed")["resumed"][0]["step"] == 2
     recipe = tmp_path / "ddp.json"
     recipe.write_text((runs / "second.json").read_text())
     done = launch("ddp", 2, "sft", "--recipe", recipe, "--output_dir", tmp_path / "ddp")
@@ -188,10 +189,9 @@ def test_plan_and_check_know_the_adapter(runs: Path) -> None:
     assert all(line["right"] for line in lines.values()), lines
     assert "an adapter that is trained on; its base is" in lines["model"]["said"]
     assert "keeps its layers_to_transform: [0, 2], rank_pattern" in lines["model"]["said"]
-    keys = {
-        entry["key"]: entry for entry in json.loads(script("check", "--recipe", recipe, "--show", "--json").out)["keys"]
-    }
-    assert keys["lora_r"]["value"] == 3 and keys["lora_r"]["where"].endswith("plain/adapter_config.json")
+    settled = start.settled(recipe_load.load(str(recipe), []))
+    entry = next(entry for entry in explain.of_recipe(settled) if entry.key == "lora_r")
+    assert entry.value == 3 and entry.where == f"{runs / 'plain'}/adapter_config.json"
 
 
 # ---- what is refused ----
@@ -277,6 +277,7 @@ def test_what_agrees_passes(made) -> None:
         ({"r": None}, "has no rank"),
         ({"r": "16"}, 'r: "16" is no value of lora_r'),
         ({"r": 0}, "r: 0 is no value"),
+        ({"r": 10**9}, "have rank 2, and its configuration says r: 1000000000"),
         ({"r": True}, "r: true is no value"),
         ({"lora_alpha": 2.5}, "lora_alpha: 2.5 is no value"),
         ({"lora_dropout": -1}, "lora_dropout: -1 is no value"),
@@ -370,6 +371,7 @@ def test_torch_is_not_needed_to_refuse(made) -> None:
         ("extra", {}, "unexpected: base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"),
         ("shape", {}, "of another shape"),
         ("nan", {}, "not finite"),
+        ("pattern", {}, "the adapter does not fit its base"),
         ("", {"lora_target_modules": ["all-linear"]}, "the adapter has none for model.layers.0.mlp.down_proj"),
         (
             "",
@@ -395,6 +397,9 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(
             tensors["base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight"] = torch.ones(2, 32)
         case "shape":
             tensors[first] = torch.ones(3, 32)
+        case "pattern":
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"q_proj": "x"}}))
         case "nan":
             tensors[first][0, 0] = float("nan")
     save_file(tensors, file)

@@ -16,8 +16,11 @@ from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What PEFT raises for a configuration that was written by hand, or for another model.
+FAULTS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, re.error)
 
 
 def attach(
@@ -62,7 +65,7 @@ def attach(
             virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
     begun = start.of_recipe(recipe)
-    config = begun.lora_config(recipe) if begun.adapter else LoraConfig(
+    config = _of_adapter(begun, recipe, model) if begun.adapter else LoraConfig(
         r=recipe.get("lora_r"),
         lora_alpha=recipe.get("lora_alpha"),
         lora_dropout=recipe.get("lora_dropout"),
@@ -75,11 +78,8 @@ def attach(
         task_type=recipe.get("lora_task_type"),
         revision=recipe.values.get("model_revision"),
     )  # fmt: skip
-    if begun.adapter:
-        config.base_model_name_or_path = model.name_or_path
-        _check_targets(model, recipe, begun)
-        if tokenizer is None:  # a plan's model has few of the layers
-            config.layers_to_transform = config.layers_pattern = None
+    if begun.adapter and tokenizer is None:  # a plan's model has few of the layers
+        config.layers_to_transform = config.layers_pattern = None
     quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
     if fused and not quantized and not recipe.get("torch_compile"):
         from stepladder.model.fused_lora import FusedLinear
@@ -89,12 +89,36 @@ def attach(
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
         wrapped = get_peft_model(model, config)
-    except ValueError as error:
+    except FAULTS as error:
+        if begun.adapter:
+            raise _misfit(begun, str(error)) from None
+        if not isinstance(error, ValueError):
+            raise
         raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     if begun.adapter and tokenizer is not None:
-        _load(wrapped, begun.adapter)
+        _load(wrapped, begun)
     return wrapped
+
+
+def _of_adapter(begun: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
+    """The configuration of an adapter that is trained on, checked against what the recipe says of its modules."""
+    try:
+        config = begun.lora_config(recipe)
+        _check_targets(model, recipe, begun)
+    except FAULTS as error:
+        raise _misfit(begun, str(error)) from None
+    config.base_model_name_or_path = model.name_or_path
+    return config
+
+
+def _misfit(begun: start.Start, why: str) -> ModelError:
+    return ModelError(
+        f"the adapter does not fit its base {begun.base}",
+        where=str(begun.adapter),
+        why=why.strip().split("\n")[0],
+        way_out=f"the base that it was trained on: base_model_name_or_path in {start.CONFIG}",
+    )
 
 
 def _check_targets(model: PreTrainedModel, recipe: Settings, begun: start.Start) -> None:
@@ -128,7 +152,7 @@ def _matched(model: PreTrainedModel, modules: list[str]) -> set[str]:
     return {name for name in names if any(f".{name}".endswith(f".{end}") for end in modules)}
 
 
-def _load(wrapped: PeftModel, folder: Path) -> None:
+def _load(wrapped: PeftModel, begun: start.Start) -> None:
     """Put an adapter's tensors into the model that was wrapped for them; all of them, and no other is left.
 
     Raises:
@@ -137,16 +161,12 @@ def _load(wrapped: PeftModel, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
+    folder = begun.adapter or Path()
     saved, where = load_file(folder / ADAPTER), str(folder / ADAPTER)
     fault = _differences({n: tuple(t.shape) for n, t in saved.items()},
                          {n: tuple(t.shape) for n, t in _tensors(wrapped).items()})  # fmt: skip
     if fault:
-        raise ModelError(
-            f"the adapter does not fit its base {wrapped.get_base_model().name_or_path}",
-            where=where,
-            why=fault,
-            way_out=f"the base that it was trained on: base_model_name_or_path in {folder / start.CONFIG}",
-        )
+        raise _misfit(begun, fault)
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"the adapter holds numbers that are not finite, in {name}", where=where)

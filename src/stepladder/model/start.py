@@ -75,7 +75,7 @@ class Start:
         return self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
 
     def lora_config(self, recipe: Settings) -> LoraConfig:
-        """PEFT's configuration of the adapter, for training with the recipe's dropout."""
+        """PEFT's configuration of the adapter, with the recipe's dropout; ValueError where PEFT finds a fault."""
         from peft import LoraConfig
 
         known = {item.name for item in dataclasses.fields(LoraConfig)}
@@ -102,7 +102,8 @@ def of(name: str, revision: str | None = None) -> Start:
             where=str(folder / CONFIG),
             way_out='write it there: "base_model_name_or_path": "a folder, or a hub id"',
         )
-    return Start(_found(base, folder), config.get("revision"), folder, config)
+    revision = config.get("revision")
+    return Start(_found(base, folder), revision if isinstance(revision, str) else None, folder, config)
 
 
 def of_recipe(recipe: Settings) -> Start:
@@ -126,8 +127,8 @@ def settled(recipe: Recipe) -> Recipe:
     _check_base(start)
     if not recipe.get("use_peft"):
         raise _not_whole(recipe, name)
-    if faults := [*_unknown(start, name), *_of_tensors(start, name)]:
-        raise faults[0]
+    _check_kind(start, name)
+    _check_tensors(start, name)
     own = _values(start, name)
     if wrong := list(_contradictions(recipe, start, own)):
         raise RecipeErrors(wrong)
@@ -146,8 +147,11 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     """
     if not own or own == chosen or not of_recipe(recipe).has_tokenizer:
         return []
-    key = next(key for key in templates.KEYS if recipe.get(key))
-    return [f"{recipe.where(key)}: {key} is another template than the adapter was trained by, which lies beside it"]
+    keys = [key for key in templates.KEYS if recipe.get(key)]
+    return [
+        f"{recipe.where(k)}: {k} is another template than the adapter was trained by, which lies beside it"
+        for k in keys
+    ]
 
 
 def facts(recipe: Settings) -> dict[str, Any]:
@@ -304,8 +308,8 @@ def _not_whole(recipe: Recipe, name: str) -> RecipeError:
     )
 
 
-def _unknown(start: Start, name: str) -> Iterator[ModelError]:
-    """What an adapter is or does that cannot be trained on."""
+def _check_kind(start: Start, name: str) -> None:
+    """Raise ModelError for what an adapter is or does that cannot be trained on."""
     config, place = start.config, str((start.adapter or Path()) / CONFIG)
     kind, task = config.get("peft_type"), config.get("task_type")
     what, way_out = "", _instead(name)
@@ -325,16 +329,25 @@ def _unknown(start: Start, name: str) -> Iterator[ModelError]:
         if used := sorted(key for key in rest if config[key]):
             what = f"the adapter has {used[0]}: {json.dumps(config[used[0]])[:80]}, which is not trained on"
     if what:
-        yield ModelError(what, where=place, way_out=way_out)
+        raise ModelError(what, where=place, way_out=way_out)
 
 
-def _of_tensors(start: Start, name: str) -> Iterator[ModelError]:
-    """Weights of an adapter that its training on would leave out."""
+def _check_tensors(start: Start, name: str) -> None:
+    """Raise ModelError for weights of an adapter that its training on would leave out."""
     folder, whole = start.adapter or Path(), tuple(map(str, start.config.get("modules_to_save") or ()))
-    names = [key for key in Weights(folder, single=ADAPTER).tensors if ".lora_" not in key]
+    tensors = Weights(folder, single=ADAPTER).tensors
+    ranks = [tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key and tensor.shape]
+    rank = start.config.get("r")
+    if isinstance(rank, int) and ranks and not start.config.get("rank_pattern") and rank > max(ranks):
+        raise ModelError(
+            f"the adapter's matrices have rank {max(ranks)}, and its configuration says r: {rank}",
+            where=str(folder / CONFIG),
+            way_out="copy or fetch the adapter again",
+        )
+    names = [key for key in tensors if ".lora_" not in key]
     others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
     if others:
-        yield ModelError(
+        raise ModelError(
             f"the adapter holds weights of the base itself: {others[0]}{more(others)}",
             where=str(folder / ADAPTER),
             why="embeddings of added tokens, perhaps: they would not be trained on",
