@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, launch, manifest, metrics, run, script
+from conftest import ROOT, manifest, metrics, run, script
 from stepladder.errors import ModelError, StepladderError
 from stepladder.model import adapter, load, start
 from stepladder.recipe import explain
@@ -160,11 +160,17 @@ def test_it_resumes_and_runs_on_several_ranks(runs: Path, tiny: Path, learnable:
     assert [row["loss"] for row in resumed if "loss" in row] == [row["loss"] for row in straight if "loss" in row]
     assert evaluations(runs / "resumed")[-1] == evaluations(runs / "second")[-1]
     assert manifest(runs / "resumed")["resumed"][0]["step"] == 2
-    recipe = tmp_path / "ddp.json"
-    recipe.write_text((runs / "second.json").read_text())
-    done = launch("ddp", 2, "sft", "--recipe", recipe, "--output_dir", tmp_path / "ddp")
-    assert done.code == 0, done
-    assert evaluations(tmp_path / "ddp") == pytest.approx(evaluations(runs / "second"), abs=1e-5)
+    words = ["--recipe", str(runs / "second.json"), "--output_dir"]
+    twice = [[*words, str(tmp_path / "ddp")], {"cut": [str(tmp_path / "ddp"), str(tmp_path / "again"), 2]}]
+    (tmp_path / "commands.json").write_text(json.dumps([*twice, [*words, str(tmp_path / "again")]]))
+    accelerate = [Path(sys.executable).with_name("accelerate"), "launch", "--main_process_port", "0"]
+    ddp = ["--config_file", ROOT / "accelerate_configs/ddp.yaml", "--num_processes", 2]
+    done = run(*accelerate, *ddp, ROOT / "tests/in_turn.py", tmp_path / "commands.json")
+    assert done.code == 0 and json.loads((tmp_path / "commands.json.codes").read_text()) == [0, 0], done
+    for name in ("ddp", "again"):
+        assert manifest(tmp_path / name)["world_size"] == 2
+        assert evaluations(tmp_path / name)[0] == pytest.approx(evaluations(runs / "second")[0], abs=1e-5)
+        assert evaluations(tmp_path / name)[-1] == pytest.approx(evaluations(runs / "second")[-1], abs=1e-5)
 
 
 def test_what_comes_out_is_one_adapter_on_the_base(runs: Path, tiny: Path, learnable: Path, tmp_path: Path) -> None:
@@ -182,8 +188,8 @@ def test_what_comes_out_is_one_adapter_on_the_base(runs: Path, tiny: Path, learn
 def test_plan_and_check_know_the_adapter(runs: Path) -> None:
     """Guards a plan that is traced from the folder of the adapter, which has no config.json."""
     recipe = runs / "plain_on.json"
-    done = script("plan", "--recipe", recipe, "--gpus", 1, "--json")
-    assert done.code == 0 and json.loads(done.out)["recommended"]["fits"], done
+    done = script("plan", "--recipe", recipe, "--gpus", 1, "--lora_r", 99)
+    assert done.code == 2 and "lora_r: 99" in done.err and "has 3" in done.err, done
     shown = script("check", "--recipe", recipe, "--json")
     lines = {line["name"]: line for line in json.loads(shown.out)["checks"]}
     assert all(line["right"] for line in lines.values()), lines

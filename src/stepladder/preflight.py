@@ -87,8 +87,8 @@ def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """With the recipe as it is trained."""
     notes = len(recipe.notes)
     found = start.settled(recipe)
-    begun = start.of_recipe(found)
-    on = f", an adapter that is trained on; its base is {begun.base}" if begun.adapter else ""
+    source = start.of_recipe(found)
+    on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
     return "; ".join([f"{found.get('model_name_or_path')}{on}", *recipe.notes[notes:]]), found
 
 

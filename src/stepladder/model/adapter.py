@@ -64,8 +64,8 @@ def attach(
         if tokenizer:
             virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
-    begun = start.of_recipe(recipe)
-    config = _of_adapter(begun, recipe, model) if begun.adapter else LoraConfig(
+    source = start.of_recipe(recipe)
+    config = _of_adapter(source, recipe, model) if source.adapter else LoraConfig(
         r=recipe.get("lora_r"),
         lora_alpha=recipe.get("lora_alpha"),
         lora_dropout=recipe.get("lora_dropout"),
@@ -78,7 +78,7 @@ def attach(
         task_type=recipe.get("lora_task_type"),
         revision=recipe.values.get("model_revision"),
     )  # fmt: skip
-    if begun.adapter and tokenizer is None:  # a plan's model has few of the layers
+    if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
     if fused and not quantized and not recipe.get("torch_compile"):
@@ -90,40 +90,40 @@ def attach(
     try:
         wrapped = get_peft_model(model, config)
     except FAULTS as error:
-        if begun.adapter:
-            raise _misfit(begun, str(error)) from None
+        if source.adapter:
+            raise _misfit(source, str(error)) from None
         if not isinstance(error, ValueError):
             raise
         raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
     _check_names(wrapped, recipe, linear, names)
-    if begun.adapter and tokenizer is not None:
-        _load(wrapped, begun)
+    if source.adapter and tokenizer is not None:
+        _load(wrapped, source)
     return wrapped
 
 
-def _of_adapter(begun: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
+def _of_adapter(source: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
     """The configuration of an adapter that is trained on, checked against what the recipe says of its modules."""
     try:
-        config = begun.lora_config(recipe)
-        _check_targets(model, recipe, begun)
+        config = source.lora_config(recipe)
+        _check_targets(model, recipe, source)
     except FAULTS as error:
-        raise _misfit(begun, str(error)) from None
+        raise _misfit(source, str(error)) from None
     config.base_model_name_or_path = model.name_or_path
     return config
 
 
-def _misfit(begun: start.Start, why: str) -> ModelError:
+def _misfit(source: start.Start, why: str) -> ModelError:
     return ModelError(
-        f"the adapter does not fit its base {begun.base}",
-        where=str(begun.adapter),
+        f"the adapter does not fit its base {source.base}",
+        where=str(source.adapter),
         why=why.strip().split("\n")[0],
         way_out=f"the base that it was trained on: base_model_name_or_path in {start.CONFIG}",
     )
 
 
-def _check_targets(model: PreTrainedModel, recipe: Settings, begun: start.Start) -> None:
+def _check_targets(model: PreTrainedModel, recipe: Settings, source: start.Start) -> None:
     """Raise ModelError where `lora_target_modules` names other modules than the adapter has, as it names them."""
-    key, its = "lora_target_modules", begun.config.get("target_modules")
+    key, its = "lora_target_modules", source.config.get("target_modules")
     its = [its] if isinstance(its, str) else its
     if not its or not recipe.get(key):
         return  # compared already, without the model (model/start.py)
@@ -152,7 +152,7 @@ def _matched(model: PreTrainedModel, modules: list[str]) -> set[str]:
     return {name for name in names if any(f".{name}".endswith(f".{end}") for end in modules)}
 
 
-def _load(wrapped: PeftModel, begun: start.Start) -> None:
+def _load(wrapped: PeftModel, source: start.Start) -> None:
     """Put an adapter's tensors into the model that was wrapped for them; all of them, and no other is left.
 
     Raises:
@@ -161,12 +161,12 @@ def _load(wrapped: PeftModel, begun: start.Start) -> None:
     import torch
     from safetensors.torch import load_file
 
-    folder = begun.adapter or Path()
+    folder = source.adapter or Path()
     saved, where = load_file(folder / ADAPTER), str(folder / ADAPTER)
     fault = _differences({n: tuple(t.shape) for n, t in saved.items()},
                          {n: tuple(t.shape) for n, t in _tensors(wrapped).items()})  # fmt: skip
     if fault:
-        raise _misfit(begun, fault)
+        raise _misfit(source, fault)
     for name, tensor in saved.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"the adapter holds numbers that are not finite, in {name}", where=where)

@@ -86,17 +86,17 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
     """
-    code, begun = recipe.get("trust_remote_code"), start.of_recipe(recipe)
+    code, source = recipe.get("trust_remote_code"), start.of_recipe(recipe)
     tok = tokenizer_of(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
-    if begun.has_tokenizer:
+    if source.has_tokenizer:
         from transformers import AutoConfig
 
-        with _loading(begun.base):
-            config = AutoConfig.from_pretrained(begun.base, revision=begun.revision, trust_remote_code=code)
+        with _loading(source.base):
+            config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=code)
         if len(tok) > (rows := config.get_text_config().vocab_size):
             raise ModelError(
-                f"the adapter's tokenizer has {len(tok):,} tokens, and its base {begun.base} embeds {rows:,}",
-                where=str(begun.adapter),
+                f"the adapter's tokenizer has {len(tok):,} tokens, and its base {source.base} embeds {rows:,}",
+                where=str(source.adapter),
                 why="the adapter holds no embeddings for the others: they would stay as random as they begin",
                 way_out="the tokenizer that the adapter was trained with",
             )
@@ -112,9 +112,9 @@ def tokenizer_of(
     """
     from transformers import AutoTokenizer
 
-    begun = start.of(name, revision)
-    if begun.adapter and not begun.has_tokenizer:
-        name, revision = begun.base, begun.revision
+    source = start.of(name, revision)
+    if source.adapter and not source.has_tokenizer:
+        name, revision = source.base, source.revision
     with _loading(name):
         tok = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if not tok.is_fast:  # labels need the characters that each token stands for
@@ -161,8 +161,8 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    begun = start.of_recipe(recipe)
-    name = begun.base
+    source = start.of_recipe(recipe)
+    name = source.base
     kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
     if attention := recipe.get("attn_implementation"):
         kwargs["attn_implementation"] = attention
@@ -172,7 +172,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=weights_dtype(recipe, mixed_precision),
-            revision=begun.revision,
+            revision=source.revision,
             trust_remote_code=recipe.get("trust_remote_code"),
             use_safetensors=True,
             **kwargs,
@@ -247,19 +247,19 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     check_source(name)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    begun = start.of(name)
-    if begun.adapter:
-        check_source(begun.base, where=str(begun.adapter / start.CONFIG))
+    source = start.of(name)
+    if source.adapter:
+        check_source(source.base, where=str(source.adapter / start.CONFIG))
     tok = tokenizer_of(name)
     with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(
-            begun.base, revision=begun.revision, dtype=dtype, use_safetensors=True
+            source.base, revision=source.revision, dtype=dtype, use_safetensors=True
         )
         fit_embeddings(model, tok)
-        if begun.adapter:
+        if source.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, begun.adapter)
+            model = PeftModel.from_pretrained(model, source.adapter)
     return model.to(device).eval(), tok
 
 

@@ -129,14 +129,13 @@ def settled(recipe: Recipe) -> Recipe:
         raise _not_whole(recipe, name)
     _check_kind(start, name)
     _check_tensors(start, name)
-    own = _values(start, name)
-    if wrong := list(_contradictions(recipe, start, own)):
+    values = _values(start, name)
+    if wrong := list(_contradictions(recipe, start, values)):
         raise RecipeErrors(wrong)
-    new = {key: value for key, value in own.items() if key not in recipe.values}
+    new = {key: value for key, value in values.items() if key not in recipe.values}
     place = str(start.adapter / CONFIG)
     recipe.notes.extend(_notes(recipe, start))
-    made = recipe.with_values(**new)
-    return dataclasses.replace(made, origins={**recipe.origins, **dict.fromkeys(new, place)})
+    return dataclasses.replace(recipe.with_values(**new), origins={**recipe.origins, **dict.fromkeys(new, place)})
 
 
 def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
@@ -399,17 +398,17 @@ def _is_right(key: str, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _contradictions(recipe: Recipe, start: Start, own: dict[str, Any]) -> Iterator[RecipeError]:
+def _contradictions(recipe: Recipe, start: Start, values: dict[str, Any]) -> Iterator[RecipeError]:
     """Keys that were set and say something else than the adapter."""
     name, keys = recipe.get(KEY), recipe.values
     for key in FIELDS:
-        value, its = recipe.get(key), own.get(key, known_keys()[key].default)
-        if key in keys and key != OF_THE_TRAINING and not _agree(key, value, its):
+        asked, has = recipe.get(key), values.get(key, known_keys()[key].default)
+        if key in keys and key != OF_THE_TRAINING and not _agree(key, asked, has):
             yield RecipeError(
-                f"{key}: {_shown(value)}, and the adapter in {name} has {_shown(its)}",
+                f"{key}: {_shown(asked)}, and the adapter in {name} has {_shown(has)}",
                 where=recipe.where(key),
                 why="an adapter that is trained on keeps its form",
-                way_out=f"{f'{key}: {_shown(its)}' if its else f'remove {key}'}; "
+                way_out=f"{f'{key}: {_shown(has)}' if has else f'remove {key}'}; "
                 f"or for a new adapter on top of this one:\n{_instead(name)}",
             )
     if recipe.get("peft_type") != "lora":

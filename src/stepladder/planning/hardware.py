@@ -87,13 +87,13 @@ def config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    begun = start.of_recipe(settings)
-    name = begun.base
+    source = start.of_recipe(settings)
+    name = source.base
     shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
     if not Path(name).is_dir() and name in shapes:
         return AutoConfig.for_model(**shapes[name])
     start.check_files(Path(name), settings.where("model_name_or_path"))
-    revision = begun.revision if begun.adapter else None
+    revision = source.revision if source.adapter else None
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=settings.get("trust_remote_code"))
     except Exception as error:  # values of another kind raise whatever the expressions that read them raise

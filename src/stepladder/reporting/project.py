@@ -46,9 +46,9 @@ def _dataset(run: LoggedRun) -> list[str]:
 def _configuration(run: LoggedRun) -> list[str]:
     facts, recipe = run.facts, run.facts.get("recipe") or {}
     counts, totals = facts.get("parameters") or {}, facts.get("totals") or {}
-    begun = facts.get("starts_from") or {}
-    rows: dict[str, Any] = {"Base model": begun.get("base") or recipe.get("model_name_or_path")}
-    rows["Starts from"] = begun.get("adapter")
+    source = facts.get("starts_from") or {}
+    rows: dict[str, Any] = {"Base model": source.get("base") or recipe.get("model_name_or_path")}
+    rows["Starts from"] = source.get("adapter")
     if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":
         rows["LoRA rank"] = recipe.get("lora_r")
     rows |= {

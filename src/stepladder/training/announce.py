@@ -20,7 +20,7 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
         steps: of the whole run; and sequences of an epoch: None of a stream.
     """
     f = run.manifest
-    counts, begun = f["parameters"], f["starts_from"]
+    counts, origin = f["parameters"], f["starts_from"]
     data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in f["datasets"])
     ranks = f"{f['world_size']} rank{'s' * (f['world_size'] > 1)}"
     return "\n".join(
@@ -34,9 +34,9 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
             *(
-                f"adapter     {begun[key]} is trained on; its base is {begun['base']}"
+                f"adapter     {origin[key]} is trained on; its base is {origin['base']}"
                 for key in ("adapter",)
-                if key in begun
+                if key in origin
             ),
             f"run         {_method(recipe)}, {steps} steps{_epochs(steps, sequences, f['global_batch_size'])}, "
             f"{_checkpoints(recipe)}",
