@@ -39,6 +39,7 @@ def _is_recipe(value: Any) -> bool:
 FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "recipe": (dict, _is_recipe),
     "packages": (dict, bool),
+    "starts_from": (dict, lambda value: isinstance(value.get("base"), str)),
     "parameters": (dict, lambda value: all(map(_is_number, value.values()))),
     "totals": (dict, _are_totals),
     "final": (dict, lambda value: all(v is None or isinstance(v, int | float) for v in value.values())),
