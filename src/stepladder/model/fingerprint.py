@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
+from stepladder.model import start
 from stepladder.run import read_object, write_whole
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Which library saved a model, from where, and how it generates: no training step depends on them.
 NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
-MOST_ADAPTERS = 5  # an adapter of an adapter …: a chain that is longer bites its own tail
 
 
 def of_model(name: str, revision: str | None = None, with_code: bool = False) -> Parts:
@@ -49,23 +49,19 @@ def of_model(name: str, revision: str | None = None, with_code: bool = False) ->
     Raises:
         OSError: a file cannot be read.
     """
-    parts: Parts = {}
-    for depth in range(MOST_ADAPTERS):
-        folder, prefix = Path(name), "base/" * depth
-        if folder.is_dir():
-            found = of_folder(folder, with_code)
-        else:
-            snapshot = _hub_snapshot(name, revision)
-            if snapshot is None:
-                return {}
-            folder, found = snapshot, {"commit": snapshot.name}
-        parts |= {prefix + part: digest for part, digest in found.items()}
-        try:
-            config = read_object(folder / ADAPTER_CONFIG)
-            name, revision = str(config["base_model_name_or_path"]), config.get("revision")
-        except (ValueError, KeyError):  # no adapter
-            break
+    begun = start.of(name, revision)
+    parts = _of_base(begun, with_code)
+    if begun.adapter:
+        return of_folder(begun.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
     return parts
+
+
+def _of_base(begun: start.Start, with_code: bool) -> Parts:
+    folder = Path(begun.base)
+    if folder.is_dir():
+        return of_folder(folder, with_code)
+    snapshot = _hub_snapshot(begun.base, begun.revision)
+    return {"commit": snapshot.name} if snapshot else {}
 
 
 def of_folder(folder: Path, with_code: bool = False) -> Parts:
@@ -175,7 +171,6 @@ def _hub_snapshot(name: str, revision: str | None) -> Path | None:
     console.quiet_libraries()
     from huggingface_hub import hf_hub_download
 
-    for file in (ADAPTER_CONFIG, CONFIG):
-        with contextlib.suppress(Exception):  # not there, no network, no such model: loading it will say which
-            return Path(hf_hub_download(name, file, revision=revision)).parent
+    with contextlib.suppress(Exception):  # not there, no network, no such model: loading it will say which
+        return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
     return None
