@@ -85,11 +85,10 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """With the recipe as it is trained."""
-    notes = len(recipe.notes)
     found = start.settled(recipe)
     source = start.of_recipe(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
-    return "; ".join([f"{found.get('model_name_or_path')}{on}", *recipe.notes[notes:]]), found
+    return f"{found.get('model_name_or_path')}{on}", found
 
 
 def _data(recipe: Recipe) -> tuple[str, audit.Audit]:

@@ -288,7 +288,7 @@ def _check_base(start: Start) -> None:
 
 
 def _merge(name: str) -> str:
-    adapter = name if Path(name).is_dir() else of(name).adapter  # one of the hub lies in its cache
+    adapter = name if Path(name).is_dir() else of(name).adapter or name  # one of the hub lies in its cache
     return f"python scripts/merge.py --adapter {adapter} --output_dir merged/{Path(name).name}"
 
 
