@@ -15,7 +15,7 @@ from pathlib import Path
 from stepladder import console, errors, flags
 from stepladder.data import mixture
 from stepladder.evaluation import harness
-from stepladder.model import load
+from stepladder.model import start
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", action="append", required=True, help="a folder or a hub id; repeatable")
+    parser.add_argument("--base", help="of adapters: where their base is now (where they were trained on it)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of lm-eval, or data files")
     parser.add_argument("--limit", type=flags.count, help="the first so many questions of each task")
     parser.add_argument("--batch_size", "--batch-size", type=flags.count, default=8)
@@ -32,14 +33,17 @@ def main() -> None:
         if twice := next((name for name in given if given.count(name) > 1), None):
             parser.error(f"{twice} is given twice")
     rows = {name: mixture.from_name(name) for name in args.tasks if harness.is_data(name)}
-    for name in args.model:
-        load.check_source(name)
+    bases = {name: args.base if start.of(name).adapter else None for name in args.model}
+    if args.base and not any(bases.values()):
+        parser.error("--base is an adapter's, and each --model is one by itself")
+    for name, base in bases.items():
+        start.checked(name, base)
 
     console.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         tasks = [harness.local_task(rows[name], Path(folder)) if name in rows else name for name in args.tasks]
         harness.check_names(tasks)
-        found = {name: harness.evaluate(name, tasks, args.limit, args.batch_size) for name in args.model}
+        found = {name: harness.evaluate(name, tasks, args.limit, args.batch_size, base) for name, base in bases.items()}
     if args.json:
         print(json.dumps({name: [score._asdict() for score in scores] for name, scores in found.items()}))
         return

@@ -18,7 +18,7 @@ from stepladder.errors import DataError
 from stepladder.evaluation import questions, transcript
 from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message, answers, no_template, prompt_text
 from stepladder.evaluation.questions import Question
-from stepladder.model import load
+from stepladder.model import load, start
 
 HELP = "Ask away. /reset begins anew, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
 
@@ -28,6 +28,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="a folder or a hub id")
+    parser.add_argument("--base", help="of an adapter: where its base is now (where it was trained on it)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a question; may be given several times")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one a line (.txt) or as JSONL rows")
@@ -51,7 +52,7 @@ def main() -> None:
     listed = [Question([*system, {"role": "user", "content": text}]) for text in args.prompt or []]
     if args.prompts:
         listed = [_under(system, question) for question in questions.from_file(args.prompts, notes)]
-    load.check_source(args.model)
+    start.checked(args.model, args.base)
     if args.transcript:
         run.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
@@ -68,7 +69,7 @@ def main() -> None:
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(args.temperature)}
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     sampling |= {name: value for name in keys if (value := getattr(args, name))}
-    model, tokenizer = load.for_inference(args.model)
+    model, tokenizer = load.for_inference(args.model, args.base)
     if tokenizer.chat_template is None and (args.chat or system):
         raise no_template(args.model)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

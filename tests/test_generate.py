@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -178,3 +179,27 @@ def test_a_damaged_or_unfinished_model_is_named(generate, monkeypatch, tmp_path:
     (adapter / "adapter_model.safetensors").write_text("")
     with pytest.raises(ModelError, match=r"adapter_config\.json.*cannot be (read|used)"):
         call(generate, monkeypatch, "--model", adapter, "--prompt", "Hello")
+
+
+def test_a_base_that_has_moved(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:
+    """Guards an adapter whose base lies elsewhere now: the message named the adapter, and no flag the place."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(init_lora_weights=False))
+    model.save_pretrained(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "moved")
+    file = tmp_path / "moved/adapter_config.json"
+    file.write_text(file.read_text().replace(str(tiny), "/gone/base"))
+    words = ["--prompt", "Which door?", "--max_new_tokens", "8", "--model"]
+    with pytest.raises(ModelError, match=r"the base of the adapter .*moved cannot be used: .*'/gone/base'") as caught:
+        call(generate, monkeypatch, *words, tmp_path / "moved")
+    assert "--base" in caught.value.way_out
+    said = []
+    for name in ("here", "moved"):
+        capsys.readouterr()
+        call(generate, monkeypatch, *words, tmp_path / name, *(["--base", tiny] if name == "moved" else []))
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    with pytest.raises(ModelError, match="is a model by itself"):
+        call(generate, monkeypatch, *words, tiny, "--base", tiny)

@@ -239,22 +239,24 @@ def quantization_config(recipe: Settings, mixed_precision: str) -> Any:
     )
 
 
-def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model, a merged folder, or an adapter on its base, ready to generate, on the best device."""
+def for_inference(name: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model, a merged folder, or an adapter on its base, ready to generate, on the best device.
+
+    Args:
+        base: where an adapter's base lies, in place of where the adapter says.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    check_source(name)
+    source = start.checked(name, base)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    source = start.of(name)
-    if source.adapter:
-        check_source(source.base, where=str(source.adapter / start.CONFIG))
-    tok = tokenizer_of(name)
-    with _loading(name):
+    tok = tokenizer_of(str(source.adapter) if source.has_tokenizer else source.base, source.revision)
+    with _loading(source.base, of=str(source.adapter or "")):
         model = AutoModelForCausalLM.from_pretrained(
             source.base, revision=source.revision, dtype=dtype, use_safetensors=True
         )
+    with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:
             from peft import PeftModel
@@ -266,8 +268,8 @@ def for_inference(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 class _loading:
     """Turn what the libraries raise for a missing or broken model into a message."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, of: str = ""):
+        self.name, self.of = name, of  # an adapter whose base it is
 
     def __enter__(self) -> None:
         pass
@@ -282,7 +284,8 @@ class _loading:
             said = lines[0] if lines else type(error).__name__
             said += " " + lines[1].strip() if said.endswith(":") and len(lines) > 1 else ""
             raise ModelError(
-                f"'{self.name}' could not be loaded",
+                f"'{self.name}'" + f", the base of {self.of}," * bool(self.of) + " could not be loaded",
                 why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",
-                way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)",
+                way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)"
+                + "; --base names it where it is now" * bool(self.of),
             ) from None

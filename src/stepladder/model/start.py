@@ -153,6 +153,36 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     ]
 
 
+def checked(name: str, base: str | None = None) -> Start:
+    """The model or adapter of a name, to be used as it is: it is there, and so is an adapter's base.
+
+    Args:
+        base: where an adapter's base lies, in place of where the adapter says.
+
+    Raises:
+        ModelError: one of them is not there; `base` is given for a model that is none on another one.
+    """
+    check_source(name)
+    start = of(name)
+    if start.adapter is None:
+        if base:
+            raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", way_out="leave out --base")
+        return start
+    if base:
+        check_source(base, "--base")
+        return dataclasses.replace(start, base=base, revision=None)
+    try:
+        check_source(start.base)
+    except ModelError as error:
+        raise ModelError(
+            f"the base of the adapter {name} cannot be used: {error.what}",
+            where=str(start.adapter / CONFIG),
+            why=error.why,
+            way_out="--base with the folder or hub id where it is now",
+        ) from None
+    return start
+
+
 def facts(recipe: Settings) -> dict[str, Any]:
     """For run.json: the base, and the adapter that training starts from with the run that made it."""
     start = of_recipe(recipe)
