@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from stepladder import preflight
 from stepladder.errors import LaunchError
 from stepladder.recipe import load
@@ -76,6 +81,37 @@ def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
     assert "--num_processes 1" in caught.value.way_out
 
 
+@pytest.mark.parametrize(("visible", "seen"), [(None, "0"), ("3", "3"), ("2,3", None)])
+def test_one_process_on_a_box_of_eight(visible, seen, environment, monkeypatch, capsys) -> None:
+    """Guards the first command on a machine with several GPUs, which was a traceback. torch counts by NVML, which is
+    played here; CUDA must not have been touched when the variable is set, since it reads it once."""
+    import torch
+
+    touched: list[str | None] = []
+
+    def is_available() -> bool:
+        touched.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return True
+
+    def count() -> int:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return 8 if shown is None else len(shown.split(","))
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", count)
+    environment(**({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is None:
+        with pytest.raises(LaunchError, match="one process sees 2 GPUs"):
+            ranks.choose_device(ranks.launched())
+        return
+    assert ranks.choose_device(ranks.launched()) is False
+    assert touched == [seen]
+    assert ("8 GPUs are here" in capsys.readouterr().out) == (visible is None)
+
+
 def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     """Guards `use_cpu: true` on a machine with a GPU: it was refused for two ranks, had one thread, and memory and
     precision were the GPU's; the GPU is played by a stand-in, which hides as CUDA's do."""
@@ -113,3 +149,24 @@ def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:
     environment(WORLD_SIZE="2")
     with pytest.raises(LaunchError, match="two ranks run on"):
         ranks.assert_launch(ranks.launched(), "cuda:0")
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp", "zero3"])
+def test_two_machines_by_hand_are_one_world(config, tmp_path) -> None:
+    """Guards the README's line for two nodes: for DeepSpeed accelerate took pdsh, which trained each node by itself."""
+    (tmp_path / "told.py").write_text('import os; print("told", os.environ["RANK"], os.environ["WORLD_SIZE"])')
+    accelerate = Path(sys.executable).with_name("accelerate")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = [
+        subprocess.Popen(
+            [accelerate, "launch", "--config_file", ROOT / f"accelerate_configs/{config}.yaml", "--num_machines", "2",
+             "--machine_rank", str(machine), "--main_process_ip", "127.0.0.1", "--main_process_port", port,
+             "--num_processes", "2", tmp_path / "told.py"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for machine in range(2)
+    ]  # fmt: skip
+    said = [machine.communicate(timeout=180)[0] for machine in machines]
+    assert [f"told {machine} 2" in out for machine, out in enumerate(said)] == [True, True], said

@@ -275,6 +275,13 @@ class _loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ImportError) and "FlashAttention" in str(error):
+            raise ModelError(
+                "the package of that attn_implementation is not installed",
+                why=str(error).strip().splitlines()[0],
+                way_out="pip install kernels, and attn_implementation: kernels-community/flash-attn2; "
+                "or pip install flash-attn; or attn_implementation: sdpa",
+            ) from None
         # A configuration that fits nothing can raise whatever its reader's expressions raise. A RuntimeError may be
         # another rank's end, or the memory's.
         wrong = isinstance(error, (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError))

@@ -83,6 +83,11 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
 
     if use_cpu:
         hide_gpus()
+    elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        gpus = torch.cuda.device_count()  # by NVML: CUDA itself reads the variable once, when it is first touched
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+        if gpus > 1:
+            say(f"note: {gpus} GPUs are here and one process uses the first; for all of them: accelerate launch")
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if launch.local_ranks > gpus:
@@ -91,10 +96,12 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
                 why="two ranks on one GPU share its memory and slow each other down",
                 way_out=f"--num_processes {gpus}",
             )
-        if launch.ranks == 1 and gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-            torch.cuda.device_count.cache_clear()  # type: ignore[attr-defined]
-            say(f"note: {gpus} GPUs are here and one process uses one; for all of them: accelerate launch")
+        if launch.ranks == 1 and gpus > 1:
+            raise LaunchError(
+                f"one process sees {gpus} GPUs",
+                why="it uses one, and the libraries would split each batch among all (nn.DataParallel)",
+                way_out=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
+            )
         return False
     if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
         return False

@@ -49,8 +49,11 @@ class Trainer(SFTTrainer):
         self, model: Any, layout: Layout, meter: Telemetry, on_nan: str = "stop", flat: bool = False, **kwargs: Any
     ):
         self.layout, self.flat = layout, flat
+        quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         adapter = {
-            name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if quantized and parameter.requires_grad
         }
         args = kwargs["args"]
         if args.ddp_find_unused_parameters is None:
@@ -60,10 +63,9 @@ class Trainer(SFTTrainer):
         # TRL casts the adapter of a quantized model to bf16 (`sft_trainer.py`, after
         # `_is_quantized_model`), where small updates round to nothing, and ZeRO keeps an fp32 copy
         # of it while DDP and FSDP do not, so that their curves part by 1e-3. It is put back here.
-        if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-            for name, parameter in model.named_parameters():
-                if name in adapter:
-                    parameter.data = adapter[name].to(torch.float32)
+        for name, parameter in model.named_parameters():
+            if name in adapter:
+                parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
         if args.device.type == "cpu":
             fused_loss.attach(self.model, IGNORED)
