@@ -417,6 +417,54 @@ def test_a_child_overrides_its_parent(tmp_path: Path) -> None:
         load.load(str(child), [])
 
 
+def test_own_data_and_the_evaluation_rows_of_another(tmp_path: Path) -> None:
+    """Guards curves and verdicts against rows of another task, which a recipe brings along without a word."""
+    parent = "eval_strategy: epoch\ndataset_name: a.jsonl\neval_dataset_name: a_eval.jsonl\n"
+    (tmp_path / "parent.yaml").write_text(parent)
+    file = tmp_path / "r.yaml"
+
+    def read(child: str, *flags: str) -> load.Recipe:
+        file.write_text(f"extends: parent.yaml\n{child}")
+        return load.load(str(file), list(flags))
+
+    mixed = "datasets:\n  - path: "
+    for child, flags in (("", ["--dataset_name", "b.jsonl"]), ("dataset_name: b.jsonl", []), (f"{mixed}b.jsonl", [])):
+        found = read(child, *flags)
+        warned = [note for note in found.notes if note.startswith("⚠")]
+        assert len(warned) == 1 and found.foreign_evaluation() == "a_eval.jsonl", found.notes
+        for part in ("a_eval.jsonl came with", "parent.yaml:3", "--test_split_size"):
+            assert part in warned[0], warned
+    for child, flags in (
+        ("", ["--dataset_name", "a.jsonl"]),  # the same data
+        (f"{mixed}a.jsonl\n    rows: 2", []),  # a part of it
+        (f"{mixed}a.jsonl\n  - path: b.jsonl", []),
+        ("dataset_name: b.jsonl\neval_dataset_name: b_eval.jsonl", []),
+        ("dataset_name: b.jsonl", ["--eval_dataset_name", "b_eval.jsonl"]),
+        ("dataset_name: b.jsonl", ["--eval_strategy", "no"]),
+        ("dataset_name: b.jsonl", ["--eval_dataset_name", "null", "--eval_strategy", "no"]),
+        ("dataset_name: b.jsonl", ["--test_split_size", "0.1"]),
+    ):
+        found = read(child, *flags)
+        assert not found.foreign_evaluation() and not any(note.startswith("⚠") for note in found.notes), (child, flags)
+
+
+def test_a_later_split_replaces_an_inherited_evaluation_set(tmp_path: Path) -> None:
+    """Guards `--test_split_size 0.1` on a shipped recipe, which was refused; one layer still cannot ask for both."""
+    (tmp_path / "parent.yaml").write_text("eval_strategy: epoch\neval_dataset_name: a_eval.jsonl\n")
+    file = tmp_path / "r.yaml"
+    file.write_text("extends: parent.yaml\n")
+    found = load.load(str(file), ["--test_split_size", "0.1"])
+    assert "eval_dataset_name" not in found.values and found.get("test_split_size") == 0.1
+    assert any("eval_dataset_name is left out" in note and "parent.yaml:2" in note for note in found.notes)
+    file.write_text("extends: parent.yaml\ntest_split_size: 0.1\n")
+    found = load.load(str(file), ["--eval_dataset_name", "b_eval.jsonl"])
+    assert "test_split_size" not in found.values and found.get("eval_dataset_name") == "b_eval.jsonl"
+    (broken,) = breaks(
+        file, "", "--test_split_size", "0.1", "--eval_dataset_name", "b_eval.jsonl", "--eval_strategy=epoch"
+    )
+    assert "are both set" in str(broken)
+
+
 def test_leftovers_that_recipes_carry_along(tmp_path: Path) -> None:
     """Guards open-r1's recipes, which set an evaluation batch and evaluate nothing: a note, no error."""
     path = tmp_path / "recipe.yaml"

@@ -218,6 +218,8 @@ class _Reading:
             self.errors.extend(getattr(error, "errors", [error]))
             self.suspects.add(name)
         else:
+            if name in recipe.values and recipe.layers[name] < self._layer:
+                recipe.replaced[name] = recipe.values[name]
             recipe.values[name], recipe.origins[name], recipe.layers[name] = value, where, self._layer
 
 

@@ -45,7 +45,8 @@ class Recipe:
     """What was asked for: the keys that were set, each with its origin (`file:line:column`).
 
     `origins` holds the places of keys inside blocks too (`lr_scheduler_kwargs.min_lr`). `layers`
-    says which file set a key: 0 the remotest parent, the highest number the command line.
+    says which file set a key: 0 the remotest parent, the highest number the command line. `replaced`
+    holds the values that a later layer replaced or left without effect.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Recipe:
     origins: dict[str, str]
     notes: list[str] = field(default_factory=list)
     layers: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
         """The value set for `key`, or the library's default; a key that nobody knows is a programming error."""
@@ -69,6 +71,17 @@ class Recipe:
     def plans(self) -> list[str]:
         """The keys that are left to the plan."""
         return [key for key in BY_PLAN if self.values.get(key) == "auto"]
+
+    def foreign_evaluation(self) -> str:
+        """The evaluation set that came with other training data than the recipe has now; empty where none did."""
+        key = "datasets" if self.get("datasets") else "dataset_name"
+        evaluation, layers = self.get("eval_dataset_name"), self.layers
+        if not evaluation or self.get("eval_strategy") == "no":
+            return ""
+        if layers.get("eval_dataset_name", 0) >= layers.get(key, 0):
+            return ""
+        before, now = _data_names(self.replaced), _data_names(self.values)
+        return evaluation if before and not before & now else ""
 
     def with_values(self, **values: Any) -> Recipe:
         """The same recipe with these keys set."""
@@ -97,6 +110,11 @@ class Recipe:
     def to_yaml(self) -> str:
         """The resolved recipe: to load it gives the same values again."""
         return yaml.dump(self.values, Dumper=_Plainly, sort_keys=False, allow_unicode=True)
+
+
+def _data_names(values: dict[str, Any]) -> set[str]:
+    blocks = values.get("datasets") or []
+    return {name for name in (values.get("dataset_name"), *(block.get("path") for block in blocks)) if name}
 
 
 class _Plainly(yaml.SafeDumper):

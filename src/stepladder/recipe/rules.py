@@ -17,6 +17,7 @@ USE_LAUNCHER = "accelerate launch --config_file accelerate_configs/zero3.yaml (o
 FIXED_BATCH = "per_device_train_batch_size: a smaller one, and global_batch_size keeps the curve"
 OWN_LOADER = "rows come in an order of their own, the same on any number of ranks"
 OWN_SPLIT = "eval_dataset_name: null holds a part of the training rows out; or no test_split_size"
+OWN_ROWS = "--eval_dataset_name FILE, --test_split_size 0.1 to hold out a part of your own rows, or --eval_strategy no"
 LOSS_ONLY = "an evaluation here computes the loss and nothing else"
 
 # Keys of TRL and Transformers that would change nothing here, or break a promise: why, and the way
@@ -90,10 +91,21 @@ def datasets_or_dataset_name(recipe: Recipe) -> RuleBreak | None:
 @rule
 def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
     """Evaluation rows have one source: eval_dataset_name, test_split_size, or the test split of dataset_name."""
+    keys = ["eval_dataset_name", "test_split_size"]
+    if all(map(recipe.get, keys)):
+        older, newer = sorted(keys, key=lambda key: recipe.layers.get(key, 0))
+        if recipe.layers.get(older, 0) == recipe.layers.get(newer, 0):
+            return conflict(recipe, "eval_dataset_name and test_split_size are both set", keys, OWN_SPLIT)
+        idle(recipe, newer, [older])
     if recipe.get("eval_dataset_name"):
-        keys = ["eval_dataset_name", "test_split_size"]
-        both = recipe.get("test_split_size")
-        return conflict(recipe, "eval_dataset_name and test_split_size are both set", keys, OWN_SPLIT) if both else None
+        if foreign := recipe.foreign_evaluation():  # may be meant, so it is no break
+            key = "datasets" if recipe.get("datasets") else "dataset_name"
+            recipe.notes.append(
+                f"⚠ {recipe.where('eval_dataset_name')}: {foreign} came with other training data and is kept: evaluation "
+                f"loss, best checkpoint and verdicts are about it, not about {shown(recipe, key)} "
+                f"({recipe.where(key)}); {OWN_ROWS}"
+            )
+        return None
     for key in ("test_split_size", "datasets"):
         if recipe.get(key):
             return idle(recipe, key, ["dataset_test_split"])

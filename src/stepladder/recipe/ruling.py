@@ -49,7 +49,7 @@ def idle(
     reason = shown(recipe, because) + (f" ({recipe.where(because)})" if because in recipe.values else " (the default)")
     for key in left_out:
         recipe.notes.append(f"{recipe.where(key)}: {key} is left out: it has no effect with {reason}")
-        recipe.values.pop(key)
+        recipe.replaced[key] = recipe.values.pop(key)
     found = [key for key in found if key not in left_out]
     if not found:
         return None
