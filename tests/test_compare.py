@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def test_facts_count_where_the_reference_has_them() -> None:
         ("emojis: {pattern: a, atleast: 2}\n", "atleast"),
         ("emojis: {pattern: a, at_least: many}\n", "many"),
         ("emojis: {pattern: a, in_reference: 1}\n", "in_reference"),
+        ("emojis: {pattern: a, facts: 1}\n", "facts of the rule"),
+        ("emojis: {pattern: a, required: 95}\n", "required of the rule 'emojis' is 95"),
+        ("emojis: {pattern: a, required: true}\n", "required of the rule"),
+        ("emojis: {pattern: a, required: .nan}\n", "required of the rule"),
+        ("prices: {pattern: a, in_reference: true, facts: true}\n", "judges facts and requires none"),
         ("emojis: [\n", "cannot be read"),
     ],
 )
@@ -95,6 +101,29 @@ def test_a_rubric_that_is_none_is_refused(text: str, said: str, tmp_path: Path) 
     (tmp_path / "rubric.yaml").write_text(text)
     with pytest.raises(DataError, match=said):
         rubric.read(tmp_path / "rubric.yaml")
+
+
+def test_a_required_share_that_is_missed_is_a_fault() -> None:
+    """Guards `required`: a share below it is a fault that names the rule, an unknown share is a doubt."""
+    asked = [Question([{"role": "user", "content": str(n)}], "Ask a doctor.") for n in range(20)]
+    words = {"name": re.compile("doctor"), "number": re.compile(r"\d")}
+    rules = [
+        rubric.Rule("names a doctor", words["name"], required=0.95),
+        rubric.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
+    ]
+
+    def judged(kept: int) -> dict[str, tuple[str, str]]:
+        no, yes = Answer("no", True), Answer("See a doctor.", True)
+        sides = [Side("base", [no] * 20), Side("tuned", [yes] * kept + [no] * (20 - kept))]
+        found = compare.whole(sides, asked, rules, {})
+        assert [(row["required"], row["facts"]) for row in found["metrics"] if row["name"] == "names a doctor"] == [
+            (0.95, False)
+        ]
+        return {v["name"]: (v["severity"], v["evidence"]) for v in found["verdicts"][0]["verdicts"]}
+
+    severity, evidence = judged(18)["requirement missed"]
+    assert severity == "fault" and evidence == "names a doctor in 90% of the answers, at least 95% required"
+    assert [*judged(19)] == ["requirement not judged"] and "the right number" in judged(19)["requirement not judged"][1]
 
 
 def test_the_paired_test_by_counting() -> None:

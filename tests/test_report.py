@@ -359,6 +359,49 @@ def test_the_mini_project_is_filled_in(copy) -> None:
     assert "side \\| 1" in text and {line.count("|") for line in table} == {5}, "a bar in a name is no column"
 
 
+LEARNED = {"severity": "good", "name": "better than the base", "what": "It is.", "evidence": "1 before, 0.5 after"}
+JUDGED = {"name": "facts", "better": "higher", "unit": "share of answers", "facts": True, "required": 0.95,
+          "sides": [{"mean": 1.0}, {"mean": 1.0}], "tests": [None, None], "winner": "-"}  # fmt: skip
+
+
+def verdict(severity: str, name: str) -> dict[str, str]:
+    return {"severity": severity, "name": name, "what": "It does.", "evidence": f"seen: {name}"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "evaluated", "more", "rows", "answer", "named"),
+    [
+        (200, 0.1, [], [JUDGED], "To a trial", []),
+        (200, 0.1, [], [], "Not yet", ["facts not judged"]),
+        (4, 0.1, [], [JUDGED], "Not yet", ["too short (4 logged losses"]),
+        (200, None, [], [JUDGED], "Not yet", ["not evaluated"]),
+        (200, 0.9, [], [JUDGED], "Not yet", ["gap"]),
+        (200, 0.1, [verdict("look", "gap")], [JUDGED], "Not yet", ["gap (seen: gap)"]),
+        (
+            200,
+            0.1,
+            [verdict("fault", "requirement missed")],
+            [],
+            "No",
+            ["seen: requirement missed", "facts not judged"],
+        ),
+    ],
+)
+def test_what_lowers_a_recommendation_is_named_in_it(steps, evaluated, more, rows, answer, named) -> None:
+    """Guards `Would I deploy this?` against a yes for four steps of random weights, or for answers nobody checked."""
+    fell = {step: 1.5 + 2 * math.exp(-step / 30) for step in range(1, steps + 1)}
+    logged = [{"step": step, "loss": loss, "grad_norm": 1.0} for step, loss in fell.items()]
+    if evaluated is not None:
+        logged += [{"step": step, "eval_loss": fell[step] + evaluated} for step in (steps // 2, steps)]
+    other = {"side": "runs/other", "verdicts": [verdict("fault", "worse than the base")]}
+    sides = [{"name": name, "answers": ["a"]} for name in ("base", "runs/mine")]
+    comparison = {"questions": ["q"], "references": [""], "sides": sides, "metrics": rows,
+                  "verdicts": [{"side": "runs/mine", "verdicts": [LEARNED, *more]}, other]}  # fmt: skip
+    text = project.markdown(runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any")
+    line = next(line for line in text.splitlines() if line.startswith("Would I deploy this?"))
+    assert f"**{answer}" in line and all(part in line for part in named) and "worse" not in line, line
+
+
 def test_peak_memory_over_time_is_drawn_where_it_is_logged(copy) -> None:
     folder = copy()
     rows = [row | {"peak_memory_bytes": 3 * 2**29} for row in metrics(folder)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric
 from stepladder.evaluation.questions import Question
 from stepladder.evaluation.rubric import Rule
-from stepladder.verdict import Verdict
+from stepladder.verdict import FAULT, LOOK, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
@@ -43,7 +43,7 @@ def whole(
     sides: list[Side], questions: list[Question], rules: list[Rule], trained: dict[str, learned.Trained]
 ) -> dict[str, Any]:
     """Figures and verdicts, as JSON can hold them."""
-    return as_json(compare(sides, questions, rules) | {"verdicts": verdicts(sides, questions, trained)})
+    return as_json(compare(sides, questions, rules) | {"verdicts": verdicts(sides, questions, trained, rules)})
 
 
 def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> dict[str, Any]:
@@ -71,15 +71,22 @@ def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> 
     }
 
 
-def verdicts(sides: list[Side], questions: list[Question], trained: dict[str, learned.Trained]) -> list[dict[str, Any]]:
+def verdicts(
+    sides: list[Side],
+    questions: list[Question],
+    trained: dict[str, learned.Trained],
+    rules: Sequence[Rule] = (),
+) -> list[dict[str, Any]]:
     """Each later side's verdicts against the first: better, learned by heart, forgotten, as far as measured.
 
-    `trained` holds the answers that a side was trained on, by its name, where they are known.
+    And whether it keeps the rules that are required. `trained` holds the answers that a side was trained on, by
+    its name, where they are known.
     """
     base, *others = sides
     found = []
     for side in others:
-        judged = _verdicts(base, side, questions, trained.get(side.name))
+        judged = [*_verdicts(base, side, questions, trained.get(side.name))]
+        judged += [] if any(verdict.name == "diverged" for verdict in judged) else _required(side, questions, rules)
         found.append({"side": side.name, "verdicts": [vars(verdict) for verdict in judged]})
     return found
 
@@ -104,6 +111,30 @@ def _verdicts(base: Side, tuned: Side, questions: list[Question], trained: learn
         yield learned.forgot(base.general, tuned.general)
 
 
+def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> Iterator[Verdict]:
+    """The rules that too few answers keep, and those that no answer could be held to."""
+    missed, unknown, figures = [], [], {}
+    for rule in rules:
+        if rule.required is None or not side.answers:
+            continue
+        kept = [rule.kept(text, q.reference) for text, q in zip(side.texts, questions, strict=True)]
+        known = [value for value in kept if value is not None]
+        share = sum(known) / len(known) if known else None
+        if share is None:
+            unknown.append(f"{rule.name}: no reference holds it")
+        elif share < rule.required - 1e-9:  # nine of ten are 0.9, however they are added up
+            missed.append(
+                f"{rule.name} in {100 * share:.3g}% of the answers, at least {100 * rule.required:g}% required"
+            )
+            figures[rule.name] = share
+    if missed:
+        what, way_out = "Its answers keep a required rule too rarely.", "more rows that show it; facts from a lookup"
+        yield Verdict(FAULT, "requirement missed", what, "; ".join(missed), way_out, figures)
+    if unknown:
+        what, way_out = "Nothing shows whether a required rule is kept.", "--data with answers that have it"
+        yield Verdict(LOOK, "requirement not judged", what, "; ".join(unknown), way_out)
+
+
 def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[Metric, Column]:
     found: dict[Metric, Column] = {}
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
@@ -115,7 +146,7 @@ def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[M
 
 
 def _of_rule(rule: Rule) -> Metric:
-    return Metric(rule.name, HIGHER, "share of answers", rule.in_reference)
+    return Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
 
 
 def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:

@@ -19,12 +19,14 @@ REPEATED = 4  # words of a run that counts as repeated
 
 
 class Metric(NamedTuple):
-    """`needs_reference`: it says nothing of an answer without one."""
+    """`needs_reference`: it says nothing of an answer without one. `required` and `facts` are a rule's."""
 
     name: str
     better: str
     unit: str = ""
     needs_reference: bool = False
+    required: float | None = None
+    facts: bool = False
 
 
 CHRF = Metric("chrF", HIGHER, "0–100", True)

@@ -21,7 +21,7 @@ def markdown(facts: dict[str, Any]) -> str:
     lines += ["|---" * (len(names) + 2) + "|"]
     for row in facts["metrics"]:
         cells = [_value(row, side, test) for side, test in zip(row["sides"], row["tests"], strict=True)]
-        lines.append(f"| {_cell(row['name'])} ({row['unit']}) | " + " | ".join(cells) + f" | {_cell(row['winner'])} |")
+        lines.append(f"| {_cell(row['name'])} ({_unit(row)}) | " + " | ".join(cells) + f" | {_cell(row['winner'])} |")
     lines += ["", "In brackets the 95 % interval (bootstrap over the rows; distinct-n: jackknife over the answers). "
               "A winner is named where the paired test says that so large a difference comes by chance less than "
               f"once in {1 / LEVEL:.0f} times (permutation test, corrected for the number of "
@@ -116,6 +116,10 @@ def _value(row: dict[str, Any], side: dict[str, Any] | None, test: dict[str, Any
     mark = {BETTER: " ▲", WORSE: " ▼"}.get(test["verdict"], "") if test else ""
     spread = f" [{_number(row, side['low'])}, {_number(row, side['high'])}]" if side.get("low") is not None else ""
     return _number(row, side["mean"]) + spread + mark
+
+
+def _unit(row: dict[str, Any]) -> str:
+    return row["unit"] + (f", at least {100 * row['required']:g}%" if row.get("required") else "")
 
 
 def _nats(value: float | None) -> str:

@@ -7,6 +7,8 @@ emojis:
 specific facts:
   pattern: '\\$?\\d+'
   in_reference: true   # a fact counts where the reference answer has it too
+  facts: true          # this rule judges whether answers are true
+  required: 0.95       # in fewer of the answers than that, the model is not recommended
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class Rule:
     """A regular expression that an answer holds from `at_least` to `at_most` times.
 
     With `in_reference`, only what the reference holds too counts; where the reference holds none of
-    it, the rule does not apply.
+    it, the rule does not apply. `required` is the least share of answers (0 to 1) that must keep the rule;
+    `facts` says that it judges whether answers are true, which needs such a share.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Rule:
     at_least: int = 1
     at_most: int | None = None
     in_reference: bool = False
+    required: float | None = None
+    facts: bool = False
 
     def kept(self, answer: str, reference: str) -> float | None:
         """1 or 0; None where the rule does not apply."""
@@ -72,8 +77,15 @@ def _rule(name: str, keys: Any, where: str) -> Rule:
             raise DataError(f"unknown key '{key}' in the rule '{name}'", where=where, way_out=suggest(key, known))
         if key in ("at_least", "at_most") and (type(value) is not int or value < 0):
             raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, way_out="a number of matches")
-        if key == "in_reference" and type(value) is not bool:
-            raise DataError(f"in_reference of the rule '{name}' is {value!r}", where=where, way_out="true or false")
+        if key in ("in_reference", "facts") and type(value) is not bool:
+            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, way_out="true or false")
+        if key == "required" and (type(value) not in (int, float) or not 0 < value <= 1):
+            way_out = "a share of the answers above 0 and up to 1, such as 0.95"
+            raise DataError(f"required of the rule '{name}' is {value!r}", where=where, way_out=way_out)
+    if keys.get("facts") and not keys.get("required"):
+        why = "a model that gets few facts right would be recommended all the same"
+        raise DataError(f"the rule '{name}' judges facts and requires none", where=where, why=why,
+                        way_out="required: 0.95")  # fmt: skip
     try:
         return Rule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
     except (re.error, OverflowError, RecursionError) as error:

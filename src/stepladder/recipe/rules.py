@@ -101,8 +101,8 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
         if foreign := recipe.foreign_evaluation():  # may be meant, so it is no break
             key = "datasets" if recipe.get("datasets") else "dataset_name"
             recipe.notes.append(
-                f"⚠ {recipe.where('eval_dataset_name')}: {foreign} came with other training data and is kept: evaluation "
-                f"loss, best checkpoint and verdicts are about it, not about {shown(recipe, key)} "
+                f"⚠ {recipe.where('eval_dataset_name')}: {foreign} came with other training data and is kept: "
+                f"evaluation loss, best checkpoint and verdicts are about it, not about {shown(recipe, key)} "
                 f"({recipe.where(key)}); {OWN_ROWS}"
             )
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stepladder.reporting.page import duration, judge, share
@@ -10,13 +12,15 @@ from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 EXAMPLES = 3
 USUAL = 0.5  # the share of answers below which a style rule is not kept
+# Verdicts that are no fault, and with which nothing is recommended: they leave open whether it has learned anything.
+DOUBTS = ("too short", "not evaluated", "gap", "forgot a little", "requirement not judged")
 MISSING = "unknown: run.json does not say"
 NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder} --data HELD_OUT.jsonl`."
 
 
 def markdown(run: LoggedRun, domain: str) -> str:
     """What the exercise asks for, in its order; what the folder does not hold is said to be missing."""
-    found = judge(run)
+    found = _verdicts(run)
     sections = {
         f"Domain: {domain}": [],
         "Dataset": _dataset(run),
@@ -98,26 +102,62 @@ def _not_compared(run: LoggedRun) -> str:
 
 
 def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
-    """No with a fault, not shown without a comparison; a yes never goes without a person reading answers."""
+    """No with a fault, not yet with a doubt or without a comparison; a yes never goes without a person reading answers.
+
+    What lowers the recommendation is named in it.
+    """
     faults, looks = ([v for v in found if v.severity == severity] for severity in (FAULT, LOOK))
+    doubts = [v for v in looks if v.name in DOUBTS] + _facts_not_judged(run)
     better = any(v.severity == GOOD and v.name.startswith("better") for v in found)
+    reasons = [f"{v.name} ({v.evidence})" for v in faults + doubts]
     weak = [f"{name} in {kept:.0%} of the answers" for name, kept in _style(run) if kept < USUAL]
+    if not better:
+        reasons.insert(len(faults), "nothing shows that it is better than its base")
     if faults:
-        lines = ["Would I deploy this? **No**: " + ", ".join(v.name for v in faults) + "."]
-    elif not better:
-        lines = ["Would I deploy this? **Not yet**: nothing shows that it is better than its base."]
+        lines = ["Would I deploy this? **No**: " + "; ".join(reasons) + "."]
+    elif reasons:
+        lines = [
+            f"Would I deploy this? **Not yet**: {'better than its base, but ' * better}" + "; ".join(reasons) + "."
+        ]
     else:
         lines = [
             "Would I deploy this? **To a trial with people reading along**: better than its base, and no fault found."
         ]
     lines += ["", "What would I improve?", ""]
-    wishes = [f"- {v.name}: {v.way_out}" for v in faults + looks if v.way_out]
+    wishes = [f"- {v.name}: {v.way_out}" for v in [*faults, *looks, *_facts_not_judged(run)] if v.way_out]
     wishes += [f"- {rule}: more rows that show it; facts had better come from a lookup" for rule in weak]
     return lines + (wishes or ["- nothing that these figures show; read more answers than three"])
 
 
+def _facts_not_judged(run: LoggedRun) -> list[Verdict]:
+    """The doubt that nothing looked whether the answers are true, where a comparison has no rule for it."""
+    rows = [row for row in run.comparison.get("metrics", []) if row.get("facts")]
+    if not run.comparison or any(row["sides"][_side(run)] for row in rows):
+        return []
+    way_out = "--rubric with a rule that has facts: true, as data/techco_rubric.yaml; read the answers"
+    what, evidence = "Nothing looks whether the answers are true.", "no rule of a rubric looks whether answers are true"
+    return [Verdict(LOOK, "facts not judged", what, evidence, way_out)]
+
+
 def _style(run: LoggedRun) -> list[tuple[str, float]]:
-    """The rules of the rubric, and the share of the first tuned side's answers that keep each."""
+    """The rules of the rubric without a required share, and the share of this run's answers that keep each."""
     rows = [row for row in run.comparison.get("metrics", []) if row["unit"] == "share of answers"]
-    tuned = [(row["name"], side["mean"]) for row in rows for side in row["sides"][1:2] if side]
-    return [(name, mean) for name, mean in tuned if mean is not None]
+    number = _side(run)
+    known = [(row["name"], row["sides"][number]) for row in rows if not row.get("required")]
+    return [(name, side["mean"]) for name, side in known if side and side["mean"] is not None]
+
+
+def _side(run: LoggedRun) -> int:
+    """Which side of the comparison the run is: the one of its folder, or the first that was tuned."""
+    sides = run.comparison.get("sides", [])
+    here = [n for n, side in enumerate(sides) if n and Path(str(side["name"])).resolve() == run.folder.resolve()]
+    return here[0] if here else min(1, len(sides) - 1)
+
+
+def _verdicts(run: LoggedRun) -> list[Verdict]:
+    """On the run's curves and answers; those on other sides of its comparison say nothing of it."""
+    if not run.comparison:
+        return judge(run)
+    name = run.comparison["sides"][_side(run)]["name"]
+    own = [side for side in run.comparison["verdicts"] if side.get("side") == name]
+    return judge(replace(run, comparison={**run.comparison, "verdicts": own}))
