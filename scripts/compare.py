@@ -1,14 +1,16 @@
 """Compare a base model with what was made of it: figures with intervals and tests, verdicts, answers side by side.
 
+    python scripts/compare.py --tuned runs/lora
     python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/lora --data data/techco_eval.jsonl
     python scripts/compare.py --base kept.jsonl --tuned runs/lora --tuned runs/qlora --prompts questions.txt \\
         --output_dir runs/compared --rubric data/techco_rubric.yaml
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/compare.py …
 
---base takes a transcript of generate.py too. A server that speaks OpenAI's chat completions (--endpoint URL
---model NAME) takes the side that is not given. Writes evaluation_results.md, compare.json and report.html
-into --output_dir (the first --tuned, where it is a run folder), and each other run's own compare.json into
-its folder. See docs/evaluation.md.
+Without --data the rows are those that the run held out, without --base its base. Rows that a side was trained on
+are left out. --base takes a transcript of generate.py too. A server that speaks OpenAI's chat completions
+(--endpoint URL --model NAME) takes the side that is not given. Writes evaluation_results.md, compare.json and
+report.html into --output_dir (the first --tuned, where it is a run folder), and each other run's own compare.json
+into its folder. See docs/evaluation.md.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import compare, generate, learned, questions, results, rubric, sides
+from stepladder.evaluation import compare, generate, held_out, learned, questions, results, rubric, sides
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training import ranks
@@ -31,12 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--base", help="the model before: a folder, a hub id, or a transcript (.jsonl)")
+    parser.add_argument("--base", help="the model before: a folder, a hub id, a transcript (.jsonl) (the run's)")
     parser.add_argument("--tuned", action="append", default=[], help="a model after: a run folder, …; repeatable")
     parser.add_argument("--endpoint", metavar="URL", help="a server in place of a side, such as http://localhost:11434")
     parser.add_argument("--model", metavar="NAME", help="the server's model")
     parser.add_argument("--timeout", type=flags.seconds, default=60, help="seconds that a server has to answer (60)")
-    parser.add_argument("--data", help="held-out rows: JSONL, …")
+    parser.add_argument("--data", help="held-out rows: JSONL, … (those that the run held out)")
     parser.add_argument("--prompts", type=Path, help="ask these in place of the data's questions: .txt or JSONL")
     parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")
     parser.add_argument("--general", metavar="FILE", help=f"general knowledge, against forgetting ({mixture.GENERAL})")
@@ -49,8 +51,12 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.endpoint) != bool(args.model):
         parser.error("--endpoint and --model go together")
-    if not (args.data or args.prompts):
-        parser.error("--data FILE or --prompts FILE is needed")
+    notes: list[str] = []
+    runs = held_out.Runs(notes)
+    if not (args.data or args.prompts or (args.tuned and runs.of(args.tuned[0]))):
+        parser.error("--data FILE or --prompts FILE is needed: the first --tuned is no run, which holds rows out")
+    if args.tuned and not (args.base or args.endpoint):
+        args.base = runs.base_of(args.tuned[0])
     server = [Endpoint(args.endpoint, args.model, args.timeout)] if args.endpoint else []
     sources = [args.base, *args.tuned, *server] if args.base else [*server, *args.tuned]
     if len(sources) < 2:
@@ -59,12 +65,20 @@ def main() -> None:
 
     # What can be wrong with the files is found before torch is imported.
     rules = rubric.read(args.rubric) if args.rubric else []
-    held_out = mixture.from_name(args.data) if args.data else None
-    notes = list(held_out.notes) if held_out else []
-    asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(held_out)
-    notes += questions.remarks(asked, None if args.prompts else held_out)
+    trained = {str(name): keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
+    compared, on_training, given = None, False, 0
+    if args.data or not args.prompts:
+        compared = mixture.from_name(args.data) if args.data else runs.held_out(args.tuned[0])
+        notes += compared.notes
+        given = len(compared)
+        compared, on_training = held_out.apart(compared, trained, notes)
+        if on_training and args.prompts:
+            raise errors.DataError("each row of --data was trained on", way_out="other rows, or --prompts alone")
+    asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(compared)
+    asked = held_out.prompts_apart(asked, trained, notes) if args.prompts else asked
+    notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]
-    on = sides.Measured(asked, held_out, notes=notes)
+    on = sides.Measured(asked, compared, notes=notes)
     wants_general = args.general or mixture.GENERAL.is_file()
     general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:
@@ -73,9 +87,10 @@ def main() -> None:
     if folder is None:
         parser.error("--output_dir is needed: the first --tuned is no run folder")
     run.make_folder(folder)
-    rows = {str(name): found for name in sources[1:] if (found := sides.training_rows(name, on.notes))}
+    rows = {str(name): found for name in sources[1:] if (found := sides.training_rows(name, runs))}
+    on.notes += [] if on_training else held_out.asked_before(asked, rows)
     on.training = {name: drawn for name, found in rows.items() if (drawn := sides.sample(found))}
-    on.general = sides.sample(general, without=rows.values()) if general else None
+    on.general = sides.sample(general, without=set().union(*trained.values())) if general else None
     on.notes += sides.not_measured(sources, on)
 
     launch = ranks.launched()
@@ -94,17 +109,19 @@ def main() -> None:
         if not args.json:
             console.say(f"{source}: {len(on.questions)} answers in {time.perf_counter() - began:.0f} s")
     if ranks_here.is_main_process:
-        trained = {name: learned.Trained(sides.answers_of(found)) for name, found in rows.items()}
+        answers = {name: learned.Trained(sides.answers_of(found)) for name, found in rows.items()}
         facts = {
             "command": "python " + shlex.join(sys.argv),
             "made": time.strftime("%Y-%m-%d %H:%M"),
-            "held_out_rows": len(held_out or []),
+            "held_out_rows": 0 if on_training else len(compared or []),
+            "training_rows": len(compared or []) if on_training else 0,
+            "left_out_rows": given - len(compared or []),
             "max_new_tokens": length,
             "notes": on.notes,
         }
 
         def found(some: list[compare.Side]) -> dict:
-            return facts | compare.whole(some, on.questions, rules, trained)
+            return facts | compare.whole(some, on.questions, rules, answers, on_training)
 
         told = found(measured)
         files = {

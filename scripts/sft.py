@@ -14,7 +14,7 @@ import argparse
 import contextlib
 
 from stepladder import console, errors, requirements, run
-from stepladder.data import mixture, stream, templates
+from stepladder.data import mixture, row_keys, stream, templates
 from stepladder.model import load as model_load
 from stepladder.model import start
 from stepladder.recipe import load
@@ -144,6 +144,7 @@ def main() -> int | None:
     )
     signals.install(trains=True)
     with contextlib.ExitStack() as at_the_end, record.recording():
+        notes += row_keys.keep(record, train_rows, eval_rows, recipe.foreign_evaluation())
         sequences = len(train_set) if hasattr(train_set, "__len__") else None
         steps = choose.steps(settled, sequences, step.rows)
         notes += unplanned + (train_rows.notes if train_rows else [])

@@ -5,6 +5,7 @@
 #
 # Before the -- stand sbatch's options for the training, after it the recipe and its keys. A training that is
 # preempted keeps its number when it is queued again, so the others go on waiting for it. Prints the jobs' numbers.
+# The comparison is on the rows that the run holds out; a recipe that holds out none is refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SLURM_SUBMIT_DIR=$PWD source slurm/environment.sh
@@ -16,7 +17,7 @@ shift
 # The check runs here, on the login node: a mistake costs no time in the queue.
 folder=$("${inside[@]}" python -m stepladder.cluster.job folder "$@")
 base=$("${inside[@]}" python -m stepladder.cluster.job base "$@")
-data=$("${inside[@]}" python -m stepladder.cluster.job held_out "$@")
+"${inside[@]}" python -m stepladder.cluster.job held_out "$@" >/dev/null
 
 # A job whose predecessor failed would else wait in the queue for ever.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
@@ -25,5 +26,5 @@ train=$(sbatch --parsable --job-name=train "${options[@]}" slurm/sft.sbatch "$@"
 merge=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge.py --adapter "$folder" \
     --output_dir "$folder/merged")
 # shellcheck disable=SC2046
-compare=$(sbatch --parsable --job-name=compare $(after "$merge") slurm/script.sbatch compare.py --base "$base" --tuned "$folder/merged" --data "$data" --output_dir "$folder/compared")
+compare=$(sbatch --parsable --job-name=compare $(after "$merge") slurm/script.sbatch compare.py --base "$base" --tuned "$folder/merged" --output_dir "$folder/compared")
 echo "train $train → merge $merge → compare $compare; follow: squeue --me; result: $folder/compared/report.html"

@@ -253,12 +253,13 @@ def test_a_sweep_is_an_array_with_a_report(site: Site, tmp_path: Path) -> None:
 
 
 def test_the_pipeline_runs_each_step_after_the_other(site: Site) -> None:
-    """Guards train → merge → compare, and that a failing step cancels what waits for it."""
+    """Guards train → merge → compare on the rows that were held out, and that a failing step cancels what waits."""
 
     def pipeline(name: str, *words: str) -> dict[str, str]:
         said = site.cluster.run(
             "bash", "slurm/pipeline.sh", "--time=30", f"--output={site.folder}/{name}.log", "--cpus-per-task=2", "--",
-            "--recipe", site.recipe, "--output_dir", site.folder / name, "--per_device_train_batch_size", 4, *words,
+            "--recipe", site.recipe, "--output_dir", site.folder / name, "--per_device_train_batch_size", 4,
+            "--test_split_size", 4, *words,
         )  # fmt: skip
         return {step.split()[0]: step.split()[1] for step in said.split(";")[0].split(" → ")}
 
@@ -272,7 +273,8 @@ def test_the_pipeline_runs_each_step_after_the_other(site: Site) -> None:
         assert site.cluster.wait(good[step])["JobState"] == "COMPLETED", log.read_text()
         log.unlink()
     assert (site.folder / "good/merged/model.safetensors").is_file()
-    assert (site.folder / "good/compared/compare.json").is_file()
+    facts = json.loads((site.folder / "good/compared/compare.json").read_text())
+    assert (facts["held_out_rows"], facts["left_out_rows"]) == (4, 0)
 
 
 def test_a_user_without_rights_can_submit(site: Site) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import errors
+from stepladder.data import mixture
 from stepladder.recipe import load
 from stepladder.run import MANIFEST, STUCK_AFTER, read_manifest
 
@@ -89,7 +90,13 @@ def main() -> None:
             print(recipe_of(words).get("model_name_or_path"))
         case ["held_out", *words]:
             recipe = recipe_of(words)
-            print(recipe.get("eval_dataset_name") or recipe.get("dataset_name"))
+            if not (rows := mixture.held_out(recipe)):
+                raise errors.DataError(
+                    "the recipe holds out no rows, so its comparison could only be made on rows that are trained on",
+                    where=recipe.where("eval_strategy"),
+                    way_out="--test_split_size 0.1, or --eval_dataset_name FILE with --eval_strategy epoch",
+                )
+            print(rows)
         case ["speed", run]:
             manifest = _finished(Path(run))
             totals = manifest["totals"]

@@ -221,7 +221,7 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
     own = len(found)
     apart = evaluation or Rows("", [], [])
     examples = found.examples + apart.examples
-    exact, near = _pairs(list(map(_whole, examples)), list(map(_words, examples)), own)
+    exact, near = _pairs(list(map(whole, examples)), list(map(own_words, examples)), own)
     places = found.where + apart.where
     for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
         inside = [(i, j) for i, j in pairs if i < own]
@@ -235,13 +235,13 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
                 yield Finding(WARNING, label, f"{what}: {len(these):,}", where, way_out, like)
 
 
-def _whole(example: Example) -> str:
+def whole(example: Example) -> str:
     """All that a row gives to the model, case and blanks apart."""
     beside = [example.get(key) for key in ("tools", "chat_template_kwargs")]
     return _plain(everything(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
 
 
-def _words(example: Example) -> str:
+def own_words(example: Example) -> str:
     """What a row says of its own: many rows share one system prompt, and are no copies for that."""
     return _plain(said(example, "user", "tool", "assistant"))
 

@@ -175,8 +175,21 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
     )
 
 
+def held_out(settings: Settings) -> str:
+    """What the evaluation rows are, without reading them: a set, or `test_split_size`; empty where there are none."""
+    if settings.get("test_split_size"):
+        return f"test_split_size: {settings.get('test_split_size'):g}"
+    block, _ = _evaluation_set(settings)
+    return str(block.get("path", ""))
+
+
 def _evaluation(settings: Settings) -> Rows | None:
-    """`eval_dataset_name`, or the test split of the hub data set or folder that is trained on."""
+    block, key = _evaluation_set(settings)
+    return collect(_source(block, "", settings, key), settings.get("on_bad_row") == "skip") if block else None
+
+
+def _evaluation_set(settings: Settings) -> tuple[dict[str, Any], str]:
+    """`eval_dataset_name`, or the test split of the hub data set or folder that is trained on; and the key it is by."""
     split = settings.get("dataset_test_split")
     if name := settings.get("eval_dataset_name"):
         if is_local(name) and not has_split(Path(name), split):
@@ -185,11 +198,11 @@ def _evaluation(settings: Settings) -> Rows | None:
     else:
         name, key = settings.get("dataset_name"), "dataset_name"
         if settings.get("datasets") or settings.get("test_split_size") or settings.get("eval_strategy") == "no":
-            return None
+            return {}, key
         if not name or (is_local(name) and not has_split(Path(name), split)):
-            return None
+            return {}, key
         block = {"path": name, "name": settings.get("dataset_config"), "split": split}
-    return collect(_source(block, "", settings, key), settings.get("on_bad_row") == "skip")
+    return block, key
 
 
 def _shares(sets: list[Entry], key: str, settings: Settings) -> list[float] | None:

@@ -16,6 +16,7 @@ from stepladder.evaluation.rubric import Rule
 from stepladder.verdict import FAULT, LOOK, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
+TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
 
@@ -24,8 +25,9 @@ Column = list[float | None]  # a value a row; None where the metric says nothing
 class Side:
     """What one model said and how well it predicts the answers that it did not say.
 
-    `losses` are of the held-out rows, `general` of general knowledge, `training` of rows that each tuned
-    side (by its name) was trained on; empty where not measured (a server or a transcript tells no losses).
+    `losses` are of the rows compared on, which are held out unless the comparison says otherwise, `general` of
+    general knowledge, `training` of rows that each tuned side (by its name) was trained on; empty where not
+    measured (a server or a transcript tells no losses).
     """
 
     name: str
@@ -40,13 +42,20 @@ class Side:
 
 
 def whole(
-    sides: list[Side], questions: list[Question], rules: list[Rule], trained: dict[str, learned.Trained]
+    sides: list[Side],
+    questions: list[Question],
+    rules: list[Rule],
+    trained: dict[str, learned.Trained],
+    on_training: bool = False,
 ) -> dict[str, Any]:
-    """Figures and verdicts, as JSON can hold them."""
-    return as_json(compare(sides, questions, rules) | {"verdicts": verdicts(sides, questions, trained, rules)})
+    """Figures and verdicts, as JSON can hold them; `on_training` where each row was trained on."""
+    judged = verdicts(sides, questions, trained, rules, on_training)
+    return as_json(compare(sides, questions, rules, on_training) | {"verdicts": judged})
 
 
-def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> dict[str, Any]:
+def compare(
+    sides: list[Side], questions: list[Question], rules: list[Rule], on_training: bool = False
+) -> dict[str, Any]:
     """The first side against each of the others.
 
     `metrics` holds a row a figure: each side's mean with its 95 % interval, and each later side's test
@@ -55,7 +64,7 @@ def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> 
     columns = [_columns(side, questions, rules) for side in sides]
     rows = []
     if any(side.losses for side in sides):
-        rows += [_loss_row(sides), _perplexity_row(sides)]
+        rows += [_loss_row(sides, on_training), _perplexity_row(sides)]
     for metric in dict.fromkeys(metric for side in columns for metric in side):
         row = _row(metric, [side.get(metric, []) for side in columns])
         rows += [row] if any(row["sides"]) else []
@@ -64,6 +73,7 @@ def compare(sides: list[Side], questions: list[Question], rules: list[Rule]) -> 
         rows += [_entry(Metric(f"distinct-{n}", NEITHER, "share"), shares)] if any(shares) else []
     _judge(rows, [side.name for side in sides])
     return {
+        "on_training_rows": on_training,
         "questions": [question.text for question in questions],
         "references": [question.reference for question in questions],
         "sides": [_facts(side, sides[0]) for side in sides],
@@ -76,30 +86,35 @@ def verdicts(
     questions: list[Question],
     trained: dict[str, learned.Trained],
     rules: Sequence[Rule] = (),
+    on_training: bool = False,
 ) -> list[dict[str, Any]]:
     """Each later side's verdicts against the first: better, learned by heart, forgotten, as far as measured.
 
     And whether it keeps the rules that are required. `trained` holds the answers that a side was trained on, by
-    its name, where they are known.
+    its name, where they are known. With `on_training` no row is held out, so that nothing is called better.
     """
     base, *others = sides
     found = []
     for side in others:
-        judged = [*_verdicts(base, side, questions, trained.get(side.name))]
+        judged = [*_verdicts(base, side, questions, trained.get(side.name), on_training)]
         judged += [] if any(verdict.name == "diverged" for verdict in judged) else _required(side, questions, rules)
         found.append({"side": side.name, "verdicts": [vars(verdict) for verdict in judged]})
     return found
 
 
-def _verdicts(base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None) -> Iterator[Verdict]:
+def _verdicts(
+    base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None, on_training_rows: bool
+) -> Iterator[Verdict]:
     for side in (tuned, base):
         on_training = side.training.get(tuned.name, [])
         if verdict := learned.diverged([*side.losses, *side.general, *on_training], side.name):
             yield verdict
             return
-    if base.losses and tuned.losses:
+    if on_training_rows:
+        yield from learned.not_held_out(base.losses, tuned.losses)
+    elif base.losses and tuned.losses:
         yield learned.better(base.losses, tuned.losses)
-    if trained:
+    if trained and not on_training_rows:  # which the references of training rows are copies of
         before, after = (side.training.get(tuned.name, []) for side in (base, tuned))
         losses = None
         if before and after and base.losses and tuned.losses:
@@ -162,14 +177,14 @@ def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
     return _entry(metric, sides, tests)
 
 
-def _loss_row(sides: list[Side]) -> dict[str, Any]:
+def _loss_row(sides: list[Side], on_training: bool = False) -> dict[str, Any]:
     base = next(side.losses for side in sides if side.losses)
     weights = [float(row.tokens) for row in base]
     means = [_mean([a.nats / b.tokens for a, b in zip(side.losses, base, strict=True)], weights)
              if side.losses else None for side in sides]  # fmt: skip
     tests = [vars(learned.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
              for side in sides[1:]]  # fmt: skip
-    return _entry(LOSS, means, [None, *tests])
+    return _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
 
 
 def _perplexity_row(sides: list[Side]) -> dict[str, Any]:

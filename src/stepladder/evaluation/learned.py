@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from stepladder.evaluation import loss, statistics
 from stepladder.evaluation.loss import RowLoss
@@ -109,6 +109,20 @@ def forgot(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
         severity, name = (FAULT, "forgot") if rise > LOUD_RISE else (LOOK, "forgot a little")
         return Verdict(severity, name, "It knows less than its base did.", evidence + times, way_out, figures)
     return Verdict(GOOD, "did not forget", "It knows what its base knew.", evidence, figures=figures)
+
+
+def not_held_out(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[Verdict]:
+    """What a comparison on training rows alone shows: rows known by heart, and nothing of others."""
+    what, way_out = "Each row was trained on, so nothing shows what it does on others.", "--data with other rows"
+    evidence, figures = "no row was held out", {}
+    if base and tuned:
+        before, after = loss.mean(base), loss.mean(tuned, base)
+        figures = {"before": before, "after": after}
+        evidence = f"loss on training rows {before:.3f} before, {after:.3f} after, on {len(base)} rows"
+        if after < KNOWN:
+            known = "fewer epochs, a lower learning_rate, more and more varied rows"
+            yield Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, known, figures)
+    yield Verdict(LOOK, "not held out", what, evidence, way_out, figures)
 
 
 def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:

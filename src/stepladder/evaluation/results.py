@@ -16,8 +16,8 @@ def markdown(facts: dict[str, Any]) -> str:
     """The content of compare.json for a person to read and to paste."""
     sides, names = facts["sides"], [_cell(side["name"]) for side in facts["sides"]]
     lines = ["# Fine-tuning evaluation results", "", f"Command: `{facts['command']}`", ""]
-    lines += [f"{len(facts['questions'])} questions, {facts['held_out_rows']} held-out rows; {facts['made']}.", ""]
-    lines += ["## Comparison", "", "| Criteria | Base: " + " | ".join(names) + " | Winner |"]
+    lines += [f"{len(facts['questions'])} questions, {_rows(facts)}; {facts['made']}.", ""]
+    lines += [f"## Comparison{_on(facts)}", "", "| Criteria | Base: " + " | ".join(names) + " | Winner |"]
     lines += ["|---" * (len(names) + 2) + "|"]
     for row in facts["metrics"]:
         cells = [_value(row, side, test) for side, test in zip(row["sides"], row["tests"], strict=True)]
@@ -63,7 +63,8 @@ def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
             tokens, before, after = base["tokens"], base["loss"], side["loss"]
             who = f" by {side['name']}" if len(others) > 1 else ""
             told = f"{_nats(before)} before, {_nats(after)} after"
-            print(f"held-out loss{who} ({tokens:,} answer tokens): {told}", file=out)
+            label = "loss on training rows" if facts.get("on_training_rows") else "held-out loss"
+            print(f"{label}{who} ({tokens:,} answer tokens): {told}", file=out)
     for line in conclusion(facts):
         print(line, file=out)
     for found in facts["verdicts"]:
@@ -101,8 +102,19 @@ def conclusion(facts: dict[str, Any]) -> list[str]:
             if (test := row["tests"][number]) and test["verdict"] in told:
                 told[test["verdict"]].append(f"{row['name']} ({_moved(row, number)})")
         better, worse = ("; ".join(told[key]) or "nothing beyond chance" for key in (BETTER, WORSE))
-        lines.append(f"{side['name']} improved: {better}. Worse: {worse}.")
+        lines.append(f"{side['name']} improved{_on(facts)}: {better}. Worse: {worse}.")
     return lines
+
+
+def _on(facts: dict[str, Any]) -> str:
+    return " on training rows" if facts.get("on_training_rows") else ""
+
+
+def _rows(facts: dict[str, Any]) -> str:
+    if facts.get("on_training_rows"):
+        return f"no held-out row: all {facts['training_rows']} rows were trained on"
+    left_out = facts.get("left_out_rows")
+    return f"{facts['held_out_rows']} held-out rows" + (f", {left_out} trained rows left out" if left_out else "")
 
 
 def _moved(row: dict[str, Any], number: int) -> str:

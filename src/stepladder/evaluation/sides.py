@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-from stepladder.data import mixture
+from stepladder.data import row_keys
 from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
-from stepladder.errors import DataError, ModelError, RecipeError
-from stepladder.evaluation import endpoint, generate, loss, transcript
+from stepladder.errors import DataError, ModelError
+from stepladder.evaluation import endpoint, generate, held_out, loss, transcript
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
 from stepladder.model import load
-from stepladder.recipe import load as recipe_load
-from stepladder.run import RECIPE
 
 FOR_TEMPLATES = {"tool_calls", "tool_call_id", *REASONING}  # keys of a turn that not every server understands
 SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
@@ -143,27 +139,19 @@ def is_transcript(source: str) -> bool:
     return source.endswith(".jsonl")
 
 
-def training_rows(tuned: str | Endpoint, notes: list[str]) -> Rows | None:
-    """The rows that a run was trained on, by its resolved recipe; None where that cannot be told, with a note."""
-    file = Path(str(tuned)) / RECIPE
-    if isinstance(tuned, Endpoint) or not file.is_file():
-        notes.append(f"{tuned} is no run folder: what it was trained on is not known, nor whether it knows it by heart")
+def training_rows(tuned: str | Endpoint, runs: held_out.Runs) -> Rows | None:
+    """Rows that a model was trained on, to know them by heart; None where that cannot be told, with a note."""
+    if isinstance(tuned, Endpoint) or not runs.of(tuned):
+        note = "is no run folder: what it was trained on is not known, nor whether it knows it by heart"
+        runs.notes.append(f"{tuned} {note}")
         return None
-    try:
-        rows, _ = mixture.load(recipe_load.load(str(file), []))
-    except (DataError, RecipeError) as error:
-        notes.append(f"the training data of {tuned} cannot be read again: {error.what}")
-        return None
-    if isinstance(rows, Stream):
-        pairs = list(islice(rows.read(0), MOST_TRAINING_ROWS))
-        return Rows(rows.name, [example for example, _ in pairs], [where for _, where in pairs])
-    return rows.take(range(min(len(rows), MOST_TRAINING_ROWS)))
+    rows = runs.training_rows(tuned)
+    return rows.take(range(min(len(rows), MOST_TRAINING_ROWS))) if rows else None
 
 
-def sample(rows: Rows, without: Iterable[Rows] = (), seed: int = 42) -> Rows | None:
-    """A few rows drawn by the seed, none of them among `without`; None where none is left."""
-    known = {_key(example) for trained in without for example in trained.examples}
-    free = [i for i, example in enumerate(rows.examples) if _key(example) not in known]
+def sample(rows: Rows, without: Collection[str] = (), seed: int = 42) -> Rows | None:
+    """A few rows drawn by the seed, none of which has a key in `without`; None where none is left."""
+    free = [i for i, example in enumerate(rows.examples) if not without or row_keys.key(example) not in without]
     return rows.take(sorted(random.Random(seed).sample(free, min(SAMPLE, len(free))))) if free else None
 
 
@@ -177,7 +165,3 @@ def _said(example: Example) -> list[str]:
         return [example["text"]]
     answers = (turn for turn in example["messages"] if turn["role"] == "assistant" and turn.get("train", True))
     return [str(turn["content"]) for turn in answers if turn["content"]]
-
-
-def _key(example: Example) -> str:
-    return repr(example.get("text") or [turn["content"] for turn in example["messages"]])

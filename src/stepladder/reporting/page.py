@@ -71,11 +71,11 @@ def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -
 
 def judge(run: LoggedRun) -> list[Verdict]:
     """What the run's curves say and what compare.py found; the worst come first."""
-    found = (
-        verdicts.judge(run.curve("loss"), run.curve("eval_loss"), run.curve("grad_norm"))
-        if run.facts or run.rows
-        else []
-    )
+    held_out, evaluation = run.facts.get("held_out") or {}, run.curve("eval_loss")
+    if held_out and held_out["rows"] == held_out["trained_on"]:
+        evaluation = {}  # it says nothing that the training loss does not
+    found = verdicts.judge(run.curve("loss"), evaluation, run.curve("grad_norm")) if run.facts or run.rows else []
+    found += verdicts.of_evaluation_rows(**held_out) if held_out else []
     compared = run.comparison.get("verdicts", [])
     for side in compared:
         of = f"{side['side']}: " if len(compared) > 1 else ""

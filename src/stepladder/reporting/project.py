@@ -13,9 +13,10 @@ from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 EXAMPLES = 3
 USUAL = 0.5  # the share of answers below which a style rule is not kept
 # Verdicts that are no fault, and with which nothing is recommended: they leave open whether it has learned anything.
-DOUBTS = ("too short", "not evaluated", "gap", "forgot a little", "requirement not judged")
+DOUBTS = ("too short", "not evaluated", "gap", "forgot a little", "requirement not judged", "not held out",
+          "foreign evaluation")  # fmt: skip
 MISSING = "unknown: run.json does not say"
-NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder} --data HELD_OUT.jsonl`."
+NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder}`."
 
 
 def markdown(run: LoggedRun, domain: str) -> str:
@@ -80,8 +81,9 @@ def _evaluation(run: LoggedRun) -> list[str]:
     c = run.comparison
     if not c.get("metrics"):
         return [_not_compared(run)]
+    note = ["Each of these rows was trained on: none was held out.", ""] if c.get("on_training_rows") else []
     head = ["figure", *(side["name"] for side in c["sides"]), "winner"]
-    lines = [_row(head), "|---" * len(head) + "|"]
+    lines = [*note, _row(head), "|---" * len(head) + "|"]
     for row in c["metrics"]:
         values = [share(side["mean"], row["unit"]) if side else "not measured" for side in row["sides"]]
         lines.append(_row([row["name"], *values, row["winner"]]))

@@ -31,6 +31,11 @@ def _is_plan(value: Any) -> bool:
     return all(v is None or _is_number(v) for v in found)
 
 
+def _are_held_out_rows(value: Any) -> bool:
+    counts = all(type(value.get(key)) is int for key in ("rows", "trained_on"))
+    return len(value) == 3 and counts and isinstance(value.get("foreign"), str)
+
+
 def _is_recipe(value: Any) -> bool:
     return isinstance(value.get("max_steps") or 0, int)
 
@@ -44,6 +49,7 @@ FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "totals": (dict, _are_totals),
     "final": (dict, lambda value: all(v is None or isinstance(v, int | float) for v in value.values())),
     "plan": (dict, _is_plan),
+    "held_out": (dict, _are_held_out_rows),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }
 Curve = dict[int, float]  # optimizer step → value, NaN and infinity included

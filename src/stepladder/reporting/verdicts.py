@@ -42,6 +42,23 @@ def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
+def of_evaluation_rows(rows: int, trained_on: int, foreign: str) -> list[Verdict]:
+    """The verdicts on rows that a run was evaluated on: whether they were held out, and of its own data.
+
+    Args:
+        foreign: the set, where it came with other training data than the run's.
+    """
+    found = []
+    if trained_on:
+        what, evidence = "Rows that it is evaluated on are trained on too.", f"{trained_on:,} of {rows:,} rows"
+        way_out = "remove the copies from one of the sets (check.py --audit names them), or test_split_size"
+        found.append(Verdict(LOOK, "not held out", what, evidence, way_out))
+    if foreign:
+        what, way_out = "It is evaluated on rows that came with other data.", "eval_dataset_name, or test_split_size"
+        found.append(Verdict(LOOK, "foreign evaluation", what, f"evaluated on {foreign}", way_out))
+    return found
+
+
 class _Shape:
     """Levels of a noisy curve: where it starts and ends, its lowest, its wobble (all nats a token)."""
 

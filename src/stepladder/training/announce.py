@@ -102,8 +102,11 @@ def ending(run: Run) -> str:
     ]
     recipe = run.manifest["recipe"]
     base = recipe["model_name_or_path"]
-    if data := recipe.get("eval_dataset_name"):
-        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder} --data {data}")
+    held_out = run.manifest["held_out"]
+    if held_out["rows"]:
+        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder}")
+    if held_out["foreign"]:
+        lines.append(f"  ⚠ it was evaluated on {held_out['foreign']}, which came with other training data")
     if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":  # virtual tokens cannot be merged
         lines.append(
             f"  merge it:    python scripts/merge.py --adapter {run.folder} --output_dir merged/{run.folder.name}"

@@ -1,0 +1,105 @@
+"""held_out.json in a run folder: which rows a run was trained on and which it held out, known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepladder import run
+from stepladder.data import audit
+from stepladder.data.formats import Example
+from stepladder.data.rows import Rows
+from stepladder.data.stream import Stream
+
+FILE = "held_out.json"
+MOST_TRAINED = 100_000  # trained rows whose keys the file holds, in 1.5 MB; of more, their data is read again
+MOST_HELD_OUT = 10_000  # held-out rows whose keys and places it holds: the first of them
+LONG_ANSWER = 40  # characters, wide ones (Chinese, …) counted as audit.WIDE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the file holds: keys and places of the held-out rows, and the keys of all trained rows.
+
+    `rows` are all that were held out, more than `held_out` where they are very many. `trained` is None where
+    the file does not hold the keys: a stream, or too many rows.
+    """
+
+    name: str
+    rows: int
+    held_out: list[str]
+    where: list[str]
+    trained: set[str] | None
+
+
+def key(example: Example) -> str:
+    """What a row is known by: the start of a SHA-256 of its text, case and blanks apart (48 bits, hexadecimal).
+
+    Of a row with a long answer these are the words of user, tool and assistant, so that another system prompt
+    makes no other row of it; of any other it is all that the model is given.
+    """
+    has_long_answer = audit.width(audit.said(example, "assistant")) >= LONG_ANSWER
+    text = audit.own_words(example) if has_long_answer else audit.whole(example)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def keys(examples: Iterable[Example]) -> set[str]:
+    return {key(example) for example in examples}
+
+
+def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, foreign: str) -> list[str]:
+    """Write held_out.json and, in run.json, how many rows were held out; called by each rank, done by the writer.
+
+    A run that is resumed with other training rows (`--allow_change`) was trained on both: the keys are added.
+
+    Args:
+        foreign: the evaluation set, where it came with other training data (`Recipe.foreign_evaluation`).
+
+    Returns:
+        What a person should know: evaluation rows that are trained on too, a file that cannot be written.
+    """
+    if not record.is_writer:
+        return []
+    trained = keys(train.examples) if isinstance(train, Rows) else None
+    held_out = [key(example) for example in evaluation.examples] if evaluation else []
+    count = sum(one in trained for one in held_out) if trained is not None else 0
+    known = trained if trained is not None and len(trained) <= MOST_TRAINED else None
+    if record.manifest["resumed"] and known is not None:
+        before = read(record.folder)
+        known = known | before.trained if before and before.trained is not None else None
+    content = {
+        "name": evaluation.name if evaluation else "",
+        "rows": len(held_out),
+        "held_out": held_out[:MOST_HELD_OUT],
+        "where": evaluation.where[:MOST_HELD_OUT] if evaluation else [],
+        "trained": None if known is None else sorted(known),
+    }
+    record.update(held_out={"rows": len(held_out), "trained_on": count, "foreign": foreign})
+    notes = []
+    if count:
+        notes.append(
+            f"⚠ {count:,} of the {len(held_out):,} evaluation rows are trained on too: what is measured on them is "
+            "not held out; check.py --audit names them"
+        )
+    try:
+        run.write_whole(record.folder / FILE, json.dumps(content) + "\n")
+    except OSError as error:
+        notes.append(f"⚠ {FILE} cannot be written ({error.strerror}): compare.py will read the data again instead")
+    return notes
+
+
+def read(folder: Path) -> Kept | None:
+    """The record of a run folder; None where it is missing or damaged."""
+    try:
+        found: dict[str, Any] = run.read_object(folder / FILE)
+        kept = Kept(**{name: found[name] for name in Kept.__dataclass_fields__ if name != "trained"},
+                    trained=None if found["trained"] is None else {*found["trained"]})  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        return None
+    lists = (kept.held_out, kept.where, list(kept.trained or ()))
+    texts = all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in lists)
+    return kept if texts and isinstance(kept.rows, int) and len(kept.held_out) == len(kept.where) else None
