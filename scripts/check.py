@@ -24,7 +24,7 @@ import json
 from stepladder import console, errors, flags
 from stepladder.data import audit, audit_report
 from stepladder.model import start
-from stepladder.recipe import explain, load
+from stepladder.recipe import explain, load, rules
 
 KEYS = "keys"  # what --show prints where no number follows it
 
@@ -92,6 +92,10 @@ def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
 def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool) -> int:
     """What the recipe's rows are as text and, where all can be used, as tokens; the first `count` are shown."""
     found, seen = audit.of_recipe(recipe, limits), []
+    if recipe.foreign_evaluation():
+        what = f"{recipe.foreign_evaluation()} is evaluated on, and came with other training data"
+        where = [recipe.where("eval_dataset_name")]
+        found.findings.append(audit.Finding(audit.WARNING, "foreign_evaluation", what, where, rules.OWN_ROWS))
     if found.train:
         console.quiet_libraries()
         from stepladder.data import audit_tokens, templates

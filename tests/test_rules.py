@@ -448,6 +448,12 @@ def test_own_data_and_the_evaluation_rows_of_another(tmp_path: Path) -> None:
         assert not found.foreign_evaluation() and not any(note.startswith("⚠") for note in found.notes), (child, flags)
 
 
+def test_the_audit_names_the_evaluation_rows_of_another() -> None:
+    """Guards `check.py --audit`, on which people look at their data, against leaving out what training warns of."""
+    done = script("check", "--recipe", "lora", "--dataset_name", "data/medical.jsonl", "--audit")
+    assert done.code == 0 and "data/techco_eval.jsonl is evaluated on, and came with other" in done.out, done
+
+
 def test_a_later_split_replaces_an_inherited_evaluation_set(tmp_path: Path) -> None:
     """Guards `--test_split_size 0.1` on a shipped recipe, which was refused; one layer still cannot ask for both."""
     (tmp_path / "parent.yaml").write_text("eval_strategy: epoch\neval_dataset_name: a_eval.jsonl\n")
