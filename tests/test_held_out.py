@@ -215,9 +215,13 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     row_keys.keep(record, mixture.from_name(str(more)), None, "")
     kept = row_keys.read(tmp_path)
     assert kept and kept.trained and len(kept.trained) == len(PAIRS) + 1 and kept.rows == 0
-    row_keys.keep(record, None, None, "")
+    (note,) = row_keys.keep(record, None, rows, "")
     kept = row_keys.read(tmp_path)
-    assert kept and kept.trained is None
+    assert kept and kept.trained is None and "not known of a stream" in note
+    logged.facts = manifest(tmp_path)
+    assert "not held out" not in {verdict.name for verdict in page.judge(logged)}
+    other = run_folder.Run(tmp_path / "other", is_writer=False)
+    assert row_keys.keep(other, rows, rows, "") == [] and not other.folder.exists()
 
 
 def test_very_many_rows_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

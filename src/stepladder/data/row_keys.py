@@ -66,7 +66,7 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
         return []
     trained = keys(train.examples) if isinstance(train, Rows) else None
     held_out = [key(example) for example in evaluation.examples] if evaluation else []
-    count = sum(one in trained for one in held_out) if trained is not None else 0
+    count = sum(one in trained for one in held_out) if trained is not None else None
     known = trained if trained is not None and len(trained) <= MOST_TRAINED else None
     if record.manifest["resumed"] and known is not None:
         before = read(record.folder)
@@ -80,6 +80,8 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
     }
     record.update(held_out={"rows": len(held_out), "trained_on": count, "foreign": foreign})
     notes = []
+    if held_out and count is None:
+        notes.append("whether evaluation rows are trained on too is not known of a stream; compare.py looks for them")
     if count:
         notes.append(
             f"⚠ {count:,} of the {len(held_out):,} evaluation rows are trained on too: what is measured on them is "

@@ -32,7 +32,8 @@ def _is_plan(value: Any) -> bool:
 
 
 def _are_held_out_rows(value: Any) -> bool:
-    counts = all(type(value.get(key)) is int for key in ("rows", "trained_on"))
+    trained_on = value.get("trained_on", "")
+    counts = type(value.get("rows")) is int and (trained_on is None or type(trained_on) is int)  # None: of a stream
     return len(value) == 3 and counts and isinstance(value.get("foreign"), str)
 
 

@@ -42,10 +42,11 @@ def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
-def of_evaluation_rows(rows: int, trained_on: int, foreign: str) -> list[Verdict]:
+def of_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> list[Verdict]:
     """The verdicts on rows that a run was evaluated on: whether they were held out, and of its own data.
 
     Args:
+        trained_on: how many of the rows were trained on too; None where that is not known.
         foreign: the set, where it came with other training data than the run's.
     """
     found = []

@@ -102,7 +102,7 @@ def ending(run: Run) -> str:
     ]
     recipe = run.manifest["recipe"]
     base = recipe["model_name_or_path"]
-    held_out = run.manifest["held_out"]
+    held_out = run.manifest.get("held_out", {"rows": 0, "foreign": ""})  # counted by the rank that writes
     if held_out["rows"]:
         lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder}")
     if held_out["foreign"]:
