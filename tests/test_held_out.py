@@ -17,6 +17,7 @@ from stepladder.data import mixture, row_keys
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError
 from stepladder.evaluation import held_out, questions
+from stepladder.model import card
 from stepladder.reporting import page, project, runs
 
 ANSWER = "The door opens with the word that the owl said on {}, and with no other word."
@@ -88,6 +89,18 @@ def test_figures_of_training_rows_are_called_so_everywhere(trained, tmp_path: Pa
     report = project.markdown(runs.read(copy), "doors")
     assert "**Not yet**: nothing shows that it is better" in report and "not held out (loss on training" in report
     assert "Each of these rows was trained on" in report
+
+
+def test_the_card_says_what_its_held_out_loss_is_of(trained) -> None:
+    """Guards the figure that a stranger reads: rows that are trained on too, or that came with other data."""
+    facts = manifest(trained / "run")
+    for held, said in (
+        ({"rows": 4, "trained_on": 0, "foreign": ""}, " |"),
+        ({"rows": 4, "trained_on": 3, "foreign": ""}, " (3 of its 4 rows are trained on too) |"),
+        ({"rows": 4, "trained_on": None, "foreign": "b.jsonl"}, " on `b.jsonl`, which came with other data |"),
+    ):
+        text = card.card(trained / "run", "base", None, facts | {"held_out": held}, [1.0], merged=None)
+        assert f"| held-out loss | {facts['final']['eval_loss']:.4f}{said}" in text, text
 
 
 def test_a_merged_model_and_a_checkpoint_are_known_by_their_run(trained, tmp_path: Path) -> None:
@@ -165,9 +178,12 @@ def test_rows_that_are_gone_are_told(tmp_path: Path) -> None:
 
 
 WRONG = {"name": "", "rows": 1, "held_out": [1], "where": [], "trained": []}
+NONE = {"name": "", "rows": 3, "held_out": [], "where": [], "trained": []}
 
 
-@pytest.mark.parametrize("kept", [None, "", "{}", "[]", '{"trained": 3}', "[" * 9000, json.dumps(WRONG)])
+@pytest.mark.parametrize(
+    "kept", [None, "", "{}", "[]", '{"trained": 3}', "[" * 9000, json.dumps(WRONG), json.dumps(NONE)]
+)
 def test_a_run_without_a_record_is_read_again(kept: str | None, tmp_path: Path) -> None:
     """Guards runs of before, and a record that was cut: their recipe says what they were trained on."""
     keys = {"model_name_or_path": "m", "dataset_name": str(write(tmp_path / "rows.jsonl", PAIRS)), "test_split_size": 4}

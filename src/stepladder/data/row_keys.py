@@ -64,7 +64,8 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
     """
     if not record.is_writer:
         return []
-    trained = keys(train.examples) if isinstance(train, Rows) else None
+    is_needed = isinstance(train, Rows) and (evaluation or len(train) <= MOST_TRAINED)  # 20 s of a million rows
+    trained = keys(train.examples) if isinstance(train, Rows) and is_needed else None
     held_out = [key(example) for example in evaluation.examples] if evaluation else []
     count = sum(one in trained for one in held_out) if trained is not None else None
     known = trained if trained is not None and len(trained) <= MOST_TRAINED else None
@@ -104,4 +105,5 @@ def read(folder: Path) -> Kept | None:
         return None
     lists = (kept.held_out, kept.where, list(kept.trained or ()))
     texts = all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in lists)
-    return kept if texts and isinstance(kept.rows, int) and len(kept.held_out) == len(kept.where) else None
+    fits = isinstance(kept.rows, int) and len(kept.held_out) == len(kept.where) and bool(kept.rows) == bool(kept.where)
+    return kept if texts and fits else None

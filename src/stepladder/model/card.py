@@ -116,7 +116,9 @@ def card(
             "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
             f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
             "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
-            "held-out loss": f"{final['eval_loss']:.4f}" if "eval_loss" in final else "not evaluated",
+            "held-out loss": f"{final['eval_loss']:.4f}{_of_rows(trained)}"
+            if "eval_loss" in final
+            else "not evaluated",
         }
         if losses:
             rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
@@ -143,6 +145,14 @@ def card(
             f"Commit {trained['git_commit']}; {versions}.\n\n```yaml\n{recipe}```"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _of_rows(trained: dict[str, Any]) -> str:
+    """What a reader must know of the rows behind the held-out loss: trained on too, or of other data."""
+    rows = trained.get("held_out", {})
+    count = rows.get("trained_on")
+    told = f" ({count:,} of its {rows['rows']:,} rows are trained on too)" if count else ""
+    return told + (f" on `{rows['foreign']}`, which came with other data" if rows.get("foreign") else "")
 
 
 def _proof(merged: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ USUAL = 0.5  # the share of answers below which a style rule is not kept
 DOUBTS = ("too short", "not evaluated", "gap", "forgot a little", "requirement not judged", "not held out",
           "foreign evaluation")  # fmt: skip
 MISSING = "unknown: run.json does not say"
-NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder}`."
+NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder}{data}`."
 
 
 def markdown(run: LoggedRun, domain: str) -> str:
@@ -100,7 +100,8 @@ def _quoted(text: str) -> str:
 
 def _not_compared(run: LoggedRun) -> str:
     base = (run.facts.get("recipe") or {}).get("model_name_or_path", "BASE")
-    return NOT_COMPARED.format(base=base, folder=run.folder)
+    data = "" if (run.facts.get("held_out") or {}).get("rows") else " --data HELD_OUT.jsonl"
+    return NOT_COMPARED.format(base=base, folder=run.folder, data=data)
 
 
 def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
