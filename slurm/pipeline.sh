@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check, train, merge, compare: each job starts when the one before it has succeeded, else it is cancelled.
+# Check, train, merge (an adapter), compare: each job starts when the one before it has succeeded, else it is cancelled.
 #
 #     bash slurm/pipeline.sh --nodes=2 --gpus-per-node=4 -- --recipe qlora --strategy zero3
 #
@@ -18,13 +18,19 @@ shift
 folder=$("${inside[@]}" python -m stepladder.cluster.job folder "$@")
 base=$("${inside[@]}" python -m stepladder.cluster.job base "$@")
 "${inside[@]}" python -m stepladder.cluster.job held_out "$@" >/dev/null
+# What merges the adapter, in words; nothing after full fine-tuning.
+merge_it=()
+eval "merge_it=($("${inside[@]}" python -m stepladder.cluster.job merge "$@"))"
 
 # A job whose predecessor failed would else wait in the queue for ever.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 train=$(sbatch --parsable --job-name=train "${options[@]}" slurm/sft.sbatch "$@")
-# shellcheck disable=SC2046 # two options
-merge=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge.py --adapter "$folder" \
-    --output_dir "$folder/merged")
+tuned=$folder last=$train said="train $train"
+if ((${#merge_it[@]})); then
+    # shellcheck disable=SC2046 # two options
+    last=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge.py "${merge_it[@]:2}")
+    tuned=$folder/merged said+=" → merge $last"
+fi
 # shellcheck disable=SC2046
-compare=$(sbatch --parsable --job-name=compare $(after "$merge") slurm/script.sbatch compare.py --base "$base" --tuned "$folder/merged" --output_dir "$folder/compared")
-echo "train $train → merge $merge → compare $compare; follow: squeue --me; result: $folder/compared/report.html"
+compare=$(sbatch --parsable --job-name=compare $(after "$last") slurm/script.sbatch compare.py --base "$base" --tuned "$tuned" --output_dir "$folder/compared")
+echo "$said → compare $compare; follow: squeue --me; result: $folder/compared/report.html"

@@ -1,6 +1,6 @@
 """What a batch script asks Stepladder: where the run lies, and whether the job is to be queued again.
 
-    python -m stepladder.cluster.job folder --recipe lora --max_steps 20     (base, held_out too)
+    python -m stepladder.cluster.job folder --recipe lora --max_steps 20     (base, held_out, merge too)
     python -m stepladder.cluster.job after runs/lora
 
 Light, since it runs on every start: no torch.
@@ -16,6 +16,7 @@ from typing import Any
 
 from stepladder import errors
 from stepladder.data import mixture
+from stepladder.model import start
 from stepladder.recipe import load
 from stepladder.run import MANIFEST, STUCK_AFTER, read_manifest
 
@@ -88,6 +89,10 @@ def main() -> None:
             print(recipe_of(words).output_dir)
         case ["base", *words]:
             print(recipe_of(words).get("model_name_or_path"))
+        case ["merge", *words]:
+            recipe = recipe_of(words)
+            if recipe.get("use_peft"):
+                print(start.merge_command(recipe.output_dir, recipe.values, f"{recipe.output_dir}/merged"))
         case ["held_out", *words]:
             recipe = recipe_of(words)
             if not (rows := mixture.held_out(recipe)):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -317,9 +318,17 @@ def _check_base(start: Start) -> None:
         )
 
 
+def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str = "") -> str:
+    """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
+    words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
+    words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
+    return "python scripts/merge.py " + shlex.join(words)
+
+
 def _merge(name: str) -> str:
     adapter = name if Path(name).is_dir() else of(name).adapter or name  # one of the hub lies in its cache
-    return f"python scripts/merge.py --adapter {adapter} --output_dir merged/{Path(name).name}"
+    recipe = object_in(Path(adapter) / MANIFEST).get("recipe")
+    return merge_command(adapter, recipe if isinstance(recipe, dict) else {}, f"merged/{Path(name).name}")
 
 
 def _instead(name: str) -> str:

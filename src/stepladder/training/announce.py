@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import StepladderError
+from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 
@@ -90,7 +92,7 @@ def ending(run: Run) -> str:
     starts = len(run.manifest["resumed"]) + 1
     used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
     memory = max(totals["peak_memory_bytes"]) / 2**30
-    best = run.manifest["result_step"]
+    best, folder = run.manifest["result_step"], shlex.quote(str(run.folder))
     lines = [
         f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s{losses}",
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
@@ -98,19 +100,17 @@ def ending(run: Run) -> str:
         f"{totals['seconds'] / totals['goodput']:,.0f} s" + (f" over {starts} starts" if starts > 1 else ""),
         *([f"  the result is step {best}, the best of the evaluations"] if best != totals["steps"] else []),
         f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
-        f'  ask it:      python scripts/generate.py --model {run.folder} --prompt "…"',
+        f'  ask it:      python scripts/generate.py --model {folder} --prompt "…"',
     ]
     recipe = run.manifest["recipe"]
-    base = recipe["model_name_or_path"]
+    base = shlex.quote(recipe["model_name_or_path"])
     held_out = run.manifest.get("held_out", {"rows": 0, "foreign": ""})  # counted by the rank that writes
     if held_out["rows"]:
-        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {run.folder}")
+        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {folder}")
     if held_out["foreign"]:
         lines.append(f"  ⚠ it was evaluated on {held_out['foreign']}, which came with other training data")
     if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":  # virtual tokens cannot be merged
-        lines.append(
-            f"  merge it:    python scripts/merge.py --adapter {run.folder} --output_dir merged/{run.folder.name}"
-        )
+        lines.append(f"  merge it:    {start.merge_command(run.folder, recipe)}")
     return "\n".join(lines)
 
 
