@@ -162,19 +162,20 @@ def _keys(recipe: load.Recipe, args: argparse.Namespace) -> None:
 
 def _axolotl(name: str, args: argparse.Namespace, overrides: list[str]) -> None:
     path = load.find(name)
+    command = f"python scripts/import_axolotl.py {console.quoted(path)} -o recipe.yaml"
     if not args.explain or overrides:
         raise errors.RecipeError(
             "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),
             where=str(path),
             why="its key base_model says so",
-            way_out=f"python scripts/import_axolotl.py {path} -o recipe.yaml makes it a recipe; --explain explains it",
+            way_out=f"{command} makes it a recipe; --explain explains it",
         )
     entries = explain.of_axolotl(path)
     if args.json:
         _print_json({"axolotl": str(path)}, entries)
         return
     explain.write(explain.Lesson(entries, banners=False))
-    print(f"\nAn Axolotl configuration; scripts/import_axolotl.py {path} -o recipe.yaml makes it a recipe.")
+    print(f"\nAn Axolotl configuration; {command} makes it a recipe.")
 
 
 def _print_json(facts: dict, entries: list[explain.Entry]) -> None:

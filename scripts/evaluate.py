@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True, help="names of lm-eval, or data files")
     parser.add_argument("--limit", type=flags.count, help="the first so many questions of each task")
     parser.add_argument("--batch_size", "--batch-size", type=flags.count, default=8)
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args()
     for given in (args.model, args.tasks):
@@ -43,7 +44,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tasks = [harness.local_task(rows[name], Path(folder)) if name in rows else name for name in args.tasks]
         harness.check_names(tasks)
-        found = {name: harness.evaluate(name, tasks, args.limit, args.batch_size, base) for name, base in bases.items()}
+        found = {
+            name: harness.evaluate(name, tasks, args.limit, args.batch_size, base, args.trust_remote_code)
+            for name, base in bases.items()
+        }
     if args.json:
         print(json.dumps({name: [score._asdict() for score in scores] for name, scores in found.items()}))
         return
@@ -51,14 +55,15 @@ def main() -> None:
 
 
 def _print(found: dict[str, list[harness.Score]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from stepladder.screen import Screen
 
     table = Table("task", "metric", *found)
     for scores in zip(*found.values(), strict=True):
         cells = [f"{s.value:.3f}" + (f" ± {s.error:.3f}" if s.error is not None else "") for s in scores]
         table.add_row(scores[0].task, scores[0].metric, *cells)
-    Console(markup=False, highlight=False).print(table)
+    Screen(plain=140).print(table)
     print("± one standard error")
 
 

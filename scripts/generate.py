@@ -9,7 +9,6 @@ One that is there already is kept unless --overwrite is given.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +40,7 @@ def main() -> None:
     parser.add_argument("--top_p", "--top-p", type=flags.share, help="with --temperature")
     parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
     parser.add_argument("--repetition_penalty", "--repetition-penalty", type=flags.above_0)
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--seed", type=flags.whole, default=42)
     args = parser.parse_args()
     if (args.top_p or args.top_k) and not args.temperature:
@@ -69,13 +69,13 @@ def main() -> None:
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(args.temperature)}
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     sampling |= {name: value for name in keys if (value := getattr(args, name))}
-    model, tokenizer = load.for_inference(args.model, args.base)
+    model, tokenizer = load.for_inference(args.model, args.base, args.trust_remote_code)
     if tokenizer.chat_template is None and (args.chat or system):
         raise no_template(args.model)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        console.warn(f"note: {note}")
     kept = []
     several = args.prompts or (args.prompt and len(args.prompt) > 1)
     for question in listed:  # one that the template refuses is told before the first is answered

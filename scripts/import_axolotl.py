@@ -13,14 +13,16 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from stepladder import errors
 from stepladder.recipe.axolotl import config, importer
 from stepladder.recipe.axolotl.outcome import DROPPED, TRANSLATED, UNSUPPORTED
 from stepladder.recipe.axolotl.translation import Row, Translation, short
+from stepladder.screen import Screen
 
+LEAST_NOTE = 40  # columns of a terminal that reasons need beside the other three
 STYLES = {TRANSLATED: "green", DROPPED: "dim", UNSUPPORTED: "yellow"}
 
 
@@ -83,7 +85,8 @@ def _facts(translation: Translation, recipe: Path | None) -> dict[str, object]:
 
 
 def _print_table(translation: Translation) -> None:
-    """Colours and wrapped columns for a person's terminal; aligned lines, each whole, for a file or a pipe."""
+    """Colours and columns for a person's terminal, or two lines per key where columns would be cut; aligned lines, each
+    whole, for a file or a pipe."""
     lines = []
     for row in translation.rows:
         kind = f"✘ {row.outcome.kind}" if row.stops else row.outcome.kind
@@ -91,13 +94,21 @@ def _print_table(translation: Translation) -> None:
         target = translation.target(row)
         note = "; ".join(part for part in (target and f"→ {target}", row.outcome.reason) if part)
         lines.append((row.key, value, kind, note))
-    if sys.stdout.isatty():
-        table = Table("Axolotl's key", "value", "outcome", "in the recipe, or why", box=None, header_style="bold")
-        for row, line in zip(translation.rows, lines, strict=True):
-            table.add_row(*line, style="bold red" if row.stops else STYLES[row.outcome.kind])
-        Console(markup=False).print(table)
-        return
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    if sys.stdout.isatty():
+        screen = Screen()
+        styles = ["bold red" if row.stops else STYLES[row.outcome.kind] for row in translation.rows]
+        if sum(widths) + LEAST_NOTE <= screen.width:
+            table = Table("Axolotl's key", "value", "outcome", "in the recipe, or why", box=None, header_style="bold")
+            for style, line in zip(styles, lines, strict=True):
+                table.add_row(*line, style=style)
+            screen.print(table)
+            return
+        screen.print("Axolotl's key: its value\n  outcome: in the recipe, or why", style="bold")
+        for style, (key, value, kind, note) in zip(styles, lines, strict=True):
+            screen.print(f"{key}: {value}", style=style)
+            screen.print(Padding(f"{kind}: {note}" if note else kind, (0, 0, 0, 2)), style=style)
+        return
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)) + "  " + line[3])
 

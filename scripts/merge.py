@@ -71,7 +71,7 @@ def main() -> None:
     ollama = args.ollama and export.modelfile(tokenizer, generation)
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
     if because:
-        print(f"note: the whole model is loaded, in fp32: {because}", file=sys.stderr)
+        console.warn(f"note: the whole model is loaded, in fp32: {because}")
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else weights.dtype(work.disk)
     size = sum(tensor.bytes for tensor in work.plan(dtype).values())
     with weights.beside(args.output_dir, size, args.overwrite) as part:
@@ -95,7 +95,7 @@ def main() -> None:
             "merge_seconds": round(seconds, 1),
             "proof": check.compare(part, dtype) if check else None,
             "packages": run.package_versions(),
-            "command": " ".join(sys.argv),
+            "command": console.quoted(*sys.argv),
         }
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -121,7 +121,7 @@ def _rows(args: argparse.Namespace) -> list:
     try:
         return prompts.of_recipe(recipe_load.load(str(recipe), []))
     except errors.StepladderError as error:
-        print(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}", file=sys.stderr)
+        console.warn(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}")
         return prompts.built_in()
 
 
@@ -136,8 +136,7 @@ def _bytes(size: str) -> int:
 def _progress(done: int, total: int) -> None:
     """A line on a terminal; each tenth in a log."""
     if sys.stdout.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB", end=end, flush=True)
+        console.redraw(f"  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB" + "\n" * (done == total))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
     parser.add_argument("--scale", metavar="8,64,512", help="how it would go on so many GPUs, on paper")
+    parser.add_argument("--parts", action="store_true", help="what the peaks are made of: weights, gradients, …")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
@@ -57,7 +58,7 @@ def main() -> None:
         if args.json:
             print(json.dumps({"scale": scale.as_json(points)}))
         else:
-            scale.write(plan, points, micro, checkpointing)
+            scale.write(plan, points, micro, checkpointing, args.parts)
         return
     ways = plan.each(args.strategy) if args.strategy else plan.ways()
     best = plan.best(ways)
@@ -68,7 +69,7 @@ def main() -> None:
         chosen = choose.as_json(best) if best else None
         print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
     else:
-        report.write(plan, ways, best, steps)
+        report.write(plan, ways, best, steps, args.parts)
     if best is None:
         raise choose.nowhere(plan, ways)
     if not args.json:

@@ -12,7 +12,6 @@ submits nothing. What the templates in slurm/ need of your cluster is in docs/sl
 
 import argparse
 import itertools
-import shlex
 from pathlib import Path
 
 from stepladder import console, errors, flags
@@ -73,7 +72,7 @@ def main() -> None:
     script += ["--strategy", args.strategy] if args.strategy else []
     command = ["sbatch", *options, f"--output={submit.log_pattern(folder, log)}", *script, *overrides]
     if args.dry_run:
-        said = "".join(f"# {line}\n" for line in [*planned.splitlines(), shlex.join(command)])
+        said = "".join(f"# {line}\n" for line in [*planned.splitlines(), console.quoted(*command)])
         print(f"{said}\n{Path(script[0]).read_text()}")
         return
 
@@ -89,8 +88,8 @@ def main() -> None:
                   f"--output={submit.log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
                   *sweep.folders(args.sweep), "-o", str(folder / "report.html")]  # fmt: skip
         print(f"  report  job {submit.sbatch(report)}, when all have ended: {folder}/report.html")
-    print(f"  follow  squeue --job {number};  tail -F {shlex.quote(str(folder))}/slurm-{number}*.out")
-    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {shlex.quote(str(folder))}/stop")
+    print(f"  follow  squeue --job {number};  tail -F {console.quoted(folder)}/slurm-{number}*.out")
+    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {console.quoted(folder)}/stop")
 
 
 def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str]) -> str:

@@ -311,7 +311,7 @@ def test_a_row_cannot_steer_the_terminal(write: Callable[..., Path], smollm2: Pa
     row = {"input": "What about\x1b[2J my shoes?", "output": "[red]Look[/red] under \x1b]0;shoes\x07 in your settings."}
     recipe = write_recipe(model_name_or_path=str(smollm2), dataset_name=str(write([row])), eval_strategy="no")
     done = check(recipe, "--show", 1)
-    assert done.code == 0 and "\x1b" not in done.out and "[red]Look[/red] under ␛]0;shoes␇" in done.out, done
+    assert done.code == 0 and "\x1b" not in done.out and "[red]Look[/red] under \\x1b]0;shoes\\x07" in done.out, done
 
 
 @pytest.mark.parametrize(

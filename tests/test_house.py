@@ -13,7 +13,19 @@ from conftest import ROOT
 
 SOURCE = ROOT / "src" / "stepladder"
 FLOORS = [
-    {"cache", "errors", "console", "files", "flags", "hardware", "requirements", "settings", "suggest", "verdict"},
+    {
+        "cache",
+        "errors",
+        "console",
+        "files",
+        "flags",
+        "hardware",
+        "requirements",
+        "screen",
+        "settings",
+        "suggest",
+        "verdict",
+    },
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},
     {"preflight"},

@@ -7,12 +7,17 @@ import errno
 import gc
 import io
 import os
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 NO_COMPILER = "TORCHDYNAMO_DISABLE"  # PyTorch's own switch: `torch.compile` returns the function as it is
+# What steers a terminal: C0 without tab and newline, DEL, C1 (U+009B begins a sequence as ESC [ does), and the
+# characters that part or reorder lines (https://trojansource.codes).
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def is_main_rank() -> bool:
@@ -22,7 +27,46 @@ def is_main_rank() -> bool:
 def say(text: str = "") -> None:
     """Print on rank 0 only."""
     if is_main_rank():
-        print(text, flush=True)
+        # Escaped here too: beside a progress bar, rich stands in stdout's place and obeys colours.
+        print(printable(text), flush=True)
+
+
+def warn(text: str) -> None:
+    """Print on stderr, on rank 0 only."""
+    if is_main_rank():
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin as a terminal may be given it: control characters as escapes, tab and newline as they are.
+
+    From DEL on the escapes are JSON's, so that JSON stays JSON (in which the lower ones are escaped already).
+    """
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < " " else f"\\u{ord(found[0]):04x}", text)
+
+
+def quoted(*words: object) -> str:
+    """Words as a shell takes them, on one line: for commands that are printed to be typed."""
+    return " ".join(_shell_word(str(word)) for word in words)
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    code = {c: "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape")) for c in word
+            if not c.isprintable() or c in "'\\"}  # fmt: skip
+    return "$'" + "".join(code.get(c, c) for c in word) + "'"
+
+
+def redraw(text: str) -> None:
+    """Write a line over the last one."""
+    write_exactly("\r" + printable(text))
+    sys.stdout.flush()
+
+
+def write_exactly(text: str) -> None:
+    """Write on stdout with control characters: what we draw, or what a program reads; never for a person to read."""
+    getattr(sys.stdout, "write_exactly", sys.stdout.write)(text)
 
 
 class _Output(io.FileIO):
@@ -38,8 +82,21 @@ class _Output(io.FileIO):
             return len(data)
 
 
+class _Printable(io.TextIOWrapper):
+    """A text stream of which what is written cannot steer the terminal."""
+
+    def write(self, text: str, /) -> int:
+        super().write(printable(text))
+        return len(text)
+
+    def write_exactly(self, text: str) -> None:
+        super().write(text)
+
+
 def keep_printing() -> None:
     """Replace stdout and stderr by streams that never raise, so that no `print`, of a library either, ends the work.
+
+    Nor does what is printed on stdout steer the terminal (`printable`). stderr stays as it is: libraries draw there.
 
     A full disk, a pipe whose reader has left and a terminal that was closed lose the text. A character that the
     terminal's encoding lacks is written as its escape. A stream that was closed before the start is opened on
@@ -53,7 +110,8 @@ def keep_printing() -> None:
         with contextlib.suppress(OSError, AttributeError):
             old.flush()
         raw = _Output(number, "w", closefd=False)
-        stream = io.TextIOWrapper(
+        kind = _Printable if name == "stdout" else io.TextIOWrapper
+        stream = kind(
             io.BufferedWriter(raw),
             encoding=getattr(old, "encoding", "utf-8"),
             errors="backslashreplace",

@@ -52,7 +52,7 @@ class StepladderError(Exception):
         for label, text in (("why", self.why), ("way out", self.way_out)):
             if text:
                 lines.append(f"  {label + ':':9}" + text.replace("\n", "\n" + " " * 11))
-        return "\n".join(lines)
+        return console.printable("\n".join(lines))
 
 
 class RecipeError(StepladderError):
@@ -146,7 +146,7 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
             time.sleep(2)  # the launcher orders by whole seconds
             print(f"[rank {rank}] ended: it lost its connection to another rank", file=sys.stderr, flush=True)
         else:
-            text = f"[rank {rank}] {traceback.format_exc()}"
+            text = console.printable(f"[rank {rank}] {traceback.format_exc()}")
             print(text, file=sys.stderr, flush=True)
             tell_launcher(str(error), text)
         # not sys.exit: the process group's end would wait for a rank that is gone

@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+TRUST = "run the Python code that comes with a model: it can do all that you can"
+
 
 def count(text: str, least: int = 1) -> int:
     """A whole number from 1 on."""

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stepladder import errors
+from stepladder import console, errors
 from stepladder.data import mixture
 from stepladder.model import start
 from stepladder.recipe import load
@@ -86,13 +86,14 @@ def _finished(run: Path) -> dict[str, Any]:
 def main() -> None:
     match sys.argv[1:]:
         case ["folder", *words]:
-            print(recipe_of(words).output_dir)
+            console.write_exactly(f"{recipe_of(words).output_dir}\n")  # a name for a shell's variable
         case ["base", *words]:
-            print(recipe_of(words).get("model_name_or_path"))
+            console.write_exactly(f"{recipe_of(words).get('model_name_or_path')}\n")
         case ["merge", *words]:
             recipe = recipe_of(words)
             if recipe.get("use_peft"):
-                print(start.merge_command(recipe.output_dir, recipe.values, f"{recipe.output_dir}/merged"))
+                merge_it = start.merge_command(recipe.output_dir, recipe.values, f"{recipe.output_dir}/merged")
+                console.write_exactly(f"{merge_it}\n")
         case ["held_out", *words]:
             recipe = recipe_of(words)
             if not (rows := mixture.held_out(recipe)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+from stepladder.console import quoted
 from stepladder.errors import LaunchError
 
 # What Slurm's names, times and counts are made of; an option can then not become two.
@@ -51,7 +51,7 @@ def sbatch(command: list[str]) -> str:
         said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise LaunchError(
             f"Slurm refuses the job: {' '.join(said.split())}",
-            why=shlex.join(command),
+            why=quoted(*command),
             way_out="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
         )
     return (done.stdout + done.stderr).strip()

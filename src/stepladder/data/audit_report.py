@@ -6,17 +6,16 @@ import dataclasses
 import itertools
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
+from stepladder.console import printable
 from stepladder.data.audit import FIGURE, WARNING, Audit, Finding
 from stepladder.data.audit_tokens import Seen
+from stepladder.screen import Screen
 
 MOST_PLACES = 10  # of a warning; --json lists all
 MOST_ISSUES = 50
 MOST_FIGURES = 8
-# Control characters as their pictures (␛): a data file must not steer the terminal.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
 def as_json(audit: Audit, seen: list[Seen]) -> dict[str, Any]:
@@ -32,10 +31,10 @@ def as_json(audit: Audit, seen: list[Seen]) -> dict[str, Any]:
 
 def write(audit: Audit, seen: list[Seen]) -> None:
     """Rows, figures, warnings, and last the verdict with the errors."""
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = Screen()
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(text.translate(PICTURES), style), soft_wrap=True)
+        console.print(Text(printable(text), style), soft_wrap=True)
 
     for row in seen:
         _write_row(row, console)
@@ -80,7 +79,7 @@ def _places(finding: Finding) -> list[str]:
     return [f"{a}, as {b}" if b else a for a, b in itertools.zip_longest(finding.where, finding.like)]
 
 
-def _write_row(row: Seen, console: Console) -> None:
+def _write_row(row: Seen, console: Screen) -> None:
     """A row's text, its trained tokens in colour, or between ⟦ and ⟧ where there is no colour."""
     line = Text()
     line.append(f"── {row.where} · {row.tokens:,} tokens, {row.trained:,} trained ──\n", "bold")
@@ -89,9 +88,7 @@ def _write_row(row: Seen, console: Console) -> None:
         line.append("⟦" * marked)
         for stretch in stretches:
             colour = "bold green" if trained else "dim"
-            line.append(
-                stretch.text.translate(PICTURES), f"{colour} reverse" if trained and stretch.special else colour
-            )
+            line.append(printable(stretch.text), f"{colour} reverse" if trained and stretch.special else colour)
         line.append("⟧" * marked)
     line.rstrip()
     if row.cut:

@@ -8,13 +8,13 @@ import io
 import json
 import os
 import re
-import shlex
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stepladder.console import quoted
 from stepladder.data.readers import (
     JSON_FORM,
     READERS,
@@ -99,7 +99,7 @@ def read(path: Path, split: str = "train") -> Iterator[Found]:
                 for where, row in found:
                     yield where, row
     except PermissionError:
-        raise DataError("the file may not be read", where=name, way_out=f"chmod u+r {_shell_word(path)}") from None
+        raise DataError("the file may not be read", where=name, way_out=f"chmod u+r {quoted(path)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the file cannot be read to its end: {error}",
@@ -144,7 +144,7 @@ def _require_file(path: Path, name: str) -> None:
             f"{name} is a pipe, socket or device, and no file",
             why="data is read more than once",
             # A device may never end.
-            way_out=f"cat {_shell_word(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
+            way_out=f"cat {quoted(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
         )
 
 
@@ -174,11 +174,11 @@ def other_kind(path: Path) -> DataError:
     suffix = kind(path)
     what, code = OTHER_KINDS.get(suffix, ("", ""))
     if path.is_file() and _looks_like_json(path):
-        what, way_out = "its content looks like JSON", f"mv {_shell_word(path)} {_shell_word(f'{path}.jsonl')}"
+        what, way_out = "its content looks like JSON", f"mv {quoted(path)} {quoted(f'{path}.jsonl')}"
     elif code:
         way_out = conversion(code, path)
     elif suffix in UNPACKERS:
-        way_out = f"{UNPACKERS[suffix]} {_shell_word(path)}"
+        way_out = f"{UNPACKERS[suffix]} {quoted(path)}"
     else:
         way_out = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
     return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, way_out=way_out)
@@ -187,13 +187,7 @@ def other_kind(path: Path) -> DataError:
 def conversion(code: str, path: Path) -> str:
     """A shell command that runs Python code over FILE, which writes OUT, beside it and under a new name."""
     code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
-    return f"python -c {shlex.quote(code)}"
-
-
-def _shell_word(path: object) -> str:
-    """A path as a shell command takes it, control characters included."""
-    text = str(path)
-    return shlex.quote(text) if text.isprintable() else "$" + repr(text)
+    return f"python -c {quoted(code)}"
 
 
 def _looks_like_json(path: Path) -> bool:
@@ -213,14 +207,14 @@ def refuse_other_content(path: Path) -> None:
         raise DataError(
             f"{name} is a pointer of git-lfs, and no data",
             why="the data set was cloned without git-lfs, which fetches the files",
-            way_out=f"git -C {_shell_word(path.parent)} lfs pull",
+            way_out=f"git -C {quoted(path.parent)} lfs pull",
         )
     if head.startswith((b"<!doctype html", b"<html")):
         way_out = "download the file itself: on the hub its address holds /resolve/, not /blob/"
         raise DataError(f"{name} is a web page, and no data", way_out=way_out)
     for magic, right in MAGIC.items():
         if head.startswith(magic.lower()) and suffix != right:
-            way_out = f"mv {_shell_word(path)} {_shell_word(f'{path}{right}')}"
+            way_out = f"mv {quoted(path)} {quoted(f'{path}{right}')}"
             raise DataError(f"{name} is a {right} file by its content", way_out=way_out)
 
 

@@ -14,11 +14,11 @@ import io
 import itertools
 import json
 import re
-import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from stepladder.console import quoted
 from stepladder.errors import DataError
 
 Row = dict[str, Any]
@@ -303,7 +303,7 @@ def _holds_turns(items: list[Any]) -> bool:
 
 def _extraction(name: str, key: str) -> str:
     code = f"import json; [print(json.dumps(row)) for row in json.load(open({json.dumps(name)}))[{json.dumps(key)}]]"
-    return f"python -c {shlex.quote(code)} > {shlex.quote(name + '.jsonl')}"
+    return f"python -c {quoted(code)} > {quoted(name + '.jsonl')}"
 
 
 def split_word(name: str) -> str | None:

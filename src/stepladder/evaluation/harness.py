@@ -83,12 +83,18 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
 
 
 def evaluate(
-    name: str, tasks: list[str | dict[str, Any]], limit: int | None, batch_size: int, base: str | None = None
+    name: str,
+    tasks: list[str | dict[str, Any]],
+    limit: int | None,
+    batch_size: int,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Score]:
     """A model's scores, asked by its chat template where it has one.
 
     Args:
         base: where an adapter's base lies, in place of where the adapter says.
+        trust_remote_code: run the Python code that lies beside the model.
 
     Raises:
         RunError: lm-eval is not installed, or has no such task.
@@ -106,7 +112,7 @@ def evaluate(
     if unknown:
         way_out = "lm-eval ls tasks lists them; a file of ours: data/techco_eval.jsonl"
         raise RunError(f"lm-eval has no task '{unknown[0]}'", way_out=way_out)
-    model, tokenizer = load.for_inference(name, base)
+    model, tokenizer = load.for_inference(name, base, trust_remote_code)
     try:
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

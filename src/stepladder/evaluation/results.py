@@ -43,8 +43,9 @@ def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
     """The first answers in columns, the losses, the verdicts and what differs."""
     import io
 
-    from rich.console import Console
     from rich.table import Table
+
+    from stepladder.screen import Screen
 
     sides = facts["sides"]
     table = Table(show_lines=True, width=width, title_justify="left")
@@ -55,7 +56,7 @@ def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
         table.add_row(*[side["answers"][number] for side in sides])
     out = io.StringIO()
     if table.row_count:
-        Console(file=out, width=width, markup=False, highlight=False).print(table)
+        Screen(file=out, width=width, color_system=None).print(table)
         print(file=out)
     base, *others = sides
     for side in others:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stepladder import files
+from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
 from stepladder.model import virtual_tokens
 from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
@@ -104,12 +106,12 @@ def card(
     }
     front |= {"license": licence} if licence else {}
     how = method(trained) if trained else "An adapter"
-    rows = {"base": f"`{base}`", "licence": licence or "the base's, which its folder does not name"}
+    rows = {"base": _code(base), "licence": _text(licence) if licence else "the base's, which its folder does not name"}
     if before := trained.get("starts_from", {}).get("adapter"):
-        rows["trained on from"] = f"the adapter `{before}`"
+        rows["trained on from"] = f"the adapter {_code(before)}"
     if trained:
         totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
-        sets = [f"`{d['name']}` ({d['rows']} rows)" for d in trained["datasets"]]
+        sets = [f"{_code(d['name'])} ({d['rows']} rows)" for d in trained["datasets"]]
         rows |= {
             "data": ", ".join(sets),
             "method": f"{how}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
@@ -123,26 +125,29 @@ def card(
         if losses:
             rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
     if merged:
-        rows["merged"] = f"{', '.join(merged['adapters'])} in {merged['dtype']}, {_proof(merged)}"
+        rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
-    made = f"{how} of `{base}`{' on ' + ', '.join(data) if data else ''}"
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
+    cells = {name: _line(value).replace("|", "\\|") for name, value in rows.items()}
+    table = "\n".join(f"| {name} | {value} |" for name, value in cells.items())
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {folder.name}",
-        f"{made}{', merged' if merged else ''}, made with Stepladder.",
+        f"# {_text(folder.name)}",
+        f"{_line(made)}{', merged' if merged else ''}, made with Stepladder.",
         f"| | |\n| --- | --- |\n{table}",
-        f"## Load and serve\n\n```bash\n{_commands(folder, base, trained, adapter)}\n```",
+        "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, adapter)),
     ]
     if trained:
         recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
         source = Path(merged["adapters"][0]) if merged else folder
-        again = f"python scripts/sft.py --recipe {source}/recipe.yaml --output_dir runs/again"
+        again = f"python scripts/sft.py --recipe {quoted(source / 'recipe.yaml')} --output_dir runs/again"
         versions = ", ".join(f"{name} {version}" for name, version in trained["packages"].items())
         parts.append(
-            f"## Repeat\n\n```bash\n{again}{chr(10) + 'python ' + merged['command'] if merged else ''}\n```\n\n"
-            f"Commit {trained['git_commit']}; {versions}.\n\n```yaml\n{recipe}```"
+            "## Repeat\n\n"
+            + _fenced("bash", again + (f"\npython {_line(merged['command'])}" if merged else ""))
+            + f"\n\nCommit {trained['git_commit']}; {versions}.\n\n"
+            + _fenced("yaml", recipe.rstrip("\n"))
         )
     return "\n\n".join(parts) + "\n"
 
@@ -166,20 +171,49 @@ def _proof(merged: dict[str, Any]) -> str:
     )
 
 
+def _line(text: object) -> str:
+    """Text of any origin on one line."""
+    return printable(str(text)).replace("\n", " ")
+
+
+def _text(text: object) -> str:
+    return _line(text).replace("<", "&lt;")
+
+
+def _code(text: object) -> str:
+    """A name as Markdown's code, between more backticks than it holds in a row: nothing in it is Markdown or HTML."""
+    line = _line(text)
+    marks = "`" * (_backticks(line) + 1)
+    return f"{marks} {line} {marks}" if "`" in line else f"`{line}`"
+
+
+def _fenced(kind: str, text: str) -> str:
+    """A block of code that nothing in it ends."""
+    marks = "`" * max(3, _backticks(text) + 1)
+    return f"{marks}{kind}\n{text}\n{marks}"
+
+
+def _backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def _commands(folder: Path, base: str, trained: dict[str, Any], adapter: bool) -> str:
-    ask = f'python scripts/generate.py --model {folder} --prompt "…"'
+    here = quoted(folder)
+    ask = f'python scripts/generate.py --model {here} --prompt "…"'
     if not adapter:
         return (
-            f"{ask}\ntransformers serve {folder}\nvllm serve {folder}\n"
+            f"{ask}\ntransformers serve {here}\nvllm serve {here}\n"
             "# GGUF, for llama.cpp: its converter is in its repository only\n"
             "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n"
-            f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/{folder.name}.gguf --outtype bf16"
+            f"python llama.cpp/convert_hf_to_gguf.py {here} "
+            f"--outfile {quoted(folder / f'{folder.name}.gguf')} --outtype bf16"
         )
     if trained["recipe"].get("peft_type", "lora") != "lora":
         return ask
     rank = trained["recipe"].get("lora_r", 16)
+    merged = quoted(f"merged/{folder.name}")
     return (
-        f"{ask}\nvllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {folder.name}={folder}\n"
-        f"python scripts/merge.py --adapter {folder} --output_dir merged/{folder.name} "
-        f"&& transformers serve merged/{folder.name}"
+        f"{ask}\nvllm serve {quoted(base)} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {quoted(f'{folder.name}={folder}')}\n"
+        f"python scripts/merge.py --adapter {here} --output_dir {merged} && transformers serve {merged}"
     )

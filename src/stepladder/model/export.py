@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from stepladder.console import quoted
 from stepladder.data.templates import limits
 from stepladder.errors import ModelError
 
@@ -42,12 +44,22 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
         ours, theirs = _rendered(tokenizer, conversation), execute(template, _with_default(conversation, system))
         if ours != theirs:
             raise _not_for_ollama(f"it treats a turn by its place: {ours!r} would be {theirs!r}")
+    for text, name in ((template, "the chat template"), (system, "its system prompt")):
+        if '"""' in text:  # it ends a value of a Modelfile, and there is no escape for it
+            raise _not_for_ollama(f'{name} holds """, after which a Modelfile goes on with directives')
     lines = ["FROM .", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
     ends = generation.get("eos_token_id", tokenizer.eos_token_id)
     ids = ends if isinstance(ends, list) else [ends]
-    lines += [f'PARAMETER stop "{token}"' for token in dict.fromkeys(tokenizer.convert_ids_to_tokens(ids))]
-    lines += [f"PARAMETER {ollama} {generation[key]}" for key, ollama in PARAMETERS.items() if generation.get(key)]
+    for token in dict.fromkeys(tokenizer.convert_ids_to_tokens(ids)):
+        if not str(token).isprintable() or '"' in str(token):
+            raise _not_for_ollama(f"the end token {token!r} cannot be quoted in a Modelfile")
+        lines.append(f'PARAMETER stop "{token}"')
+    for key, ollama in PARAMETERS.items():
+        if value := generation.get(key):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise _not_for_ollama(f"generation_config.json: {key} is no number: {value!r}")
+            lines.append(f"PARAMETER {ollama} {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -84,8 +96,11 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     else:
         around["system"] = left, rest.partition(user[1])[0].removesuffix(around["user"][0])
         default = default.removeprefix(left).removesuffix(around["system"][1])
-    branches = [f'if eq .Role "{role}" }}}}{a}{{{{ .Content }}}}{b}' for role, (a, b) in around.items()]
     prompt = _rendered(tokenizer, [user])[len(_rendered(tokenizer, [user], False)) :]
+    for literal in (*(part for sides in around.values() for part in sides), prompt):
+        if "{{" in literal or literal.endswith("{"):  # before an action, a brace becomes a part of it
+            raise _not_for_ollama(f"it writes {literal!r}, which Ollama would take for a directive of its own template")
+    branches = [f'if eq .Role "{role}" }}}}{a}{{{{ .Content }}}}{b}' for role, (a, b) in around.items()]
     body = "{{ else ".join(branches)
     return f"{{{{ range .Messages }}}}{{{{ {body}{{{{ end }}}}{{{{ end }}}}{prompt}", default
 
@@ -129,6 +144,6 @@ def push(folder: Path, name: str) -> str:
         raise ModelError(
             f"{folder} is merged, and could not be pushed to {name}",
             why=str(error).strip().splitlines()[0],
-            way_out=f"hf auth login, then: hf upload {name} {folder}",
+            way_out=f"hf auth login, then: {quoted('hf', 'upload', name, folder)}",
         ) from None
     return address

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder.console import quoted
 from stepladder.errors import ModelError
 from stepladder.model.weights import Weights, more
 
@@ -38,7 +39,8 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
             raise ModelError(
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
                 why="it learned tokens that come before the prompt, not a change of the base's weights",
-                way_out=f'serve base and adapter together: python scripts/generate.py --model {folder} --prompt "…"',
+                way_out="serve base and adapter together: "
+                f'python scripts/generate.py --model {quoted(folder)} --prompt "…"',
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ModelError(

@@ -14,7 +14,7 @@ from stepladder.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -80,6 +80,14 @@ def unquantized(name: str, revision: str | None = None) -> Path:
     return folder
 
 
+def config_of(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model in a folder, whose architecture Transformers knows by itself."""
+    from transformers import AutoConfig
+
+    with _loading(str(folder)):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe's model or adapter, with a padding token.
 
@@ -104,11 +112,15 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_of(
-    name: str, revision: str | None = None, trust_remote_code: bool | None = None
+    name: str, revision: str | None = None, trust_remote_code: bool | None = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder, or of a hub id, with a padding token.
 
     An adapter without one has its base's.
+
+    Args:
+        revision: of a hub id.
+        trust_remote_code: run the Python code that lies beside it.
     """
     from transformers import AutoTokenizer
 
@@ -116,7 +128,7 @@ def tokenizer_of(
     if source.adapter and not source.has_tokenizer:
         name, revision = source.base, source.revision
     with _loading(name):
-        tok = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tok = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=bool(trust_remote_code))
     if not tok.is_fast:  # labels need the characters that each token stands for
         raise ModelError(
             f"the tokenizer of '{name}' is not a fast one",
@@ -130,11 +142,11 @@ def tokenizer_of(
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
     """Put the tokenizer beside a merged model, and let the model stop where the tokenizer's template ends a turn."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     tokenizer.save_pretrained(folder)
     own = (base / "generation_config.json").is_file()
-    config = AutoConfig.from_pretrained(folder)
+    config = config_of(folder)
     generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
     generation.eos_token_id = config.eos_token_id = end_tokens(tokenizer, generation.eos_token_id, config.eos_token_id)
     for saved in (config, generation):
@@ -173,7 +185,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
             name,
             dtype=weights_dtype(recipe, mixed_precision),
             revision=source.revision,
-            trust_remote_code=recipe.get("trust_remote_code"),
+            trust_remote_code=bool(recipe.get("trust_remote_code")),
             use_safetensors=True,
             **kwargs,
         )
@@ -239,11 +251,17 @@ def quantization_config(recipe: Settings, mixed_precision: str) -> Any:
     )
 
 
-def for_inference(name: str, base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def for_inference(
+    name: str, base: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base model, a merged folder, or an adapter on its base, ready to generate, on the best device.
 
     Args:
         base: where an adapter's base lies, in place of where the adapter says.
+        trust_remote_code: run the Python code that lies beside the model.
+
+    Raises:
+        ModelError: there is none, it cannot be loaded, or it needs code that is not trusted.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -251,11 +269,13 @@ def for_inference(name: str, base: str | None = None) -> tuple[PreTrainedModel, 
     source = start.checked(name, base)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    tok = tokenizer_of(str(source.adapter) if source.has_tokenizer else source.base, source.revision)
+    place = str(source.adapter) if source.has_tokenizer else source.base
+    tok = tokenizer_of(place, source.revision, trust_remote_code)
     with _loading(source.base, of=str(source.adapter or "")):
         model = AutoModelForCausalLM.from_pretrained(
-            source.base, revision=source.revision, dtype=dtype, use_safetensors=True
-        )
+            source.base, revision=source.revision, dtype=dtype, use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:
@@ -263,6 +283,17 @@ def for_inference(name: str, base: str | None = None) -> tuple[PreTrainedModel, 
 
             model = PeftModel.from_pretrained(model, source.adapter)
     return model.to(device).eval(), tok
+
+
+def needs_code(name: str, where: str = "") -> ModelError:
+    """That a model cannot be loaded without running code of its own. Transformers would ask, and wait for an answer."""
+    return ModelError(
+        f"'{name}' cannot be loaded without Python code that lies beside it",
+        where=where,
+        why="code that comes with a model could do all that you may do, so it is not run unless you say so",
+        way_out="read that code; if you trust it: trust_remote_code: true in the recipe, or --trust_remote_code of "
+        "generate.py, compare.py and evaluate.py. merge.py takes models that Transformers knows by itself",
+    )
 
 
 class _loading:
@@ -275,6 +306,8 @@ class _loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise needs_code(self.name) from None
         if isinstance(error, ImportError) and "FlashAttention" in str(error):
             raise ModelError(
                 "the package of that attn_implementation is not installed",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model import injection, quantized, streaming, weights
+from stepladder.model import injection, load, quantized, streaming, weights
 from stepladder.model.weights import CODES, Tensor, Weights
 
 if TYPE_CHECKING:
@@ -45,10 +45,8 @@ class Merge:
         tokens: int = 0,
         device: str = "cpu",
     ):
-        from transformers import AutoConfig
-
         self.disk, self.quantize, self.device = Weights(base), quantize, device
-        self.config = AutoConfig.from_pretrained(base)
+        self.config = load.config_of(base)
         self._last: dict[str, torch.Tensor] = {}
         self._streaming = False
         model = self._bare()

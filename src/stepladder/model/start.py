@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import files
+from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.files import read_object
@@ -322,7 +322,7 @@ def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str =
     """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
     words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
     words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
-    return "python scripts/merge.py " + shlex.join(words)
+    return f"python scripts/merge.py {quoted(*words)}"
 
 
 def _merge(name: str) -> str:

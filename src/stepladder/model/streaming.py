@@ -24,7 +24,7 @@ def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

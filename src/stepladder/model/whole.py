@@ -34,7 +34,9 @@ class Whole:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.base, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
         model = model.to(self.device).eval()
         if self.tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(self.tokens, mean_resizing=False)
@@ -61,7 +63,8 @@ class Whole:
         import torch
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return model.to(self.device).eval()
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
         code = CODES[str(dtype).removeprefix("torch.")]

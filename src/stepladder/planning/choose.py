@@ -8,6 +8,7 @@ import resource
 from dataclasses import dataclass
 from typing import Any
 
+from stepladder.console import quoted
 from stepladder.errors import LaunchError
 from stepladder.hardware import GPU, GPUS
 from stepladder.planning import hardware, memory, speed, trace, unloaded
@@ -240,7 +241,7 @@ def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
 
 def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
     """What to type: on the machine, and for Slurm."""
-    keys = f"--recipe {recipe} --per_device_train_batch_size {way.micro}"
+    keys = f"--recipe {quoted(recipe)} --per_device_train_batch_size {way.micro}"
     keys += f" --gradient_checkpointing {str(way.checkpointing).lower()}"
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from stepladder.planning import speed
 from stepladder.planning.choose import Plan, Way
 from stepladder.planning.hardware import GIB
+from stepladder.screen import Screen
 
 PARTS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "loss": "loss",
@@ -15,37 +16,52 @@ PARTS = {
 }  # fmt: skip
 
 
-def write(plan: Plan, ways: list[Way], best: Way | None, steps: int | None) -> None:
-    """Print each way's peak a rank in GiB, split, its speed, and the recommended one marked.
+def write(plan: Plan, ways: list[Way], best: Way | None, steps: int | None, parts: bool = False) -> None:
+    """Print each way's peak per rank in GiB, its room, and its speed, the recommended one marked.
 
     Args:
         steps: of the whole run, where that is known.
+        parts: a second table splits the peak.
     """
     tokens = (steps or 0) * plan.rows * plan.length
-    table = Table(
-        title=f"{plan.ranks} × {plan.device.name}, {plan.rows} rows of {plan.length} tokens a step, "
-        f"{plan.precision}: GiB a rank",
-        title_justify="left",
+    screen = Screen(plain=100)
+    screen.print(
+        f"{plan.ranks} × {plan.device.name}, {plan.rows} rows of {plan.length} tokens a step, {plan.precision}; "
+        "GiB a rank"
     )
-    for name in ("strategy", "ckpt", "batch", "peak", *PARTS.values(), "host/node", "fits", "tokens/s", "hours"):
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    decides = table("ckpt", "batch", "peak", "fits", "tokens/s", "hours")
+    split = table("ckpt", *PARTS.values(), "host")
     for way in ways:
-        parts = [f"{getattr(way.memory, name) / GIB:.1f}" for name in PARTS]
-        parts.append(f"{way.memory.host * plan.ranks / plan.nodes / GIB:.1f}")
+        name = ("▸ " if way is best else "  ") + way.strategy
+        style, checkpointing = None if way.fits else "dim", "on" if way.checkpointing else "off"
         room = (way.limit - way.memory.total) / GIB
-        table.add_row(
-            ("▸ " if way is best else "  ") + way.strategy, "on" if way.checkpointing else "off", str(way.micro),
-            f"{way.memory.total / GIB:.1f}", *parts, ("✔" if way.fits else "✘") + f" {room:+.1f}",
-            f"{way.tokens_per_second:,.0f}", hours(tokens / way.tokens_per_second) if steps else "?",
-            style=None if way.fits else "dim",
+        decides.add_row(
+            name, checkpointing, str(way.micro), f"{way.memory.total / GIB:.1f}",
+            ("✔" if way.fits else "✘") + f" {room:+.1f}", f"{way.tokens_per_second:,.0f}",
+            hours(tokens / way.tokens_per_second) if steps else "?", style=style,
         )  # fmt: skip
-    Console(width=None if Console().is_terminal else 140).print(table)
+        held = [f"{getattr(way.memory, part) / GIB:.1f}" for part in PARTS]
+        host = f"{way.memory.host * plan.ranks / plan.nodes / GIB:.1f}"
+        split.add_row(name, checkpointing, *held, host, style=style)
+    screen.print(decides)
+    if parts:
+        screen.print(split)
+        screen.print("fixed: the CUDA context; host: the host memory of a node")
     run = f"{steps} steps" if steps else "an unknown number of steps (the data set is not here; --max_steps says it)"
-    print(
+    screen.print(
         f"the whole run: {run}; its hours are at most these, since rows are seldom full\n"
         "assumed: every row full and every token trained, flash or fused attention, the optimizer's state there; "
-        f"the allocator wastes 5 %;\n{speed.EFFICIENCY:.0%} of the GPU's peak is reached (published runs: 33 to 56 %)"
+        f"the allocator wastes 5 %; {speed.EFFICIENCY:.0%} of the GPU's peak is reached (published runs: 33 to 56 %)"
     )
+
+
+def table(*columns: str) -> Table:
+    """Of at most 80 columns: rules between all columns would not leave room for the figures."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("strategy", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def hours(seconds: float) -> str:

@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from stepladder.errors import LaunchError
-from stepladder.planning import speed
+from stepladder.planning import report, speed
 from stepladder.planning.choose import Plan
 from stepladder.planning.speed import ETHERNET, INFINIBAND, Network, Step
+from stepladder.screen import Screen
 
 STRATEGIES = ("ddp", "zero3", "fsdp", "hybrid")
 NODE = 8  # GPUs of a full node
@@ -69,32 +67,39 @@ def points(plan: Plan, gpus: list[int], micro: int, checkpointing: bool) -> list
     return found
 
 
-def write(plan: Plan, found: list[Point], micro: int, checkpointing: bool) -> None:
-    """The table, and a sentence for each strategy: where it bends."""
-    table = Table(
-        title=f"{plan.device.name}, {NODE} a node; micro-batch {micro} of {plan.length} tokens, checkpointing "
-        f"{'on' if checkpointing else 'off'}: seconds of a step",
-        title_justify="left",
+def write(plan: Plan, found: list[Point], micro: int, checkpointing: bool, parts: bool = False) -> None:
+    """The table, and a sentence for each strategy: where it bends.
+
+    Args:
+        parts: the seconds of each collective too.
+    """
+    screen = Screen(plain=100)
+    screen.print(
+        f"{plan.device.name}, {NODE} a node; micro-batch {micro} of {plan.length} tokens, checkpointing "
+        f"{'on' if checkpointing else 'off'}: seconds of a step; tokens/s of a GPU"
     )
-    columns = ("strategy", "GPUs", "rows a step", "compute", "all-gather", "reduce-scatter", "all-reduce", "exposed")
-    for name in (*columns, "tokens/s a GPU", "InfiniBand", "Ethernet"):
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    collectives = ("all-gather", "reduce-scatter", "all-reduce")
+    table = report.table("GPUs", "rows", "compute", "exposed", "tokens/s", "InfiniBand", "Ethernet")
+    split = report.table("GPUs", *collectives)
     for point in found:
         step = point.on[INFINIBAND]
-        sent = [step.collectives.get(name, 0.0) for name in ("all-gather", "reduce-scatter", "all-reduce")]
+        sent = [step.collectives.get(name, 0.0) for name in collectives]
         exposed = step.total - step.compute
         tokens = point.rows * plan.length / point.gpus / step.total
         shares = [f"{point.efficiency(network):.0%}" for network in (INFINIBAND, ETHERNET)]
         table.add_row(
             point.strategy, str(point.gpus), str(point.rows), f"{step.compute:.3f}",
-            *(f"{seconds:.3f}" if seconds else "" for seconds in sent), f"{exposed:.3f}", f"{tokens:,.0f}", *shares,
+            f"{exposed:.3f}", f"{tokens:,.0f}", *shares,
         )  # fmt: skip
-    Console(width=None if Console().is_terminal else 140).print(table)
+        split.add_row(point.strategy, str(point.gpus), *(f"{seconds:.3f}" if seconds else "" for seconds in sent))
+    screen.print(table)
+    if parts:
+        screen.print(split)
     for strategy in dict.fromkeys(point.strategy for point in found):
-        print(f"{strategy}: {'; '.join(bend(found, strategy, network) for network in (INFINIBAND, ETHERNET))}")
-    print(
+        screen.print(f"{strategy}: {'; '.join(bend(found, strategy, network) for network in (INFINIBAND, ETHERNET))}")
+    screen.print(
         f"assumed: {plan.device.link:g} GB/s between the GPUs of a node, {INFINIBAND.name}, {ETHERNET.name}, of which "
-        f"{speed.REACHED:.0%} is reached; what fits behind arithmetic costs nothing.\nOne GPU's rows stay, so the "
+        f"{speed.REACHED:.0%} is reached; what fits behind arithmetic costs nothing. One GPU's rows stay, so the "
         f"global batch grows: the recipe's own {plan.rows} rows keep {plan.rows} GPUs busy at most"
     )
 

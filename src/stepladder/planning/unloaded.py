@@ -39,7 +39,11 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
 
     with torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings, work.precision))
+            base = AutoModelForCausalLM.from_config(
+                config,
+                dtype=_dtype(settings, work.precision),
+                trust_remote_code=bool(settings.get("trust_remote_code")),
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(
                 f"the architecture {config.model_type} cannot be built from its configuration",

@@ -24,10 +24,12 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from stepladder import console
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import config as axolotl_config
 from stepladder.recipe.axolotl import keys
 from stepladder.recipe.schema import known_keys
+from stepladder.screen import Screen
 from stepladder.suggest import suggest
 
 AXOLOTL = "axolotl"
@@ -209,11 +211,11 @@ def _grouped(entries: list[Entry]) -> list[Entry]:
 
 def write(*renderables: RenderableType) -> None:
     """Print in colour on a terminal; elsewhere plain text, wide and without blanks at the ends of lines."""
-    console = Console(highlight=False, emoji=False)
-    console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
-    with console.capture() as captured:
-        console.print(*renderables, sep="\n", markup=False)
-    print("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()), flush=True)
+    screen = Screen(plain=WIDEST)
+    screen.width = min(screen.width, WIDEST)
+    with screen.capture() as captured:
+        screen.print(*renderables, sep="\n")
+    console.write_exactly("\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")) + "\n")
 
 
 class Table:

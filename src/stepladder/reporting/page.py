@@ -13,13 +13,13 @@ import functools
 import hashlib
 import json
 import math
-import shlex
 import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from stepladder.console import quoted
 from stepladder.errors import RunError
 from stepladder.reporting import marked, plots, verdicts
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
@@ -275,7 +275,7 @@ def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], boo
 def _commands(run: LoggedRun) -> Iterator[str]:
     """What runs it again: its resolved recipe, under the same strategy and on as many ranks; and its comparison."""
     strategy, ranks = run.facts.get("strategy", "single"), run.facts.get("world_size", 1)
-    again = f"scripts/sft.py --recipe {shlex.quote(str(run.folder / RECIPE))} --output_dir runs/again"
+    again = f"scripts/sft.py --recipe {quoted(run.folder / RECIPE)} --output_dir runs/again"
     if strategy != "single":
         yield f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
     elif run.facts or run.rows:

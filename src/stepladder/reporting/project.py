@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stepladder.console import quoted
 from stepladder.reporting.page import duration, judge, share
 from stepladder.reporting.runs import LoggedRun
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
@@ -101,7 +102,7 @@ def _quoted(text: str) -> str:
 def _not_compared(run: LoggedRun) -> str:
     base = (run.facts.get("recipe") or {}).get("model_name_or_path", "BASE")
     data = "" if (run.facts.get("held_out") or {}).get("rows") else " --data HELD_OUT.jsonl"
-    return NOT_COMPARED.format(base=base, folder=run.folder, data=data)
+    return NOT_COMPARED.format(base=quoted(base), folder=quoted(run.folder), data=data)
 
 
 def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:

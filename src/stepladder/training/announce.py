@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepladder.console import say
+from stepladder.console import quoted, say
 from stepladder.errors import StepladderError
 from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
@@ -92,7 +91,7 @@ def ending(run: Run) -> str:
     starts = len(run.manifest["resumed"]) + 1
     used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
     memory = max(totals["peak_memory_bytes"]) / 2**30
-    best, folder = run.manifest["result_step"], shlex.quote(str(run.folder))
+    best, folder = run.manifest["result_step"], quoted(run.folder)
     lines = [
         f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s{losses}",
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
@@ -103,7 +102,7 @@ def ending(run: Run) -> str:
         f'  ask it:      python scripts/generate.py --model {folder} --prompt "…"',
     ]
     recipe = run.manifest["recipe"]
-    base = shlex.quote(recipe["model_name_or_path"])
+    base = quoted(recipe["model_name_or_path"])
     held_out = run.manifest.get("held_out", {"rows": 0, "foreign": ""})  # counted by the rank that writes
     if held_out["rows"]:
         lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {folder}")
@@ -123,7 +122,7 @@ def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
             f"{error.what}: {error.why}" if isinstance(error, StepladderError) else f"{type(error).__name__}: {error}"
         )
         say(f"⚠ the pages of {folder} are not whole: {cause}")
-        say(f"  the result stands; for its page, once that is mended: python scripts/report.py {folder}")
+        say(f"  the result stands; for its page, once that is mended: python scripts/report.py {quoted(folder)}")
 
 
 def preempted(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Progress that a person can read: one line by rich on a terminal, plain lines elsewhere, on rank 0 alone."""
+"""Progress that a person can read: some twenty lines a run, and on a terminal a bar below them, on rank 0 alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
 
 from stepladder.console import is_main_rank, say
+from stepladder.screen import Screen
 
-LINES = 20  # about as many lines a run where the output is a file or a log
+LINES = 20  # about as many lines a run, which stay: above the bar on a terminal, and in a file or a log
 SMOOTHED = 0.2  # the weight of a new loss in the average that the trend compares with
 
 
@@ -28,12 +28,12 @@ class ProgressLine(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first_step = time.perf_counter(), state.global_step
-        console = Console()
+        screen = Screen()
         # rich takes any stream for a terminal where FORCE_COLOR is set; isatty() also one that can move no cursor
-        if sys.stdout.isatty() and console.is_interactive and is_main_rank():
+        if sys.stdout.isatty() and screen.is_interactive and is_main_rank():
             columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(16), TextColumn("{task.fields[figures]}"))
             # stderr stays as it is: what libraries say there goes above the line by itself
-            self.line = Progress(*columns, console=console, redirect_stderr=False)
+            self.line = Progress(*columns, console=screen, redirect_stderr=False)
             self.task = self.line.add_task("", total=state.max_steps, completed=state.global_step, figures="")
             self.line.start()
             self.line.console.show_cursor()  # a run that is killed would leave the terminal without one
@@ -47,9 +47,8 @@ class ProgressLine(TrainerCallback):
         self.figures = self._figures(logs)
         every = max(1, state.max_steps // LINES)
         due = state.global_step >= self.last_line + every or state.global_step == state.max_steps
-        if self.line:
-            self._draw(state)
-        elif due:
+        self._draw(state)
+        if due:
             say(f"  step {state.global_step:>5}/{state.max_steps}  {self.figures}  {self._left(state)}")
             self.last_line = state.global_step
 

@@ -140,7 +140,7 @@ def from_path(path: str, where: str = "") -> str:
     from transformers import AutoTokenizer
 
     try:
-        template = source(AutoTokenizer.from_pretrained(path))
+        template = source(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ModelError(f"no template at '{path}': {str(error).splitlines()[0]}", where=where) from None
     if not template:

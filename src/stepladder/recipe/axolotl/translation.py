@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stepladder.console import printable, quoted
 from stepladder.errors import RecipeError
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import data
@@ -153,8 +153,8 @@ class Translation:
 
     def command(self, recipe: str) -> str:
         """The launch command for the recipe at this path."""
-        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
-        script = f"scripts/sft.py --recipe {shlex.quote(recipe)}"
+        variables = "".join(f"{name}={quoted(value)} " for name, value in self.environment.items())
+        script = f"scripts/sft.py --recipe {quoted(recipe)}"
         if not self.strategy:
             return f"{variables}python {script}"
         config = f"accelerate_configs/{self.strategy}.yaml"
@@ -166,7 +166,7 @@ class Translation:
         if self.strategy:
             lines.append("# (--num_processes: as many as there are GPUs)")
         lines += [f"# Left out: {row.key}: {short(row.value)} ({row.outcome.reason})" for row in self.rows if row.stops]
-        lines = [line.replace("\n", " ") for line in lines]  # a comment ends with its line
+        lines = [printable(line).replace("\n", " ") for line in lines]  # a comment ends with its line
         for section in SECTIONS:
             keys = {key: value for key, value in self.recipe.items() if _section(key) == section}
             if keys:
