@@ -16,14 +16,13 @@ into its folder. See docs/evaluation.md.
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import compare, generate, held_out, learned, questions, results, rubric, sides
+from stepladder.evaluation import compare, endpoint, generate, held_out, learned, questions, results, rubric, sides
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training import ranks
@@ -46,6 +45,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
                         help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
+    parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")
     args = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
     wants_general = args.general or mixture.GENERAL.is_file()
     general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:
-        sides.check(source, on)
+        sides.check(source, on, sources[0])
     length = sides.length(sources, args.max_new_tokens, on.notes)
     if folder is None:
         parser.error("--output_dir is needed: the first --tuned is no run folder")
@@ -93,6 +93,10 @@ def main() -> None:
     on.general = sides.sample(general, without=set().union(*trained.values())) if general else None
     on.notes += sides.not_measured(sources, on)
 
+    kept = endpoint.Kept(folder / "server_answers.jsonl", server[0], length) if server else None
+    if kept and kept.known:
+        on.notes.append(f"{len(kept.known)} answers of {server[0]} were kept by a comparison that failed")
+
     launch = ranks.launched()
     console.quiet_libraries()
     with console.quick_imports():
@@ -101,17 +105,18 @@ def main() -> None:
 
     console.quiet_progress_bars()
     ranks_here = accelerate.PartialState(cpu=use_cpu)  # the ranks meet
-    template = sides.template_of(args.tuned)
-    measured = []
-    for source in sources:
+    template = sides.template_of(args.tuned, args.trust_remote_code)
+    sides_of = {}
+    for source in sorted(sources, key=lambda source: source not in server):  # what fails by others' fault comes first
         began = time.perf_counter()
-        measured.append(sides.measure(source, on, length, template))
+        sides_of[source] = sides.measure(source, on, length, template, kept, args.trust_remote_code)
         if not args.json:
             console.say(f"{source}: {len(on.questions)} answers in {time.perf_counter() - began:.0f} s")
+    measured = [sides_of[source] for source in sources]
     if ranks_here.is_main_process:
         answers = {name: learned.Trained(sides.answers_of(found)) for name, found in rows.items()}
         facts = {
-            "command": "python " + shlex.join(sys.argv),
+            "command": "python " + console.quoted(*sys.argv),
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "held_out_rows": 0 if on_training else len(compared or []),
             "training_rows": len(compared or []) if on_training else 0,
@@ -135,6 +140,8 @@ def main() -> None:
         files |= {Path(side.name) / "compare.json": as_text(found([measured[0], side])) for side in own}
         for file, text in files.items():  # all are made before the first is written
             run.write_whole(file, text)
+        if kept:
+            kept.remove()
         if args.json:
             print(json.dumps(told, ensure_ascii=False, allow_nan=False))
         else:

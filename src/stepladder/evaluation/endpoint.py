@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stepladder.errors import ModelError
-from stepladder.evaluation import shared_out
+from stepladder.errors import ModelError, RunError
+from stepladder.evaluation import shared_out, transcript
 from stepladder.evaluation.generate import Answer, Message
+
+if TYPE_CHECKING:
+    from httpx2 import URL, AsyncClient, Response
 
 AT_ONCE, TRIES, PAUSE = 4, 3, 1.0  # requests in flight; tries a request; seconds before the second, doubled after
 MOST = 10_000_000  # bytes of an answer; a chat completion has thousands
+MOST_OF_A_FAULT = 2_000  # bytes that are read of a refusal, of which 200 are shown
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what may be otherwise on the next try
+KEY = "OPENAI_API_KEY"
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which no file can hold; JSON can
 
 
 class Endpoint(NamedTuple):
@@ -28,7 +32,53 @@ class Endpoint(NamedTuple):
     timeout: float = 60.0
 
     def __str__(self) -> str:
-        return f"{self.model} at {self.url}"
+        return f"{self.model} at {shown(self.url)}"
+
+
+class Kept:
+    """The answers of a server in a file, a transcript, while a comparison is under way: one that failed goes on there.
+
+    Args:
+        file: each answer is appended as it comes, by all ranks; None keeps nothing.
+    """
+
+    def __init__(self, file: Path | None, endpoint: Endpoint, max_new_tokens: int):
+        self.file, self.endpoint, self.max_new_tokens = file, endpoint, max_new_tokens
+        content = file.read_bytes() if file and file.is_file() else b""
+        self.ending = b"" if content.endswith(b"\n") or not content else b"\n"  # of a line that was cut
+        self.known = {key: answer for line in content.split(b"\n") for key, answer in self._read(line)}
+
+    def _read(self, line: bytes) -> list[tuple[str, Answer]]:
+        """An answer of this server's model within as many tokens; none in another's row or a half-written line."""
+        try:
+            row = json.loads(line)
+            *asked, said = row["messages"]
+            if (row["model"], row["max_new_tokens"]) == (str(self.endpoint), self.max_new_tokens):
+                return [(json.dumps(asked), Answer(str(said["content"]), bool(row["stopped"])))]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        return []
+
+    def add(self, messages: list[Message], answer: Answer) -> None:
+        if self.file:
+            row = transcript.row(str(self.endpoint), {"messages": messages}, answer, self.max_new_tokens, 0.0)
+            try:
+                with self.file.open("ab") as out:
+                    out.write(self.ending + row.encode(errors="surrogatepass"))
+            except OSError as error:
+                raise RunError(f"{self.file} cannot be written: {error.strerror}") from None
+            self.ending = b""
+
+    def remove(self) -> None:
+        """The comparison is made: the next one asks anew."""
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
+
+def shown(url: str) -> str:
+    """An address as it may be printed: without a password or a key that stands in it."""
+    plain = re.sub(r"^(\w+://)?.*@", r"\1…@", url, flags=re.DOTALL)
+    return re.sub(r"[?#].*", "?…", plain, flags=re.DOTALL)
 
 
 def probe(endpoint: Endpoint, messages: list[Message]) -> None:
@@ -37,75 +87,188 @@ def probe(endpoint: Endpoint, messages: list[Message]) -> None:
     Raises:
         ModelError: as `answers`.
     """
-    _answer(endpoint, messages, 1)
+    asyncio.run(_all(endpoint, [messages], Kept(None, endpoint, 1), []))
 
 
-def answers(endpoint: Endpoint, conversations: list[list[Message]], max_new_tokens: int) -> list[Answer]:
+def answers(
+    endpoint: Endpoint,
+    conversations: list[list[Message]],
+    max_new_tokens: int,
+    kept: Kept | None = None,
+    notes: list[str] | None = None,
+) -> list[Answer]:
     """The server's next turn for each conversation, in their order, at temperature 0; the ranks share them out.
+
+    Args:
+        kept: what the server answered before is not asked again.
+        notes: gets what had to be changed in an answer.
 
     Raises:
         ModelError: it is down, too slow or refuses, after all tries; it answers what is no chat completion.
     """
+    kept = kept or Kept(None, endpoint, max_new_tokens)
+    mended: list[str] = []
 
-    def batch_of(batch: list[list[Message]]) -> list[Answer]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda messages: _answer(endpoint, messages, max_new_tokens), batch))
+    def batch_of(batch: list[list[Message]]) -> list[tuple[Answer, str]]:
+        before = len(mended)
+        found = asyncio.run(_all(endpoint, batch, kept, mended))
+        return [(answer, "".join(mended[before:][:1])) for answer in found]
 
     batches = [conversations[start : start + AT_ONCE] for start in range(0, len(conversations), AT_ONCE)]
-    return [answer for batch in shared_out.each(batches, batch_of) for answer in batch]
+    try:
+        found = [pair for batch in shared_out.each(batches, batch_of) for pair in batch]
+    except ModelError as error:
+        if not kept.file:
+            raise
+        way_out = f"{error.way_out}\nwhat it answered is kept in {kept.file}: the same command again goes on from there"
+        raise ModelError(error.what, why=error.why, way_out=way_out) from None
+    if notes is not None:
+        notes += dict.fromkeys(note for _, note in found if note)
+    return [answer for answer, _ in found]
 
 
-def _answer(endpoint: Endpoint, messages: list[Message], max_new_tokens: int) -> Answer:
-    asked = {"model": endpoint.model, "messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "seed": 42}
-    said = _post(endpoint, asked)
+async def _all(endpoint: Endpoint, conversations: list[list[Message]], kept: Kept, mended: list[str]) -> list[Answer]:
+    """All of them at once; the first fault is raised when the others have answered, so that none is lost."""
+    import httpx2
+
+    address, headers = _address(endpoint), _headers()
+    try:
+        # No time limits of its own, which count from byte to byte: `_post` has one of all. A redirect is not followed:
+        # it would hand the key and the questions on.
+        client = httpx2.AsyncClient(headers=headers, timeout=None, follow_redirects=False)
+    except (ImportError, ValueError) as error:  # of a proxy in the environment
+        raise ModelError(
+            "the proxy of the environment cannot be used", why=str(error), way_out="unset HTTP_PROXY, ALL_PROXY, …"
+        ) from None
+    async with client:
+
+        async def one(messages: list[Message]) -> Answer:
+            if known := kept.known.get(json.dumps(messages)):
+                return known
+            said = await _post(client, address, endpoint, _question(endpoint, messages, kept.max_new_tokens))
+            answer = _read(endpoint, said, mended)
+            kept.add(messages, answer)
+            return answer
+
+        found = await asyncio.gather(*map(one, conversations), return_exceptions=True)
+    for answer in found:
+        if isinstance(answer, BaseException):
+            raise answer
+    return [answer for answer in found if isinstance(answer, Answer)]
+
+
+def _question(endpoint: Endpoint, messages: list[Message], max_new_tokens: int) -> dict[str, Any]:
+    asked = {"model": endpoint.model, "messages": messages, "max_tokens": max_new_tokens}
+    return asked | {"temperature": 0, "seed": 42}
+
+
+def _read(endpoint: Endpoint, said: bytes, mended: list[str]) -> Answer:
+    """The answer of a chat completion.
+
+    Raises:
+        ModelError: it is none.
+    """
     try:
         choice = json.loads(said)["choices"][0]
-        return Answer(choice["message"]["content"].strip(), choice.get("finish_reason") == "stop")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        text, stopped = choice["message"]["content"].strip(), choice.get("finish_reason") == "stop"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ModelError(
-            f"the endpoint {endpoint.url} answers what is no chat completion",
-            why=f"it says: {said[:200].decode(errors='replace')!r}",
+            f"the endpoint {shown(endpoint.url)} answers what is no chat completion",
+            why=f"it says: {_excerpt(said)!r}",
             way_out="is this an OpenAI-compatible server? Ollama: http://localhost:11434, vLLM: http://localhost:8000",
         ) from None
+    if HALF.search(text):
+        mended.append(f"{endpoint} answers with halves of characters (lone surrogates), which are compared as \ufffd")
+    return Answer(HALF.sub("\ufffd", text), stopped)
 
 
-def _post(endpoint: Endpoint, body: dict[str, Any]) -> bytes:
-    address = endpoint.url.rstrip("/").removesuffix("/v1") + "/v1/chat/completions"
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+def _address(endpoint: Endpoint) -> URL:
+    """Where chat completions are asked for.
+
+    Raises:
+        ModelError: it is no address, or holds a secret, which would be printed and kept with the command.
+    """
+    import httpx2
+
     try:
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        host = (request.host or "").encode("idna")  # what the connection does with it
-    except ValueError:
-        host = b""
-    if not (host and request.type in ("http", "https")):
-        raise ModelError(f"'{endpoint.url}' is no address", way_out="--endpoint http://localhost:11434")
+        url = httpx2.URL(endpoint.url)
+        url.host.encode("idna")  # what the connection does with it, in words of its own
+        right = url.scheme in ("http", "https") and url.raw_host and 0 < (url.port or 80) < 65_536
+    except (httpx2.InvalidURL, ValueError, TypeError):
+        right = False
+    if "@" in endpoint.url or "?" in endpoint.url or "#" in endpoint.url:
+        raise ModelError(
+            f"--endpoint {shown(endpoint.url)} holds more than an address",
+            why="a password or a key in it would be kept in compare.json, with the command",
+            way_out=f"the server's address alone; a key goes into the environment: {KEY}",
+        )
+    if not right:
+        raise ModelError(f"'{shown(endpoint.url)}' is no address", way_out="--endpoint http://localhost:11434")
+    return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions")
+
+
+def _headers() -> dict[str, str]:
+    # Not packed: a megabyte of zeros unpacks from a kilobyte.
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if key := os.environ.get(KEY, "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise ModelError(f"{KEY} holds characters that no key has", way_out=f"set {KEY} again, or unset it")
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
+    """What the server says to this, after as many tries as it takes.
+
+    Raises:
+        ModelError: it says no, or nothing, or too much, or sends us elsewhere.
+    """
+    import httpx2
+
+    way_out = f"is it running, and does it have the model '{endpoint.model}'? --timeout SECONDS for a slow one"
+    said = json.dumps(body).encode()
     for number in range(TRIES):
-        time.sleep(PAUSE * (2**number - 1))
+        await asyncio.sleep(PAUSE * (2**number - 1))
         try:
-            with urllib.request.urlopen(request, timeout=endpoint.timeout) as reply:
-                return _whole(reply, endpoint.timeout)
-        except urllib.error.HTTPError as error:
-            why = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
-            if error.code not in BUSY:
+            async with asyncio.timeout(endpoint.timeout), client.stream("POST", address, content=said) as reply:
+                if reply.is_success:
+                    return await _whole(reply)
+                why = f"HTTP {reply.status_code}: {_excerpt(await _whole(reply, MOST_OF_A_FAULT))}"
+            if reply.is_redirect:
+                there = shown(reply.headers.get("location", "")).removesuffix("/v1/chat/completions")
+                why = f"HTTP {reply.status_code}: it sends us to {there!r}, where neither key nor questions are sent"
+                way_out = "--endpoint with the address that it moved to, if you trust that"
+            if reply.status_code not in BUSY:
                 break
-        except (OSError, http.client.HTTPException) as error:  # no connection, or none in time
-            why = str(getattr(error, "reason", "") or error or type(error).__name__)
+        except TimeoutError:
+            why = "timed out"
+        except (OSError, httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ValueError) as error:
+            why = str(error) or type(error).__name__
     raise ModelError(
-        f"the endpoint {endpoint.url} gives no answer",
+        f"the endpoint {shown(endpoint.url)} gives no answer",
         why=f"{why} (try {number + 1} of {TRIES}, {endpoint.timeout:g} s each)",
-        way_out=f"is it running, and does it have the model '{endpoint.model}'? --timeout SECONDS for a slow one",
+        way_out=way_out,
     )
 
 
-def _whole(reply: http.client.HTTPResponse, seconds: float) -> bytes:
-    """All that a server says, within the time: urllib's timeout is of each read, and one byte a minute passes it."""
-    ends, said = time.monotonic() + seconds, b""
-    while part := reply.read1(65_536):
+async def _whole(reply: Response, begins: int = 0) -> bytes:
+    """All that a server says, as it was sent; or how it begins, in as many bytes.
+
+    Raises:
+        ValueError: it says too much.
+    """
+    said = bytearray()
+    async for part in reply.aiter_raw():
         said += part
+        if begins and len(said) >= begins:
+            break
         if len(said) > MOST:
-            raise http.client.HTTPException(f"it says more than {MOST:,} bytes")
-        if time.monotonic() > ends:
-            raise TimeoutError("timed out in the middle of its answer")
-    return said
+            raise ValueError(f"it says more than {MOST:,} bytes")
+    return bytes(said)
+
+
+def _excerpt(said: bytes) -> str:
+    """How it begins, without our key: some servers repeat it in their refusal."""
+    text = said[:MOST_OF_A_FAULT].decode(errors="replace")
+    key = os.environ.get(KEY, "").strip()
+    return (text.replace(key, "…") if key else text)[:200]

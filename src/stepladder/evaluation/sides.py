@@ -16,7 +16,7 @@ from stepladder.evaluation import endpoint, generate, held_out, loss, transcript
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
-from stepladder.model import load
+from stepladder.model import load, start
 
 FOR_TEMPLATES = {"tool_calls", "tool_call_id", *REASONING}  # keys of a turn that not every server understands
 SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
@@ -27,7 +27,8 @@ MOST_TRAINING_ROWS = 50_000  # that are held to find copies of
 class Measured:
     """What each side is measured on; `held_out` and `general` may be missing.
 
-    `training` holds rows that a tuned side was trained on, by its name, where they are known.
+    `training` holds rows that a tuned side was trained on, by its name, where they are known; `bases` where the base of
+    an adapter lies that is not where the adapter says.
     """
 
     questions: list[Question]
@@ -35,21 +36,31 @@ class Measured:
     training: dict[str, Rows] = field(default_factory=dict)
     general: Rows | None = None
     notes: list[str] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
 
 
-def measure(source: str | Endpoint, on: Measured, max_new_tokens: int, template: str | None = None) -> Side:
+def measure(
+    source: str | Endpoint,
+    on: Measured,
+    max_new_tokens: int,
+    template: str | None = None,
+    kept: endpoint.Kept | None = None,
+    trust_remote_code: bool = False,
+) -> Side:
     """A side's answers to all questions and, where it is a model, its losses.
 
     Args:
         source: a model's folder or hub id, a transcript (.jsonl), or a server.
         template: the chat template for a model that has none.
+        kept: where a server's answers are kept until all is measured.
+        trust_remote_code: run the Python code that lies beside a model.
     """
     if isinstance(source, Endpoint):
         talks = [question.messages for question in on.questions]
-        return Side(str(source), endpoint.answers(source, talks, max_new_tokens))
+        return Side(str(source), endpoint.answers(source, talks, max_new_tokens, kept, on.notes))
     if is_transcript(source):
         return Side(source, transcript.answers(Path(source), on.questions))
-    model, tokenizer = load.for_inference(source)
+    model, tokenizer = load.for_inference(source, on.bases.get(source), trust_remote_code)
     if tokenizer.chat_template is None and template:
         tokenizer.chat_template = template
         on.notes.append(f"{source} has no chat template and is asked by the tuned model's")
@@ -69,8 +80,11 @@ def measure(source: str | Endpoint, on: Measured, max_new_tokens: int, template:
     return side
 
 
-def check(source: str | Endpoint, on: Measured) -> None:
+def check(source: str | Endpoint, on: Measured, base: str | Endpoint) -> None:
     """Look whether a side is there, before anything slow begins.
+
+    Args:
+        base: the comparison's first side, which an adapter is put on whose own base is not there.
 
     Raises:
         ModelError, DataError: it is not, or a transcript lacks a question, or a server cannot be asked one.
@@ -83,7 +97,19 @@ def check(source: str | Endpoint, on: Measured) -> None:
     elif is_transcript(source):
         transcript.answers(Path(source), on.questions)
     else:
-        load.check_source(source)
+        if isinstance(base, str) and base != source and not is_transcript(base) and _lacks_base(source):
+            on.bases[source] = base
+            on.notes.append(f"{source} is put on {base}: its own base, {start.of(source).base}, is not there")
+        start.checked(source, on.bases.get(source))
+
+
+def _lacks_base(source: str) -> bool:
+    begun = start.of(source)
+    try:
+        start.check_source(begun.base)
+    except ModelError:
+        return begun.adapter is not None
+    return False
 
 
 def _check_plain(question: Question, server: Endpoint) -> None:
@@ -129,10 +155,11 @@ def not_measured(sources: Sequence[str | Endpoint], on: Measured) -> list[str]:
     return notes
 
 
-def template_of(tuned: list[str]) -> str | None:
+def template_of(tuned: list[str], trust_remote_code: bool = False) -> str | None:
     """The chat template of the first tuned model that has one."""
     models = (name for name in tuned if not is_transcript(name))
-    return next((found for name in models if (found := load.tokenizer_of(name).chat_template)), None)
+    templates = (load.tokenizer_of(name, trust_remote_code=trust_remote_code).chat_template for name in models)
+    return next(filter(None, templates), None)
 
 
 def is_transcript(source: str) -> bool:
