@@ -155,13 +155,14 @@ def test_rows_that_are_gone_are_told(tmp_path: Path) -> None:
     examples = mixture.from_name(str(rows)).examples
     kept = {
         "name": "rows", "rows": 3, "held_out": [row_keys.key(example) for example in examples[:3]],
-        "where": ["rows:1", "rows:2", "rows:3"], "trained": sorted(row_keys.keys(examples[3:])),
+        "where": ["rows:1", "rows:2", "rows:3"], "foreign": "b", "trained": sorted(row_keys.keys(examples[3:])),
     }  # fmt: skip
     name = made_run(tmp_path / "run", {"model_name_or_path": "m", "dataset_name": str(rows)}, kept)
     write(rows, [*PAIRS[4:], ("A new one?", "It was written after the run, and it is long enough."), *PAIRS[1:3]])
     notes: list[str] = []
     found = held_out.Runs(notes)
     assert [row["messages"][0]["content"] for row in found.held_out(name).examples] == [PAIRS[1][0], PAIRS[2][0]]
+    assert any("evaluated on b, which came with other" in note for note in notes), notes
     training = found.training_rows(name)
     assert training and len(training) == 24, "neither what is new nor what was held out"
     assert any("1 of the 3 rows" in note and "gone" in note for note in notes), notes
@@ -177,8 +178,8 @@ def test_rows_that_are_gone_are_told(tmp_path: Path) -> None:
     assert len(held_out.Runs([]).trained(name)) == 25, "what was trained on is known without the file"
 
 
-WRONG = {"name": "", "rows": 1, "held_out": [1], "where": [], "trained": []}
-NONE = {"name": "", "rows": 3, "held_out": [], "where": [], "trained": []}
+WRONG = {"name": "", "rows": 1, "held_out": [1], "where": [], "foreign": "", "trained": []}
+NONE = {"name": "", "rows": 3, "held_out": [], "where": [], "foreign": "", "trained": []}
 
 
 @pytest.mark.parametrize(

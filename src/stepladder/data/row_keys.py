@@ -26,13 +26,15 @@ class Kept:
     """What the file holds: keys and places of the held-out rows, and the keys of all trained rows.
 
     `rows` are all that were held out, more than `held_out` where they are very many. `trained` is None where
-    the file does not hold the keys: a stream, or too many rows.
+    the file does not hold the keys: a stream, or too many rows. `foreign` names the evaluation set where it came
+    with other training data.
     """
 
     name: str
     rows: int
     held_out: list[str]
     where: list[str]
+    foreign: str
     trained: set[str] | None
 
 
@@ -77,6 +79,7 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
         "rows": len(held_out),
         "held_out": held_out[:MOST_HELD_OUT],
         "where": evaluation.where[:MOST_HELD_OUT] if evaluation else [],
+        "foreign": foreign,
         "trained": None if known is None else sorted(known),
     }
     record.update(held_out={"rows": len(held_out), "trained_on": count, "foreign": foreign})
@@ -103,7 +106,8 @@ def read(folder: Path) -> Kept | None:
                     trained=None if found["trained"] is None else {*found["trained"]})  # fmt: skip
     except (ValueError, KeyError, TypeError):
         return None
+    named = isinstance(kept.name, str) and isinstance(kept.foreign, str)
     lists = (kept.held_out, kept.where, list(kept.trained or ()))
     texts = all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in lists)
     fits = isinstance(kept.rows, int) and len(kept.held_out) == len(kept.where) and bool(kept.rows) == bool(kept.where)
-    return kept if texts and fits else None
+    return kept if named and texts and fits else None

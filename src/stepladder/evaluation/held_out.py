@@ -110,6 +110,10 @@ class Runs:
                 raise DataError(f"{folder} does not say which rows it held out", way_out=OTHER_ROWS)
             self.notes.append(f"{folder} keeps no {row_keys.FILE}: its evaluation rows are read again by its recipe")
             return evaluation
+        if kept.foreign:
+            self.notes.append(
+                f"{folder} was evaluated on {kept.foreign}, which came with other training data than its own"
+            )
         return self._found(folder, kept, [rows for rows in (evaluation, train) if rows])
 
     def _found(self, folder: Path, kept: Kept, parts: list[Rows]) -> Rows:
