@@ -43,7 +43,7 @@ def main() -> None:
         "name": args.model,
         "base model": adapter.get("base_model_name_or_path") or front.get("base_model") or "none named",
         "task": front.get("pipeline_tag") or _task(adapter, config),
-        "data set": ", ".join(f"{d['name']} ({d['rows']} rows)" for d in trained.get("datasets", ()))
+        "data set": ", ".join(f"{d['name']} ({d['rows']} rows)" for d in trained.get("datasets", ())[:1])
         or _listed(front.get("datasets"))
         or "none named",
         "method": _method(adapter, merged, trained, config),

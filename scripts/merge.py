@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, files, flags, run
 from stepladder.data import prompts
-from stepladder.model import card, injection, load, start, weights
+from stepladder.model import card, injection, load, portable, start, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -82,6 +82,8 @@ def main() -> None:
         shards = work.write(part, dtype, args.max_shard_size, _progress)
         seconds = time.perf_counter() - writing
         load.save_tokenizer(tokenizer, base, part)
+        for remark in (remarks := portable.settle(part, tokenizer)):
+            print(f"note: {remark}", file=sys.stderr)
         facts = {
             "status": "proved" if check else "unverified",
             "base": name,
@@ -94,6 +96,7 @@ def main() -> None:
             "shards": shards,
             "merge_seconds": round(seconds, 1),
             "proof": check.compare(part, dtype) if check else None,
+            "remarks": remarks,
             "packages": run.package_versions(),
             "command": console.quoted(*sys.argv),
         }

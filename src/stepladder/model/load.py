@@ -14,9 +14,11 @@ from stepladder.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Of no use unless it samples. Transformers refuses to save them then, and vLLM samples by them all the same.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def precision(recipe: Settings) -> str:
@@ -148,11 +150,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path)
     own = (base / "generation_config.json").is_file()
     config = config_of(folder)
     generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
+    _without_sampling(generation)
     generation.eos_token_id = config.eos_token_id = end_tokens(tokenizer, generation.eos_token_id, config.eos_token_id)
     for saved in (config, generation):
         if saved.pad_token_id is None:
             saved.pad_token_id = tokenizer.pad_token_id
         saved.save_pretrained(folder)
+
+
+def _without_sampling(generation: GenerationConfig) -> None:
+    """Leave the keys of sampling out of a generation config that does not sample."""
+    for key in SAMPLING:
+        if not generation.do_sample and getattr(generation, key, None) is not None:
+            setattr(generation, key, None)
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *known: int | list[int] | None) -> int | list[int] | None:
@@ -213,6 +223,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    _without_sampling(model.generation_config)
     known = model.generation_config.eos_token_id
     ends = end_tokens(tokenizer, known, model.config.eos_token_id)
     model.config.eos_token_id = model.generation_config.eos_token_id = ends

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from stepladder import console
 from stepladder.errors import ModelError, TrainingError
-from stepladder.model import adapter, card, weights
+from stepladder.model import adapter, card, portable, weights
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training import reloaded
@@ -75,6 +76,8 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
+    for remark in portable.settle(run.folder, trainer.processing_class):
+        console.say(f"  note: {remark}")
     base, (_, losses) = run.manifest["starts_from"]["base"], card.read(run.folder)
     licence = card.front_matter(Path(base)).get("license")
     text = card.card(run.folder, base, licence, run.manifest, losses, merged=None)

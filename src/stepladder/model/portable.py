@@ -1,0 +1,181 @@
+"""A saved model's small files in the words of older programs, too: Transformers 4, vLLM, Ollama, llama.cpp.
+
+Transformers 5 writes rotary embeddings as `rope_parameters`, tokenizers as `TokenizersBackend` and
+weights' types as `dtype`. What does not know these names takes its own defaults without a word, and
+computes another model. The older names stand beside the newer ones; both read them alike.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepladder.errors import ModelError
+from stepladder.run import write_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Model types whose older configuration had names of its own for theta and for the part that rotates.
+ROPE_NAMES = {
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+    "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
+}
+# Two rotary embeddings in one model, of which the older names scale the first only: where theta stands for
+# layers that attend to all, and for those that attend to a window.
+TWO_ROPES = {
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "gemma3n_text": ("rope_theta", "rope_local_base_freq"),
+    "olmo3": ("rope_theta", "rope_theta"),
+}
+# What Transformers 5 keeps among the rope parameters, and older programs do not look for in `rope_scaling`.
+BESIDE = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+PROBE = " It's 12,345 items:\n\n  déjà vu, 北京, 🎉; don't\t{'a': 1}"  # where tokenizers differ, if they do
+THIS_MACHINE = ("is_local", "local_files_only", "backend")  # of the tokenizer's folder here, or of Transformers 5 only
+
+
+def settle(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Add the older names to the config and the tokenizer's config of a model or adapter folder.
+
+    Args:
+        tokenizer: the one that was saved there.
+
+    Returns:
+        What cannot be said in the older names, one sentence each; empty where all can.
+
+    Raises:
+        ModelError: Transformers would read the folder otherwise than before.
+    """
+    remarks = _config(folder / "config.json")
+    _tokenizer(folder / "tokenizer_config.json", tokenizer)
+    return remarks
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+# ---- config.json ----
+
+
+def _config(file: Path) -> list[str]:
+    if not file.is_file():
+        return []  # an adapter's folder
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    remarks: list[str] = []
+    own_code = "auto_map" in facts  # which Transformers would ask about before it reads them
+    before = None if own_code else _ropes(file.parent)
+    for config in _nested(facts):
+        if "dtype" in config:
+            config["torch_dtype"] = config["dtype"]
+        if config.get("rope_parameters"):
+            remarks += [remark] if (remark := _older_rope(config)) else []
+    facts |= {"use_cache": True} if facts.get("use_cache") is False else {}  # it is off in training only
+    _write(file, facts)
+    if not own_code and (after := _ropes(file.parent)) != before:
+        raise ModelError(
+            "the older names of the rotary embeddings change what Transformers reads",
+            where=str(file),
+            why=f"{after} instead of {before}",
+            way_out="report this with the versions installed",
+        )
+    return remarks
+
+
+def _nested(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration and those of its parts, as of a model that sees and reads."""
+    inner = [value for key, value in facts.items() if key.endswith("_config") and isinstance(value, dict)]
+    return [facts, *(config for value in inner for config in _nested(value))]
+
+
+def _ropes(folder: Path) -> list[Any]:
+    """What each part of the model rotates by, as Transformers reads it; `type` is an older name of `rope_type`."""
+    from transformers import AutoConfig
+
+    def plain(rope: Any) -> Any:
+        return {k: plain(v) for k, v in rope.items() if k != "type"} if isinstance(rope, dict) else rope
+
+    return [plain(config.get("rope_parameters")) for config in _nested(AutoConfig.from_pretrained(folder).to_dict())]
+
+
+def _older_rope(config: dict[str, Any]) -> str | None:
+    """Add the older names of `rope_parameters`; returns why they cannot say it where they cannot."""
+    kind, ropes = config.get("model_type", ""), config["rope_parameters"]
+    if any(isinstance(value, dict) for value in ropes.values()):
+        full, sliding = ropes.get("full_attention"), ropes.get("sliding_attention")
+        if kind not in TWO_ROPES or not full or not sliding or _scaling(sliding):
+            return _unknown(kind, "has several rotary embeddings")
+        of_full, of_sliding = TWO_ROPES[kind]
+        if of_full == of_sliding and full["rope_theta"] != sliding["rope_theta"]:
+            return _unknown(kind, "rotates by two thetas")
+        config |= {of_full: full["rope_theta"], of_sliding: sliding["rope_theta"]}
+        config |= {"rope_scaling": _scaling(full)} if _scaling(full) else {}
+        return None
+    theta, part = ROPE_NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
+    config[theta] = ropes["rope_theta"]
+    if "partial_rotary_factor" in ropes:
+        config[part] = ropes["partial_rotary_factor"]
+    scaling = _scaling(ropes)
+    if not scaling:
+        return None
+    if scaling["rope_type"] == "longrope":
+        # Older programs look for the length of the first training outside, and take the factor from it.
+        first, longest = ropes.get("original_max_position_embeddings"), config.get("max_position_embeddings")
+        if first:
+            config["original_max_position_embeddings"] = first
+        if kind in ("phi3", "phi4_multimodal"):  # of exactly these three
+            scaling = {"type": "longrope", **{k: ropes[k] for k in ("short_factor", "long_factor")}}
+        given = ropes.get("factor")
+        if ropes.get("attention_factor") and "attention_factor" not in scaling:
+            return _unknown(kind, "has an attention_factor")
+        if first and longest and given and abs(given - longest / first) > 1e-6:
+            return _unknown(kind, f"has factor {given}, and lengths of {longest:,} and {first:,}")
+    config["rope_scaling"] = scaling
+    return None
+
+
+def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` of one embedding; empty where it is not scaled."""
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return {}
+    return {"rope_type": kind, **{key: value for key, value in rope.items() if key not in BESIDE}}
+
+
+def _unknown(kind: str, why: str) -> str:
+    return f"this {kind} needs Transformers 5 or newer: it {why}, which older configurations cannot say"
+
+
+# ---- tokenizer_config.json ----
+
+
+def _tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have tokenizer.json read as it stands, by a class that Transformers 4 and 5 know.
+
+    Transformers 4's classes of one model (LlamaTokenizerFast, …) add tokens of their own accord, whatever
+    tokenizer.json says; its general class has defaults that are not those of Transformers 5.
+    """
+    from transformers import AutoTokenizer
+
+    if not file.is_file() or not (file.parent / "tokenizer.json").is_file():
+        return
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    if "auto_map" in facts:
+        return  # a class of its own, which reads the file itself
+    facts["tokenizer_class"] = "PreTrainedTokenizerFast"
+    facts["model_input_names"] = list(tokenizer.model_input_names)
+    facts["clean_up_tokenization_spaces"] = bool(tokenizer.clean_up_tokenization_spaces)
+    if isinstance(facts.get("extra_special_tokens"), list):  # a table of names in Transformers 4, which fails at a list
+        facts["additional_special_tokens"] = facts.pop("extra_special_tokens")
+    for key in THIS_MACHINE:
+        facts.pop(key, None)
+    _write(file, facts)
+    ours, theirs = (list(one(PROBE)["input_ids"]) for one in (tokenizer, AutoTokenizer.from_pretrained(file.parent)))
+    if ours != theirs:
+        raise ModelError(
+            "the saved tokenizer reads text otherwise than the one of the training",
+            where=str(file),
+            why=f"{PROBE!r} is {theirs} instead of {ours}",
+            way_out="report this with the versions installed",
+        )
