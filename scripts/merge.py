@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, files, flags, run
 from stepladder.data import prompts
-from stepladder.model import card, injection, load, portable, start, weights
+from stepladder.model import card, gguf_file, injection, load, portable, start, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--max_shard_size", "--max-shard-size", type=_bytes, default="5GB", help="5GB, 500MB, …")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--prompts", help="rows for the proof: JSONL (the recipe's own)")
+    parser.add_argument("--gguf", choices=gguf_file.KINDS, help="write a file for llama.cpp and Ollama, too")
     parser.add_argument("--ollama", action="store_true", help="write a Modelfile: ollama create NAME -f OUT/Modelfile")
     parser.add_argument("--push_to_hub", "--push-to-hub", metavar="ID", help="upload the result, as a private model")
     parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
@@ -65,16 +66,22 @@ def main() -> None:
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
 
-    file = base / "generation_config.json"
-    generation = files.read_object(file) if file.is_file() else {}  # `load.unquantized` has looked at it
+    defaults = base / "generation_config.json"
+    generation = files.read_object(defaults) if defaults.is_file() else {}  # `load.unquantized` has looked at it
     generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
-    ollama = args.ollama and export.modelfile(tokenizer, generation)
+    file = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
+    ollama = args.ollama and export.modelfile(tokenizer, generation, file)
     work, because = whole.opened(base, args.adapter, scales, quantize, len(tokenizer), args.device)
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
+    model = work.configuration()
+    if args.ollama and not args.gguf:
+        export.check_ollama((model.architectures or ["this model"])[0])
+    gguf = gguf_file.File(model, tokenizer, generation["eos_token_id"], args.gguf) if args.gguf else None
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else weights.dtype(work.disk)
     size = sum(tensor.bytes for tensor in work.plan(dtype).values())
-    with weights.beside(args.output_dir, size, args.overwrite) as part:
+    needed = size + (gguf.bytes(work.plan(dtype)) if gguf else 0)
+    with weights.beside(args.output_dir, needed, args.overwrite) as part:
         check = None
         if not args.no_verify:
             check = proof.Proof(work, prompts.token_ids(_rows(args), tokenizer))
@@ -82,7 +89,8 @@ def main() -> None:
         shards = work.write(part, dtype, args.max_shard_size, _progress)
         seconds = time.perf_counter() - writing
         load.save_tokenizer(tokenizer, base, part)
-        for remark in (remarks := portable.settle(part, tokenizer)):
+        remarks = portable.settle(part, tokenizer) + (gguf.remarks if gguf else [])
+        for remark in remarks:
             print(f"note: {remark}", file=sys.stderr)
         facts = {
             "status": "proved" if check else "unverified",
@@ -97,6 +105,8 @@ def main() -> None:
             "merge_seconds": round(seconds, 1),
             "proof": check.compare(part, dtype) if check else None,
             "remarks": remarks,
+            "gguf": gguf.written(part, file, check) if gguf else None,
+            "ollama": bool(ollama),
             "packages": run.package_versions(),
             "command": console.quoted(*sys.argv),
         }

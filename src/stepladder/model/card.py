@@ -132,7 +132,7 @@ def card(
         rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
-        rows |= {"needs": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
+        rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
     made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
     cells = {name: _line(value).replace("|", "\\|") for name, value in rows.items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in cells.items())

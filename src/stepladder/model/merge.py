@@ -18,7 +18,7 @@ from stepladder.model.weights import CODES, Tensor, Weights
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Merge:
@@ -161,6 +161,10 @@ class Merge:
                 unit.merged_adapters.clear()
                 streaming.unload(held)
         return self._last[name]
+
+    def configuration(self) -> PretrainedConfig:
+        """The merged model's."""
+        return self.config
 
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""

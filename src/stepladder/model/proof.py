@@ -82,6 +82,21 @@ class Proof:
             "greedy": {"agree": agree, "of": of},
         }
 
+    def read_back(self, model: Any, name: str) -> dict[str, float]:
+        """How far the answers of a file of the merged model, read by another program, are off.
+
+        Raises:
+            ModelError: by half of what the adapter does, or more: the file is wrong, or its numbers are too coarse.
+        """
+        off = difference(self.logits, self._answers(model.to(self.merge.device)))
+        if not off["mean"] <= self.effect["mean"] / 2:
+            raise ModelError(
+                f"{name} is not the merged model, or too coarse: its logits are off by {off['mean']:.1e}",
+                why=f"the adapter itself moves them by {self.effect['mean']:.1e}; nothing was written",
+                way_out="--gguf f16, or without --gguf",
+            )
+        return off
+
     def _weights(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         """Count the tensors that changed; they must be those that the adapter targets, each rounded once."""
         import torch
@@ -156,15 +171,16 @@ def difference(ours: Logits, theirs: Logits) -> dict[str, float]:
 
 
 def report(facts: dict[str, Any], folder: Path) -> str:
-    """merge.json in four lines."""
+    """merge.json in four lines, and one of a GGUF file."""
     size = f"{facts['bytes'] / 1e9:.2f} GB of {facts['dtype']} in {facts['shards']} file{'s' * (facts['shards'] > 1)}"
     head = (
         f"✔ {folder}: {size}, merged in {facts['merge_seconds']} s, "
         f"{facts['seconds']} s in all, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    found = facts["proof"]
+    found, file = facts["proof"], facts["gguf"]
+    lines = [f"  gguf     {file['file']}, {file['bytes'] / 1e9:.2f} GB, {_read_back(file)}"] if file else []
     if not found:
-        return f"{head}\n  not verified, as you asked; the card says so"
+        return "\n".join([head, "  not verified, as you asked; the card says so", *lines])
     exact, off, moves = found["exact"], found["written"], found["adapter_moves"]
     exactly = f"{found['changed']} of {found['tensors']} tensors changed"
     if "targeted" in found:
@@ -177,5 +193,14 @@ def report(facts: dict[str, Any], folder: Path) -> str:
             f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}, where the adapter moves them by "
             f"{moves['mean']:.1e} in the mean",
             f"  greedy   {found['greedy']['agree']} of {found['greedy']['of']} agree, {found['prompts']} prompts",
+            *lines,
         )
+    )
+
+
+def _read_back(file: dict[str, Any]) -> str:
+    if not (off := file["read_back"]):
+        return f"not read back: {file['why']}"
+    return (
+        f"read back by Transformers: logits off by {off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}"
     )

@@ -16,7 +16,7 @@ from stepladder.model.weights import CODES, FLOATS, Tensor, Weights, share
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Whole:
@@ -27,6 +27,15 @@ class Whole:
             raise ModelError("only LoRA adapters that are streamed have a weight", way_out="remove --weights")
         self.base, self.adapters, self.tokens, self.device = base, adapters, tokens, device
         self.disk = Weights(base)
+
+    def configuration(self) -> PretrainedConfig:
+        """The merged model's, but for weights that the adapter may have untied."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.base)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, self.tokens)
+        return config
 
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32."""

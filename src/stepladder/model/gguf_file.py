@@ -1,0 +1,266 @@
+"""A merged model as one GGUF file, for llama.cpp and Ollama: one tensor in memory at a time, read back and compared."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stepladder.errors import ModelError
+from stepladder.model.gguf_rope import Rope, cannot
+from stepladder.model.gguf_vocabulary import Vocabulary, vocabulary
+from stepladder.model.weights import Tensor as Stored
+from stepladder.model.weights import Weights
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from gguf import GGUFWriter
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from stepladder.model.proof import Proof
+
+KINDS = ("f16", "q8_0")
+ROOM = 2**25  # bytes for names, vocabulary and alignment
+
+
+class Family(NamedTuple):
+    """An architecture that llama.cpp and this module know.
+
+    Args:
+        arch: llama.cpp's name.
+        activation: the only one that it computes.
+        must: keys of the configuration that must be these, since llama.cpp knows nothing else.
+    """
+
+    arch: str
+    activation: str
+    must: dict[str, Any]
+
+
+FAMILIES = {
+    "llama": Family("llama", "silu", {}),
+    "mistral": Family("llama", "silu", {"sliding_window": None}),
+    "qwen2": Family("qwen2", "silu", {"use_sliding_window": False}),
+    "qwen3": Family("qwen3", "silu", {"use_sliding_window": False, "attention_bias": False}),
+    "phi3": Family("phi3", "silu", {}),
+    "gpt2": Family("gpt2", "gelu_new", {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}),
+}
+
+
+class File:
+    """What will be written, checked before anything is.
+
+    Args:
+        config: the merged model's.
+        ends: the tokens that end an answer.
+
+    Raises:
+        ModelError: llama.cpp would compute another model, or this module does not know the architecture.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, kind: str
+    ):
+        self.config, self.kind, self.tokenizer = config, kind, tokenizer
+        known = FAMILIES.get(config.model_type)
+        if not known:
+            raise ModelError(
+                f"no GGUF file is written for {config.model_type}",
+                why=f"it is for {', '.join(FAMILIES)}",
+                way_out="without --gguf, then llama.cpp's own convert_hf_to_gguf.py, where it knows the architecture",
+            )
+        self.family = known
+        activation = "hidden_act" if hasattr(config, "hidden_act") else "activation_function"
+        for key, value in {activation: known.activation, **known.must}.items():
+            if (found := getattr(config, key, value)) != value:
+                raise cannot(f"its configuration says {key}: {found}, and llama.cpp knows {value} only")
+        self.rope = Rope(config, known.arch)
+        listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.vocabulary: Vocabulary = vocabulary(tokenizer, config.vocab_size, listed)
+        self.remarks = [f"in llama.cpp, {remark}" for remark in self.vocabulary.remarks + self.rope.remarks]
+
+    def bytes(self, tensors: dict[str, Stored]) -> int:
+        """The most that the file of these tensors takes."""
+        each = 2 if self.kind == "f16" else 34 / 32
+        return ROOM + int(sum(math.prod(t.shape) * (each if len(t.shape) > 1 else 4) for t in tensors.values()))
+
+    def written(self, folder: Path, name: str, proof: Proof | None) -> dict[str, Any]:
+        """Write the file and compare what Transformers, whose reader of such files is not ours, makes of it.
+
+        Returns:
+            Its name, kind and bytes; how far its logits are off, or why that was not compared.
+
+        Raises:
+            ModelError: its answers are not those of the merged model.
+        """
+        import psutil
+
+        self.write(folder, name)
+        size = sum(math.prod(tensor.shape) for tensor in Weights(folder).tensors.values())
+        facts = {"file": name, "kind": self.kind, "bytes": (folder / name).stat().st_size, "read_back": None, "why": ""}
+        needed, free = 2 * 4 * size, psutil.virtual_memory().available  # as it is read, and as the model, in fp32
+        if not proof:
+            return {**facts, "why": "not verified, as you asked"}
+        if needed > free:
+            return {**facts, "why": f"{needed / 1e9:.1f} GB of memory are needed, and {free / 1e9:.1f} GB are free"}
+        return {**facts, "read_back": proof.read_back(self.model(folder, name), name)}
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write the file into a merged model's folder, from the weights that lie there."""
+        import gguf
+        import numpy
+        from transformers import AutoConfig
+
+        self.config = AutoConfig.from_pretrained(folder)  # which may have more rows, and two heads for one
+        writer: Any = gguf.GGUFWriter(folder / name, self.family.arch)
+        # llama.cpp takes special tokens for Phi-3's wherever it finds that in the name, and fails where they are not.
+        title = re.sub("phi-?3", "phi 3", name.removesuffix(f"-{self.kind}.gguf"), flags=re.IGNORECASE)
+        writer.add_name(f"phi-3 {title}" if self.vocabulary.like_phi3 else title)
+        self._metadata(writer)
+        tensors = list(self._tensors(folder))
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, numpy.float32, tensor.bytes, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data())
+        writer.close()
+
+    def _metadata(self, writer: GGUFWriter) -> None:
+        import gguf
+
+        config = self.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kinds = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+        writer.add_file_type(kinds[self.kind])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_head_count(config.num_attention_heads)
+        if self.family.arch == "gpt2":
+            writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+            writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        else:
+            writer.add_feed_forward_length(config.intermediate_size)
+            writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+            writer.add_head_count_kv(config.num_key_value_heads)
+            writer.add_key_length(head)
+            writer.add_value_length(head)
+            self.rope.metadata(writer)
+        if self.family.arch == "phi3":
+            writer.add_sliding_window(config.sliding_window or 0)
+        lists: dict[str, Any] = {"tokens": writer.add_token_list, "scores": writer.add_token_scores}
+        lists |= {"token_type": writer.add_token_types, "merges": writer.add_token_merges}
+        for key, value in self.vocabulary.keys.items():
+            if key in lists:
+                lists[key](value)
+            elif isinstance(value, str):
+                writer.add_string(f"tokenizer.ggml.{key}", value)
+            elif isinstance(value, bool):
+                writer.add_bool(f"tokenizer.ggml.{key}", value)
+            else:
+                writer.add_uint32(f"tokenizer.ggml.{key}", value)
+        if self.tokenizer.chat_template:
+            writer.add_chat_template(self.tokenizer.get_chat_template())
+
+    def _tensors(self, folder: Path) -> Iterator[Tensor]:
+        """The tensors of the file in its order, none of them read yet."""
+        import gguf
+
+        disk = Weights(folder)
+        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family.arch)
+        names = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
+        for key, tensor in disk.tensors.items():
+            if self.family.arch == "gpt2" and key.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # masks, which old files hold
+            if key == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            full = (
+                key
+                if self.family.arch != "gpt2" or key.startswith(("transformer.", "lm_head"))
+                else f"transformer.{key}"
+            )
+            name = names.get_name(full, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise cannot(f"its tensor {key} has no place there")
+            yield Tensor(name, self._kind(name, tensor.shape), self._turned(key, tensor.shape), disk, key, self)
+        for name, values in self.rope.tensors.items():
+            yield Tensor(name, gguf.GGMLQuantizationType.F32, values.shape, None, "", self, values)
+
+    def _kind(self, name: str, shape: tuple[int, ...]) -> Any:
+        import gguf
+
+        if len(shape) < 2 or name.startswith("position_embd"):  # llama.cpp adds these in fp32
+            return gguf.GGMLQuantizationType.F32
+        if self.kind == "q8_0" and shape[-1] % 32 == 0 and shape[0] % 32 == 0:
+            return gguf.GGMLQuantizationType.Q8_0
+        return gguf.GGMLQuantizationType.F16
+
+    def _is_turned(self, key: str) -> bool:
+        """GPT-2's Conv1D holds its matrices the other way round."""
+        return self.family.arch == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+    def _turned(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[::-1] if self._is_turned(key) else shape
+
+    def values(self, disk: Weights, key: str) -> torch.Tensor:
+        """A tensor in fp32 as llama.cpp expects it."""
+        tensor = disk.read(key).float()
+        if self._is_turned(key):
+            return tensor.T
+        if self.family.arch == "llama" and (".q_proj." in key or ".k_proj." in key):
+            # llama.cpp turns neighbouring pairs of a head, Transformers the first half against the second.
+            heads = self.config.num_attention_heads if ".q_proj." in key else self.config.num_key_value_heads
+            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+            return halves.transpose(1, 2).reshape(tensor.shape)
+        return tensor
+
+    def model(self, folder: Path, name: str) -> Any:
+        """What Transformers makes of the file, in fp32 and in memory."""
+        import torch
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        # Its reader knows neither Mistral, which is a Llama in these files, nor how positions are scaled.
+        config = self.config
+        if config.model_type == "mistral":
+            config = LlamaConfig(
+                **{k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+            )
+        kwargs = {"gguf_file": name, "config": config, "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+class Tensor(NamedTuple):
+    """A tensor of the file: its name, type and shape there, and where its values come from."""
+
+    name: str
+    kind: Any
+    shape: tuple[int, ...]
+    disk: Weights | None
+    key: str
+    file: File
+    values: numpy.ndarray | None = None
+
+    @property
+    def bytes(self) -> int:
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * size
+
+    def data(self) -> numpy.ndarray:
+        import gguf
+
+        if self.disk is None:
+            assert self.values is not None
+            return self.values
+        tensor = self.file.values(self.disk, self.key)
+        if self.kind == gguf.GGMLQuantizationType.F16 and not tensor.abs().max() <= 65504:
+            raise ModelError(f"{self.key} is too large for float16", way_out="without --gguf")
+        return gguf.quants.quantize(tensor.contiguous().numpy(), self.kind)
