@@ -1,4 +1,4 @@
-"""A model that was merged or trained here is the same model in other programs: Transformers 4, llama.cpp."""
+"""A model that was merged or trained here is the same model in older programs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from conftest import script
-from stepladder.model import card, export, portable
+from conftest import installed, script
+from stepladder.model import card, portable
 from tiny import make_tiny
 
 IDS = (torch.arange(2 * 100).reshape(2, 100) * 7 % 61) + 1  # longer than the scaled models' first length
@@ -62,14 +62,9 @@ for folder in map(pathlib.Path, sys.argv[2:]):
 @pytest.fixture(scope="session")
 def older(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A function that lets Transformers 4.57, in an environment of its own, answer for model folders."""
-    folder = tmp_path_factory.mktemp("transformers-4")
     # Torch and the rest are those of this environment; what must differ comes first on the path.
     wanted = ["transformers==4.57.*", "tokenizers>=0.22,<=0.23.0", "huggingface_hub>=0.34,<1"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *wanted]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode and not os.environ.get("CI"):
-        pytest.skip(f"Transformers 4.57 cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
+    folder = installed(tmp_path_factory.mktemp("transformers-4"), *wanted)
 
     def answer(*folders: Path) -> list[dict[str, Any]]:
         env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -244,10 +239,3 @@ def test_no_command_for_what_vllm_cannot_serve(keys: dict[str, Any], said: str, 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, **keys}))
     line = card._vllm(tmp_path, "base")
     assert line.startswith("#") and said in line
-
-
-def test_ollama_refuses_what_it_cannot_convert(smollm2: Path) -> None:
-    """Guards against a Modelfile that `ollama create` fails at: it converts some architectures only."""
-    with pytest.raises(export.ModelError, match="Ollama does not convert GPT2LMHeadModel"):
-        export.check_ollama("GPT2LMHeadModel")
-    export.check_ollama("LlamaForCausalLM")
