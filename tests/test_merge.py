@@ -379,7 +379,7 @@ def test_ollama_renders_the_chat_template(smollm2: Path) -> None:
     from stepladder.data import templates
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    text = export.modelfile(tokenizer, {"eos_token_id": [2, 0], "temperature": 0.6})
+    text = export.modelfile(tokenizer, {"eos_token_id": [2, 0], "do_sample": True, "temperature": 0.6})
     assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in text
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0.6' in text
     question = tokenizer.apply_chat_template(
