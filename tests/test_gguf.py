@@ -203,7 +203,7 @@ def made(name: str, folder: Path) -> tuple[Any, Any, gguf_file.File]:
 
 
 def test_llama_cpp_reads_each_architecture(llama_cpp: Any, tmp_path: Path) -> None:
-    """Guards the tensors' names, order, transposition and rotation, the vocabulary, and how text is split and joined."""
+    """Guards the tensors' names, order, transposition and rotation, the vocabulary, and how text is split."""
     asked, wanted = [], []
     for name in MODELS:
         model, tokenizer, file = made(name, tmp_path / name)
