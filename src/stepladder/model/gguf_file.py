@@ -46,7 +46,11 @@ FAMILIES = {
     "qwen2": Family("qwen2", "silu", {"use_sliding_window": False}),
     "qwen3": Family("qwen3", "silu", {"use_sliding_window": False, "attention_bias": False}),
     "phi3": Family("phi3", "silu", {}),
-    "gpt2": Family("gpt2", "gelu_new", {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}),
+    "gpt2": Family(
+        "gpt2",
+        "gelu_new",
+        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    ),
 }
 
 
@@ -84,8 +88,11 @@ class File:
 
     def bytes(self, tensors: dict[str, Stored]) -> int:
         """The most that the file of these tensors takes."""
-        each = 2 if self.kind == "f16" else 34 / 32
-        return ROOM + int(sum(math.prod(t.shape) * (each if len(t.shape) > 1 else 4) for t in tensors.values()))
+
+        def each(shape: tuple[int, ...]) -> float:
+            return 4 if len(shape) < 2 else 34 / 32 if self.kind == "q8_0" and not any(n % 32 for n in shape) else 2
+
+        return ROOM + int(sum(math.prod(tensor.shape) * each(tensor.shape) for tensor in tensors.values()))
 
     def written(self, folder: Path, name: str, proof: Proof | None) -> dict[str, Any]:
         """Write the file and compare what Transformers, whose reader of such files is not ours, makes of it.
@@ -189,7 +196,8 @@ class File:
             name = names.get_name(full, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise cannot(f"its tensor {key} has no place there")
-            yield Tensor(name, self._kind(name, tensor.shape), self._turned(key, tensor.shape), disk, key, self)
+            shape = self._turned(key, tensor.shape)
+            yield Tensor(name, self._kind(name, shape), shape, disk, key, self)
         for name, values in self.rope.tensors.items():
             yield Tensor(name, gguf.GGMLQuantizationType.F32, values.shape, None, "", self, values)
 
@@ -198,7 +206,7 @@ class File:
 
         if len(shape) < 2 or name.startswith("position_embd"):  # llama.cpp adds these in fp32
             return gguf.GGMLQuantizationType.F32
-        if self.kind == "q8_0" and shape[-1] % 32 == 0 and shape[0] % 32 == 0:
+        if self.kind == "q8_0" and shape[-1] % 32 == 0:
             return gguf.GGMLQuantizationType.Q8_0
         return gguf.GGMLQuantizationType.F16
 

@@ -51,8 +51,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int]) -
     model, added = facts["model"], {token["id"]: token for token in facts["added_tokens"]}
     if model["type"] != "BPE":
         raise _refused(f"it is a {model['type']} model, and only BPE is written")
-    if len(tokenizer) > rows:
-        raise _refused(f"it has {len(tokenizer):,} tokens, and the model has embeddings of {rows:,}")
+    if (count := 1 + max([*model["vocab"].values(), *added])) > rows:
+        raise _refused(f"it has {count:,} tokens, and the model has embeddings of {rows:,}")
     tokens = [f"[PAD{row}]" for row in range(rows)]
     kinds = [UNUSED] * rows
     for token, row in model["vocab"].items():
@@ -75,15 +75,21 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[int]) -
         keys |= {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": space}
     else:
         keys |= {"model": "gpt2", "pre": _split(facts), "merges": [f"{left} {right}" for left, right in pairs]}
-    after = {token["content"] for token in added.values() if token["rstrip"]}
-    every = {token["content"] for token in added.values()}
-    like_phi3 = bool(after) and every >= KEEP and after == every - KEEP
-    stripped = sorted(
-        {token["content"] for token in added.values() if token["lstrip"]} | (after if not like_phi3 else set())
-    )
-    if stripped:
-        remarks.append(f"spaces beside {', '.join(stripped[:3])} stay, which the tokenizer here leaves out")
+    like_phi3, remark = _strips(list(added.values()))
+    remarks += [remark] if remark else []
+    if others := [end for end in ends if end not in (keys.get("eos_token_id"), keys.get("eot_token_id"))]:
+        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(others)))
+        remarks.append(f"an answer may go on after {named}: a file names two ends")
     return Vocabulary(keys, like_phi3, remarks)
+
+
+def _strips(added: list[dict[str, Any]]) -> tuple[bool, str]:
+    """Whether spaces after the added tokens are left out as in Phi-3, which llama.cpp knows; else a remark."""
+    every, after = ({t["content"] for t in added if t["rstrip"] or not only} for only in (False, True))
+    before = {token["content"] for token in added if token["lstrip"]}
+    like_phi3 = bool(after) and every >= KEEP and after == every - KEEP
+    named = sorted(before if like_phi3 else before | after)
+    return like_phi3, f"spaces beside {', '.join(named[:3])} stay, which are left out here" if named else ""
 
 
 def _refused(why: str) -> ModelError:
