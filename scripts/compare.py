@@ -4,13 +4,15 @@
     python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/lora --data data/techco_eval.jsonl
     python scripts/compare.py --base kept.jsonl --tuned runs/lora --tuned runs/qlora --prompts questions.txt \\
         --output_dir runs/compared --rubric data/techco_rubric.yaml
+    python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/lora --data data/techco_eval.jsonl \\
+        --require "better, not memorized, did not forget"
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/compare.py …
 
 Without --data the rows are those that the run held out, without --base its base. Rows that a side was trained on
 are left out. --base takes a transcript of generate.py too. A server that speaks OpenAI's chat completions
 (--endpoint URL --model NAME) takes the side that is not given. Writes evaluation_results.md, compare.json and
 report.html into --output_dir (the first --tuned, where it is a run folder), and each other run's own compare.json
-into its folder. See docs/evaluation.md.
+into its folder. Exits with 3 where what --require asks for does not hold of each --tuned. See docs/evaluation.md.
 """
 
 import argparse
@@ -22,13 +24,15 @@ from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import compare, endpoint, generate, held_out, learned, questions, results, rubric, sides
+from stepladder.evaluation import behaviours, compare, endpoint, gate, generate, held_out, learned, questions, results
+
+from stepladder.evaluation import rubric, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training import ranks
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -41,6 +45,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="ask these in place of the data's questions: .txt or JSONL")
     parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")
     parser.add_argument("--general", metavar="FILE", help=f"general knowledge, against forgetting ({mixture.GENERAL})")
+    parser.add_argument("--behaviours", action="store_true",
+                        help=f"ask what the base can do besides, against forgetting ({behaviours.SUITE})")  # fmt: skip
+    parser.add_argument("--require", action="append", default=[], metavar="CLAIMS",
+                        help='exit with 3 unless they hold: "better, did not forget, chrF not worse"')  # fmt: skip
     parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
                         help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
@@ -65,6 +73,7 @@ def main() -> None:
 
     # What can be wrong with the files is found before torch is imported.
     rules = rubric.read(args.rubric) if args.rubric else []
+    required = gate.read(args.require, rules)
     trained = {str(name): keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
     compared, on_training, given = None, False, 0
     if args.data or not args.prompts:
@@ -78,11 +87,12 @@ def main() -> None:
     asked = held_out.prompts_apart(asked, trained, notes) if args.prompts else asked
     notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]
-    on = sides.Measured(asked, compared, notes=notes)
+    on = sides.Measured(asked, compared, notes=notes, base=sources[0])
+    on.suite = behaviours.read() if args.behaviours or gate.asks_behaviours(required) else []
     wants_general = args.general or mixture.GENERAL.is_file()
     general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:
-        sides.check(source, on, sources[0])
+        sides.check(source, on)
     length = sides.length(sources, args.max_new_tokens, on.notes)
     if folder is None:
         parser.error("--output_dir is needed: the first --tuned is no run folder")
@@ -126,7 +136,8 @@ def main() -> None:
         }
 
         def found(some: list[compare.Side]) -> dict:
-            return facts | compare.whole(some, on.questions, rules, answers, on_training)
+            told = facts | compare.whole(some, on.questions, rules, answers, on_training)
+            return told | ({"required": gate.judge(required, told)} if required else {})
 
         told = found(measured)
         files = {
@@ -151,6 +162,10 @@ def main() -> None:
             print(f"everything lies in {folder}/: evaluation_results.md, compare.json, report.html")
             for side in own:
                 print(f"{side.name}'s own comparison with the base is kept in {side.name}/compare.json")
+            print(*gate.lines(told["required"]) if required else [], sep="\n", end="\n" * bool(required))
+        if not all(claim["met"] for claim in told.get("required", [])):
+            return errors.EXIT_UNMET
+    return None
 
 
 def is_run(name: str) -> bool:

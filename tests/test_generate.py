@@ -201,8 +201,8 @@ def test_a_base_that_has_moved(generate, tiny, monkeypatch, capsys, tmp_path: Pa
         call(generate, monkeypatch, *words, tmp_path / name, *(["--base", tiny] if name == "moved" else []))
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
-    on, moved = sides.Measured([]), str(tmp_path / "moved")  # of compare.py
-    sides.check(moved, on, str(tiny))
+    on, moved = sides.Measured([], base=str(tiny)), str(tmp_path / "moved")  # of compare.py
+    sides.check(moved, on)
     assert on.bases == {moved: str(tiny)} and "/gone/base, is not there" in on.notes[0]
     with pytest.raises(ModelError, match="is a model by itself"):
         call(generate, monkeypatch, *words, tiny, "--base", tiny)

@@ -167,4 +167,4 @@ def test_a_transcript_keeps_the_tools_and_knows_its_questions_by_them(tmp_path: 
 @pytest.mark.parametrize("question", [Question([USER], "", TOOLS), Question([USER, CALLING, RESULT], "")])
 def test_a_server_is_not_asked_what_it_would_not_be_told_whole(question: Question) -> None:
     with pytest.raises(DataError, match=r"cannot be asked 'Rome|cannot be asked '26 °C"):
-        sides.check(Endpoint("http://127.0.0.1:9", "m", 1), sides.Measured([Question([USER]), question]), "base")
+        sides.check(Endpoint("http://127.0.0.1:9", "m", 1), sides.Measured([Question([USER]), question]))

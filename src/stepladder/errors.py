@@ -1,7 +1,7 @@
 """What a person reads when their input is wrong: what, why, the way out; never a traceback.
 
-Exit codes of every script: 0 done, 1 failed, 2 the input is wrong, 75 preempted after a
-complete checkpoint.
+Exit codes of every script: 0 done, 1 failed, 2 the input is wrong, 3 what `compare.py --require` asks for
+does not hold, 75 preempted after a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from stepladder import console
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNMET, EXIT_PREEMPTED = 1, 2, 3, 75
 
 
 class StepladderError(Exception):
@@ -126,6 +126,8 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
         code = main() or 0
         if code == EXIT_PREEMPTED:
             tell_launcher("preempted", "no failure: it stopped as asked, after a checkpoint. Start it again to go on.")
+        if code == EXIT_UNMET:
+            tell_launcher("not met", "no failure: what --require asks for does not hold.")
         end_process_groups()
         if code == 0 and not prints_log and (lost := console.lost_output()):
             print(f"✘ error: the output could not be written: {lost}", file=sys.stderr)

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.evaluation import learned, loss, metrics, statistics
+from stepladder.evaluation import behaviours, learned, loss, metrics, statistics
 from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric
+from stepladder.evaluation.metrics import BETTER, HIGHER, LOWER, NEITHER, NO_DIFFERENCE, WORSE, Metric
 from stepladder.evaluation.questions import Question
 from stepladder.evaluation.rubric import Rule
 from stepladder.verdict import FAULT, LOOK, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
 TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
 
 
@@ -35,6 +34,7 @@ class Side:
     losses: list[RowLoss] = field(default_factory=list)
     general: list[RowLoss] = field(default_factory=list)
     training: dict[str, list[RowLoss]] = field(default_factory=dict)
+    tried: behaviours.Tried | None = None  # the suite of behaviours, where it was asked
 
     @property
     def texts(self) -> list[str]:
@@ -49,8 +49,13 @@ def whole(
     on_training: bool = False,
 ) -> dict[str, Any]:
     """Figures and verdicts, as JSON can hold them; `on_training` where each row was trained on."""
+    compared = compare(sides, questions, rules, on_training)
     judged = verdicts(sides, questions, trained, rules, on_training)
-    return as_json(compare(sides, questions, rules, on_training) | {"verdicts": judged})
+    for number, found in enumerate(judged, start=1):
+        verdict = behaviours.verdict(compared["metrics"], number)
+        if verdict and not any(other["name"] == "diverged" for other in found["verdicts"]):
+            found["verdicts"].append(vars(verdict))
+    return as_json(compared | {"verdicts": judged})
 
 
 def compare(
@@ -72,6 +77,7 @@ def compare(
         shares = [_distinct(side.texts, n) if side.answers else None for side in sides]
         rows += [_entry(Metric(f"distinct-{n}", NEITHER, "share"), shares)] if any(shares) else []
     _judge(rows, [side.name for side in sides])
+    rows += _behaviour_rows(sides)
     return {
         "on_training_rows": on_training,
         "questions": [question.text for question in questions],
@@ -177,6 +183,23 @@ def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
     return _entry(metric, sides, tests)
 
 
+def _behaviour_rows(sides: list[Side]) -> list[dict[str, Any]]:
+    """A row a behaviour, and one of all that the base could, with the noise floor of each.
+
+    Their p values are corrected among themselves: the suite is its own question. That of all together is one test.
+    """
+    base, names = sides[0].tried, [side.name for side in sides]
+    if base is None:
+        return []
+    columns = [behaviours.columns(side.tried, base) for side in sides]
+    rows = [_row(Metric(name, HIGHER, "share"), [side.get(name, []) for side in columns])
+            | {"noise": behaviours.noise(base, name)} for name in columns[0]]  # fmt: skip
+    together = [row for row in rows if row["name"] == behaviours.ALL]
+    for family in ([row for row in rows if row not in together], together):
+        _judge(family, names)
+    return rows
+
+
 def _loss_row(sides: list[Side], on_training: bool = False) -> dict[str, Any]:
     base = next(side.losses for side in sides if side.losses)
     weights = [float(row.tokens) for row in base]
@@ -221,6 +244,8 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
             of_base, mean = (row["sides"][side]["mean"] for side in (0, number))
             if math.isfinite(of_base) and not math.isfinite(mean):
                 test["verdict"] = WORSE
+            if test["verdict"] == WORSE and -test["mean"] <= row.get("noise", -math.inf):
+                test["verdict"] = NO_DIFFERENCE
     for row in rows:
         row["winner"] = _winner(row, names)
 
@@ -247,6 +272,11 @@ def _facts(side: Side, base: Side) -> dict[str, Any]:
     ):
         if mine:
             facts[key] = loss.mean(mine, of or None)
+    if tried := side.tried:
+        facts["behaviours"] = [
+            {"behaviour": task.behaviour, "question": task.question.text, "answer": answer, "kept": kept}
+            for task, answer, kept in zip(tried.tasks, tried.answers, tried.kept, strict=True)
+        ]
     return facts
 
 

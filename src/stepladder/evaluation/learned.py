@@ -101,7 +101,7 @@ def forgot(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     """Whether the loss on general knowledge, which was not trained on, has risen."""
     before, after = loss.mean(base), loss.mean(tuned, base)
     test = loss_test(base, tuned)
-    rise, figures = after - before, {"before": before, "after": after, "p": test.p}
+    rise, figures = after - before, {"before": before, "after": after, "p": test.p, "rows": float(len(base))}
     evidence = f"general knowledge: {before:.3f} before, {after:.3f} after ({rise:+.3f}, p = {test.p:.2g})"
     way_out = "mix_general: 0.1, a lower learning_rate, fewer epochs, or LoRA where it was full fine-tuning"
     if rise > RISE and test.p < statistics.LEVEL:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from stepladder.evaluation.generate import Answer
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
 REPEATED = 4  # words of a run that counts as repeated
 
 

@@ -25,12 +25,17 @@ def markdown(facts: dict[str, Any]) -> str:
     lines += ["", "In brackets the 95 % interval (bootstrap over the rows; distinct-n: jackknife over the answers). "
               "A winner is named where the paired test says that so large a difference comes by chance less than "
               f"once in {1 / LEVEL:.0f} times (permutation test, corrected for the number of "
-              "rows of this table by Holm's method). "
+              "rows of this table by Holm's method; behaviours among themselves, and a drop within the noise of the "
+              "base's own repetitions is none). "
               "▲ better than the base, ▼ worse."]  # fmt: skip
     lines += [f"\nNote: {note}" for note in facts["notes"]]
     for found in facts["verdicts"]:
         lines += ["", f"## Verdicts on {found['side']}", ""]
         lines += [verdict_line(verdict) for verdict in found["verdicts"]]
+    if required := facts.get("required"):
+        lines += ["", "## Required", ""]
+        lines += [f"- {'✔' if one['met'] else '✘'} **{_cell(one['claim'])}** of {one['side']}: {one['evidence']}"
+                  for one in required]  # fmt: skip
     lines += ["", "## Sample outputs", ""]
     for number, question in enumerate(facts["questions"][:SAMPLES]):
         lines += ["**Prompt**:", "", _quoted(question), ""]
@@ -132,7 +137,8 @@ def _value(row: dict[str, Any], side: dict[str, Any] | None, test: dict[str, Any
 
 
 def _unit(row: dict[str, Any]) -> str:
-    return row["unit"] + (f", at least {100 * row['required']:g}%" if row.get("required") else "")
+    required = f", at least {100 * row['required']:g}%" if row.get("required") else ""
+    return row["unit"] + required + (f", noise {row['noise']:.0%}" if "noise" in row else "")
 
 
 def _nats(value: float | None) -> str:

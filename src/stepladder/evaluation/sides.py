@@ -12,7 +12,7 @@ from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError
-from stepladder.evaluation import endpoint, generate, held_out, loss, transcript
+from stepladder.evaluation import behaviours, endpoint, generate, held_out, loss, transcript
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
@@ -27,8 +27,9 @@ MOST_TRAINING_ROWS = 50_000  # that are held to find copies of
 class Measured:
     """What each side is measured on; `held_out` and `general` may be missing.
 
-    `training` holds rows that a tuned side was trained on, by its name, where they are known; `bases` where the base of
-    an adapter lies that is not where the adapter says.
+    `training` holds rows that a tuned side was trained on, by its name, where they are known; `suite` the
+    behaviours that models are asked for, where the base is one; `bases` where the base of an adapter lies that is not
+    where the adapter says.
     """
 
     questions: list[Question]
@@ -37,6 +38,8 @@ class Measured:
     general: Rows | None = None
     notes: list[str] = field(default_factory=list)
     bases: dict[str, str] = field(default_factory=dict)
+    suite: list[behaviours.Task] = field(default_factory=list)
+    base: str | Endpoint = ""  # the first side, which answers the suite again for its noise floor
 
 
 def measure(
@@ -77,14 +80,15 @@ def measure(
         side.general = loss.of_rows(model, tokenizer, on.general)
     own = {source: on.training[source]} if source in on.training else on.training  # the base: all sides' rows
     side.training = {name: loss.of_rows(model, tokenizer, rows) for name, rows in own.items()}
+    if on.suite and is_model(on.base):
+        side.tried = behaviours.ask(model, tokenizer, on.suite, behaviours.REPETITIONS if source == on.base else 0)
+        if source == on.base and None in side.tried.kept:
+            on.notes.append(f"calling a tool is not measured: the chat template of {source} takes no tools")
     return side
 
 
-def check(source: str | Endpoint, on: Measured, base: str | Endpoint) -> None:
-    """Look whether a side is there, before anything slow begins.
-
-    Args:
-        base: the comparison's first side, which an adapter is put on whose own base is not there.
+def check(source: str | Endpoint, on: Measured) -> None:
+    """Look whether a side is there, before anything slow begins. An adapter whose base is not there is put on `on.base`.
 
     Raises:
         ModelError, DataError: it is not, or a transcript lacks a question, or a server cannot be asked one.
@@ -97,9 +101,9 @@ def check(source: str | Endpoint, on: Measured, base: str | Endpoint) -> None:
     elif is_transcript(source):
         transcript.answers(Path(source), on.questions)
     else:
-        if isinstance(base, str) and base != source and not is_transcript(base) and _lacks_base(source):
-            on.bases[source] = base
-            on.notes.append(f"{source} is put on {base}: its own base, {start.of(source).base}, is not there")
+        if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
+            on.bases[source] = on.base
+            on.notes.append(f"{source} is put on {on.base}: its own base, {start.of(source).base}, is not there")
         start.checked(source, on.bases.get(source))
 
 
@@ -148,6 +152,10 @@ def not_measured(sources: Sequence[str | Endpoint], on: Measured) -> list[str]:
     """What no verdict can rest on, and why."""
     notes = [f"{source} tells no losses: what rests on them (better or not, forgetting, the gap) is not measured"
              for source in sources if isinstance(source, Endpoint) or is_transcript(source)]  # fmt: skip
+    if on.suite:
+        others = [str(source) for source in sources if not is_model(source)]
+        why = "servers and transcripts are not asked, nor a model without a base to compare it with"
+        notes += [f"behaviours of {', '.join(others)} are not measured: {why}"] if others else []
     if not on.held_out:
         notes.append("without --data no loss on held-out rows is measured")
     if not on.general:
@@ -160,6 +168,10 @@ def template_of(tuned: list[str], trust_remote_code: bool = False) -> str | None
     models = (name for name in tuned if not is_transcript(name))
     templates = (load.tokenizer_of(name, trust_remote_code=trust_remote_code).chat_template for name in models)
     return next(filter(None, templates), None)
+
+
+def is_model(source: str | Endpoint) -> bool:
+    return not (isinstance(source, Endpoint) or is_transcript(source))
 
 
 def is_transcript(source: str) -> bool:

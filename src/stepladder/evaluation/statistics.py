@@ -77,6 +77,14 @@ def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
     return Difference(mean, low, high, (extreme + 1) / (RESAMPLES + 1))
 
 
+def can_differ(rows: int, tests: int = 1) -> bool:
+    """Whether so many rows can show a difference at all, corrected for so many tests (Holm's first factor).
+
+    Of the 2ⁿ exchanges of n pairs, the observed one and its mirror image are always as extreme.
+    """
+    return 2.0 ** (1 - min(rows, 1000)) * tests < LEVEL
+
+
 def _at_least(drawn: Any, observed: float) -> int:
     """How many are as far from 0 as what was observed, up to the rounding of the sums."""
     return int((abs(drawn) >= observed * (1 - 1e-9)).sum())

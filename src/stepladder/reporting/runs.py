@@ -151,6 +151,9 @@ def _has_figures(comparison: dict[str, Any]) -> bool:
         texts = [row[key] for row in comparison["metrics"] for key in ("name", "unit", "winner")]
         verdicts = [Verdict(**verdict) for found in comparison["verdicts"] for verdict in found["verdicts"]]
         whole = all(len(row["sides"]) == count == len(row["tests"]) for row in comparison["metrics"])
+        required = comparison.get("required", [])
+        texts += [one[key] for one in required for key in ("side", "claim", "evidence")]
+        whole = whole and isinstance(required, list) and all(isinstance(one["met"], bool) for one in required)
         whole = whole and all((side.get("low") is None) == (side.get("high") is None) for side in shown)
     except (KeyError, TypeError, AttributeError):
         return False
