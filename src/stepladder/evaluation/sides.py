@@ -88,7 +88,7 @@ def measure(
 
 
 def check(source: str | Endpoint, on: Measured) -> None:
-    """Look whether a side is there, before anything slow begins. An adapter whose base is not there is put on `on.base`.
+    """Look whether a side is there, before anything slow begins; an adapter without its base is put on `on.base`.
 
     Raises:
         ModelError, DataError: it is not, or a transcript lacks a question, or a server cannot be asked one.
