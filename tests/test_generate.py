@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -206,3 +207,54 @@ def test_a_base_that_has_moved(generate, tiny, monkeypatch, capsys, tmp_path: Pa
     assert on.bases == {moved: str(tiny)} and "/gone/base, is not there" in on.notes[0]
     with pytest.raises(ModelError, match="is a model by itself"):
         call(generate, monkeypatch, *words, tiny, "--base", tiny)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(__file__).with_name("ran").touch()
+Path({marker!r}).touch()
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path: Path, settings, monkeypatch) -> None:
+    """Guards against code that comes with a base: Transformers asked on the terminal and waited, and named no flag of
+    ours. So does every reader of a base: generate.py, the plan, merge.py, a chat template's source."""
+    import shutil
+
+    from stepladder.data import templates
+    from stepladder.model import load
+    from stepladder.planning import hardware
+
+    folder, marker = tmp_path / "own", tmp_path / "ran"
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    readers = [
+        lambda: load.for_inference(str(folder)), lambda: load.config_of(folder),
+        lambda: hardware.config(settings(model_name_or_path=str(folder))),
+        lambda: load.base_model(settings(model_name_or_path=str(folder)), "fp32"),
+    ]  # fmt: skip
+    for read in readers:
+        with pytest.raises(ModelError, match=r"Python code(.|\n)*--trust_remote_code"):
+            read()
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.chdir(tmp_path)
+    for read in (lambda: load.tokenizer_of(str(folder)), lambda: templates.from_path("own")):
+        with contextlib.suppress(ModelError):  # a tokenizer's file may do without its code
+            read()
+    assert not marker.exists()
+    shutil.copy(tiny / "tokenizer_config.json", folder)
+    done = script("generate", "--model", folder, "--prompt", "Hi", "--max_new_tokens", 2, "--trust_remote_code",
+                  HF_MODULES_CACHE=str(tmp_path / "modules"))  # fmt: skip
+    assert done.code == 0 and marker.exists(), done
