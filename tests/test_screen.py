@@ -100,6 +100,7 @@ def test_what_is_printed_steers_nothing(coloured: bool) -> None:
         shown = done.out.replace("\rredrawn", "") + done.err
     assert not CONTROLS.search(shown), ascii(CONTROLS.findall(shown))
     assert shown.count(ESCAPED) >= 7 and "in between " + ESCAPED in shown, shown
+    assert not re.search(r"\\x1b\[(2K|38|\?)", shown), "rich's own sequences are escaped"
 
 
 def test_the_plan_fits_80_columns() -> None:

@@ -14,14 +14,18 @@ from stepladder import console
 
 
 class _Stdout:
-    """stdout as it is at each write, for rich, which may write control sequences there."""
+    """stdout for rich, which may write control sequences there; itself, where a progress bar stands in its place."""
+
+    def __init__(self) -> None:
+        self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+        self.rich_proxied_file = self  # else rich would write to the stream without us
 
     def write(self, text: str) -> int:
-        console.write_exactly(text)
+        getattr(self.stream, "write_exactly", self.stream.write)(text)
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
+        return getattr(self.stream, name)
 
 
 class Screen(Console):

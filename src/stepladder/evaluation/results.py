@@ -44,8 +44,12 @@ def markdown(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, "## Conclusion", "", *conclusion(facts), ""])
 
 
-def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
-    """The first answers in columns, the losses, the verdicts and what differs."""
+def for_terminal(facts: dict[str, Any], show: int, widest: int = 100) -> str:
+    """The first answers in columns, the losses, the verdicts and what differs.
+
+    Args:
+        widest: columns of the table, where the terminal has as many.
+    """
     import io
 
     from rich.table import Table
@@ -53,6 +57,7 @@ def for_terminal(facts: dict[str, Any], show: int, width: int = 100) -> str:
     from stepladder.screen import Screen
 
     sides = facts["sides"]
+    width = min(Screen(plain=widest).width, widest)
     table = Table(show_lines=True, width=width, title_justify="left")
     for side in sides:
         table.add_column(side["name"], ratio=1, overflow="fold")
