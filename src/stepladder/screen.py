@@ -38,7 +38,7 @@ class Screen(Console):
     def __init__(self, plain: int | None = None, **kwargs: Any):
         kwargs.setdefault("file", _Stdout())
         super().__init__(markup=False, emoji=False, highlight=False, **kwargs)
-        if plain and not self.file.isatty():
+        if plain and not self.is_terminal:
             self.width = plain
 
     def render_str(self, text: str, **kwargs: Any) -> Text:  # before widths are computed
