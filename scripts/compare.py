@@ -121,7 +121,9 @@ def main() -> int | None:
         began = time.perf_counter()
         sides_of[source] = sides.measure(source, on, length, template, kept, args.trust_remote_code)
         if not args.json:
-            console.say(f"{source}: {len(on.questions)} answers in {time.perf_counter() - began:.0f} s")
+            tried = sides_of[source].tried
+            suite = f" and {sum(kept is not None for kept in tried.kept)} of behaviours" if tried else ""
+            console.say(f"{source}: {len(on.questions)} answers{suite} in {time.perf_counter() - began:.0f} s")
     measured = [sides_of[source] for source in sources]
     if ranks_here.is_main_process:
         answers = {name: learned.Trained(sides.answers_of(found)) for name, found in rows.items()}

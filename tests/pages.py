@@ -82,9 +82,10 @@ def shortened(command: str, block: Block) -> str:
     if name is None:
         return command
     flags = block.shorter[name]
+    command, bar, otherwise = command.partition(" || ")
     for flag in (word for word in flags if word.startswith("--")):
         command = re.sub(rf" {flag} [^ ]+", "", command)
-    return f"{command} {shlex.join(flags)}"
+    return f"{command} {shlex.join(flags)}{bar}{otherwise}"
 
 
 def lay_out(folder: Path) -> None:

@@ -69,8 +69,15 @@ def test_4_5_out_of_memory(played: Played) -> None:
 
 
 def test_4_6_forgetting(played: Played) -> None:
-    """Forgetting of six runs, each one factor from another (what it means: test_a_model_that_forgot_is_told)."""
-    rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in played.outputs[-1].splitlines()[2:]}
+    """Forgetting of six runs, each one factor from another, by the loss and by behaviours; and which pass the gate.
+
+    What it means: test_a_model_that_forgot_is_told, and test_gate.py.
+    """
+    cells = [line.split() for line in played.outputs[-1].splitlines()[2:]]
+    rows = {name: [float(cell) for cell in figures[:3]] for name, *figures in cells}
+    assert all(re.fullmatch(r"\d+%", row[4]) and row[5] in ("yes", "no") for row in cells), cells
+    facts = json.loads((played.folder / "runs/forgetting/compare.json").read_text())
+    assert {claim["claim"] for claim in facts["required"]} == {"better than the base", "did not forget"}
     assert [*rows] == [
         f"forget-{name}" for name in ("full-high", "full-low", "lora-high", "lora", "lora-longer", "lora-mixed")
     ]

@@ -110,12 +110,12 @@ def _is_call(value: Any) -> bool:
 # The tokens are what an answer to the suite's own questions takes: they are most of its cost.
 CHECKS = {
     "answers in JSON": Behaviour(
-        _json, 40, lambda keys: isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+        _json, 32, lambda keys: isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     ),
-    "arithmetic": Behaviour(_number, 24, lambda result: type(result) is int),
+    "arithmetic": Behaviour(_number, 20, lambda result: type(result) is int),
     "keeps to a length": Behaviour(_length, 32, lambda most: type(most) is int and most > 0),
-    "keeps the language": Behaviour(_language, 24, lambda code: isinstance(code, str)),
-    "does not refuse": Behaviour(_helps, 20, lambda value: value is True),
+    "keeps the language": Behaviour(_language, 20, lambda code: isinstance(code, str)),
+    "does not refuse": Behaviour(_helps, 16, lambda value: value is True),
     TOOL: Behaviour(_calls, 40, _is_call),
 }
 
@@ -152,42 +152,48 @@ def read(path: Path = SUITE) -> list[Task]:
 def ask(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], repetitions: int = 0
 ) -> Tried:
-    """The model's answers to the tasks, greedy, and their checks; the ranks share them out.
+    """The model's answers to the tasks, greedy, and their checks; the ranks share the behaviours out.
 
     Where the chat template takes no tools, no tool can be called, and the answers of that behaviour are None.
 
     Args:
-        repetitions: how many times it is asked again, by sampling at TEMPERATURE with seeds of its own.
+        repetitions: how many times it is asked again, by sampling at TEMPERATURE with a fixed seed.
     """
+    import torch
+
     groups = {name: [task for task in tasks if task.behaviour == name] for name in CHECKS}
-    asked = {name: group for name, group in groups.items() if group and _can_be_asked(tokenizer, group[0])}
+    asked = [name for name, group in groups.items() if group and _can_be_asked(tokenizer, group[0])]
 
-    def once(**sampling: Any) -> dict[str, list[Answer]]:
-        return {
-            name: generate.answers(
-                model, tokenizer, [task.question.example for task in group], max_new_tokens=CHECKS[name].max_new_tokens,
-                **sampling,
+    def answers_to(name: str) -> list[list[Answer]]:
+        """The greedy answers to a behaviour's questions, and those of each repetition."""
+        talks = [task.question.example for task in groups[name]]
+
+        def answers(times: int, **sampling: Any) -> list[Answer]:
+            most, size = CHECKS[name].max_new_tokens, len(talks) * max(times, 1)
+            return generate.answers(
+                model, tokenizer, talks * times, batch_size=size, shared=False, max_new_tokens=most, **sampling
             )
-            for name, group in asked.items()
-        }  # fmt: skip
 
-    def again(seed: int) -> dict[str, list[Answer]]:
-        import torch
-
+        found = answers(1)
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(SEED + seed)
+            torch.manual_seed(SEED)
             # weights that are no number cannot be sampled from otherwise
-            return once(shared=False, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
-                        remove_invalid_values=True)  # fmt: skip
+            found += answers(repetitions, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+                             remove_invalid_values=True)  # fmt: skip
+        return [found[start : start + len(talks)] for start in range(0, len(found), len(talks))]
 
-    first, rest = once(), shared_out.each(range(repetitions), again)  # a repetition is one rank's, with its seed
-
-    def in_order(said: dict[str, list[Answer]]) -> list[Answer | None]:
-        return [answer for name, group in groups.items() for answer in said.get(name, [None] * len(group))]
-
+    said = dict(zip(asked, shared_out.each(asked, answers_to), strict=True))
     ordered = [task for group in groups.values() for task in group]
-    texts = [answer.text if answer else None for answer in in_order(first)]
-    kept, *repeated = ([*map(_kept, ordered, in_order(said))] for said in (first, *rest))
+    rounds = [
+        [
+            answer
+            for name, group in groups.items()
+            for answer in (said[name][n] if name in said else [None] * len(group))
+        ]
+        for n in range(repetitions + 1)
+    ]
+    texts = [answer.text if answer else None for answer in rounds[0]]
+    kept, *repeated = ([*map(_kept, ordered, answers)] for answers in rounds)
     return Tried(ordered, texts, kept, repeated)
 
 
