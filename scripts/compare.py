@@ -122,7 +122,7 @@ def main() -> int | None:
         sides_of[source] = sides.measure(source, on, length, template, kept, args.trust_remote_code)
         if not args.json:
             tried = sides_of[source].tried
-            suite = f" and {sum(kept is not None for kept in tried.kept)} of behaviours" if tried else ""
+            suite = f" and {sum(one is not None for one in tried.kept)} of behaviours" if tried else ""
             console.say(f"{source}: {len(on.questions)} answers{suite} in {time.perf_counter() - began:.0f} s")
     measured = [sides_of[source] for source in sources]
     if ranks_here.is_main_process:
