@@ -29,12 +29,12 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         with self.counting:
             type(self).asked += 1
-            first = self.asked == 1
+            number = self.asked
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
         good = {"choices": [{"message": {"content": f" re: {question} "}, "finish_reason": "stop"}]}
         status, text = 200, json.dumps(good)
-        if self.behave == "busy once" and first:
+        if self.behave == "busy once" and number == 1:
             status, text = 503, "busy"
         elif self.behave == "unknown model":
             status, text = 404, "no such model"
@@ -52,7 +52,7 @@ class Server(BaseHTTPRequestHandler):
             status, text = 401, f"wrong key: {self.headers['Authorization']}"
         elif self.behave == "endless refusal":
             status = 500
-        elif self.behave == "tires" and self.asked > 4:
+        elif self.behave == "tires" and number > 4:
             status, text = 400, "no more"
         elif self.behave == "redirects":
             status = 307

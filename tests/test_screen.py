@@ -58,6 +58,7 @@ def test_control_characters_are_escaped() -> None:
 def test_commands_are_typed_as_they_stand(tmp_path: Path) -> None:
     """Guards who types a printed command: a name ran as one, or became several."""
     names = ["$(touch ran)", "a b", "it's", "new\nline\x1b[2J'\\", "`ls`", "", "plain/é", "~", os.fsdecode(b"\xff$1")]
+    assert quoted("\ud83d") == r"$'\xed\xa0\xbd'"  # which no file has, and a recipe may
     line = quoted("printf", r"%s\0", *names)
     assert "\n" not in line and not CONTROLS.search(line)
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, check=True)

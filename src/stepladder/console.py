@@ -53,8 +53,11 @@ def quoted(*words: object) -> str:
 def _shell_word(word: str) -> str:
     if word.isprintable():
         return shlex.quote(word)
-    code = {c: "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape")) for c in word
-            if not c.isprintable() or c in "'\\"}  # fmt: skip
+    code = {}
+    for c in word:
+        if not c.isprintable() or c in "'\\":  # a byte of a file's name that is no UTF-8 is U+DC80 to U+DCFF in Python
+            name = c.encode("utf-8", "surrogateescape" if "\udc80" <= c <= "\udcff" else "surrogatepass")
+            code[c] = "".join(f"\\x{byte:02x}" for byte in name)
     return "$'" + "".join(code.get(c, c) for c in word) + "'"
 
 

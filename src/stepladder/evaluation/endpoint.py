@@ -118,7 +118,7 @@ def answers(
     try:
         found = [pair for batch in shared_out.each(batches, batch_of) for pair in batch]
     except ModelError as error:
-        if not kept.file:
+        if not (kept.file and kept.file.is_file()):
             raise
         way_out = f"{error.way_out}\nwhat it answered is kept in {kept.file}: the same command again goes on from there"
         raise ModelError(error.what, why=error.why, way_out=way_out) from None
