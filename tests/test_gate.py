@@ -13,6 +13,7 @@ import pytest
 from test_compare import ANIMALS, rows_of, train
 
 from conftest import ROOT, launch, run, script
+from stepladder.data import templates
 from stepladder.errors import DataError, StepladderError
 from stepladder.evaluation import behaviours, compare, gate, learned, results, rubric
 from stepladder.evaluation.behaviours import Task, Tried
@@ -153,6 +154,26 @@ def test_a_lost_behaviour_is_told_and_noise_is_not() -> None:
     ]["name"] == "lost a behaviour"
     never = facts_of(side("base", tried(json=whole, tool=[None] * 12)), side("t", tried(json=whole, tool=none)))
     assert behaviours.TOOL not in [row["name"] for row in never["metrics"]]
+
+
+def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
+    """Guards the asking itself: tools reach the prompt or are not asked for, repetitions are the same each time.
+
+    And weights that are no number, from which nothing can be drawn, end in no traceback.
+    """
+    from stepladder.model.load import for_inference
+
+    suite = behaviours.read(ROOT / behaviours.SUITE)
+    tasks = [next(task for task in suite if task.behaviour == name) for name in behaviours.CHECKS]
+    model, tokenizer = for_inference(str(tiny))
+    first, again = (behaviours.ask(model, tokenizer, tasks, 2) for _ in range(2))
+    assert first == again and len(first.repeated) == 2
+    assert [answer is None for answer in first.answers] == [name == behaviours.TOOL for name in behaviours.CHECKS]
+    tokenizer.chat_template = templates.named("qwen3")
+    assert None not in behaviours.ask(model, tokenizer, tasks).answers
+    for weights in model.parameters():
+        weights.data.fill_(math.nan)
+    assert None not in behaviours.ask(model, tokenizer, tasks, 1).kept
 
 
 def required(text: str, facts: dict[str, Any], rules: list[rubric.Rule] | None = None) -> dict[str, tuple[bool, str]]:
