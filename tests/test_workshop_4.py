@@ -69,21 +69,24 @@ def test_4_5_out_of_memory(played: Played) -> None:
 
 
 def test_4_6_forgetting(played: Played) -> None:
-    """Forgetting of six runs, each one factor from another, by the loss and by behaviours; and which pass the gate.
+    """Forgetting of six runs, each one factor from another, by the loss; of two of them by behaviours, as a gate.
 
     What it means: test_a_model_that_forgot_is_told, and test_gate.py.
     """
-    cells = [line.split() for line in played.outputs[-1].splitlines()[2:]]
-    rows = {name: [float(cell) for cell in figures[:3]] for name, *figures in cells}
-    assert all(re.fullmatch(r"\d+%", row[4]) and row[5] in ("yes", "no") for row in cells), cells
-    facts = json.loads((played.folder / "runs/forgetting/compare.json").read_text())
-    assert {claim["claim"] for claim in facts["required"]} == {"better than the base", "did not forget"}
+    rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in played.outputs[-3].splitlines()[2:]}
     assert [*rows] == [
         f"forget-{name}" for name in ("full-high", "full-low", "lora-high", "lora", "lora-longer", "lora-mixed")
     ]
     assert rows["forget-full-high"][0] < rows["forget-full-low"][0]  # four steps: the higher rate has learned more
     mixed = played.run("forget-lora-mixed")["datasets"]
     assert any("general" in data["name"] for data in mixed), mixed
+    facts = json.loads((played.folder / "runs/lost/compare.json").read_text())
+    assert {claim["claim"] for claim in facts["required"]} == {"better than the base", "did not forget"}
+    assert "requirements hold" in played.outputs[-2]
+    shown = played.outputs[-1].splitlines()
+    assert re.search(r"^does not refuse +\d+%( +\d+% ?[▲▼]?){3}$", played.outputs[-1], re.MULTILINE), shown
+    assert [line[:14] for line in shown[-2:]] == ["better than th", "did not forget"] and all("✘" in x or "✔" in x
+        for x in shown[-2:]), shown  # fmt: skip
 
 
 def test_4_7_mini_project(played: Played) -> None:
