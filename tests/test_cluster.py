@@ -222,3 +222,18 @@ def test_every_sweep_file_is_yaml_with_its_own_command() -> None:
     for file in (ROOT / "slurm/sweeps").glob("*.yaml"):
         assert yaml.safe_load(file.read_text())["grid"]
         assert f"--sweep slurm/sweeps/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "merges"), [("lora", []), ("qlora", ["--quantized_base", "dequantized"]), ("sft", None)]
+)
+def test_how_the_pipeline_merges(recipe, merges, tmp_path, monkeypatch, capfd) -> None:
+    """Guards the second job of pipeline.sh: of QLoRA it was refused after hours of training, and of a full fine-tuning
+    there is nothing to merge. The words are read as the script reads them, by a shell."""
+    folder = tmp_path / "my run"
+    monkeypatch.setattr(sys, "argv", ["job", "merge", "--recipe", recipe, "--output_dir", str(folder)])
+    job.main()
+    words = subprocess.run(["bash", "-c", f'merge_it=({capfd.readouterr().out}); printf "%s\\n" "${{merge_it[@]:2}}"'],
+                           capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
+    expected = ["--adapter", str(folder), "--output_dir", f"{folder}/merged", *(merges or [])]
+    assert words == ([""] if merges is None else expected)
