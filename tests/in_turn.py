@@ -18,7 +18,6 @@ import sys
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 FIRST = os.environ.get("RANK", "0") == "0"
 
 
@@ -36,6 +35,7 @@ def cut(source: str, target: str, step: int) -> None:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
     import sft
     from accelerate.state import AcceleratorState
 

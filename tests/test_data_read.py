@@ -200,11 +200,13 @@ def test_bad_files_say_where_and_what(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["json.jsonl", "latin1.csv", "cut.jsonl.gz", "ragged.csv"])
-def test_bad_files_through_the_command_line(name: str, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+def test_bad_files_through_the_command_line(
+    name: str, tiny: Path, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
     """Guards against a fault that the library reports and the script turns into a traceback."""
     content, parts = BAD[name]
     (tmp_path / name).write_bytes(content)
-    recipe = write_recipe(model_name_or_path=str(tmp_path), dataset_name=str(tmp_path / name))
+    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name=str(tmp_path / name))
     done = script("sft", "--recipe", recipe)
     assert done.code == 2 and "Traceback" not in done.err, done
     for part in [name, *parts]:
@@ -314,9 +316,9 @@ def test_the_hub_loader_is_used_for_what_is_not_local(tmp_path: Path) -> None:
     assert rows.where == ["text[train] row 1", "text[train] row 2"]
 
 
-def test_an_id_that_the_hub_does_not_know(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+def test_an_id_that_the_hub_does_not_know(tiny: Path, write_recipe: Callable[..., Path]) -> None:
     """Guards against the loader's own errors, of which there are dozens of classes."""
-    recipe = write_recipe(model_name_or_path=str(tmp_path), dataset_name="data/techco")
+    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name="data/techco")
     done = script("sft", "--recipe", recipe)
     assert done.code == 2 and "Traceback" not in done.err, done
     assert "'data/techco' (split train) could not be loaded" in done.err, done

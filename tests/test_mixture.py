@@ -260,10 +260,12 @@ def test_a_row_of_another_shape_is_the_odd_one_even_at_the_top(load: Load, tmp_p
         load(dataset_name=str(file))
 
 
-def test_a_bad_mixture_through_the_command_line(make: Callable[..., str], write_recipe: Callable[..., Path]) -> None:
+def test_a_bad_mixture_through_the_command_line(
+    tiny: Path, make: Callable[..., str], write_recipe: Callable[..., Path]
+) -> None:
     """Guards against shares that the library refuses and the script turns into a traceback."""
     sets = [{"path": make("a", 10), "weight": 1}, {"path": make("b", 10)}]
-    done = script("sft", "--recipe", write_recipe(model_name_or_path="models/any", datasets=sets))
+    done = script("sft", "--recipe", write_recipe(model_name_or_path=str(tiny), datasets=sets))
     assert done.code == 2 and "Traceback" not in done.err, done
     assert "'weight' is missing for" in done.err and "recipe.yaml:5:3" in done.err, done
 

@@ -72,6 +72,7 @@ def test_a_slip_in_any_key_of_any_shipped_recipe_is_caught(copied: Path, data: s
 
 
 WHOLE = st.one_of(st.integers(-1, 5000), st.sampled_from((-1, 0, 1, 2, 10**6)))
+WITHOUT_NUL = st.characters(exclude_characters="\0")  # which no file name can hold: it is refused
 NUMBERS = st.one_of(WHOLE, st.floats(0, 1), st.floats(1e-12, 1e12), st.sampled_from((1e-4, 0.5, 1e16)))
 
 
@@ -85,12 +86,12 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
         needed = {nested.name: known.pop(nested.name) for nested in key.nested if nested.required}
         block = st.fixed_dictionaries(needed, optional=known)
         return st.lists(block, max_size=3) if "list" in key.types else block
-    text = st.sampled_from(key.choices) if key.choices else st.text(min_size=1, max_size=20)
+    text = st.sampled_from(key.choices) if key.choices else st.text(WITHOUT_NUL, min_size=1, max_size=20)
     element = st.booleans() if key.items == ("bool",) else text
     inside = (lambda x: ranges.RANGES[name].holds(x)) if name in ranges.RANGES else (lambda x: True)
     by_type = {
         "bool": st.booleans(),
-        "dict": st.dictionaries(st.text(max_size=10), element, max_size=3),
+        "dict": st.dictionaries(st.text(WITHOUT_NUL, max_size=10), element, max_size=3),
         "float": NUMBERS.filter(inside).map(float),
         "int": WHOLE.filter(inside),
         "list": st.lists(element, max_size=3),

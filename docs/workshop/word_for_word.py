@@ -6,11 +6,11 @@ from stepladder import console
 
 console.quiet_libraries()
 
-from stepladder.evaluation import generate, questions, sides  # noqa: E402
+from stepladder.evaluation import generate, held_out, questions, sides  # noqa: E402
 from stepladder.model import load  # noqa: E402
 
 console.quiet_progress_bars()
-rows = sides.training_rows(sys.argv[1], [])
+rows = sides.training_rows(sys.argv[1], held_out.Runs([]))
 assert rows is not None, "no run folder"
 asked = questions.of_rows(rows)[: int(sys.argv[2]) if len(sys.argv) > 2 else 8]
 model, tokenizer = load.for_inference(sys.argv[1])
