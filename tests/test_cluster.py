@@ -237,3 +237,13 @@ def test_how_the_pipeline_merges(recipe, merges, tmp_path, monkeypatch, capfd) -
                            capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
     expected = ["--adapter", str(folder), "--output_dir", f"{folder}/merged", *(merges or [])]
     assert words == ([""] if merges is None else expected)
+
+
+def test_a_sweeps_words_reach_the_script_as_they_are(tmp_path: Path) -> None:
+    """Guards sweep.sbatch, which reads words that end with NUL: what is printed for people has none."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"recipe": "lora", "grid": {"run_name": ["a b\tc"]}}))
+    done = subprocess.run([sys.executable, "-m", "stepladder.cluster.sweep", file, "0"], cwd=ROOT, capture_output=True)
+    words = done.stdout.decode().split("\0")
+    assert done.returncode == 0 and words[:2] == ["--recipe", "lora"] and words[-1] == "", done
+    assert words[words.index("--run_name") + 1] == "a b\tc"

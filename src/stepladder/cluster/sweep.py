@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from stepladder import errors, files
+from stepladder import console, errors, files
 
 
 def elements(file: Path) -> list[list[str]]:
@@ -72,7 +72,8 @@ def main() -> None:
             if int(number) >= len(found):
                 raise errors.RecipeError(f"element {number} of a sweep of {len(found)}", where=file,
                                          way_out=f"sbatch --array=0-{len(found) - 1} …")  # fmt: skip
-            sys.stdout.write("".join(word + "\0" for word in found[int(number)]))  # a value may hold any sign but NUL
+            # for sweep.sbatch; a value may hold any sign but NUL
+            console.write_exactly("".join(f"{word}\0" for word in found[int(number)]))
         case _:
             raise errors.RecipeError("sweep: FILE and the element's number", way_out=(__doc__ or "").split("\n")[-2])
 
