@@ -84,3 +84,12 @@ def test_scripts_name_their_command() -> None:
     for file in (ROOT / "scripts").glob("*.py"):
         doc = ast.get_docstring(ast.parse(file.read_text())) or ""
         assert re.search(rf"(python|accelerate launch) .*scripts/{file.name}", doc), file
+
+
+def test_whether_code_is_trusted_is_yes_or_no() -> None:
+    """Guards the terminal: of a key that nobody has set Transformers makes a question, and waits for its answer."""
+    asked = re.compile(r'(?<!bool\()(?:recipe|settings)\.get\("trust_remote_code"\)')
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    assert [
+        str(file) for file in files if "from_pretrained" in file.read_text() and asked.search(file.read_text())
+    ] == []

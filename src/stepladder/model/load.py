@@ -96,7 +96,7 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
     """
-    code, source = recipe.get("trust_remote_code"), start.of_recipe(recipe)
+    code, source = bool(recipe.get("trust_remote_code")), start.of_recipe(recipe)
     tok = tokenizer_of(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
         from transformers import AutoConfig
