@@ -70,7 +70,8 @@ def main() -> int | None:
     precision = model_load.precision(recipe)
     notes += [f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)]
     notes += ranks.leave_to_recipe(precision, step.accumulation, recipe.get("max_grad_norm"))
-    training_args = arguments.build(recipe, step, precision, use_cpu)  # the ranks meet here
+    with ranks.meeting(launch):
+        training_args = arguments.build(recipe, step, precision, use_cpu)
     devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checkpoint, record.forgets_best))

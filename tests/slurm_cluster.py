@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machines import Machines, possible
+
 from tiny import ROOT
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch")
@@ -82,9 +84,8 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4, gpus: int = 4):
         self.folder, self.cpus, self.gpus = folder, cpus, gpus
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
-        self.id = secrets.token_hex(2)  # interface names have at most 15 characters
         self.daemons: list[subprocess.Popen] = []
-        self.namespaces = _may_make_namespaces()
+        self.machines = Machines(nodes) if possible() else None
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"),
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}  # fmt: skip
 
@@ -120,10 +121,8 @@ class Cluster:
         if (pid := self.folder / "munged.pid").exists():
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(pid.read_text()), signal.SIGTERM)
-        if self.namespaces:
-            for node in self.nodes:
-                subprocess.run(["ip", "netns", "delete", self._netns(node)], capture_output=True)
-            subprocess.run(["ip", "link", "delete", f"sl{self.id}"], capture_output=True)
+        if self.machines:
+            self.machines.__exit__()
 
     def run(self, *words: Any, check: bool = True, **options: Any) -> str:
         """A command on the login node; what it printed, both streams."""
@@ -158,39 +157,19 @@ class Cluster:
         return "\n".join(f"{file.name}: " + "\n".join(file.read_text(errors="replace").splitlines()[-15:])
                          for file in sorted(self.folder.glob("*.log")))  # fmt: skip
 
-    def _netns(self, node: str) -> str:
-        return f"sl{self.id}{node}"
-
     def _start(self, *words: Any) -> None:
         out = (self.folder / "daemons.log").open("a")
         self.daemons.append(subprocess.Popen(list(map(str, words)), env=self.env, stdout=out, stderr=out,
                                              start_new_session=True))  # fmt: skip
 
     def _network(self) -> None:
-        if not self.namespaces:
-            self.address = dict.fromkeys(self.nodes, "127.0.0.1")
+        if not self.machines:
+            self.address, self.control = dict.fromkeys(self.nodes, "127.0.0.1"), f"{socket.gethostname()}(127.0.0.1)"
             return
-        subnet = f"10.{int(self.id[:2], 16)}.{int(self.id[2:], 16)}"
-        self.address = {node: f"{subnet}.{number + 2}" for number, node in enumerate(self.nodes)}
-        bridge = f"sl{self.id}"
-        lines = [f"link add {bridge} type bridge", f"addr add {subnet}.1/24 dev {bridge}", f"link set {bridge} up"]
-        for number, node in enumerate(self.nodes):
-            space, outer = self._netns(node), f"v{self.id}{number}"
-            lines += [
-                f"netns add {space}",
-                f"link add {outer} type veth peer name fabric0 netns {space}",
-                f"link set {outer} master {bridge} up",
-                f"-n {space} addr add {self.address[node]}/24 dev fabric0",
-                f"-n {space} link set fabric0 up",
-                f"-n {space} link set lo up",
-            ]
-        for line in lines:
-            subprocess.run(["ip", *line.split()], check=True)
-        self.control = f"{socket.gethostname()}({subnet}.1)"
+        self.machines.__enter__()
+        self.address, self.control = self.machines.address, f"{socket.gethostname()}({self.machines.subnet}.1)"
 
     def _configure(self) -> None:
-        if not self.namespaces:
-            self.control = f"{socket.gethostname()}(127.0.0.1)"
         for number in range(self.gpus):  # as many "GPUs" as jobs may ask for: null devices; training runs on CPU
             device = self.folder / f"gpu{number}"
             subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)
@@ -199,7 +178,7 @@ class Cluster:
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
         ports = free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={node if self.namespaces else socket.gethostname()} "
+            f"NodeName={node} NodeHostname={node if self.machines else socket.gethostname()} "
             f"NodeAddr={self.address[node]} Port={ports[number + 1]} CPUs={self.cpus} CoresPerSocket={self.cpus} "
             f"RealMemory=8000 Gres=gpu:h100:{self.gpus} State=UNKNOWN"
             for number, node in enumerate(self.nodes)
@@ -222,14 +201,7 @@ class Cluster:
     def _start_node(self, number: int, node: str) -> None:
         (self.folder / f"spool-{node}").mkdir()
         slurmd = f"slurmd -D -N {node} -f {self.env['SLURM_CONF']}"
-        if not self.namespaces:
-            self._start(*slurmd.split())
-            return
-        # Its own host name and /etc/hosts, in its own network.
-        inside = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec {slurmd}"
-        # nsenter: `ip netns exec` mounts /sys anew, and slurmd does not find its cgroups there.
-        network = f"--net=/var/run/netns/{self._netns(node)}"
-        self._start("nsenter", network, "unshare", "--uts", "--mount", "sh", "-c", inside)
+        self._start(*(self.machines.inside(node, self.folder / "hosts", slurmd) if self.machines else slurmd.split()))
 
 
 def free_ports(count: int) -> list[int]:
@@ -240,16 +212,3 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return found
-
-
-def _may_make_namespaces() -> bool:
-    name = f"sl{secrets.token_hex(2)}"
-    with contextlib.suppress(OSError):
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-        pair = (
-            f"ip link add {name}a type veth peer name {name}b && ip link delete {name}a && unshare --uts --mount true"
-        )
-        may = made and subprocess.run(["sh", "-c", pair], capture_output=True).returncode == 0
-        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-        return may
-    return False

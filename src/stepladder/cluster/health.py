@@ -127,17 +127,31 @@ def reach(nodes: list[str], here: int, port: int) -> list[str]:
 
 
 def interface(peer: str) -> str:
-    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6)."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))  # sends nothing
-        address = probe.getsockname()[0]
+    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
+
+    Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
+    node by hand, is then that of the default route, or the only one that there is.
+    """
+    names = _addresses()
+    for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, 9))  # sends nothing
+            if name := names.get(probe.getsockname()[0]):
+                return name
+    return next(iter(names.values())) if len(names) == 1 else ""
+
+
+def _addresses() -> dict[str, str]:
+    """Each IPv4 address of this node but those of the loopback, and its interface."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # one without an address
                 request = struct.pack("256s", name.encode()[:15])
-                found = fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24]  # SIOCGIFADDR
-                if socket.inet_ntoa(found) == address:
-                    return name
-    return ""
+                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
+                if not address.startswith("127."):
+                    found[address] = name
+    return found
 
 
 if __name__ == "__main__":

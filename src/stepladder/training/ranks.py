@@ -6,16 +6,21 @@ rank: axolotl#3839; two ranks on one GPU: accelerate#1840), so all of it is asse
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import fcntl
+import itertools
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepladder import cache, files
+from stepladder.cluster import health
 from stepladder.console import say
 from stepladder.errors import LaunchError
 
@@ -147,14 +152,64 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+@contextlib.contextmanager
+def meeting(launch: Launch) -> Iterator[None]:
+    """Let the ranks find each other in the block, in which a process group is made.
+
+    gloo listens at the address of the host's own name, which is 127.0.1.1 on Debian and Ubuntu, where another
+    machine finds nobody (pytorch#68726): between machines it is told the interface that leads to the first one.
+
+    Raises:
+        LaunchError: the ranks did not find each other.
+    """
+    first = os.environ.get("MASTER_ADDR", "")
+    if launch.ranks > launch.local_ranks and first and (found := health.interface(first)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    try:
+        yield
+    except RuntimeError as error:
+        if launch.ranks == 1 or not re.search(r"(?i)gloo|nccl|socket|store|rendezvous|connect", str(error)):
+            raise
+        through = os.environ.get("GLOO_SOCKET_IFNAME") or "none is named"
+        raise LaunchError(
+            f"the {launch.ranks} ranks did not find each other: {str(error).strip().splitlines()[0]}",
+            where=f"{socket.gethostname()}, rank {launch.rank}",
+            why=f"all must reach {first}:{os.environ.get('MASTER_PORT', '')} and each other; interface: {through}",
+            way_out="the same command on every machine but for --machine_rank, --main_process_ip as all of them reach "
+            "it; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface (`ip address` lists them)",
+        ) from None
+
+
+def _asked_for() -> int | None:
+    """The number of ranks that the `accelerate launch` above this process was asked for; None where none is above."""
+    import psutil
+    import yaml
+
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--num_processes", "--num-processes", type=int)
+    launcher.add_argument("--config_file", "--config-file")
+    with contextlib.suppress(psutil.Error, OSError, yaml.YAMLError):
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()
+            if not re.search(r"accelerate(-launch|/commands/launch\.py|\0launch)(\0|$)", "\0".join(words[:4])):
+                continue
+            asked = launcher.parse_known_args([*itertools.takewhile(lambda word: not word.endswith(".py"), words[3:])])[
+                0
+            ]
+            if asked.num_processes is None and asked.config_file:
+                return yaml.safe_load(Path(asked.config_file).read_text()).get("num_processes")
+            return asked.num_processes
+    return None
+
+
 def assert_launch(launch: Launch, device: str) -> list[str]:
-    """Compare the ranks that run with those that were launched; every rank calls it once.
+    """Compare the ranks that run with those that were launched and asked for; every rank calls it once.
 
     Returns:
         The device of each rank, as `host:device`.
 
     Raises:
-        LaunchError: fewer ranks joined than were launched, or two ranks have one GPU.
+        LaunchError: fewer ranks joined than were launched or asked for, or two ranks have one GPU.
     """
     import torch
     import torch.distributed as dist
@@ -171,6 +226,12 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
             f"{launch.ranks} ranks were launched and {joined} joined",
             why="the run would silently train on fewer ranks than you pay for",
             way_out="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
+        )
+    if joined != (asked := _asked_for() or joined):
+        raise LaunchError(
+            f"{asked} ranks were asked for and {joined} joined",
+            why="DeepSpeed's own launchers, without a hostfile, train on each machine by itself",
+            way_out="accelerate launch --deepspeed_multinode_launcher standard, as accelerate_configs/ has it",
         )
     if torch.cuda.is_available() and len(set(devices)) < len(devices):
         twice = next(d for d in devices if devices.count(d) > 1)
@@ -262,12 +323,17 @@ def one_a_node(launch: Launch, work: Callable[[], Path]) -> Path:
 
     The others wait however long it takes: in a group of their own, since NCCL gives up after
     `ddp_timeout` (half an hour), which the preparation of a large set may outlast.
+
+    Raises:
+        LaunchError: the ranks did not find each other.
     """
     import torch.distributed as dist
 
     if launch.ranks == 1:
         return work()
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
-    folders = [Path()] * launch.ranks
-    dist.all_gather_object(folders, work() if launch.local_rank == 0 else Path(), group=group)
+    with meeting(launch):  # all are here, so they meet at once or never
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=5))
+    folders = [work() if launch.local_rank == 0 else Path()] * launch.ranks
+    dist.monitored_barrier(group, timeout=datetime.timedelta(days=30))
+    dist.all_gather_object(folders, folders[0], group=group)
     return folders[launch.rank - launch.local_rank]
