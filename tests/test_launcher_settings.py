@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, Done, manifest, metrics, run
+from stepladder.errors import LaunchError
+from stepladder.training import ranks
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -33,27 +35,35 @@ def recipe(tiny, learnable, write_recipe) -> Path:
 
 def test_the_recipe_decides(recipe, tmp_path) -> None:
     """Guards fp32 that `--mixed_precision bf16` made bf16 while run.json said fp32, and the accumulation and clipping
-    that `accelerate config` writes for DeepSpeed without a file."""
+    that `accelerate config` writes for DeepSpeed without a file; and results that a launcher's configuration would have
+    saved in shards, which was found when the training was over."""
     deepspeed = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "num_machines": 1, "machine_rank": 0,
         "mixed_precision": "bf16", "deepspeed_config": {
-            "zero_stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 5.0, "zero3_init_flag": False,
-            "offload_optimizer_device": "none", "offload_param_device": "none",
+            "zero_stage": 3, "gradient_accumulation_steps": 4, "gradient_clipping": 5.0, "zero3_init_flag": True,
+            "offload_optimizer_device": "none", "offload_param_device": "none", "zero3_save_16bit_model": False,
         },
     }  # fmt: skip
-    (tmp_path / "zero2.yaml").write_text(yaml.safe_dump(deepspeed))
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(deepspeed))
     launches = {
         "plain": ("accelerate_configs/ddp.yaml",),
         "ddp": ("accelerate_configs/ddp.yaml", "--mixed_precision", "bf16"),
-        "fsdp": ("accelerate_configs/fsdp.yaml", "--mixed_precision", "bf16"),
-        "zero2": (tmp_path / "zero2.yaml",),
+        "fsdp": (
+            "accelerate_configs/fsdp.yaml",
+            "--mixed_precision",
+            "bf16",
+            "--fsdp_state_dict_type",
+            "SHARDED_STATE_DICT",
+        ),
+        "zero3": (tmp_path / "zero3.yaml",),
     }
     losses = {}
     for name, (config, *words) in launches.items():
         done = start(config, recipe, tmp_path / name, *words)
         assert done.code == 0, done
         assert ("mixed_precision: bf16 of the launcher is not used" in done.out) == (name != "plain"), done
-        assert ("gradient_clipping: 5.0 of the launcher is not used" in done.out) == (name == "zero2"), done
+        assert ("gradient_clipping: 5.0 of the launcher is not used" in done.out) == (name == "zero3"), done
+        assert ("since the result is saved whole" in done.out) == (name in ("fsdp", "zero3")), done
         facts = manifest(tmp_path / name)
         assert (facts["precision"], facts["gradient_accumulation_steps"], facts["max_grad_norm"]) == ("fp32", 2, 0.01)
         losses[name] = [row["loss"] for row in metrics(tmp_path / name)]
@@ -80,3 +90,53 @@ def test_a_deepspeed_file_that_contradicts_is_refused(fixed, said, recipe, tmp_p
     assert all(words in done.out + done.err for words in said), done
     assert "✘" in done.out + done.err and "ValueError" not in done.out + done.err, done
     assert manifest(tmp_path / "run")["status"] == "failed"
+
+
+SHAPES = ("cp", "tp", "sp", "dp_replicate")
+FSDP = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "block", "said"),
+    [
+        ("FSDP", {"fsdp_config": {**FSDP, "fsdp_version": 1}}, "fsdp_version: 1"),
+        ("FSDP", {"fsdp_config": {**FSDP, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "SIZE_BASED_WRAP"),
+        *(("FSDP", {"fsdp_config": FSDP, "parallelism_config": {f"parallelism_config_{shape}_size": 2}}, f"{shape}_size")
+          for shape in SHAPES),
+        ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 2}}, ""),
+        ("MEGATRON_LM", {"megatron_lm_config": {"megatron_lm_tp_degree": 1}}, "Megatron-LM"),
+        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": 1}}, "ZeRO stage 1"),
+        ("DEEPSPEED", {"deepspeed_config": {"zero_stage": 2}}, ""),
+        ("DEEPSPEED", {"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save is false"),
+        ("DEEPSPEED", {"zero_optimization": ZERO3}, ""),
+        ("DEEPSPEED", {"zero_optimization": {**ZERO3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+        ("DEEPSPEED", {"zero_optimization": ZERO3, "optimizer": {"type": "AdamW"}}, "the recipe's optim"),
+        ("DEEPSPEED", {"zero_optimization": ZERO3, "scheduler": {"type": "WarmupLR"}}, "lr_scheduler_type"),
+    ],
+)  # fmt: skip
+def test_what_no_strategy_here_does_is_refused(kind, block, said, tmp_path, monkeypatch) -> None:
+    """Guards configurations of other projects: tracebacks, a result that was lost at its save, another optimizer and
+    schedule than the recipe's, and a norm of gradients that counted each replica. Accelerate itself makes its
+    environment of them."""
+    from accelerate.commands import launch
+
+    if "zero_optimization" in block:
+        (tmp_path / "ds.json").write_text(json.dumps(block))
+        block = {"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}}
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": kind, "num_machines": 1, "num_processes": 2,
+              "machine_rank": 0, "mixed_precision": "no", **block}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config_file", str(tmp_path / "config.yaml"), "--main_process_port", "0", "sft.py"]
+    args = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))[0]
+    args.deepspeed_fields_from_accelerate_config = ""  # as launch_command() sets it
+    made = launch.prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else launch.prepare_multi_gpu_env(args)
+    for name, value in made.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if not said:
+        assert ranks.launched().strategy in ("fsdp", "zero2", "zero3")
+        return
+    with pytest.raises(LaunchError) as caught:
+        ranks.launched()
+    assert said in str(caught.value), caught.value

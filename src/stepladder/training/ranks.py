@@ -10,10 +10,13 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import itertools
+import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,22 @@ from stepladder import cache, files
 from stepladder.cluster import health
 from stepladder.console import say
 from stepladder.errors import LaunchError
+
+# How a sharded model is saved, in the launcher's words.
+WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+
+
+LAUNCHER = "the launcher's configuration"
+GATHERS = "stage3_gather_16bit_weights_on_model_save"
+# Blocks of DeepSpeed's file that decide on the curve, and what the recipe has instead.
+OTHER_CURVE = {
+    "optimizer": "the recipe's optim, learning_rate and weight_decay decide",
+    "scheduler": "the recipe's lr_scheduler_type and warmup_steps decide",
+    **dict.fromkeys(
+        ("amp", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop"),
+        "the recipe has no such thing",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -50,26 +69,97 @@ def launched() -> Launch:
 
 def _strategy(ranks: int) -> str:
     env = os.environ
+    _check_launcher()
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        zero: dict = {}
-        if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
-            try:
-                zero = files.read_object(file).get("zero_optimization", {})
-                if not isinstance(zero, dict):
-                    raise ValueError("its zero_optimization is no block")
-            except ValueError as error:
-                raise LaunchError(
-                    f"DeepSpeed's configuration {file} cannot be read: {error}",
-                    why="the accelerate config names it relative to the folder you start from",
-                    way_out="start from the folder that holds ds_configs/",
-                ) from None
-        stage = zero.get("stage") or env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        offloads = zero.get("offload_optimizer")
-        offload = isinstance(offloads, dict) and offloads.get("device", "none") not in ("none", None)
+        file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+        zero = _checked_config(file) if file else {}
+        stage = str(zero.get("stage", env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
+        if stage not in ("2", "3"):
+            raise LaunchError(
+                f"ZeRO stage {stage} is not one of the strategies here",
+                where=file or LAUNCHER,
+                why="no run's memory, checkpoints and curve are checked under it",
+                way_out="stage 2: it shards the gradients too, and sends no more",
+            )
+        if file and stage == "3" and zero.get(GATHERS) is not True:
+            raise LaunchError(
+                f"{GATHERS} is {json.dumps(zero.get(GATHERS, False))}",
+                where=file,
+                why="each rank would save its shards of the result, and none the model",
+                way_out=f'"{GATHERS}": true',
+            )
+        offloads = zero.get("offload_optimizer") or {"device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")}
+        offload = isinstance(offloads, dict) and (offloads.get("device") or "none") != "none"
         return f"zero{stage}" + ("_offload" if offload else "")
     if env.get("ACCELERATE_USE_FSDP") == "true":
         return "fsdp" + ("_offload" if env.get("FSDP_OFFLOAD_PARAMS") == "true" else "")
     return "ddp" if ranks > 1 else "single"
+
+
+def _checked_config(file: str) -> dict:
+    """The `zero_optimization` of DeepSpeed's file.
+
+    Raises:
+        LaunchError: the file cannot be read, or would train something else than the recipe says.
+    """
+    try:
+        config = files.read_object(file)
+        zero = config.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("its zero_optimization is no block")
+    except ValueError as error:
+        raise LaunchError(
+            f"DeepSpeed's configuration {file} cannot be read: {error}",
+            why="the accelerate config names it relative to the folder you start from",
+            way_out="start from the folder that holds ds_configs/",
+        ) from None
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    if others := [*(key for key in config if key in OTHER_CURVE), *quantized]:
+        raise LaunchError(
+            f"{others[0]} would change what is trained",
+            where=file,
+            why="it comes before the recipe, which would then say one thing and the run do another",
+            way_out=f"remove it: {OTHER_CURVE.get(others[0], 'ds_configs/ has files without it')}",
+        )
+    return zero
+
+
+def _check_launcher() -> None:
+    """Raise LaunchError for what a launcher's configuration asks for and no strategy here does.
+
+    Each was tried, and ended in a traceback or trained another curve.
+    """
+    env = os.environ
+    refused = {
+        "Megatron-LM": (env.get("ACCELERATE_USE_MEGATRON_LM") == "true", "it is not one of the strategies here"),
+    }
+    if env.get("ACCELERATE_USE_FSDP") == "true":
+        wrap = env.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        refused |= {
+            "fsdp_version: 1": (
+                env.get("FSDP_VERSION", "2") != "2",
+                "checkpoints and gradients are read as FSDP 2 has them, and Accelerate will drop version 1",
+            ),
+            f"fsdp_auto_wrap_policy: {wrap}": (
+                wrap != "TRANSFORMER_BASED_WRAP",
+                "FSDP 2 shards layers, which have a forward pass, and not parts of some size",
+            ),
+        }
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        for kind, why in {
+            "dp_replicate": "the norm of the gradients would be counted once for each replica, and clipping be another",
+            "tp": "no layer here is cut into columns and rows",
+            "cp": "no row here is cut over the ranks",
+            "sp": "no row here is cut over the ranks",
+        }.items():
+            size = env.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE") or "1"
+            refused[f"parallelism_config_{kind}_size: {size}"] = (size != "1", why)
+    for what, (is_asked, why) in refused.items():
+        if is_asked:
+            raise LaunchError(
+                f"{what} cannot be trained with", where=LAUNCHER, why=why,
+                way_out="a file of accelerate_configs/: fsdp.yaml, zero3.yaml, zero2.yaml or ddp.yaml",
+            )  # fmt: skip
 
 
 def hide_gpus() -> None:
@@ -131,9 +221,13 @@ def _load_cpu_collectives() -> None:
     (`torch/utils/file_baton.py`). Here a lock that ends with its process comes first; a file that is then still
     there is such a leftover.
     """
+    import torch
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions")))
+    # Another installation, or another ninja, would build anew at each change from one to the other.
+    here = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions" / here)))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".stepladder").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -230,8 +324,9 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
     if joined != (asked := _asked_for() or joined):
         raise LaunchError(
             f"{asked} ranks were asked for and {joined} joined",
-            why="DeepSpeed's own launchers, without a hostfile, train on each machine by itself",
-            way_out="accelerate launch --deepspeed_multinode_launcher standard, as accelerate_configs/ has it",
+            why="distributed_type: NO starts one process, and DeepSpeed's own launchers, without a hostfile, train on "
+            "each machine by itself",
+            way_out="a file of accelerate_configs/, or --deepspeed_multinode_launcher standard",
         )
     if torch.cuda.is_available() and len(set(devices)) < len(devices):
         twice = next(d for d in devices if devices.count(d) > 1)
@@ -278,6 +373,10 @@ def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> 
         if theirs not in ("auto", "no", str(value), f"{value}.0"):
             notes.append(f"{key}: {theirs} of the launcher is not used: the recipe decides, and it is {value} here")
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(ours["mixed_precision"])
+    for key, value in WHOLE.items():  # else the result of a run could not be saved
+        if os.environ.get(key, value) != value:
+            notes.append(f"{key.removeprefix('ACCELERATE_').lower()}: {value} here, since the result is saved whole")
+            os.environ[key] = value
     return notes
 
 
