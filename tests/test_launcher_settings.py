@@ -92,7 +92,7 @@ def test_a_deepspeed_file_that_contradicts_is_refused(fixed, said, recipe, tmp_p
     assert manifest(tmp_path / "run")["status"] == "failed"
 
 
-SHAPES = ("cp", "tp", "sp", "dp_replicate")
+CUT = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")
 FSDP = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
 
@@ -102,8 +102,7 @@ ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     [
         ("FSDP", {"fsdp_config": {**FSDP, "fsdp_version": 1}}, "fsdp_version: 1"),
         ("FSDP", {"fsdp_config": {**FSDP, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "SIZE_BASED_WRAP"),
-        *(("FSDP", {"fsdp_config": FSDP, "parallelism_config": {f"parallelism_config_{shape}_size": 2}}, f"{shape}_size")
-          for shape in SHAPES),
+        *(("FSDP", {"fsdp_config": FSDP, "parallelism_config": {f"parallelism_config_{key}": 2}}, key) for key in CUT),
         ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 2}}, ""),
         ("MEGATRON_LM", {"megatron_lm_config": {"megatron_lm_tp_degree": 1}}, "Megatron-LM"),
         ("DEEPSPEED", {"deepspeed_config": {"zero_stage": 1}}, "ZeRO stage 1"),
