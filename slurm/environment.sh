@@ -38,3 +38,5 @@ fi
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # `python scripts/x.py` finds Stepladder in this folder, whatever is installed elsewhere.
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+# The tokenizer's threads: it counts the node's cores where Slurm does not confine the job to its own.
+[[ ! ${SLURM_CPUS_ON_NODE:-} ]] || export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$SLURM_CPUS_ON_NODE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -54,3 +55,12 @@ GPUS = (
 def gpu(name: str) -> GPU | None:
     """The row of a device by the driver's name for it (`NVIDIA H100 80GB HBM3`); None where there is none."""
     return next((row for row in GPUS if re.search(row.pattern, name)), None)
+
+
+def cores() -> int:
+    """Cores that this process may use: those it is confined to, and no more than its Slurm job was given.
+
+    Slurm confines a job to its cores only where task/cgroup or task/affinity is set up.
+    """
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here))

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import cache, console
+from stepladder import cache, console, hardware
 from stepladder.data import audit, audit_tokens, packing, render
 from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
@@ -149,7 +149,8 @@ def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     """As `render.render`, in `dataset_num_proc` processes, or in as many as pay; with what was remarked."""
     from datasets import concatenate_datasets
 
-    processes = settings.get("dataset_num_proc") or min(os.cpu_count() or 1, len(rows) // ROWS_A_PROCESS)
+    cores = hardware.cores()
+    processes = settings.get("dataset_num_proc") or min(cores, len(rows) // ROWS_A_PROCESS)
     if processes < 2:
         return _part(rows, tokenizer, settings, 0)
     edges = [len(rows) * number // processes for number in range(processes + 1)]
@@ -157,7 +158,8 @@ def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
         processes,
         # A fork would share the locks of the threads that PyTorch and the tokenizer have started.
         multiprocessing.get_context("spawn"),
-        initializer=console.quiet_libraries,
+        initializer=_start_process,
+        initargs=(max(1, cores // processes),),
     ) as pool:
         jobs = [
             pool.submit(_part, rows.take(range(first, end)), tokenizer, settings, first)
@@ -168,6 +170,11 @@ def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     for _, found in parts:
         remarks.join(found)
     return concatenate_datasets([dataset for dataset, _ in parts]), remarks
+
+
+def _start_process(threads: int) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, which would else be all cores' in each process
+    console.quiet_libraries()
 
 
 def _part(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, first: int) -> tuple[Dataset, Remarks]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import cache, files
+from stepladder import cache, files, hardware
 from stepladder.cluster import health
 from stepladder.console import say
 from stepladder.errors import LaunchError
@@ -202,11 +202,9 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
         return False
     from stepladder.training import freed_memory
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE") or cores))  # a job's share, confined to it or not
     asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
     if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
-        torch.set_num_threads(max(1, cores // launch.local_ranks))
+        torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
     freed_memory.keep()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
     if launch.strategy.startswith("zero"):
