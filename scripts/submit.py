@@ -12,6 +12,8 @@ submits nothing. What the templates in slurm/ need of your cluster is in docs/sl
 
 import argparse
 import itertools
+import math
+import os
 from pathlib import Path
 
 from stepladder import console, errors, flags
@@ -21,9 +23,10 @@ from stepladder.hardware import GPUS
 from stepladder.model import start
 from stepladder.training import arguments, strategy
 
-SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation", "mem")
+SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
 
 
+CPUS = 4  # of a rank without a GPU
 SLOWER = 1.05  # what the plan's best must win to be named
 
 
@@ -39,17 +42,29 @@ def main() -> None:
     parser.add_argument("--gpus", type=flags.gpus, metavar="[TYPE:]N", help="a node")
     parser.add_argument("--gpu", metavar="NAME", help="h100, a100-40 …: where Slurm's type does not say it")
     parser.add_argument("--ranks", type=flags.count, default=1, help="a node, where there are no GPUs (1)")
-    parser.add_argument("--cpus", type=flags.count, help="a rank without GPUs, or the node's in all (4)")
+    cores = parser.add_mutually_exclusive_group()
+    cores.add_argument("--cpus", type=flags.count, help="a rank without GPUs (4), or the node's in all")
+    cores.add_argument("--cpus_per_gpu", "--cpus-per-gpu", type=flags.count, help="8, or a GPU's share if it is less")
+    memory = parser.add_mutually_exclusive_group()
+    memory.add_argument("--mem", help="a node, as for sbatch")
+    memory.add_argument("--mem_per_gpu", "--mem-per-gpu", metavar="SIZE", help="48G …; else a GPU's share of a node")
     for name in SBATCH_NAMES:
         parser.add_argument(f"--{name}", help="as for sbatch")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script and submit nothing")
     args, overrides = parser.parse_known_args()
 
+    for name in ("cpus_per_gpu", "mem_per_gpu"):
+        if getattr(args, name) and not args.gpus:
+            raise errors.LaunchError(
+                f"--{name} without GPUs", where="command line", way_out="--gpus N, or --cpus, --mem"
+            )
+
     runs = sweep.elements(args.sweep) if args.sweep else [["--recipe", args.recipe]]
     strategies = set()
     for words in runs:  # every element of a sweep is checked before the first of them waits in the queue
         strategies.add(_check(words + overrides, args))
-    planned = _plan(runs, args, overrides)
+    share = submit.per_gpu(args.gpus, args.partition) if args.gpus else None
+    planned, need = _plan(runs, args, overrides, share[1] if share and not _asks_for_memory(args) else 0)
     if "auto" in strategies:
         strategies = {args.strategy}
     options = submit.options(
@@ -57,8 +72,10 @@ def main() -> None:
             "nodes": args.nodes,
             "gpus_per_node": args.gpus,
             "ntasks_per_node": None if args.gpus else args.ranks,
-            "cpus_per_task": args.cpus,
+            "cpus_per_task": args.cpus or (None if args.gpus else CPUS),
+            "mem": args.mem,
             **{name: getattr(args, name) for name in SBATCH_NAMES},
+            **(_of_each_gpu(args, share, need) if args.gpus else {}),
         }
     )
     if args.sweep:
@@ -92,10 +109,35 @@ def main() -> None:
     print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {console.quoted(folder)}/stop")
 
 
-def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str]) -> str:
+def _of_each_gpu(args: argparse.Namespace, share: tuple[int, int] | None, need: float) -> dict[str, str | int | None]:
+    """Cores and memory for each GPU: what was asked for, else the share of a node, else what the plan needs.
+
+    Slurm refuses --cpus-per-task with --cpus-per-gpu, and --mem with --mem-per-gpu.
+    """
+    cores, memory = args.cpus_per_gpu, args.mem_per_gpu
+    if not cores and not args.cpus and "SBATCH_CPUS_PER_GPU" not in os.environ:
+        cores = min(submit.CORES, share[0] if share else submit.CORES) or None
+    if not _asks_for_memory(args):
+        most = share[1] if share else max(math.ceil(need), submit.MEMORY)
+        memory = f"{most}G" if most else None
+    return {"cpus_per_gpu": cores, "mem_per_gpu": memory}
+
+
+def _asks_for_memory(args: argparse.Namespace) -> bool:
+    set_before = any(f"SBATCH_MEM_PER_{of}" in os.environ for of in ("GPU", "CPU", "NODE"))
+    return bool(args.mem or args.mem_per_gpu or set_before)
+
+
+def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str], share: int) -> tuple[str, float]:
     """Whether the GPUs hold what they are asked for, in a line; `--strategy auto` becomes the fastest way that fits.
 
     Without a type that is known nothing is planned, and the line is empty.
+
+    Args:
+        share: GiB of host memory that come with a GPU; 0 where they are not known or others were asked for.
+
+    Returns:
+        The line, and the GiB of host memory that a rank needs (0 where they are not known).
     """
     kind, _, count = (args.gpus or "").rpartition(":")
     name = args.gpu or (kind if kind.lower() in {row.name for row in GPUS} else None)
@@ -105,17 +147,19 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
             raise errors.LaunchError(
                 "--strategy auto needs to know the GPUs", where="command line", way_out="--gpus h100:4, or --gpu h100"
             )
-        return ""
+        return "", 0.0
     if auto and args.sweep:
         raise errors.LaunchError("--strategy auto is for one run", where="command line", way_out="--strategy zero3")
     console.quiet_libraries()
     from stepladder.planning import choose, hardware
 
-    lines = []
+    lines, need = [], 0.0
     for words in runs:
         recipe = job.recipe_of(words + overrides)
         plan = choose.Plan(recipe, args.nodes, int(count), hardware.device(name))
         ways = plan.ways()
+        if share:
+            ways = [way for way in ways if choose.host_bytes(plan, way) <= share * hardware.GIB] or ways
         best = plan.best(ways)
         if best is None:
             raise choose.nowhere(plan, ways)
@@ -140,7 +184,14 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str])
                 why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
                 way_out=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
             )
-    return lines[0]
+        need = max(need, host := choose.host_bytes(plan, way) / hardware.GIB)
+        if 0 < share < host:
+            raise errors.LaunchError(
+                f"{way.strategy} takes {host:.0f} GiB of host memory a rank, and a GPU's share of a node is {share}",
+                why="each rank's own: weights that it loads in fp32, what is offloaded, a CUDA process's 4 GiB",
+                way_out="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
+            )
+    return lines[0], need
 
 
 def _check(words: list[str], args: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check, train, merge (an adapter), compare: each job starts when the one before it has succeeded, else it is cancelled.
 #
-#     bash slurm/pipeline.sh --nodes=2 --gpus-per-node=4 -- --recipe qlora --strategy zero3
+#     bash slurm/pipeline.sh --nodes=2 --gpus-per-node=4 --cpus-per-gpu=8 -- --recipe qlora --strategy zero3
 #
 # Before the -- stand sbatch's options for the training, after it the recipe and its keys. A training that is
 # preempted keeps its number when it is queued again, so the others go on waiting for it. Prints the jobs' numbers.

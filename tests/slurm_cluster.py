@@ -50,7 +50,8 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1000
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -180,7 +181,7 @@ class Cluster:
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={node if self.machines else socket.gethostname()} "
             f"NodeAddr={self.address[node]} Port={ports[number + 1]} CPUs={self.cpus} CoresPerSocket={self.cpus} "
-            f"RealMemory=8000 Gres=gpu:h100:{self.gpus} State=UNKNOWN"
+            f"RealMemory=10000 Gres=gpu:h100:{self.gpus} State=UNKNOWN"
             for number, node in enumerate(self.nodes)
         )
         (self.folder / "state").mkdir()

@@ -41,6 +41,11 @@ for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do echo "$gpu, ${FAKE_GPU
 HOSTILE = """a $(touch pwned) `touch pwned`; touch pwned "b' & % é"""
 
 
+def environment(process: int) -> dict[str, str]:
+    words = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
 class Site:
     """The cluster with a recipe for it, and the jobs that were given to it."""
 
@@ -120,12 +125,15 @@ LONG = ("--max_steps", 100_000, *SAVING[:3], 100_000)  # until somebody ends it
 def jobs(site: Site) -> dict[str, str]:
     """All that only has to run to its end, queued at once."""
     return {
-        "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", recipe_keys=("--strategy", "zero3")),
+        "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", "--cpus-per-gpu=2", recipe_keys=("--strategy", "zero3")),
         HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
                              recipe_keys=("--strategy=fsdp",)),
-        "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--export=ALL,FAKE_GPU_MIB=5000"),
+        "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
+                            "--export=ALL,FAKE_GPU_MIB=5000"),
+        "one core": site.sbatch("one core", "--gpus-per-node=2"),
+        "split": site.sbatch("split", "--ntasks-per-node=2", "--gpus-per-task=1"),
         # Slow, so that it leaves the processors to the others until its time is up.
-        "limit": site.sbatch("limit", "--time=2", "--signal=B:USR1@60", "--gpus-per-node=2",
+        "limit": site.sbatch("limit", "--time=2", "--signal=B:USR1@60", "--gpus-per-node=2", "--cpus-per-gpu=1",
                              recipe_keys=(*LONG, *site.slow)),
     }  # fmt: skip
 
@@ -151,11 +159,13 @@ def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Sit
 
 def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: dict[str, str], reference: Path) -> None:
     """Guards preemption on two nodes: the batch shell's USR1 reaches the ranks on both and kills no launcher, the
-    job comes back by itself, and neither its curve nor its metrics show it."""
-    job = site.sbatch(
-        "ddp", "--nodes=2", "--gpus-per-node=h100:2", recipe_keys=("--strategy", "ddp", *SAVING, *site.slow)
-    )
+    job comes back by itself, and neither its curve nor its metrics show it. Its ranks have the cores that follow from the GPUs."""
+    job = site.sbatch("ddp", "--nodes=2", "--gpus-per-node=h100:2", "--cpus-per-gpu=2", "--mem-per-gpu=1500",
+                      recipe_keys=("--strategy", "ddp", *SAVING, *site.slow))  # fmt: skip
     site.until_it_trains("ddp")
+    assert site.cluster.job(job)["TRES"].startswith("cpu=8,mem=6000M,node=2,"), "by hand: of 4 GPUs on two nodes"
+    of_rank = environment(site.rank(job, 0))
+    assert (of_rank["SLURM_CPUS_ON_NODE"], of_rank["OMP_NUM_THREADS"], of_rank["RAYON_NUM_THREADS"]) == ("4", "2", "4")
     site.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert site.ended(job, "ddp", "COMPLETED")["Restarts"] == "1", site.log("ddp")
     manifest = site.run_json("ddp")
@@ -186,7 +196,7 @@ def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str
 def test_the_bench_measures_each_strategy(site: Site) -> None:
     """Guards bench.sbatch: a strategy that fails keeps the others from nothing, and each has its line."""
     job = site.cluster.sbatch(
-        "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--export=ALL,STRATEGIES=ddp none",
+        "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--cpus-per-gpu=2", "--export=ALL,STRATEGIES=ddp none",
         "slurm/bench.sbatch", "--recipe", site.recipe,
     )  # fmt: skip
     site.ended(job, "bench", "COMPLETED")
@@ -196,10 +206,25 @@ def test_the_bench_measures_each_strategy(site: Site) -> None:
 
 
 def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
-    """Guards the health check: memory in use by others ends the job at once, with the node's name."""
+    """Guards the health check: memory in use by others ends the job at once, with the node's name. And guards a job
+    whose cores or memory are few: it says so, with the option that gives more."""
     site.ended(jobs["sick"], "sick", "FAILED")
+    assert "note: 2 core(s) a node for 2 rank(s)" in site.log("sick") and "--cpus-per-gpu=8" in site.log("sick")
+    assert "note: 2000 MiB of memory a node for 2 GPU(s); for more: sbatch --mem-per-gpu" in site.log("sick")
     assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
     assert not (site.folder / "sick" / "run.json").exists()
+
+
+def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
+    """Guards GPUs against a core for all of them (Slurm's own default), and ranks against the one GPU that a step of
+    one task has under --gpus-per-task: both were a job that crawls or dies after it has waited."""
+    for name, said in (
+        ("one core", "1 core(s) a node for 2 GPUs"),
+        ("split", "the ranks may use 1 GPU(s), and 2 ranks are to start"),
+    ):
+        assert site.ended(jobs[name], name, "FAILED")["ExitCode"] == ("2:0" if name == "one core" else "1:0")
+        assert said in site.log(name) and "Traceback" not in site.log(name), site.log(name)
+        assert not (site.folder / name / "run.json").exists()
 
 
 def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
@@ -214,7 +239,7 @@ def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
 
 def test_scancel_saves_and_does_not_come_back(site: Site) -> None:
     """Guards work that is cancelled: a checkpoint stands, and the job is not queued again against its owner's will."""
-    job = site.sbatch("cancelled", "--gpus-per-node=2", recipe_keys=LONG)
+    job = site.sbatch("cancelled", "--gpus-per-node=2", "--cpus-per-gpu=2", recipe_keys=LONG)
     site.until_it_trains("cancelled")
     site.cluster.run("scancel", job)
     site.cluster.wait(job, ("CANCELLED",))
@@ -240,13 +265,16 @@ def test_a_node_that_goes_down_brings_the_job_back(site: Site, reference: Path) 
 
 
 def test_a_sweep_is_an_array_with_a_report(site: Site, tmp_path: Path) -> None:
-    """Guards `submit.py --sweep`: an element a combination, each in its folder, and the page over all at the end."""
+    """Guards `submit.py --sweep`: an element a combination, each in its folder, and the page over all at the end.
+    And guards cores and memory, which follow the GPUs: 8 cores, and a quarter of the 9 GiB of a node of 4 GPUs."""
     sweep = site.folder / "ranks.yaml"
     grid = {"recipe": str(site.recipe), "output_dir": str(site.folder / "sweep"), "grid": {"lora_r": [4, 8]}}
     sweep.write_text(yaml.safe_dump(grid | {"per_device_train_batch_size": 8}))
-    said = site.cluster.run(sys.executable, "scripts/submit.py", "--sweep", sweep, "--time", "30", "--cpus", "1")
+    said = site.cluster.run(sys.executable, "scripts/submit.py", "--sweep", sweep, "--time", "30", "--gpus", "1")
     report = said.partition("report  job ")[2].split(",")[0]
     site.cluster.wait(report)
+    element = said.partition("✔ job ")[2].split(":")[0]
+    assert site.cluster.job(f"{element}_0")["TRES"].startswith("cpu=2,mem=2G,node=1,"), "2 of a node's 8 cores"
     parameters = [site.run_json(f"sweep/lora_r={rank}")["parameters"]["trainable"] for rank in (4, 8)]
     assert parameters[1] == 2 * parameters[0]
     assert (site.folder / "sweep/report.html").stat().st_size, said

@@ -29,9 +29,10 @@ PATIENCE = 60  # seconds for the nodes to come to the same point
 
 def main() -> None:
     env = os.environ
-    nodes, here = env["STEPLADDER_NODES"].split(), int(env["SLURM_NODEID"])
+    nodes, here, wanted = env["STEPLADDER_NODES"].split(), int(env["SLURM_NODEID"]), int(env["STEPLADDER_GPUS"])
+    check_step(int(env.get("SLURM_GPUS_ON_NODE") or 0), wanted)
     faults = [
-        *gpus(int(env["STEPLADDER_GPUS"])),
+        *gpus(wanted),
         *disk([Path(env["STEPLADDER_FOLDER"]), Path(env.get("TMPDIR", "/tmp"))]),
         *clock(float(env["STEPLADDER_CLOCK"])),
     ]
@@ -46,12 +47,37 @@ def main() -> None:
         print(name)
 
 
+def check_step(given: int, wanted: int) -> None:
+    """Refuse a job whose ranks would not all have a GPU; no other node would do better.
+
+    Args:
+        given: GPUs of this node that Slurm lets the ranks use (`SLURM_GPUS_ON_NODE` of their step).
+        wanted: ranks of this node: GPUs that the job has on its first node (the same variable in the batch script).
+    """
+    if given != wanted:
+        raise errors.LaunchError(
+            f"node {socket.gethostname()}: the ranks may use {given} GPU(s), and {wanted} ranks are to start",
+            why="--gpus-per-task gives each task its own, and one task starts all ranks of a node; --gpus may give "
+            "each node another number; --exclusive gives a job all GPUs of a node, and its ranks as many as it named",
+            way_out="sbatch --nodes=N --gpus-per-node=G …: the same number on each node, and one task",
+        )
+    if wanted > 1 and "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        raise errors.LaunchError(
+            f"node {socket.gethostname()}: {wanted} ranks on {wanted} slices of a GPU (MIG)",
+            why="a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it",
+            way_out="sbatch --gpus-per-node=1 …, or whole GPUs",
+        )
+
+
 def gpus(wanted: int) -> list[str]:
     """Fewer GPUs than the job was given, or memory in use on them by somebody else."""
     if not wanted:
         return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     ask = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if mig := "MIG-" in visible:  # Slurm names slices of a GPU by UUIDs, which --id does not take and no query answers
+        ask = ["nvidia-smi", "--list-gpus"]
+    elif visible:
         ask.append(f"--id={visible}")
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
@@ -61,6 +87,8 @@ def gpus(wanted: int) -> list[str]:
         return ["nvidia-smi does not answer"]
     if done.returncode:
         return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
+    if mig:
+        return [] if visible in done.stdout else [f"{visible} does not answer"]
     used = dict(line.split(",") for line in done.stdout.splitlines() if "," in line)
     faults = [] if len(used) >= wanted else [f"{len(used)} of {wanted} GPUs answer"]
     for index, megabytes in used.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 from stepladder.console import quoted
 from stepladder.errors import LaunchError
 
+# A rank's own cores: the training thread, the backward pass, NCCL and the copies keep two to four of them busy.
+CORES = 8
+MEMORY = 48  # GiB a GPU where neither Slurm nor a plan says more: 384 GiB on a node of eight
 # What Slurm's names, times and counts are made of; an option can then not become two.
 NAME = re.compile(r"[\w.,:@+%\[\]&|*()-]+")
 
@@ -29,6 +33,51 @@ def options(given: dict[str, str | int | None]) -> list[str]:
             raise LaunchError(f"{flag} {value!r} is no name, number or time that Slurm knows", where="command line")
         found.append(f"{flag}={value}")
     return found
+
+
+def per_gpu(gpus: str, partition: str | None) -> tuple[int, int] | None:
+    """The share of a node that comes with one of its GPUs: cores, and GiB of memory (0 where Slurm was not told).
+
+    Each the smallest among the partition's nodes that have so many GPUs; None where Slurm names no such node.
+
+    Args:
+        gpus: those of a node that the job asks for: `8` or `h100:8`.
+        partition: as for sbatch; its default where there is none.
+    """
+    kind, _, count = gpus.rpartition(":")
+    names = partition or os.environ.get("SBATCH_PARTITION") or ""
+    if not names:
+        names = ",".join(word[:-1] for word in _ask("sinfo", "--noheader", "--format=%P").split() if word[-1] == "*")
+    shares = []
+    for node in _ask("scontrol", "--oneliner", "show", "node").splitlines():
+        if names and not {*names.split(",")} & {*_field(node, "Partitions").split(",")}:
+            continue
+        # gpu:h100:4(S:0-1),gpu:a100_1g.10gb:7
+        found = re.findall(r"\bgpu:(?:([^:,()]+):)?(\d+)", _field(node, "Gres"))
+        if sum(int(number) for name, number in found if not kind or name == kind) < int(count):
+            continue
+        every = sum(int(number) for _, number in found)
+        cores, memory, system = (
+            int(_field(node, name, r"\d+") or 0) for name in ("CPUTot", "RealMemory", "MemSpecLimit")
+        )
+        cores = int(_field(node, "CPUEfctv", r"\d+") or cores)  # without those that are the system's own
+        shares.append((cores // every, max(0, memory - system) // every >> 10))
+    if not shares:
+        return None
+    return min(cores for cores, _ in shares), min(memory for _, memory in shares)
+
+
+def _field(node: str, name: str, pattern: str = r"\S+") -> str:
+    found = re.search(rf"(?:^| ){name}=({pattern})", node)
+    return found[1] if found else ""
+
+
+def _ask(*command: str) -> str:
+    """What a command of Slurm prints; nothing where it cannot."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def log_pattern(folder: Path, name: str) -> str:

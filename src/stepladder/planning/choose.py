@@ -17,6 +17,7 @@ from stepladder.planning.memory import Memory
 from stepladder.recipe import batch
 from stepladder.settings import Settings
 
+PROCESS = 4 * GIB  # host memory of a process that uses CUDA: libraries, pinned buffers, NCCL's
 # The simplest first: it is taken where two are equally fast.
 STRATEGIES = ("single", "ddp", "zero2", "fsdp", "zero3", "fsdp_offload", "zero3_offload")
 
@@ -156,6 +157,18 @@ class Plan:
             return four.drawn_on(two, (micro - 4) / 2, micro)
         work = unloaded.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
         return trace.of(self.settings, self.config, work)
+
+
+def host_bytes(plan: Plan, way: Way) -> float:
+    """Host memory of one rank: what is offloaded, a CUDA process's own, and the weights while they are loaded.
+
+    Weights in bf16 are mapped from their file and shared by all ranks of a node; in fp32, whatever the file holds,
+    each rank has its own, but under ZeRO-3, which reads them a parameter at a time.
+    """
+    fp32 = (plan.settings.get("dtype") or "float32") == "float32" and not plan.settings.get("load_in_4bit")
+    whole = plan._traced(way.micro, way.checkpointing, memory.casts(way.strategy)).whole
+    loaded = 4 * whole.parameters if fp32 and not way.strategy.startswith("zero3") else 0.0
+    return way.memory.host + loaded + PROCESS
 
 
 def fastest(ways: list[Way]) -> Way | None:
