@@ -19,7 +19,7 @@ from pathlib import Path
 from stepladder import console, errors, flags
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture, templates
-from stepladder.hardware import GPUS
+from stepladder.hardware import CORES_PER_GPU, GPUS, MEMORY_PER_GPU
 from stepladder.model import start
 from stepladder.training import arguments, strategy
 
@@ -116,9 +116,9 @@ def _of_each_gpu(args: argparse.Namespace, share: tuple[int, int] | None, need: 
     """
     cores, memory = args.cpus_per_gpu, args.mem_per_gpu
     if not cores and not args.cpus and "SBATCH_CPUS_PER_GPU" not in os.environ:
-        cores = min(submit.CORES, share[0] if share else submit.CORES) or None
+        cores = min(CORES_PER_GPU, share[0] if share else CORES_PER_GPU) or None
     if not _asks_for_memory(args):
-        most = share[1] if share else max(math.ceil(need), submit.MEMORY)
+        most = share[1] if share else max(math.ceil(need), MEMORY_PER_GPU)
         memory = f"{most}G" if most else None
     return {"cpus_per_gpu": cores, "mem_per_gpu": memory}
 

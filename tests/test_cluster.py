@@ -137,6 +137,104 @@ def test_submit_plans_where_it_knows_the_gpus() -> None:
     assert done.code == 2 and "needs to know the GPUs" in done.err, done
 
 
+# What `scontrol --oneliner show node` prints (22.05), shortened: nodes of other sizes and kinds in three partitions.
+NODES = """\
+NodeName=g1 CPUAlloc=0 CPUEfctv=124 CPUTot=128 Gres=gpu:h100:8(S:0-1) OS=Linux 6.1 #1 SMP RealMemory=1031000 \
+AllocMem=0 MemSpecLimit=7000 State=IDLE Partitions=gpu,all Reason=Low RealMemory=1 [root@x]
+NodeName=g2 CPUAlloc=0 CPUTot=96 Gres=gpu:h100:8,shard:h100:64 RealMemory=1030000 State=IDLE Partitions=gpu
+NodeName=g3 CPUAlloc=0 CPUTot=16 Gres=gpu:4 RealMemory=64000 State=IDLE Partitions=gpu
+NodeName=m1 CPUAlloc=0 CPUTot=56 Gres=gpu:a100_1g.10gb:7(S:0),gpu:a100:1 RealMemory=1 State=IDLE Partitions=mig
+NodeName=c1 CPUAlloc=0 CPUTot=64 Gres=(null) RealMemory=500000 State=IDLE Partitions=cpu,all
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A login node: stand-ins for the two commands that tell what the nodes have."""
+    (tmp_path / "nodes").write_text(NODES)
+    for name, text in (("scontrol", f"cat {tmp_path}/nodes"), ("sinfo", "echo cpu; echo gpu*; echo mig")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("gpus", "partition", "share"),
+    [
+        ("8", None, (12, 125)),  # 96 / 8 cores of g2, (1,031,000 - 7,000) / 8 MiB of g1
+        ("h100:8", "all", (15, 125)),
+        ("4", None, (4, 15)),
+        ("h100:4", "gpu", (12, 125)),
+        ("a100_1g.10gb:7", "mig", (7, 0)),  # what Slurm says where nobody told it the memory: 1 MiB
+        ("9", None, None),
+        ("1", "cpu", None),
+        ("1", "nix", None),
+    ],
+)
+def test_a_gpus_share_of_a_node(slurm: Path, gpus: str, partition: str | None, share: tuple | None) -> None:
+    """Guards `submit.py` against asking for more than any node has for its GPUs."""
+    assert submit.per_gpu(gpus, partition) == share
+
+
+@pytest.mark.parametrize("said", ["", "exit 1", "echo NodeName=x Gres=gpu:8", "head -c 999 /dev/urandom", "sleep 60"])
+def test_a_slurm_that_does_not_answer_keeps_nobody_from_submitting(slurm: Path, said: str, monkeypatch) -> None:
+    monkeypatch.setattr(submit, "PATIENCE", 0.2)
+    (slurm / "scontrol").write_text(f"#!/bin/sh\n{said}\n")
+    (slurm / "sinfo").write_text(f"#!/bin/sh\n{said}\n")
+    assert submit.per_gpu("8", None) in (None, (0, 0))
+
+
+def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
+    """Guards host memory: a node of 8 GPUs got four cores and Slurm's default. In fp32 each rank loads 32 GB of an 8B
+    model, but under ZeRO-3; where the node has less, no strategy that needs more is queued or taken by `auto`."""
+    full = ("--recipe", "models/llama-3.1-8b/full", "--gpus", "h100:8", "--dry_run")
+    done = script("submit", *full, "--strategy", "fsdp", "--partition", "all")
+    assert done.code == 0 and "--cpus-per-gpu=8 --mem-per-gpu=125G" in done.out, done
+    (slurm / "nodes").write_text(NODES.replace("RealMemory=1031000", "RealMemory=257000"))
+    done = script("submit", *full, "--strategy", "fsdp", "--partition", "all")
+    assert done.code == 2 and "fsdp takes 34 GiB of host memory a rank" in done.err and "zero3" in done.err, done
+    assert "share of a node is 30" in done.err and "Traceback" not in done.err
+    done = script("submit", *full, "--strategy", "auto", "--partition", "all")
+    assert "# plan: zero3" in done.out and "--mem-per-gpu=30G" in done.out, done
+    done = script("submit", *full, "--strategy", "fsdp", "--partition", "all", "--mem_per_gpu", "40G", "--cpus", "32")
+    assert "--gpus-per-node=h100:8 --cpus-per-task=32 " in done.out and "--mem-per-gpu=40G" in done.out, done
+    done = script("submit", *full[:2], "--gpus", "8", "--dry_run", SBATCH_CPUS_PER_GPU="4", SBATCH_MEM_PER_CPU="4G")
+    assert done.code == 0 and "cpus-per" not in done.out.splitlines()[0] and "mem" not in done.out.splitlines()[0]
+    for words, said in (
+        (("--cpus", "8", "--cpus_per_gpu", "4"), "not allowed with"),
+        (("--mem_per_gpu", "4G"), "--mem_per_gpu without GPUs"),
+    ):
+        done = script("submit", "--recipe", "lora", *words, "--dry_run")
+        assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
+
+
+def test_ranks_without_a_gpu_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a node that is called sick because of how the job asked for GPUs, and slices of a GPU (MIG):
+    `nvidia-smi --id` takes no UUID of one, and a process sees one of them, whatever it is given."""
+    with pytest.raises(errors.LaunchError, match=r"the ranks may use 1 GPU\(s\), and the job starts as many as 8 need"):
+        health.check_step(1, 8)
+    health.check_step(8, 8)
+    # as NVIDIA's MIG user guide shows `nvidia-smi -L`
+    slices = ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", "MIG-GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77/1/0")
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\n[ $# = 1 ] && [ $1 = --list-gpus ] || {{ echo No devices were found; exit 6; }}\n"
+        f"echo '  MIG 1g.5gb Device 0: (UUID: {slices[0]})'; echo '  MIG 1g.5gb Device 1: (UUID: {slices[1]})'\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    for name in slices:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
+        health.check_step(1, 1)
+        assert health.gpus(1) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-gone")
+    assert health.gpus(1) == ["MIG-gone does not answer"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(slices))
+    with pytest.raises(errors.LaunchError, match="2 ranks on 2 slices"):
+        health.check_step(2, 2)
+
+
 def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards each check of a node's health, with a stand-in for nvidia-smi."""
     tool = tmp_path / "nvidia-smi"

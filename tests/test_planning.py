@@ -99,7 +99,7 @@ def test_the_command_line() -> None:
     assert sum(best["memory"].values()) == pytest.approx(best["peak_memory_bytes"], abs=10)
     launch, slurm = answer["commands"]
     assert launch.startswith("accelerate launch --config_file accelerate_configs/single.yaml --num_processes 1 ")
-    assert slurm.startswith("sbatch --nodes=1 --gpus-per-node=1 slurm/sft.sbatch --strategy single ")
+    assert slurm.startswith("sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --mem-per-gpu=48G slurm/sft.sbatch ")
 
 
 def test_fits_nowhere_says_what_would() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -87,6 +89,32 @@ def test_several_processes_prepare_what_one_does(tokenizer, settings) -> None:
     one, _ = prepare.rendered(rows, tokenizer, settings(max_length=512))
     three, _ = prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
     assert one.to_list() == three.to_list() and [row["rows"] for row in three] == [[n] for n in range(72)]
+
+
+def test_processes_follow_the_jobs_cores(tokenizer, settings, monkeypatch) -> None:
+    """Guards a job of two cores on a node of 128: as many processes as the node has cores, each with a thread of the
+    tokenizer for every one of them."""
+    started = []
+
+    class Pool(concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, processes, context, initializer, initargs):
+            started.append((processes, *initargs))
+            super().__init__(processes)
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(prepare, "ROWS_A_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    rows = mixture.from_name("data/techco.jsonl")
+    for confined_to, of_job, expected in ((2, "", (2, 1)), (128, "2", (2, 1)), (128, "6", (6, 1)), (2, "6", (2, 1))):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=confined_to: set(range(cores)))
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_job)
+        prepare.rendered(rows, tokenizer, settings(max_length=512))
+        assert started.pop() == expected
+    prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=2))
+    assert started.pop() == (2, 1)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
+    prepare.rendered(rows, tokenizer, settings(max_length=512))
+    assert not started, "one core, and no other process"
 
 
 def test_a_bad_row_in_a_worker_is_told_as_elsewhere(tokenizer, settings, tmp_path) -> None:

@@ -125,7 +125,8 @@ LONG = ("--max_steps", 100_000, *SAVING[:3], 100_000)  # until somebody ends it
 def jobs(site: Site) -> dict[str, str]:
     """All that only has to run to its end, queued at once."""
     return {
-        "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", "--cpus-per-gpu=2", recipe_keys=("--strategy", "zero3")),
+        "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", "--cpus-per-gpu=2",
+                              recipe_keys=("--strategy", "zero3")),
         HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
                              recipe_keys=("--strategy=fsdp",)),
         "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
@@ -159,7 +160,7 @@ def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Sit
 
 def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: dict[str, str], reference: Path) -> None:
     """Guards preemption on two nodes: the batch shell's USR1 reaches the ranks on both and kills no launcher, the
-    job comes back by itself, and neither its curve nor its metrics show it. Its ranks have the cores that follow from the GPUs."""
+    job comes back by itself, and neither its curve nor its metrics show it. And guards its ranks' cores, which follow from the GPUs."""
     job = site.sbatch("ddp", "--nodes=2", "--gpus-per-node=h100:2", "--cpus-per-gpu=2", "--mem-per-gpu=1500",
                       recipe_keys=("--strategy", "ddp", *SAVING, *site.slow))  # fmt: skip
     site.until_it_trains("ddp")
@@ -196,7 +197,8 @@ def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str
 def test_the_bench_measures_each_strategy(site: Site) -> None:
     """Guards bench.sbatch: a strategy that fails keeps the others from nothing, and each has its line."""
     job = site.cluster.sbatch(
-        "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--cpus-per-gpu=2", "--export=ALL,STRATEGIES=ddp none",
+        "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--cpus-per-gpu=2",
+        "--export=ALL,STRATEGIES=ddp none",
         "slurm/bench.sbatch", "--recipe", site.recipe,
     )  # fmt: skip
     site.ended(job, "bench", "COMPLETED")
@@ -210,7 +212,7 @@ def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str,
     whose cores or memory are few: it says so, with the option that gives more."""
     site.ended(jobs["sick"], "sick", "FAILED")
     assert "note: 2 core(s) a node for 2 rank(s)" in site.log("sick") and "--cpus-per-gpu=8" in site.log("sick")
-    assert "note: 2000 MiB of memory a node for 2 GPU(s); for more: sbatch --mem-per-gpu" in site.log("sick")
+    assert "note: 2000 MiB of memory a node for 2 GPU(s)" in site.log("sick") and "--mem-per-gpu" in site.log("sick")
     assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
     assert not (site.folder / "sick" / "run.json").exists()
 
@@ -220,7 +222,7 @@ def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: d
     one task has under --gpus-per-task: both were a job that crawls or dies after it has waited."""
     for name, said in (
         ("one core", "1 core(s) a node for 2 GPUs"),
-        ("split", "the ranks may use 1 GPU(s), and 2 ranks are to start"),
+        ("split", "the ranks may use 1 GPU(s), and the job starts as many as 2 need"),
     ):
         assert site.ended(jobs[name], name, "FAILED")["ExitCode"] == ("2:0" if name == "one core" else "1:0")
         assert said in site.log(name) and "Traceback" not in site.log(name), site.log(name)

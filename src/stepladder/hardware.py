@@ -57,6 +57,11 @@ def gpu(name: str) -> GPU | None:
     return next((row for row in GPUS if re.search(row.pattern, name)), None)
 
 
+# What to ask a cluster for with each GPU, where nobody knows better. The training thread, the backward pass, NCCL and
+# the copies keep two to four cores busy; a node of eight GPUs with less than 8 × 48 GiB is rare.
+CORES_PER_GPU, MEMORY_PER_GPU = 8, 48  # MEMORY_PER_GPU in GiB of the host
+
+
 def cores() -> int:
     """Cores that this process may use: those it is confined to, and no more than its Slurm job was given.
 

@@ -52,11 +52,11 @@ def check_step(given: int, wanted: int) -> None:
 
     Args:
         given: GPUs of this node that Slurm lets the ranks use (`SLURM_GPUS_ON_NODE` of their step).
-        wanted: ranks of this node: GPUs that the job has on its first node (the same variable in the batch script).
+        wanted: GPUs that the job has on its first node (the same variable in the batch script): a rank for each.
     """
     if given != wanted:
         raise errors.LaunchError(
-            f"node {socket.gethostname()}: the ranks may use {given} GPU(s), and {wanted} ranks are to start",
+            f"node {socket.gethostname()}: the ranks may use {given} GPU(s), and the job starts as many as {wanted} need",
             why="--gpus-per-task gives each task its own, and one task starts all ranks of a node; --gpus may give "
             "each node another number; --exclusive gives a job all GPUs of a node, and its ranks as many as it named",
             way_out="sbatch --nodes=N --gpus-per-node=G …: the same number on each node, and one task",

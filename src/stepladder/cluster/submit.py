@@ -11,9 +11,7 @@ from pathlib import Path
 from stepladder.console import quoted
 from stepladder.errors import LaunchError
 
-# A rank's own cores: the training thread, the backward pass, NCCL and the copies keep two to four of them busy.
-CORES = 8
-MEMORY = 48  # GiB a GPU where neither Slurm nor a plan says more: 384 GiB on a node of eight
+PATIENCE = 30  # seconds that Slurm may take to tell what its nodes have
 # What Slurm's names, times and counts are made of; an option can then not become two.
 NAME = re.compile(r"[\w.,:@+%\[\]&|*()-]+")
 
@@ -75,7 +73,9 @@ def _field(node: str, name: str, pattern: str = r"\S+") -> str:
 def _ask(*command: str) -> str:
     """What a command of Slurm prints; nothing where it cannot."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 

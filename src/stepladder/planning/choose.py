@@ -10,7 +10,7 @@ from typing import Any
 
 from stepladder.console import quoted
 from stepladder.errors import LaunchError
-from stepladder.hardware import GPU, GPUS
+from stepladder.hardware import CORES_PER_GPU, GPU, GPUS, MEMORY_PER_GPU
 from stepladder.planning import hardware, memory, speed, trace, unloaded
 from stepladder.planning.hardware import GIB
 from stepladder.planning.memory import Memory
@@ -259,7 +259,9 @@ def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"
     launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"
-    slurm = f"sbatch --nodes={plan.nodes} --gpus-per-node={plan.ranks // plan.nodes} slurm/sft.sbatch"
+    host = max(MEMORY_PER_GPU, math.ceil(host_bytes(plan, way) / GIB))
+    slurm = f"sbatch --nodes={plan.nodes} --gpus-per-node={plan.ranks // plan.nodes}"
+    slurm += f" --cpus-per-gpu={CORES_PER_GPU} --mem-per-gpu={host}G slurm/sft.sbatch"
     return launch, f"{slurm} --strategy {way.strategy} {keys}"
 
 
