@@ -213,7 +213,7 @@ def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
 def test_ranks_without_a_gpu_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a node that is called sick because of how the job asked for GPUs, and slices of a GPU (MIG):
     `nvidia-smi --id` takes no UUID of one, and a process sees one of them, whatever it is given."""
-    with pytest.raises(errors.LaunchError, match=r"the ranks may use 1 GPU\(s\), and the job starts as many as 8 need"):
+    with pytest.raises(errors.LaunchError, match=r"1 GPU\(s\) for its ranks, and the job starts 8"):
         health.check_step(1, 8)
     health.check_step(8, 8)
     # as NVIDIA's MIG user guide shows `nvidia-smi -L`

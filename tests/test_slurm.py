@@ -160,7 +160,7 @@ def test_the_time_limit_is_a_preemption_and_a_stop_file_ends_the_chain(site: Sit
 
 def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: dict[str, str], reference: Path) -> None:
     """Guards preemption on two nodes: the batch shell's USR1 reaches the ranks on both and kills no launcher, the
-    job comes back by itself, and neither its curve nor its metrics show it. And guards its ranks' cores, which follow from the GPUs."""
+    job comes back by itself, and neither its curve nor its metrics show it. Guards its ranks' cores, too."""
     job = site.sbatch("ddp", "--nodes=2", "--gpus-per-node=h100:2", "--cpus-per-gpu=2", "--mem-per-gpu=1500",
                       recipe_keys=("--strategy", "ddp", *SAVING, *site.slow))  # fmt: skip
     site.until_it_trains("ddp")
@@ -222,7 +222,7 @@ def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: d
     one task has under --gpus-per-task: both were a job that crawls or dies after it has waited."""
     for name, said in (
         ("one core", "1 core(s) a node for 2 GPUs"),
-        ("split", "the ranks may use 1 GPU(s), and the job starts as many as 2 need"),
+        ("split", "1 GPU(s) for its ranks, and the job starts 2"),
     ):
         assert site.ended(jobs[name], name, "FAILED")["ExitCode"] == ("2:0" if name == "one core" else "1:0")
         assert said in site.log(name) and "Traceback" not in site.log(name), site.log(name)

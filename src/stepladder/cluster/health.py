@@ -56,7 +56,7 @@ def check_step(given: int, wanted: int) -> None:
     """
     if given != wanted:
         raise errors.LaunchError(
-            f"node {socket.gethostname()}: the ranks may use {given} GPU(s), and the job starts as many as {wanted} need",
+            f"node {socket.gethostname()}: {given} GPU(s) for its ranks, and the job starts {wanted}",
             why="--gpus-per-task gives each task its own, and one task starts all ranks of a node; --gpus may give "
             "each node another number; --exclusive gives a job all GPUs of a node, and its ranks as many as it named",
             way_out="sbatch --nodes=N --gpus-per-node=G …: the same number on each node, and one task",
