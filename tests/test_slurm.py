@@ -56,6 +56,7 @@ class Site:
         (tools / "nvidia-smi").write_text(NVIDIA_SMI)
         (tools / "nvidia-smi").chmod(0o755)
         cluster.env |= {"PATH": f"{tools}:{cluster.env['PATH']}", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        cluster.env.pop("OMP_NUM_THREADS", None)  # the templates' own is tested
         keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
         keys |= {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_strategy": "no"}
         self.slow = ("--callback", folder / "slow.py")
