@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-gpu bench bench-quick bench-peers bench-gpu workshop docs lint format clean
+.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -90,6 +90,9 @@ bench-peers: $(INSTALLED) models/smollm2-135m-instruct ## the same rows by ms-sw
 
 bench-gpu: $(INSTALLED) ## tokens/s, MFU and memory on a CUDA GPU beside `trl sft`, with random weights (not run yet)
 	$(BIN)/python benchmarks/train_gpu.py --folder runs/bench-gpu
+
+gpu-day: $(INSTALLED) ## all that is to be found out on a CUDA GPU, in 15 minutes, what is worth most first (docs/benchmarks.md; not run yet)
+	$(BIN)/python benchmarks/gpu_day.py
 
 workshop: $(INSTALLED) models/smollm2-135m-instruct ## run every activity of the workshop in full, and refresh what its pages show
 	$(BIN)/python tests/pages.py $(sort $(wildcard docs/workshop/*.md))

@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny import make_tiny  # noqa: E402
+from same_curve import one_gpu  # noqa: E402
+from tiny import make_tiny, whole  # noqa: E402
 
 MARK = "<!-- plan-gpu -->\n"
 METHODS = {
@@ -78,14 +79,18 @@ def make_model(name: str, folder: Path) -> Path:
 
     if name == TINY:
         return make_tiny(folder / TINY)
-    made = folder / name.split("/")[-1]
-    if not (made / "config.json").is_file():
+
+    def make(made: Path) -> None:
         shapes = yaml.safe_load((ROOT / "src/stepladder/planning/shapes.yaml").read_text())
         AutoTokenizer.from_pretrained(make_tiny(folder / TINY)).save_pretrained(made)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shapes[name]), dtype=torch.bfloat16)
         model.save_pretrained(made)
-    return made
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what is measured next may need all of the GPU
+
+    return whole(folder / name.split("/")[-1], make)
 
 
 def write_rows(case: Case, folder: Path) -> None:
@@ -120,7 +125,7 @@ def measure(case: Case, folder: Path) -> dict:
     words += ["--max_length", str(case.length), "--per_device_train_batch_size", str(case.micro)]
     words += ["--global_batch_size", str(case.micro), "--gradient_checkpointing", str(case.checkpointing).lower()]
     words += ["--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "no", "--output_dir", str(run)]
-    subprocess.run([sys.executable, "scripts/sft.py", "--overwrite", *words], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "scripts/sft.py", "--overwrite", *words], cwd=ROOT, env=one_gpu(), check=True)
     for weights in run.glob("*.safetensors"):
         weights.unlink()
     return json.loads((run / "run.json").read_text())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from plan_gpu import EIGHT, METHODS, REHEARSAL, ROOT, SMALL, Case, make_model, write_rows
+from plan_gpu import EIGHT, METHODS, REHEARSAL, ROOT, SMALL, Case, make_model, one_gpu, write_rows
 
 STEPS, COUNTED = 10, 5
 ONE = "meta-llama/Llama-3.2-1B-Instruct"
@@ -91,7 +90,7 @@ def trl(case: Case, folder: Path, *more: str) -> Play:
 def done(words: list[str]) -> list[tuple[float, str]]:
     """The lines that a command prints, and when; this ends where it fails."""
     process = subprocess.Popen(
-        words, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"}, text=True,
+        words, cwd=ROOT, env={**one_gpu(), "PYTHONUNBUFFERED": "1", "TTY_COMPATIBLE": "0"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout

@@ -158,9 +158,26 @@ def launch_many(
         command = [accelerate, "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
         command += ["--num_processes", str(ranks), "--main_process_port", "0"]
     # Sleeping threads: more ranks than cores would else wait for each other at full speed.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT / "src")}
+    env = {**one_gpu(), "OMP_WAIT_POLICY": "PASSIVE"}
+    if config == GPU:  # imported once and forked, a process that has touched CUDA (bitsandbytes does) has none
+        runs = []
+        for job in jobs:
+            with open(job["log"], "w") as out:
+                words = [sys.executable, "scripts/sft.py", *job["argv"]]
+                runs.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=out, stderr=out))
+        for run in runs:
+            run.wait()
+        return
+    env["CUDA_VISIBLE_DEVICES"] = ""
     with file.with_suffix(".out").open("w") as out:
         subprocess.run([*command, script, str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
+
+
+def one_gpu() -> dict[str, str]:
+    """The environment of a process that sees the first GPU at most, this source tree first, and no hub."""
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 def free_port() -> int:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SMOLLM2 = ROOT / "models/smollm2-135m-instruct"
 
 
+def whole(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder as `make` fills it, once. It appears once complete, so that a kill leaves none by half."""
+    if not folder.exists():
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        make(part)
+        part.rename(folder)
+    return folder
+
+
 def make_tiny(folder: Path) -> Path:
     """Save a random Llama of 64,000 parameters, with SmolLM2's template and a vocabulary of 1,024 tokens.
 
-    SmolLM2's own vocabulary of 49,152 would make a training step seven times as slow.
+    SmolLM2's own vocabulary of 49,152 would make a training step seven times as slow. Where SmolLM2 is not on the
+    machine, its kind of tokenizer is trained from nothing, with the ChatML template.
     """
+    return whole(folder, _make_tiny)
+
+
+def _make_tiny(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from stepladder.model import weights
 
-    if (folder / "model.safetensors").is_file():
-        return folder
     texts = (ROOT / "data/techco.jsonl").read_text().splitlines()
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2).train_new_from_iterator(texts, 1024, show_progress=False)
+    if SMOLLM2.is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(SMOLLM2).train_new_from_iterator(texts, 1024, show_progress=False)
+    else:
+        tokenizer = _chatml_tokenizer(texts)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -40,4 +60,20 @@ def make_tiny(folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM(config).save_pretrained(folder)
     weights.share(folder)
-    return folder
+
+
+def _chatml_tokenizer(texts: list[str]) -> Any:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, 1024, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        chat_template=(ROOT / "src/stepladder/data/templates/chatml.jinja").read_text(),
+        unk_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+    )

@@ -7,8 +7,6 @@ import math
 from pathlib import Path
 from statistics import fmean
 
-from PIL import Image, ImageDraw, ImageFont
-
 from stepladder.reporting.runs import Curve, finite
 from stepladder.run import write_whole
 
@@ -20,6 +18,8 @@ MOST_POINTS = 400
 
 def write(path: Path, loss: Curve, evaluation: Curve) -> None:
     """Draw the training loss over the steps as a line and the held-out loss as rings; nothing without a loss."""
+    from PIL import Image, ImageDraw, ImageFont  # here, so that a run without it lacks the picture only
+
     loss, evaluation = finite(loss), finite(evaluation)
     if not loss:
         return
