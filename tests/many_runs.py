@@ -4,7 +4,7 @@
 
 Each rank imports the libraries once and forks for every run: the launcher, its environment and the
 script are the real ones, and ten seconds of imports a run are saved. JOBS.json is a list of
-`{"argv": [...], "port": N, "log": FILE}`; a run whose rank fails leaves `LOG.failed`.
+`{"argv": [...], "port": N, "log": FILE}`; a run whose rank fails leaves `LOG.failed`, which holds its exit code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(each: Callable[[dict, int], None]) -> None:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 if status:
-                    failed.touch()
+                    failed.write_text(str(os.waitstatus_to_exitcode(status)))
                 break
             if failed.exists() and time.time() - failed.stat().st_mtime > GRACE:
                 # another rank's part of this run ended: this one would wait for it for ever
@@ -64,10 +64,11 @@ def run(job: dict, rank: int) -> None:
     log = os.open(job["log"] if rank == 0 else f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = ["scripts/sft.py", *job["argv"]]
+    script = job.get("script", "scripts/sft.py")
+    sys.argv = [script, *job["argv"]]
     code = 1
     try:
-        runpy.run_path("scripts/sft.py", run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
