@@ -1,12 +1,12 @@
 """A machine with GPUs, as Python sees it: for start-up paths, up to where the first tensor goes to one.
 
     subprocess.run(command, env={**os.environ, **gpu_stand_in.environment(folder, gpus=8)})
-    python tests/gpu_stand_in.py JOBS.json    # as many_runs.py, on other machines in turn: each job's `gpus` and `card`
+    python tests/gpu_stand_in.py JOBS.json    # as many_runs.py, on a machine for each job: its `gpus` and `card`
 
 torch's own functions run and read what CUDA's library would tell them: NVML counts what CUDA_VISIBLE_DEVICES shows at
 that moment, CUDA reads that variable once, when it is first touched, and a forked process cannot touch it again.
 nvidia-smi answers from PATH, NCCL's groups are gloo's, and there is no CUDA toolkit. The first operator that would
-compute ends with torch's own words, which `ends_on_device` counts. What each touch saw is said on stderr: `stand-in: …`.
+compute ends with torch's own words, which `ends_on_device` counts. What the first touch saw is said on stderr.
 """
 
 from __future__ import annotations
@@ -130,8 +130,9 @@ def pretend(gpus: Any, card: Any) -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.cuda._lazy_init = initialize
     torch.cuda._get_device_properties = properties
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = lambda index: 0
     torch.cuda.default_generators = tuple(torch.Generator() for _ in range(64))
-    torch.cuda.set_device, torch.cuda.current_device = set_device, get_device
+    torch.cuda.set_device, torch._C._cuda_getDevice = set_device, get_device
     join, dist.init_process_group = dist.init_process_group, meet
     torch.distributed.is_nccl_available = lambda: True
 

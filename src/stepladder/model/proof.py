@@ -114,7 +114,7 @@ class Proof:
             raise ModelError(f"{extra[0]} changed, and the adapter does not target it")
         for key, name in targeted.items():
             exact = self.merge.merged(name)
-            if not torch.equal(merged.read(key), exact.to(dtype)):
+            if not torch.equal(merged.read(key), exact.to(dtype).cpu()):  # with --device cuda, exact is there
                 raise ModelError(f"{key} was not written as it was merged", why="a fault of the disk, or a bug")
             if key not in changed and not torch.equal(exact, self.merge.read(name)):
                 raise ModelError(
