@@ -27,7 +27,7 @@ WITHOUT = {
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "short": lambda: setattr(attention, "SHORT", 0),  # products in bf16
-    "flat": lambda: setattr(attention, "by_row", lambda model, settings: False),
+    "flat": lambda: setattr(attention, "by_row", lambda *_: False),
     "loss": lambda: setattr(fused_loss, "attach", lambda model, ignored: None),
     "cached": lambda: setattr(fused_loss, "CACHED", fused_loss.TOKENS),  # a few tokens' scores in fp32 at a time
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),

@@ -12,6 +12,7 @@ See docs/reliability.md.
 
 import argparse
 import contextlib
+import dataclasses
 
 from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, row_keys, stream, templates
@@ -61,7 +62,7 @@ def main() -> int | None:
 
         from stepladder.data import prepare
         from stepladder.evaluation import samples
-        from stepladder.model import adapter, attention
+        from stepladder.model import adapter, attention_choice
         from stepladder.planning import choose
         from stepladder.training import announce, callback, freed_memory, out_of_memory, profiling, progress, result
         from stepladder.training import telemetry, trackers, trainer, utilization, watchdog  # isort: skip
@@ -115,9 +116,13 @@ def main() -> int | None:
     base = model_load.base_model(recipe, precision)
     if ends := model_load.fit_embeddings(base, tokenizer):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
-    flat = use_cpu and attention.by_row(base, recipe)
+    attends, costs = attention_choice.settle(base, settled, precision, training_args.device.type, ranks.from_first)
+    notes += costs + (attention_choice.changed(record.manifest.get("attention") or {}, attends) if checkpoint else [])
+    # Kernels of our own (LoRA's layers, the loss, freed memory; short rows come with the choice above) are written
+    # and measured for CPUs. A GPU runs the libraries', until they are measured there.
+    own_kernels = use_cpu
     unsharded = launch.strategy in ("single", "ddp")
-    model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=unsharded)
+    model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=own_kernels and unsharded)
     if unsharded:
         adapter.hold_as_computed(model, precision)
 
@@ -132,6 +137,7 @@ def main() -> int | None:
         world_size=launch.ranks,
         devices=devices,
         precision=precision,
+        attention=dataclasses.asdict(attends),
         allocator=allocator.name(),
         global_batch_size=step.rows,
         micro_batch_size=step.micro,
@@ -150,7 +156,7 @@ def main() -> int | None:
         steps = choose.steps(settled, sequences, step.rows)
         notes += unplanned + (train_rows.notes if train_rows else [])
         notes += eval_rows.notes if eval_rows and not recipe.get("test_split_size") else []  # else the training set's
-        console.say(announce.beginning(record, settled, steps, sequences, notes))
+        console.say(announce.beginning(record, settled, steps, sequences, str(attends), notes))
         shapes = result.adapter_shapes(model)
         work = utilization.work(base, record.manifest["parameters"], training_args, precision)
         meter = telemetry.Telemetry(record, work, launch.local_ranks)
@@ -164,14 +170,15 @@ def main() -> int | None:
             sft = trainer.Trainer(
                 model=model,
                 layout=step,
-                flat=flat,
+                flat=attends.flat,
+                own_kernels=own_kernels,
                 args=training_args,
                 processing_class=tokenizer,
                 train_dataset=train_set,
                 eval_dataset=eval_set,
                 meter=meter,
                 on_nan=recipe.get("on_nan"),
-                callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if use_cpu else [])],
+                callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if own_kernels else [])],
             )
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing

@@ -227,10 +227,11 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
 
 
 def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
-    """Hold the frozen linear layers in bf16 or fp16 where autocast would round them to it at each use.
+    """Hold the frozen linear layers in bf16 or fp16 where autocast would cast them to it at each use.
 
-    The products are the same to the bit, in half the memory, and rounded once: autocast keeps its copies of
-    trained weights only. Embeddings, norms and what the output layer shares with them compute in fp32 and stay so.
+    The products are the same to the bit, from fp32 in half the memory, and cast once: autocast keeps its copies of
+    trained weights only. A base in bf16 becomes fp16 on a GPU without bf16. Embeddings, norms and what the output
+    layer shares with them compute in fp32 and stay so.
     For one process and DDP: ZeRO and FSDP hold what they compute with themselves.
     """
     import torch
@@ -243,7 +244,7 @@ def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
     for module in model.modules():
         if type(module) is torch.nn.Linear and id(module.weight) not in looked_up:
             for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad and parameter.dtype == torch.float32:
+                if not parameter.requires_grad and parameter.is_floating_point():
                     parameter.data = parameter.data.to(low)
 
 

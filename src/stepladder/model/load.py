@@ -186,7 +186,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     source = start.of_recipe(recipe)
     name = source.base
     kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
-    if attention := recipe.get("attn_implementation"):
+    if (attention := recipe.get("attn_implementation")) != "auto":  # which `attention_choice` settles on the model
         kwargs["attn_implementation"] = attention
     if quantization := quantization_config(recipe, mixed_precision):
         kwargs["quantization_config"] = quantization

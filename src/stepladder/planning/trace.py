@@ -123,7 +123,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         unloaded.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
-        flat = base.config._attn_implementation == attention.NAME
+        flat = base.config._attn_implementation in (attention.BY_ROW, attention.BY_ROW_ON_CPU)
         ids = torch.zeros((1, work.micro * work.length) if flat else (work.micro, work.length), dtype=torch.long)
         # Rows of one length need no mask; of several, or packed, SDPA takes one of all pairs of tokens.
         square = work.micro > 1 or settings.get("packing")

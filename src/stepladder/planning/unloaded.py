@@ -20,7 +20,7 @@ class Work:
     """What is traced: a micro-batch on one device.
 
     `cast`: the strategy itself holds what is computed with, in bf16 where it is to be (ZeRO, FSDP); else
-    autocast makes copies, and LoRA's layers are fused. `gpu`: the loss runs in Triton's kernels and
+    autocast makes copies, and on a CPU LoRA's layers are fused. `gpu`: the loss runs in Triton's kernels and
     attention keeps no mask of its dropout.
     """
 
@@ -52,10 +52,10 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             ) from None
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
-        if not work.gpu:
-            attention.by_row(base, settings)
+        if not work.gpu or work.precision != "fp32":  # as `attention_choice` has it; flash holds as much as by row
+            attention.by_row(base, settings, on_cpu=not work.gpu)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
-        model = adapter.attach(base, settings, fused=not work.cast)
+        model = adapter.attach(base, settings, fused=not work.cast and not work.gpu)
         if not work.cast:
             adapter.hold_as_computed(model, work.precision)
     model.train()

@@ -134,6 +134,7 @@ class DatasetEntryArguments:
 BY_PLAN = ("per_device_train_batch_size", "gradient_checkpointing")
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.
 AUTO_KEYS = {"bf16", "padding_free", *BY_PLAN}
+DEFAULTS = {"attn_implementation": "auto"}  # in place of the libraries'; it is one of their names, or auto
 # Fields of TRL's dataclasses that a recipe does not set: the launcher or the script does.
 NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
 
@@ -237,6 +238,7 @@ def keys_of(owner: type) -> list[Key]:
         if item.name in AUTO_KEYS:
             types, choices = types | {"str"}, ("auto",)
             default = default if item.name in BY_PLAN else "auto"
+        default = DEFAULTS.get(item.name, default)
         keys.append(
             Key(
                 name=item.name,

@@ -14,11 +14,14 @@ from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 
 
-def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None, notes: list[str]) -> str:
+def beginning(
+    run: Run, recipe: Recipe, steps: int | None, sequences: int | None, attention: str, notes: list[str]
+) -> str:
     """What will happen, in one block before it does.
 
     Args:
         steps: of the whole run; and sequences of an epoch: None of a stream.
+        attention: what computes it, and how rows lie.
     """
     f = run.manifest
     counts, origin = f["parameters"], f["starts_from"]
@@ -31,6 +34,7 @@ def beginning(run: Run, recipe: Recipe, steps: int | None, sequences: int | None
             f"batch       {f['micro_batch_size']} micro-batch × {f['gradient_accumulation_steps']} accumulation "
             f"× {ranks} = {f['global_batch_size']} global{_unused(f)}",
             f"precision   {f['precision']}",
+            f"attention   {attention}",
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",

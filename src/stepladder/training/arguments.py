@@ -21,8 +21,15 @@ GPU_ONLY = ("activation_offloading", "use_liger_kernel")
 
 
 def check_streaming(recipe: Recipe) -> None:
-    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps."""
+    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps, or several readers."""
     for key in ("streaming", "dataset_streaming"):
+        if recipe.get(key) and recipe.get("dataloader_num_workers"):
+            raise RecipeError(
+                f"dataloader_num_workers: {recipe.get('dataloader_num_workers')} with {key}",
+                where=recipe.where("dataloader_num_workers"),
+                why="each of these processes would read the whole stream, and rows be trained once for each",
+                way_out="dataloader_num_workers: 0",
+            )
         if recipe.get(key) and recipe.get("max_steps") < 1:
             raise RecipeError(
                 f"{key} needs max_steps",
@@ -46,7 +53,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         "output_dir": str(recipe.output_dir),
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
-        "padding_free": recipe.get("padding_free") is True,
+        "padding_free": False,  # whether rows lie end to end is decided once the model is known (attention_choice)
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,

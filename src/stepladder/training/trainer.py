@@ -42,11 +42,19 @@ class Trainer(SFTTrainer):
     tokens, each row counted once. Its checkpoints are those of `checkpoint.py`.
 
     Args:
-        flat: whether the rows of a batch lie end to end, whatever `padding_free` says.
+        flat: whether the rows of a batch lie end to end.
+        own_kernels: whether the loss is that of `fused_loss`.
     """
 
     def __init__(
-        self, model: Any, layout: Layout, meter: Telemetry, on_nan: str = "stop", flat: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        layout: Layout,
+        meter: Telemetry,
+        on_nan: str = "stop",
+        flat: bool = False,
+        own_kernels: bool = False,
+        **kwargs: Any,
     ):
         self.layout, self.flat = layout, flat
         quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
@@ -67,7 +75,7 @@ class Trainer(SFTTrainer):
             if name in adapter:
                 parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
-        if args.device.type == "cpu":
+        if own_kernels:
             fused_loss.attach(self.model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
@@ -87,14 +95,12 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
         if not hasattr(rows, "__len__"):
-            return self._loader(
-                StepStream(rows, self.layout, pad_token_id), self.layout, self.padding_free or self.flat
-            )
+            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.flat)
         seed = args.seed if args.data_seed is None else args.data_seed
         group = LENGTH_GROUP * self.layout.rows
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
-        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.padding_free or self.flat, order)
+        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.flat, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -103,7 +109,7 @@ class Trainer(SFTTrainer):
         # The mean over all tokens is the same in any order: rows of alike length side by side are padded least.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
-        flat = self.args.padding_free or self.flat or "seq_lengths" in rows.column_names
+        flat = self.flat or "seq_lengths" in rows.column_names
         return self._loader(with_empty_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
     def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
