@@ -41,6 +41,7 @@ def main() -> int | None:
     launch = ranks.launched()
     recipe = load.load(args.recipe, overrides)
     allocator.use_tcmalloc()  # starts anew, so only once the recipe is known to be right
+    allocator.let_segments_grow()
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)

@@ -22,8 +22,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # The last collectives of each rank, written when one of them times out: which rank did not come.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-# Rows differ in length, and so do the blocks of memory: without this, free memory lies in pieces too small to use.
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # The Python stack of a rank that dies of a signal.
 export PYTHONFAULTHANDLER=1
 # A node's cores are shared out among its ranks; the default would be one thread each.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,24 @@ def test_a_run_has_the_same_curve_under_it(library, tiny, learnable, write_recip
         assert manifest(tmp_path / name)["allocator"] == name
         curves.append(losses(tmp_path / name))
     assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "set_before", "after"),
+    [
+        (True, {}, "expandable_segments:True"),
+        (True, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+        (False, {}, None),
+    ],
+)
+def test_segments_grow_on_a_gpu_unless_someone_says_otherwise(gpu, set_before, after, tmp_path, monkeypatch) -> None:
+    """Guards a GPU outside Slurm too, where this was left to the user; and the user's own word, by either name."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back, whatever is set here
+        monkeypatch.delenv(name)
+    for name, value in set_before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(allocator, "GPUS", (str(tmp_path if gpu else tmp_path / "none"), "none"))
+    allocator.let_segments_grow()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == after

@@ -175,6 +175,11 @@ TABLE = {
         "dataloader_persistent_workers",
         "dataloader_num_workers: 2\ndataloader_persistent_workers: true",
     ),
+    "a_stream_is_read_once": (
+        "streaming: true\nmax_steps: 5\ndataloader_num_workers: 2",
+        "dataloader_num_workers",
+        "streaming: true\nmax_steps: 5\ndataloader_num_workers: 0",
+    ),
     "evaluation_keys_need_evaluation": (
         'eval_strategy: "no"\neval_steps: 10',
         "eval_steps",

@@ -124,8 +124,9 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     tokens, longest = query.shape[2], kwargs.get("max_length_q")  # the collator's, where the model hands it on
     if attention_mask is None and longest is not None and longest < tokens:
+        kind = getattr(module.config, "model_type", "this model")
         raise ModelError(
-            f"the rows of a batch lie end to end, and {getattr(module.config, 'model_type', 'the model')} does not keep them apart",
+            f"the rows of a batch lie end to end, and {kind} does not keep them apart",
             why="it makes its attention mask without their positions: each row would see those before it",
             way_out="padding_free: false, and no packing",
         )

@@ -262,3 +262,13 @@ def loader_keys_need_workers(recipe: Recipe) -> RuleBreak | None:
     if recipe.get("dataloader_num_workers"):
         return None
     return idle(recipe, "dataloader_num_workers", WORKERS, "dataloader_num_workers: 2")
+
+
+@rule
+def a_stream_is_read_once(recipe: Recipe) -> RuleBreak | None:
+    """Each worker process would read the whole stream, and its rows be trained once for each."""
+    key = "dataloader_num_workers"
+    for stream in ("streaming", "dataset_streaming"):
+        if recipe.get(key) and recipe.get(stream):
+            return conflict(recipe, f"{shown(recipe, key)} with {stream}: true", [stream, key], f"{key}: 0", at=key)
+    return None

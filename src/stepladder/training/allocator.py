@@ -1,4 +1,4 @@
-"""tcmalloc in place of glibc's malloc, for training on a CPU of a machine that has it.
+"""How memory is allocated, which is fixed before PyTorch is imported: on a CPU by tcmalloc in place of glibc's malloc.
 
 With batches of ever other sizes glibc's heap gets holes that fit none of the next ones: recipes/lora.yaml grows from
 3.5 GiB to 6.9 in 90 steps. Under tcmalloc it stays near 3, as fast (docs/benchmarks.md). An allocator can only come
@@ -33,6 +33,15 @@ def use_tcmalloc() -> None:
     if env := preload():
         env = {**os.environ, **env, STARTED: env["LD_PRELOAD"]}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def let_segments_grow() -> None:
+    """On an NVIDIA GPU, let PyTorch's blocks of memory grow, unless someone has set how it allocates.
+
+    Rows differ in length, and so do the blocks: else free memory lies in pieces too small to use.
+    """
+    if os.path.exists(GPUS[0]) and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def preload() -> dict[str, str]:

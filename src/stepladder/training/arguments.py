@@ -21,15 +21,8 @@ GPU_ONLY = ("activation_offloading", "use_liger_kernel")
 
 
 def check_streaming(recipe: Recipe) -> None:
-    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps, or several readers."""
+    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps."""
     for key in ("streaming", "dataset_streaming"):
-        if recipe.get(key) and recipe.get("dataloader_num_workers"):
-            raise RecipeError(
-                f"dataloader_num_workers: {recipe.get('dataloader_num_workers')} with {key}",
-                where=recipe.where("dataloader_num_workers"),
-                why="each of these processes would read the whole stream, and rows be trained once for each",
-                way_out="dataloader_num_workers: 0",
-            )
         if recipe.get(key) and recipe.get("max_steps") < 1:
             raise RecipeError(
                 f"{key} needs max_steps",
