@@ -96,33 +96,42 @@ def test_a_name_that_matches_nothing_is_named(keys: dict, parts: list[str], tiny
     assert all(part in caught.value.render() for part in parts), caught.value
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix"])
-def test_weights_held_as_they_are_computed_with_change_nothing(kind: str, tiny: Path, settings) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype", "low"),
+    [
+        ("lora", torch.float32, torch.bfloat16),
+        ("prefix", torch.float32, torch.bfloat16),
+        ("lora", torch.bfloat16, torch.float16),  # on a T4, which would cast each weight at each use
+    ],
+)
+def test_weights_held_as_they_are_computed_with_change_nothing(kind, dtype, low, tiny: Path, settings) -> None:
     """Guards the promise of `hold_as_computed`: loss and gradients are the same to the bit, in half the memory."""
     from transformers import AutoModelForCausalLM
 
     def step(held: bool) -> tuple[torch.Tensor, list[torch.Tensor], int]:
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
         keys = {"lora_r": 4, "lora_target_modules": ["all-linear"]} if kind == "lora" else {}
         model = adapter.attach(base, settings(use_peft=True, peft_type=kind, **keys))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
         if held:
-            adapter.hold_as_computed(model, "bf16")
+            adapter.hold_as_computed(model, {torch.bfloat16: "bf16", torch.float16: "fp16"}[low])
         ids = torch.arange(24).reshape(2, 12)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", low):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
         frozen = [m for m in model.modules() if type(m) is torch.nn.Linear and not m.weight.requires_grad]
-        linear = sum(m.weight.nbytes for m in frozen if m is not model.get_output_embeddings())
+        frozen = [m.weight for m in frozen if m is not model.get_output_embeddings()]
+        assert not held or {weight.dtype for weight in frozen} == {low}
+        linear = sum(weight.nbytes for weight in frozen)
         return loss.detach(), gradients, linear
 
     (loss, gradients, size), (same, others, half) = step(held=False), step(held=True)
     assert torch.equal(loss, same) and all(map(torch.equal, gradients, others))
-    assert half == size / 2
+    assert half == size * low.itemsize / dtype.itemsize
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
