@@ -79,10 +79,11 @@ def settle(
             where=settings.where("attn_implementation"),
             way_out="bf16: true, or attn_implementation: auto",
         )
+    lengths = attention.kept_apart(model, attention.BY_LENGTH)
     virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)
     if flash:
-        exact, rows = not virtual and attention.kept_apart(model, attention.BY_LENGTH), "rows end to end"
+        exact, rows = not virtual and lengths, "rows end to end"
     else:
         exact, rows = kernel and attention.by_row(model, settings, device == "cpu"), "rows end to end, each by itself"
     separates = settings.get("packing_strategy") != "wrapped"  # `wrapped` cuts one endless text: there are no rows
@@ -96,7 +97,7 @@ def settle(
             "rows would see each other",
             where=settings.where(asked[0]),
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
-            way_out=f"{asked[0]}: false",
+            way_out=f"{asked[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
     notes = [_cost(settings, named)] if flat and not exact and settings.get("per_device_train_batch_size") > 1 else []
     return Choice(named if flash or not exact else "sdpa", rows if flat and exact else _LAID[flat], flat, why), notes
