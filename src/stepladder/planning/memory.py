@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepladder.planning.trace import PHASES, Traced
+from stepladder.recipe import batch
 from stepladder.settings import Settings
 
 # ZeRO-3 keeps a weight gathered if it is used again within so many weights
@@ -117,6 +118,8 @@ def _moment(
         weights, optimizer = whole.held / ranks, optimizer / ranks
         # a layer's gradients are sharded as it is done: all of them once the first layer is
         held = (every if accumulates or n > 2 else gradients) / ranks
+        if accumulates and not in_step and not batch.sums_sharded(settings):
+            held = master  # whole, in fp32
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
     return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stepladder.errors import RecipeError
+from stepladder.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,14 @@ def layout(global_batch_size: int, micro_batch_size: int, ranks: int, where: str
     accumulation = -(-global_batch_size // (micro_batch_size * ranks))
     micro = -(-global_batch_size // (accumulation * ranks))
     return Layout(global_batch_size, micro, ranks, accumulation)
+
+
+def sums_sharded(settings: Settings) -> bool:
+    """Whether FSDP reduces the gradients after every micro-batch, so that a rank keeps its shard of their sum.
+
+    Else it sums whole gradients in fp32 until the step's last micro-batch (`set_requires_gradient_sync`). Those of an
+    adapter are small, and reducing them once a step is faster; of a whole model no GPU could hold them.
+    """
+    asked = (settings.get("accelerator_config") or {}).get("gradient_accumulation_kwargs") or {}
+    chosen = asked.get("sync_each_batch")
+    return not settings.get("use_peft") if chosen is None else bool(chosen)

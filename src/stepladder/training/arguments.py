@@ -11,6 +11,7 @@ from stepladder.errors import RecipeError
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
+from stepladder.training.ranks import launched
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -47,6 +48,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
         "padding_free": False,  # whether rows lie end to end is decided once the model is known (attention_choice)
+        **_accumulation(recipe),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,
@@ -65,6 +67,15 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
     }
     with refused(recipe):
         return SFTConfig(**values)
+
+
+def _accumulation(recipe: Recipe) -> dict[str, Any]:
+    """Under FSDP, when the gradients of a step's micro-batches are reduced; other strategies need no word."""
+    if not launched().strategy.startswith("fsdp"):
+        return {}
+    asked = recipe.get("accelerator_config") or {}
+    kwargs = {**(asked.get("gradient_accumulation_kwargs") or {}), "sync_each_batch": batch.sums_sharded(recipe)}
+    return {"accelerator_config": {**asked, "gradient_accumulation_kwargs": kwargs}}
 
 
 @contextlib.contextmanager
