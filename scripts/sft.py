@@ -65,8 +65,8 @@ def main() -> int | None:
         from stepladder.evaluation import samples
         from stepladder.model import adapter, attention_choice
         from stepladder.planning import choose
-        from stepladder.training import announce, callback, freed_memory, out_of_memory, profiling, progress, result
-        from stepladder.training import telemetry, trackers, trainer, utilization, watchdog  # isort: skip
+        from stepladder.training import announce, callback, freed_memory, one_copy, out_of_memory, profiling, progress
+        from stepladder.training import result, telemetry, trackers, trainer, utilization, watchdog  # isort: skip
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -114,7 +114,7 @@ def main() -> int | None:
     else:
         settled = recipe
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
-    base = model_load.base_model(recipe, precision)
+    base = one_copy.base_model(recipe, precision, launch)
     if ends := model_load.fit_embeddings(base, tokenizer):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     attends, costs = attention_choice.settle(base, settled, precision, training_args.device.type, ranks.from_first)

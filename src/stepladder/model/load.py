@@ -215,6 +215,44 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     return model
 
 
+def can_be_sent(recipe: Settings) -> bool:
+    """Whether FSDP can take every weight from rank 0, in full fine-tuning, so that other ranks need read none.
+
+    Not what is quantized or adapted as it is loaded, nor weights below fp32: which of them Transformers keeps in fp32
+    only the loading tells, and FSDP makes fp32 ones of all on each rank.
+    """
+    changed = ("use_peft", "load_in_4bit", "load_in_8bit", "trust_remote_code", "model_init_kwargs")
+    return not any(recipe.get(key) for key in changed) and (recipe.get("dtype") or "float32") == "float32"
+
+
+def unread_model(recipe: Settings) -> PreTrainedModel:
+    """The model that `base_model` reads, with weights that take no memory until they are written, and true buffers.
+
+    As Transformers makes it on a local rank above 0 under `FSDP_CPU_RAM_EFFICIENT_LOADING`, but that 5.23 reads all
+    weights there too. Accelerate tells parameters apart by their addresses, which meta tensors do not have.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = start.of_recipe(recipe)
+    kwargs = {"attn_implementation": attention} if (attention := recipe.get("attn_implementation")) else {}
+    with _loading(source.base):
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **kwargs)
+    made: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = made.get(id(old))
+                if new is None:
+                    new = made[id(old)] = torch.nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
+                module._parameters[name] = new
+    model.config.use_cache = False
+    return model
+
+
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Let the model know the tokens that a template added to its tokenizer, and where a turn ends.
 
