@@ -31,6 +31,13 @@ def main() -> None:
     parser.add_argument(
         "--gpu_memory", "--gpu-memory", type=flags.above_0, metavar="GiB", help="for a GPU that has no name here"
     )
+    parser.add_argument(
+        "--host_memory",
+        "--host-memory",
+        type=flags.above_0,
+        metavar="GiB",
+        help="of each node: judged where it is given",
+    )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
     parser.add_argument("--scale", metavar="8,64,512", help="how it would go on so many GPUs, on paper")
     parser.add_argument("--parts", action="store_true", help="what the peaks are made of: weights, gradients, …")
@@ -51,7 +58,8 @@ def main() -> None:
             where="command line --strategy",
             way_out=f"one of {', '.join(choose.STRATEGIES)}",
         )
-    plan = choose.Plan(recipe, args.nodes, args.gpus, device)
+    host = args.host_memory and args.host_memory * hardware.GIB
+    plan = choose.Plan(recipe, args.nodes, args.gpus, device, host=host)
     if args.scale:
         micro, checkpointing = plan.one_micro_batch()
         points = scale.points(plan, scale.counts(args.scale), micro, checkpointing)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import same_curve
 from conftest import losses, script
+from stepladder.planning import choose, hardware
+from stepladder.recipe import load
 from stepladder.training import one_copy
 
 KEYS = {
@@ -50,6 +52,9 @@ def test_the_other_ranks_hold_no_weights(untied: Path, write_recipe, tmp_path: P
               for name in jobs}  # fmt: skip
     assert loaded["full"][0] == pytest.approx(1, abs=0.15) and loaded["full"][1] < 0.15, loaded
     assert loaded["lora"] == pytest.approx([1, 1], abs=0.15), "an adapter's base is read by each rank"
+    for name, measured in loaded.items():
+        plan = choose.Plan(load.load(str(tmp_path / f"{name}.yaml"), []), 1, 2, hardware.device("h100"))
+        assert plan.way("fsdp", 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
 
     done = script("sft", "--recipe", tmp_path / "full.yaml", "--output_dir", tmp_path / "plain")
     assert done.code == 0, done

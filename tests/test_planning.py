@@ -97,6 +97,73 @@ def test_the_matrices_of_all_layers_follow_from_few(layers: int, settings) -> No
     assert found.matrices == tuple(p.numel() for p in whole.parameters() if p.ndim > 1)
 
 
+def test_host_memory_while_a_model_loads() -> None:
+    """Guards 70 billion fp32 weights that every rank of a node copies: 2.3 TB before the first step, which no GPU's
+    plan shows; and a choice of what no node can load where another way is as fast."""
+    copy, full = 4 * 70.55e9, "models/llama-3.1-70b/full"  # 70.55 billion parameters by its model card
+
+    def host(recipe: str, strategy: str, *words: str) -> float:
+        return plan_of(recipe, "h100", 8, "--global_batch_size", "8", *words).way(strategy, 1, True).memory.host
+
+    assert host(full, "ddp") == pytest.approx(8 * copy, rel=1e-3)
+    assert host(full, "fsdp") == pytest.approx(copy, rel=1e-3), "rank 0 reads, and sends"
+    assert host(full, "zero3") == 0
+    low = ("--dtype", "bfloat16")  # FSDP makes fp32 masters of it on each rank
+    assert host(full, "fsdp", *low) == pytest.approx(8 * copy, rel=1e-3) and host(full, "ddp", *low) == 0
+    assert host("models/llama-3.1-70b/lora", "fsdp") == 0, "mapped from its files"
+    assert host("models/llama-3.1-70b/lora", "fsdp", "--dtype", "float32") == pytest.approx(8 * copy, rel=1e-3)
+
+    def best(words: tuple[str, ...], host: float | None) -> str:
+        recipe = load.load(str(ROOT / "recipes" / full), [*words])
+        plan = choose.Plan(recipe, 4, 8, hardware.device("h100"), host=host)
+        found = plan.best([plan.way(name, 1, True) for name in ("fsdp", "zero3")])
+        assert found is not None
+        return found.strategy
+
+    assert [best((), None), best((), 200 * 2**30), best(low, None)] == ["fsdp", "zero3", "zero3"]
+
+
+def test_a_base_that_is_quantized_whole_on_each_gpu() -> None:
+    """Guards QLoRA of 70 billion weights on 24 GB cards, whose shards would fit and whose loading does not: Answer.AI
+    had to quantize layer by layer for it (fsdp_qlora), and Transformers quantizes on the GPU."""
+    small = plan_of("models/llama-3.1-70b/qlora", "4090", 4).way("fsdp", 1, True)
+    # 4 bits and 0.127 for the constants (arXiv 2305.14314, section 3) of all but two embeddings of 128,256 × 8,192
+    outside = 2 * 128_256 * 8192
+    assert small.memory.total > (70.55e9 - outside) * 4.127 / 8 + 2 * outside and not small.fits
+    assert plan_of("models/llama-3.1-70b/qlora", "a6000", 4).way("fsdp", 1, True).fits
+    assert small.memory.total - small.memory.loading < small.limit, "the steady state would fit"
+
+
+def test_a_launch_that_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards minutes of loading that end in CUDA's out of memory; where it fits, run.json has the host's bytes."""
+    recipe = load.load(str(ROOT / "recipes/models/llama-3.1-70b/qlora"), [])
+    for gpu, refused in (("4090", True), ("a6000", False)):
+        monkeypatch.setattr(hardware, "here", lambda *_, name=gpu: hardware.device(name))
+        words = (recipe, "fsdp_offload", 4, 4, "bf16", 2048)
+        if refused:
+            with pytest.raises(LaunchError, match="no way fits into 4 × 4090") as error:
+                choose.of_run(*words, gpu=True)
+            assert "quantizes the whole base" in error.value.why
+        else:
+            assert choose.of_manifest(*choose.of_run(*words, gpu=True))["host_memory_bytes"] > 35e9
+
+
+def test_the_mask_of_rows_end_to_end(settings) -> None:
+    """Guards packing under SDPA on a GPU, whose one mask holds all pairs of the batch's tokens, not of a row's."""
+    packed = settings(packing=True, attn_implementation="sdpa")
+    assert trace._mask(packed, (1, 4 * 64)).shape == (1, 1, 256, 256)
+    assert trace._mask(settings(packing=True, attn_implementation="flash_attention_2"), (1, 256)) is None
+    assert trace._mask(settings(packing=False), (4, 64)).shape == (4, 1, 64, 64)
+    assert trace._mask(settings(packing=False), (1, 64)) is None
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    size = {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, **heads}
+    config = AutoConfig.for_model("llama", **size)
+    work = unloaded.Work(4, 64, "fp32", checkpointing=False, gpu=True)
+    padded, flat = (trace.of(settings(packing=packs), config, work).whole.activations[0] for packs in (False, True))
+    # 16 squares of a row in place of 4; a byte a pair, and 4 in each layer, where SDPA adds it to fp32 scores
+    assert flat - padded == pytest.approx(12 * 64 * 64 * (1 + 2 * 4), rel=0.1)
+
+
 def test_every_shipped_model_has_its_shape() -> None:
     """Guards plans without a hub: each recipe under recipes/models/ names a model whose shape lies here."""
     for path in (ROOT / "recipes/models").rglob("*.yaml"):

@@ -139,6 +139,8 @@ def _memory(recipe: Recipe, machine: Machine, launch: ranks.Launch, longest: int
         plan, way = choose.of_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
     said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
     said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
+    if way.host_limit is not None and not way.host_fits:
+        said += f", and {way.memory.host / hardware.GIB:.1f} of {way.host_limit / hardware.GIB:.1f} GiB of its host"
     if not way.fits:
         better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
         if better is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stepladder.console import quoted
@@ -32,11 +32,16 @@ class Way:
     checkpointing: bool
     memory: Memory
     limit: float
+    host_limit: float | None  # of a node; None where nobody knows it
     tokens_per_second: float
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.limit
+        return self.memory.total <= self.limit and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        return self.host_limit is None or self.memory.host <= self.host_limit
 
 
 class Plan:
@@ -47,17 +52,19 @@ class Plan:
         precision: where it is known already.
         overhead: bytes of a rank that the device needs whatever runs on it.
         on_gpu: whether the loss runs in a GPU's kernels.
+        host: bytes of a node's memory, where they are known.
     """
 
     def __init__(
         self, settings: Settings, nodes: int, gpus: int, device: GPU, length: int | None = None,
-        precision: str | None = None, overhead: float | None = None, on_gpu: bool = True,
+        precision: str | None = None, overhead: float | None = None, on_gpu: bool = True, host: float | None = None,
     ):  # fmt: skip
         if nodes < 1 or gpus < 1:
             raise LaunchError(
                 f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", way_out="--nodes 1 --gpus 1"
             )
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
+        self.host = host
         self.config = hardware.config(settings)
         fixed = settings.get("bf16")
         asked = "fp32" if fixed is False and not settings.get("fp16") else ("bf16" if device.bf16 else "fp16")
@@ -120,10 +127,21 @@ class Plan:
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
+        need = self._with_loading(need, traced, strategy)
         took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
         fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places
         limit = self.device.memory * GIB / (1 + hardware.ALLOCATOR)
-        return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, fast)
+        return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, self.host, fast)
+
+    def _with_loading(self, need: Memory, traced: trace.Traced, strategy: str) -> Memory:
+        """What a rank holds in a step, with what the loading takes beyond it, and the host memory of a node."""
+        local = self.ranks // self.nodes
+        loads = memory.loading(traced, self.settings, self.config, strategy, self.ranks, local, self.on_gpu)
+        return replace(
+            need,
+            host=max(need.host * local, loads.host) if self.on_gpu else 0.0,
+            loading=max(0.0, loads.device + need.overhead - need.total),
+        )
 
     def step(
         self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
@@ -143,16 +161,21 @@ class Plan:
         return whole.trained, whole.states, whole.trained if adapter else whole.held
 
     def best(self, ways: list[Way]) -> Way | None:
-        """The fastest that fits, offloading only where nothing else does; of equally fast ones the simplest."""
+        """The fastest that fits, offloading only where nothing else does; of equally fast ones the simplest.
 
-        def order(way: Way) -> tuple[bool, int, int]:
-            return way.strategy.endswith("offload"), -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
+        Where nobody knows a node's host memory, what takes more than nodes commonly have comes last.
+        """
+
+        def order(way: Way) -> tuple[bool, bool, int, int]:
+            much = way.host_limit is None and way.memory.host > hardware.COMMON_HOST
+            return much, way.strategy.endswith("offload"), -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
 
         return min((way for way in ways if way.fits), key=order, default=None)
 
     @functools.cache  # noqa: B019 - a plan lives as long as its script
     def _traced(self, micro: int, checkpointing: bool, cast: bool) -> trace.Traced:
-        if micro > 4:  # padded batches grow by the same amount with every row
+        # Padded batches grow by the same amount with every row; the mask of rows end to end by their square.
+        if micro > 4 and not trace.end_to_end(self.settings):
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
             return four.drawn_on(two, (micro - 4) / 2, micro)
         work = unloaded.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
@@ -192,14 +215,19 @@ def of_run(
 
     Raises:
         ModelError: the architecture cannot be planned.
-        LaunchError: the recipe leaves the micro-batch to the plan, and nothing fits.
+        LaunchError: the recipe leaves the micro-batch to the plan, and nothing fits; or the GPU cannot hold what
+            quantizing the base takes, which no estimate decides.
     """
     device = hardware.here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
         strategy = "fsdp"  # the shards lie in host memory anyhow (training/ranks.py)
     overhead = 0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu)
-    return plan, plan.of_recipe(strategy)
+    host = hardware.host_memory() if gpu else None
+    plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
+    way = plan.of_recipe(strategy)
+    if gpu and way.memory.loading and way.memory.total > device.memory * GIB:
+        raise nowhere(plan, [way])
+    return plan, way
 
 
 def of_manifest(plan: Plan, way: Way) -> dict[str, Any]:
@@ -233,6 +261,8 @@ def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None
 
 def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
     """That nothing fits, the smallest hardware that would do, and what to change."""
+    if loaded := [way for way in ways if way.memory.total <= way.limit]:
+        return _no_host(plan, min(loaded, key=lambda way: way.memory.host))
     least = min(ways, key=lambda way: way.memory.total)
     need = least.memory.total * (1 + hardware.ALLOCATOR) / GIB
     enough = sorted((d for d in GPUS if d.memory >= need), key=lambda d: d.memory)
@@ -242,12 +272,26 @@ def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
         ways_out.append("--use_peft true: an adapter has a hundredth of the gradients and optimizer states")
     elif not plan.settings.get("load_in_4bit"):
         ways_out.append("--load_in_4bit true: the frozen weights take a quarter of their bf16 size")
-    if plan.length > 512:
+    if plan.length > 512 and not least.memory.loading:
         ways_out.append(f"--max_length {plan.length // 2}: half of the activations")
     return LaunchError(
         f"no way fits into {plan.ranks} × {plan.device.name}: the least needs {need:.1f} GiB a GPU, "
         f"and one has {plan.device.memory:.1f}",
-        why=f"{least.strategy}, micro-batch {least.micro}, checkpointing {'on' if least.checkpointing else 'off'}",
+        why=f"{least.strategy}, micro-batch {least.micro}, checkpointing {'on' if least.checkpointing else 'off'}"
+        + "; each GPU quantizes the whole base before a strategy shards it" * bool(least.memory.loading),
+        way_out="\n".join(ways_out),
+    )
+
+
+def _no_host(plan: Plan, least: Way) -> LaunchError:
+    """That the GPUs would do, and the host memory of a node does not."""
+    ways_out = ["accelerate_configs/zero3.yaml: rank 0 reads one parameter after the other"]
+    if plan.settings.get("use_peft"):
+        ways_out.append("--dtype bfloat16: frozen weights in the dtype of their file are mapped from it, not copied")
+    return LaunchError(
+        f"no way fits into the host memory of a node: the least needs {least.memory.host / GIB:.1f} GiB, "
+        f"and it has {(least.host_limit or 0) / GIB:.1f}",
+        why=f"{least.strategy}, while the model loads or for what it offloads, {plan.ranks // plan.nodes} ranks a node",
         way_out="\n".join(ways_out),
     )
 
@@ -266,7 +310,7 @@ def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
 
 
 def as_json(way: Way) -> dict[str, Any]:
-    parts = {f"{name}_bytes": round(value) for name, value in vars(way.memory).items()}
+    parts = {f"{name}_bytes": round(value) for name, value in vars(way.memory).items() if name != "host"}
     return {
         "strategy": way.strategy,
         "micro_batch_size": way.micro,
@@ -275,5 +319,6 @@ def as_json(way: Way) -> dict[str, Any]:
         "fits": way.fits,
         "peak_memory_bytes": round(way.memory.total),
         "memory": parts,
+        "host_memory_bytes": round(way.memory.host),
         "tokens_per_second": round(way.tokens_per_second),
     }

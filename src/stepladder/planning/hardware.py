@@ -22,6 +22,7 @@ GIB = 2**30
 # 0.5 GiB on today's drivers; NCCL's channels add 0.3 where there are several ranks.
 CONTEXT, NCCL = 0.5 * GIB, 0.3 * GIB
 HOST_SHARE = 0.75  # of the host's memory: the system and what else runs have the rest
+COMMON_HOST = 1024 * GIB  # of a node with 8 large GPUs: AWS's p4d has 1.1 TiB, NVIDIA's DGX H100 2
 ALLOCATOR = 0.05  # of the tensors: what PyTorch's caching allocator reserves and cannot use (not measured here)
 
 

@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from stepladder.model import load
 from stepladder.planning.trace import PHASES, Traced
 from stepladder.recipe import batch
 from stepladder.settings import Settings
@@ -22,7 +25,11 @@ ZERO_BUCKETS = 2  # of `reduce_bucket_size`: one fills while the other is reduce
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its worst moment, and what lies in host memory instead (for offload)."""
+    """Bytes of one rank at its worst moment, and of host memory for all ranks of a node.
+
+    `loading` is what the loading of the model needs on the device beyond a step. `host` is what lies there in place of
+    the device (offload) or while the model loads; what is mapped from its files is not counted.
+    """
 
     weights: float
     gradients: float
@@ -32,6 +39,7 @@ class Memory:
     communication: float
     overhead: float
     host: float = 0.0
+    loading: float = 0.0
 
     @property
     def total(self) -> float:
@@ -42,6 +50,43 @@ class Memory:
 def casts(strategy: str) -> bool:
     """Whether the strategy holds in bf16 what is computed with; else autocast makes copies."""
     return strategy.startswith(("zero", "fsdp", "hybrid"))
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Bytes while a model loads: on each device, and of host memory for all ranks of a node."""
+
+    device: float
+    host: float
+
+
+def loading(
+    traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, local_ranks: int, on_gpu: bool
+) -> Loading:
+    """What each rank holds before a strategy has sharded anything.
+
+    Weights in the dtype of their file are mapped from it and belong to no process; others are copies. Under ZeRO-3
+    rank 0 reads one parameter after the other. A base in 4 bits is quantized on each device, whole, before it is
+    sharded (`update_device_map` in Transformers' `quantizer_bnb_4bit.py`), a parameter of the file's at a time.
+    """
+    whole, layer = traced.whole, traced.layer
+    if settings.get("load_in_4bit"):
+        return Loading(whole.held + 2 * layer.parameters, 0.0)
+    if strategy.startswith("zero3") and ranks > 1:
+        return Loading(0.0, 0.0)
+    dtype = load.weights_dtype(settings, traced.work.precision)
+    saved = getattr(config, "dtype", None) or torch.bfloat16  # what most models of today are saved in
+    copied = dtype not in ("auto", saved)
+    size = torch.float32.itemsize if dtype == "auto" else getattr(dtype, "itemsize", 4)
+    full, sharded = not settings.get("use_peft"), strategy.startswith("fsdp") and ranks > 1
+    if sharded and full and traced.work.precision != "fp32" and dtype != torch.float32:
+        copied, size = True, torch.float32.itemsize  # Accelerate makes fp32 ones of what is trained
+    copy = size * (whole.parameters - (0 if full else whole.trainable)) if copied else 0.0
+    readers = 1 if sharded and load.can_be_sent(settings) else local_ranks
+    if not on_gpu:  # the host's memory is the device's; only one that is sharded is smaller later
+        return Loading(copy if sharded else 0.0, 0.0)
+    shards = whole.held / ranks * local_ranks if strategy == "fsdp_offload" else 0.0  # beside what they are cut from
+    return Loading(0.0, copy * readers + shards)
 
 
 def estimate(

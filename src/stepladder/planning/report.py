@@ -12,7 +12,7 @@ from stepladder.screen import Screen
 
 PARTS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "loss": "loss",
-    "communication": "comm", "overhead": "fixed",
+    "communication": "comm", "overhead": "fixed", "loading": "load",
 }  # fmt: skip
 
 
@@ -29,29 +29,34 @@ def write(plan: Plan, ways: list[Way], best: Way | None, steps: int | None, part
         f"{plan.ranks} × {plan.device.name}, {plan.rows} rows of {plan.length} tokens a step, {plan.precision}; "
         "GiB a rank"
     )
-    decides = table("ckpt", "batch", "peak", "fits", "tokens/s", "hours")
-    split = table("ckpt", *PARTS.values(), "host")
+    decides = table("ckpt", "batch", "peak", "fits", "host", "tokens/s", "hours")
+    split = table("ckpt", *PARTS.values())
     for way in ways:
         name = ("▸ " if way is best else "  ") + way.strategy
         style, checkpointing = None if way.fits else "dim", "on" if way.checkpointing else "off"
         room = (way.limit - way.memory.total) / GIB
+        host = f"{way.memory.host / GIB:.1f}" + ("" if way.host_fits else " ✘")
         decides.add_row(
             name, checkpointing, str(way.micro), f"{way.memory.total / GIB:.1f}",
-            ("✔" if way.fits else "✘") + f" {room:+.1f}", f"{way.tokens_per_second:,.0f}",
+            ("✔" if way.fits else "✘") + f" {room:+.1f}", host, f"{way.tokens_per_second:,.0f}",
             hours(tokens / way.tokens_per_second) if steps else "?", style=style,
         )  # fmt: skip
         held = [f"{getattr(way.memory, part) / GIB:.1f}" for part in PARTS]
-        host = f"{way.memory.host * plan.ranks / plan.nodes / GIB:.1f}"
-        split.add_row(name, checkpointing, *held, host, style=style)
+        split.add_row(name, checkpointing, *held, style=style)
     screen.print(decides)
     if parts:
         screen.print(split)
-        screen.print("fixed: the CUDA context; host: the host memory of a node")
+        screen.print("fixed: the CUDA context; load: what loading the model takes beyond a step")
+    if any(way.memory.loading for way in ways):
+        screen.print("peak: while the base loads, which each GPU quantizes whole before a strategy shards it")
+    known = f"it has {plan.host / GIB:.0f}" if plan.host else "--host_memory says what it has"
     run = f"{steps} steps" if steps else "an unknown number of steps (the data set is not here; --max_steps says it)"
     screen.print(
         f"the whole run: {run}; its hours are at most these, since rows are seldom full\n"
+        f"host: GiB of a node's memory, while the model loads or for what is offloaded; {known}\n"
         "assumed: every row full and every token trained, flash or fused attention, the optimizer's state there; "
-        f"the allocator wastes 5 %; {speed.EFFICIENCY:.0%} of the GPU's peak is reached (published runs: 33 to 56 %)"
+        f"the allocator wastes 5 %; {speed.EFFICIENCY:.0%} of the GPU's peak is reached, {speed.SHARDED:.0%} "
+        "under ZeRO and FSDP (published runs: 33 to 56 %)"
     )
 
 

@@ -13,7 +13,10 @@ from typing import Any
 from stepladder.hardware import GPU
 from stepladder.planning.trace import Traced
 
-EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41, torchtitan's full one 0.33
+EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41
+# The same under ZeRO and FSDP: torchtitan's Llama 3.1 8B on 8 H100, eager, reaches 0.33
+# (benchmarks/llama3_h100_202412_torchtitan.md: 5,762 tokens/s a GPU; 6,667 compiled).
+SHARDED = 0.33
 IN_FOUR_BITS = 0.78  # of LoRA's speed: torchtune's Llama-3.1-8B on a 4090, 2,413 against 3,083 tokens/s
 # Tokens of a micro-batch below which weights are read more slowly than they are used: an H100 does 989 TFLOP/s
 # and reads 3.35 TB/s, 295 operations a byte, and a bf16 weight takes part in one a token and byte.
@@ -90,7 +93,8 @@ def step(
 ) -> Step:  # fmt: skip
     """An optimizer step of `accumulation` micro-batches on each of `ranks`."""
     tokens = max(traced.work.micro * traced.work.length, SATURATED)
-    reached = device.tflops * 1e12 * EFFICIENCY * (IN_FOUR_BITS if quantized else 1)
+    efficiency = SHARDED if ranks > 1 and strategy.startswith(("zero", "fsdp", "hybrid")) else EFFICIENCY
+    reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if quantized else 1)
     arithmetic = tokens * flops_a_token(traced, config, full) / reached
     again = 4 / 3 if traced.work.checkpointing else 1  # the trace counts them too, but for the second forward pass
     compute = accumulation * max(arithmetic, OPERATOR * traced.whole.operators * again)

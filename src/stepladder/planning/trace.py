@@ -124,13 +124,10 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         moments = _Moments(model)
         _follow(base, depth, moments)
         flat = base.config._attn_implementation in (attention.BY_ROW, attention.BY_ROW_ON_CPU)
-        ids = torch.zeros((1, work.micro * work.length) if flat else (work.micro, work.length), dtype=torch.long)
-        # Rows of one length need no mask; of several, or packed, SDPA takes one of all pairs of tokens.
-        square = work.micro > 1 or settings.get("packing")
-        virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"  # their mask is small: left out
-        mask = rows if flat else None
-        if square and not virtual and not flat:
-            mask = torch.ones((work.micro, 1, work.length, work.length), dtype=torch.bool)
+        shape = (1, work.micro * work.length) if flat or end_to_end(settings) else (work.micro, work.length)
+        ids = torch.zeros(shape, dtype=torch.long)
+        virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
+        mask = rows if flat else None if virtual else _mask(settings, shape)
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
@@ -158,6 +155,25 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         tuple(gradients for _, gradients in phases),
     )  # fmt: skip
     return count, tuple(p.numel() for p in learns if p.ndim > 1)
+
+
+def end_to_end(settings: Settings) -> bool:
+    """Whether TRL lays a batch's sequences end to end in one row, whatever attention makes of it."""
+    packed = settings.get("packing") and settings.get("packing_strategy") != "wrapped"
+    return bool(packed) or settings.get("padding_free") is True
+
+
+def _mask(settings: Settings, shape: tuple[int, int]) -> torch.Tensor | None:
+    """The mask of all pairs of tokens that a batch of `shape` needs, where its rows do not attend by themselves.
+
+    One row, or one length, needs none; SDPA and eager attention take one for rows that are padded, and one of the
+    whole batch where sequences lie end to end. Flash attention knows lengths. That of virtual tokens, which is
+    small, is left out.
+    """
+    rows, tokens = shape
+    if "flash" in str(settings.get("attn_implementation")) or (rows == 1 and not end_to_end(settings)):
+        return None
+    return torch.ones((rows, 1, tokens, tokens), dtype=torch.bool)
 
 
 class _Moments(LiveBytes):

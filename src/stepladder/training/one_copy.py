@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from stepladder.console import say
 from stepladder.model import load
 from stepladder.settings import Settings
 from stepladder.training.ranks import Launch, from_first
@@ -21,6 +22,8 @@ def base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     asked, reads = load.can_be_sent(recipe), launch.local_rank == 0
     model = load.base_model(recipe, precision) if reads or not asked else None
     sent = asked and from_first(model is not None and can_be_sent(model))
+    if model is not None and asked and not sent and launch.rank == 0:
+        say("note: each rank reads all weights, since this model has more than Accelerate could send from rank 0")
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(sent).lower()  # read as the Trainer makes its Accelerator
     if model is None:
         model = load.unread_model(recipe) if sent else load.base_model(recipe, precision)
