@@ -71,7 +71,9 @@ def loading(
     """
     whole, layer = traced.whole, traced.layer
     if settings.get("load_in_4bit"):
-        return Loading(whole.held + 2 * layer.parameters, 0.0)
+        held = whole.held + 2 * layer.parameters
+        on_cpu = on_gpu and (settings.get("model_init_kwargs") or {}).get("device_map") == "cpu"
+        return Loading(0.0, held * local_ranks) if on_cpu else Loading(held, 0.0)
     if strategy.startswith("zero3") and ranks > 1:
         return Loading(0.0, 0.0)
     dtype = load.weights_dtype(settings, traced.work.precision)

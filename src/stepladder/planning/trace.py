@@ -132,8 +132,8 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         with moments:
             with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
                 given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
-                if base.config.model_type == "opt":  # it counts them from the mask, which is of another shape here
-                    given["position_ids"] = torch.arange(ids.shape[1])[None]
+                if config.model_type == "opt":  # which counts them from a mask of two dimensions
+                    given["position_ids"] = torch.arange(shape[1]).expand(shape)
                 if work.gpu or fused_loss.fits(base):  # all tokens are trained, at worst
                     hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
                     hidden, head = hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings()
