@@ -52,7 +52,8 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             ) from None
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
-        if not work.gpu or work.precision != "fp32":  # as `attention_choice` has it; flash holds as much as by row
+        # As `attention_choice` has it; flash holds as much as by row, and GPUs that compute in fp16 have neither.
+        if not work.gpu or work.precision == "bf16":
             attention.by_row(base, settings, on_cpu=not work.gpu)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
         model = adapter.attach(base, settings, fused=not work.cast and not work.gpu)
