@@ -141,6 +141,7 @@ def install() -> Any:
     torch.cuda.memory_allocated = torch.cuda.memory_reserved = lambda *args: 0
     torch.cuda.mem_get_info = lambda *args: (GIB - 3 << 30, GIB << 30)
     torch.cuda.utilization = lambda *args: 50
+    torch.inference_mode = torch.no_grad  # a wrapper is no inference tensor
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") copies by an operator that is seen here
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied on their way to the device
     return Mode()
