@@ -185,9 +185,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
 
     source = start.of_recipe(recipe)
     name = source.base
-    kwargs: dict[str, Any] = dict(recipe.get("model_init_kwargs") or {})
-    if (attention := recipe.get("attn_implementation")) != "auto":  # which `attention_choice` settles on the model
-        kwargs["attn_implementation"] = attention
+    kwargs: dict[str, Any] = {**(recipe.get("model_init_kwargs") or {}), **_attention(recipe)}
     if quantization := quantization_config(recipe, mixed_precision):
         kwargs["quantization_config"] = quantization
     with _loading(name):
@@ -235,12 +233,11 @@ def unread_model(recipe: Settings) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = start.of_recipe(recipe)
-    kwargs = {"attn_implementation": attention} if (attention := recipe.get("attn_implementation")) else {}
     with _loading(source.base):
         config = AutoConfig.from_pretrained(source.base, revision=source.revision)
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
-        model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **kwargs)
+        model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **_attention(recipe))
     made: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -251,6 +248,12 @@ def unread_model(recipe: Settings) -> PreTrainedModel:
                 module._parameters[name] = new
     model.config.use_cache = False
     return model
+
+
+def _attention(recipe: Settings) -> dict[str, str | None]:
+    """What is named is asked for as the model is made; `auto` is settled on the model (`attention_choice`)."""
+    named = recipe.get("attn_implementation")
+    return {} if named == "auto" else {"attn_implementation": named}
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
