@@ -13,7 +13,7 @@ import pytest
 from gpu_stand_in import T4, ends_on_device
 
 import same_curve
-from conftest import run
+from conftest import ROOT, run
 
 TINY_RUN = ("--max_steps", "2", "--overwrite", "--model_name_or_path")
 
@@ -159,3 +159,23 @@ def test_a_node_s_gpus(gpus: int, wanted: int, visible: str | None, used: int, s
     env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     done = run(sys.executable, "-m", "stepladder.cluster.health", **env)
     assert (done.code, said in done.err) == (2 if said else 0, True), done
+
+
+def test_deepspeed_is_installed_without_a_toolkit(tmp_path: Path) -> None:
+    """Guards `make install` with a driver and no CUDA toolkit: DeepSpeed's setup asks each of its builders whether it
+    can compile (`builder.is_compatible()`, setup.py), and those for CUDA raise where there is no nvcc."""
+    (line,) = re.findall(r"^\t(.*)\$\(BIN\)/python -m pip .*deepspeed", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    given = dict(word.split("=") for word in line.split())
+    code = (
+        "from deepspeed.ops.op_builder.all_ops import ALL_OPS\n"
+        "for builder in ALL_OPS.values():\n"
+        "    try:\n"
+        "        builder.is_compatible()\n"
+        "    except Exception as error:\n"
+        "        print('cannot be asked:', type(error).__name__)\n"
+        "print(len(ALL_OPS), 'asked')"
+    )
+    machine = {**gpu_stand_in.environment(tmp_path, gpus=1), "CUDA_HOME": "", "CUDA_PATH": ""}
+    bare, ours = (run(sys.executable, "-c", code, **machine, **words) for words in ({"DS_ACCELERATOR": "cuda"}, given))
+    assert "MissingCUDAException" in bare.out, bare  # else nothing is shown here
+    assert ours.code == 0 and "cannot be asked" not in ours.out and re.search(r"[1-9]\d* asked", ours.out), ours
