@@ -48,6 +48,7 @@ def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     jobs = {f"sft-{gpus}": sft(f"sft-{gpus}", gpus=gpus) for gpus in (1, 2, 8)}
     jobs["third"] = sft("third", gpus=8, visible="3")
     jobs["two"] = sft("two", gpus=8, visible="2,3")
+    jobs |= {name: sft(name, gpus=8, visible=name) for name in ("9", "GPU-gone")}
     jobs["none"] = sft("none", gpus=2, visible="")
     jobs["t4"] = sft("t4", gpus=1, card=T4)
     jobs["qlora"] = {**sft("qlora", gpus=2), "argv": [*sft("qlora")["argv"], "--recipe", "qlora"]}
@@ -75,13 +76,16 @@ def test_one_process_takes_the_first_gpu(gpus: int, alone: dict) -> None:
 
 def test_one_process_where_the_variable_is_set(alone: dict) -> None:
     """Guards a user's or a scheduler's choice of the GPU: one is taken as it is, of two none is chosen without a word,
-    and none means a CPU."""
+    none means a CPU, and a GPU that is not there is refused: the run trained on the CPU."""
     code, said = alone["third"]
     assert ends_on_device(said) == 1 and "CUDA_VISIBLE_DEVICES=3, 1 seen" in said and "GPUs are here" not in said, said
     code, said = alone["two"]
     assert code == 2 and "one process sees 2 GPUs" in said and "--num_processes 2" in said, said
     code, said = alone["none"]
     assert code == 0 and ":cpu" in said and "✔ 2 steps" in said, said
+    for name in ("9", "GPU-gone"):
+        code, said = alone[name]
+        assert code == 2 and f"CUDA_VISIBLE_DEVICES={name} names no GPU" in said and ":cpu" not in said, said
 
 
 def test_a_gpu_without_bf16_computes_in_fp16(alone: dict) -> None:

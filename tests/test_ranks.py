@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from conftest import script
 from stepladder import preflight
 from stepladder.errors import LaunchError
 from stepladder.recipe import load
@@ -55,6 +56,47 @@ def test_a_deepspeed_file_that_is_not_there(environment) -> None:
     with pytest.raises(LaunchError, match="elsewhere") as caught:
         ranks.launched()
     assert "ds_configs" in caught.value.way_out
+
+
+NO_RANK, NO_PLACE = "is no rank of a launch", "WORLD_SIZE=2 without"
+WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, NO_RANK),
+        ({"WORLD_SIZE": "0"}, NO_RANK),
+        ({"RANK": "1"}, NO_RANK),
+        ({"LOCAL_RANK": "-1"}, NO_RANK),
+        ({"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, NO_RANK),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "2 copies of this were started"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 copies of this were started"),
+        ({"WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+    ],
+)
+def test_what_a_shell_has_kept_of_a_launch(left, said, tmp_path) -> None:
+    """Guards a rank 1 of one that trained without a word and without run.json, tracebacks at numbers that are none, and
+    `srun python`, of which each copy was a run of one rank. Where all is well it is the recipe that is not there."""
+    done = script("sft", "--recipe", tmp_path / "none", **left)
+    assert done.code == 2 and (said or "there is no recipe") in done.err and "Traceback" not in done.err, done
+
+
+def test_where_the_ranks_of_a_kept_world_size_would_meet(environment, monkeypatch, capsys) -> None:
+    """Guards Transformers' words about the recipe's keys, a rank 1 that ended without any, and one that waited for half
+    an hour without saying for whom."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    environment(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    with pytest.raises(LaunchError, match=f"{NO_PLACE} MASTER_ADDR, MASTER_PORT") as caught:
+        ranks.meeting(ranks.launched()).__enter__()
+    assert caught.value.this_rank_only
+    environment(**WHOLE)
+    with ranks.meeting(ranks.launched()):
+        pass
+    assert "rank 1 waits for the others of WORLD_SIZE=2 at 127.0.0.1:29500" in capsys.readouterr().err
 
 
 def test_fewer_ranks_than_launched(environment) -> None:
@@ -116,6 +158,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     shared_out: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", shared_out.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
     assert ranks.choose_device(ranks.launched(), use_cpu=True) and not torch.cuda.is_available()
     assert len(shared_out) == 1

@@ -119,7 +119,10 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
 
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, ranks.Launch]:
     """With the launch that is asked for."""
-    gpus = machine.gpus or hardware.gpus_here() or 1
+    gpus = machine.gpus or hardware.gpus_here()
+    if not gpus:
+        ranks.assert_no_gpu_named()
+        gpus = 1
     name = strategy.named(machine.strategy, machine.nodes * gpus)
     launch = ranks.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)

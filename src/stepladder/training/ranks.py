@@ -31,6 +31,12 @@ from stepladder.errors import LaunchError
 WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
 
 
+# What a launcher tells each of its ranks, and where others say how many copies they have started.
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where a CPU is meant; the last is Slurm's
+
+
 LAUNCHER = "the launcher's configuration"
 GATHERS = "stage3_gather_16bit_weights_on_model_save"
 # Blocks of DeepSpeed's file that decide on the curve, and what the recipe has instead.
@@ -56,15 +62,40 @@ class Launch:
 
 
 def launched() -> Launch:
-    """Read the environment that `accelerate launch`, torchrun or a plain `python` set. Imports nothing heavy."""
+    """Read the environment that `accelerate launch`, torchrun or a plain `python` set. Imports nothing heavy.
+
+    Raises:
+        LaunchError: its numbers are those of no rank, or copies were started that do not know of each other.
+    """
     env = os.environ
 
     def number(name: str, default: int) -> int:
-        return int(env.get(name) or default)
+        try:
+            return int(env.get(name) or default)
+        except ValueError:
+            return -1
 
     ranks = number("WORLD_SIZE", 1)
-    local_rank = number("LOCAL_RANK", 0)
-    return Launch(ranks, number("RANK", 0), local_rank, number("LOCAL_WORLD_SIZE", ranks), _strategy(ranks))
+    rank, local_rank, local_ranks = number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", ranks)
+    if not (0 <= rank < ranks and 0 <= local_rank < local_ranks <= ranks):
+        raise LaunchError(
+            f"{' '.join(f'{name}={env[name]}' for name in OF_A_RANK if env.get(name))} is no rank of a launch",
+            where="the environment",
+            why="a launcher sets these for each rank; a shell or a profile has kept some",
+            way_out=f"unset {' '.join(OF_A_RANK)}",
+            this_rank_only=True,
+        )
+    copies = next((name for name in COPIES if number(name, 1) > 1), None)
+    if copies and not env.get("WORLD_SIZE"):
+        raise LaunchError(
+            f"{env[copies]} copies of this were started, and no launcher joins them to one run",
+            where=f"the environment, {copies}",
+            why="srun and mpirun start processes; each of these would train by itself, as the only rank",
+            way_out="one copy a node, which starts accelerate launch, as slurm/sft.sbatch does; for runs of their own: "
+            f"env -u {copies} …, and an output_dir each",
+            this_rank_only=True,
+        )
+    return Launch(ranks, rank, local_rank, local_ranks, _strategy(ranks))
 
 
 def _strategy(ranks: int) -> str:
@@ -167,6 +198,20 @@ def hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def assert_no_gpu_named() -> None:
+    """Raise LaunchError where PyTorch has no GPU and CUDA_VISIBLE_DEVICES names one: a CPU is not what was meant."""
+    import torch
+
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()) not in NO_GPU:
+        why = "has no GPU of that name" if torch.version.cuda else "is a build for CPUs"
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
+            where="the environment",
+            why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
+            way_out="a number that `nvidia-smi -L` lists, or unset it; for the CPU: CUDA_VISIBLE_DEVICES=-1",
+        )
+
+
 def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU, as with `use_cpu`.
 
@@ -180,7 +225,8 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
         hide_gpus()
     elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         gpus = torch.cuda.device_count()  # by NVML: CUDA itself reads the variable once, when it is first touched
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
         if gpus > 1:
             say(f"note: {gpus} GPUs are here and one process uses the first; for all of them: accelerate launch")
     if torch.cuda.is_available():
@@ -200,6 +246,7 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
         return False
     if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
         return False
+    assert_no_gpu_named()
     from stepladder.training import freed_memory
 
     asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
@@ -254,7 +301,11 @@ def meeting(launch: Launch) -> Iterator[None]:
     Raises:
         LaunchError: the ranks did not find each other.
     """
+    import torch.distributed as dist
+
     first = os.environ.get("MASTER_ADDR", "")
+    if launch.ranks > 1 and not dist.is_initialized():
+        _check_meeting_place(launch)
     if launch.ranks > launch.local_ranks and first and (found := health.interface(first)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     try:
@@ -270,6 +321,26 @@ def meeting(launch: Launch) -> Iterator[None]:
             way_out="the same command on every machine but for --machine_rank, --main_process_ip as all of them reach "
             "it; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface (`ip address` lists them)",
         ) from None
+
+
+def _check_meeting_place(launch: Launch) -> None:
+    """Raise LaunchError where the others cannot be found; say for whom a rank waits that no torchrun has started."""
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise LaunchError(
+            f"WORLD_SIZE={launch.ranks} without {', '.join(missing)}",
+            where="the environment",
+            why="a launcher sets all of them for each rank; a shell or a profile has kept some",
+            way_out=f"accelerate launch --num_processes {launch.ranks} …; for one process: unset {' '.join(OF_A_RANK)}",
+            this_rank_only=True,
+        )
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(
+            f"note: rank {launch.rank} waits for the others of WORLD_SIZE={launch.ranks} at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, as the environment has it, and no torchrun; for "
+            f"one process: unset {' '.join(OF_A_RANK)}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _asked_for() -> int | None:

@@ -49,7 +49,7 @@ def install(trains: bool = False) -> None:
     if USR1:
         signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])
     signal.signal(signal.SIGINT, _remember)
-    answered = trains or int(os.environ.get("WORLD_SIZE") or 1) == 1
+    answered = trains or (os.environ.get("WORLD_SIZE") or "1") == "1"
     if answered:
         signal.signal(signal.SIGTERM, _remember)
     # torchrun catches SIGHUP under nohup too, and ends its ranks by it: they have a session of their own, and no
