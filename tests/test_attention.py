@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import manifest, run, script
-from stepladder.errors import RecipeError
-from stepladder.model import attention, attention_choice, fused_lora
+from stepladder.errors import ModelError, RecipeError
+from stepladder.model import attention, attention_choice, fused_lora, load
 from stepladder.planning import unloaded
+from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 
 SMALL = {
@@ -211,6 +212,18 @@ def test_flash_attention_in_fp32_is_refused(flash, monkeypatch) -> None:
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(RecipeError, match="flash_attention_2 computes in bf16 or fp16 only"):
         attention_choice.settle(model, settings(attn_implementation="flash_attention_2"), "fp32", "cuda")
+
+
+def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None:
+    """Guards two tracebacks: a kernel of the hub without its package, which flash_attn's message recommends, and
+    flex_attention's first backward pass on a CPU."""
+    model = AutoModelForCausalLM.from_config(small("llama").config, attn_implementation="flex_attention")
+    with pytest.raises(RecipeError, match="flex_attention has no backward pass on a CPU"):
+        attention_choice.settle(model, settings(attn_implementation="flex_attention"), "fp32", "cpu")
+    recipe = write_recipe(model_name_or_path=str(tiny), attn_implementation="kernels-community/flash-attn2")
+    with pytest.raises(ModelError, match="package of that attn_implementation is not installed") as caught:
+        load.base_model(recipe_load.load(str(recipe), []), "fp32")
+    assert "pip install 'kernels>=" in caught.value.way_out
 
 
 # A machine as Python sees it with an H100, the package `kernels`, and a flash_attn built for another PyTorch.

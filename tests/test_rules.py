@@ -21,6 +21,11 @@ from stepladder.requirements import OPTIMIZERS
 # rule: (a recipe that breaks it, the key that is blamed, a recipe that does not break it)
 TABLE = {
     "adapter_keys_need_an_adapter": ("use_peft: false\nlora_r: 8", "lora_r", "use_peft: true\nlora_r: 8"),
+    "attention_is_a_kernel_that_trains": (
+        "attn_implementation: paged|sdpa",
+        "attn_implementation",
+        "attn_implementation: kernels-community/flash-attn2@v1",
+    ),
     "a_planned_micro_batch_needs_the_global_one": (
         "per_device_train_batch_size: auto",
         "per_device_train_batch_size",

@@ -79,6 +79,12 @@ def settle(
             where=settings.where("attn_implementation"),
             way_out="bf16: true, or attn_implementation: auto",
         )
+    if named == "flex_attention" and device == "cpu":
+        raise RecipeError(
+            "attn_implementation: flex_attention has no backward pass on a CPU",
+            where=settings.where("attn_implementation"),
+            way_out="attn_implementation: auto, or sdpa",
+        )
     lengths = attention.kept_apart(model, attention.BY_LENGTH)
     virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)

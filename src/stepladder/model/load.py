@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -360,11 +361,14 @@ class _loading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
             raise needs_code(self.name) from None
-        if isinstance(error, ImportError) and "FlashAttention" in str(error):
+        if isinstance(error, ImportError) and re.search("FlashAttention|`kernels`", str(error)):
+            from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
+
+            taken = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
             raise ModelError(
-                "the package of that attn_implementation is not installed",
+                "the package of that attn_implementation is not installed, or not in a version that Transformers take",
                 why=str(error).strip().splitlines()[0],
-                way_out="pip install kernels, and attn_implementation: kernels-community/flash-attn2; "
+                way_out=f"pip install '{taken}', and attn_implementation: kernels-community/flash-attn2; "
                 "or pip install flash-attn; or attn_implementation: sdpa",
             ) from None
         # A configuration that fits nothing can raise whatever its reader's expressions raise. A RuntimeError may be

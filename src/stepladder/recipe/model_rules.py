@@ -6,8 +6,10 @@ import re
 
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.ruling import RuleBreak, conflict, idle, rule, shown
+from stepladder.suggest import suggest
 
 QUANTIZATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+ATTENTION = ("auto", "sdpa", "eager", *(f"flash_attention_{n}" for n in (2, 3, 4)), "flex_attention")
 VIRTUAL_TOKENS = ("num_virtual_tokens", "virtual_tokens_text")
 # Keys of a block in model_init_kwargs that the recipe has at its top, by which name.
 OWN_KEY = {
@@ -16,6 +18,17 @@ OWN_KEY = {
     **{"revision": "model_revision", "trust_remote_code": "trust_remote_code"},
     "use_safetensors": "",  # always true
 }
+
+
+@rule
+def attention_is_a_kernel_that_trains(recipe: Recipe) -> RuleBreak | None:
+    """It is one of Transformers' kernels or a repository of kernels on the hub; the `paged` ones are for generation."""
+    key = "attn_implementation"
+    named = recipe.get(key)
+    if named is None or named in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", named):
+        return None
+    way_out = suggest(named, ATTENTION) or f"one of {', '.join(ATTENTION)}"
+    return conflict(recipe, f"{key}: there is no '{named}' to train with", [key], way_out)
 
 
 @rule
