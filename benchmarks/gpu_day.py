@@ -25,7 +25,6 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import shutil
@@ -48,6 +47,7 @@ import plan_gpu  # noqa: E402
 import train_gpu  # noqa: E402
 
 import same_curve  # noqa: E402
+from stepladder import flags  # noqa: E402
 from tiny import make_tiny  # noqa: E402
 
 TRAINS = ("transformers", "accelerate", "peft", "trl", "datasets")  # what scripts/sft.py cannot do without
@@ -477,20 +477,14 @@ def refused(what: str, why: str = "", way_out: str = "") -> int:
     return 2
 
 
-def _minutes(text: str) -> float:
-    if not 0 < (value := float(text)) < math.inf:
-        raise ValueError
-    return value
-
-
 def main() -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--minutes", type=_minutes, default=15, help="the time of this call (15)")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs/gpu-day", help="for models and runs (60 GB)")
-    parser.add_argument("--out", type=Path, help="for record.json, page.md and logs (--folder)")
+    parser.add_argument("--minutes", type=flags.above_0, default=15, help="the time of this call (15)")
+    parser.add_argument("--folder", type=flags.folder, default=ROOT / "runs/gpu-day", help="models and runs (60 GB)")
+    parser.add_argument("--out", type=flags.folder, help="for record.json, page.md and logs (--folder)")
     parser.add_argument("--fresh", action="store_true", help="begin a new record")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model (about 4 minutes)")
     parser.add_argument("--step", metavar="NAME", help="run this one only, unrecorded")
@@ -510,8 +504,9 @@ def main() -> int:
     for needed in (folder, out):
         try:
             needed.mkdir(parents=True, exist_ok=True)
+            (needed / ".lock").open("w").close()
         except OSError as error:
-            return refused(f"{needed} cannot be made: {error.strerror}")
+            return refused(f"{needed} cannot be written to: {error.strerror}", way_out="another --folder or --out")
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -542,6 +537,16 @@ def alone(name: str, place: Place, result: Path | None) -> int:
     return 1 if found.get("fault") and not result else 0
 
 
+def readable(record: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError where the next call could not go on with a record."""
+    for name, entry in record["steps"].items():
+        if entry["outcome"] not in (DONE, SKIPPED, *AGAIN) or not isinstance(entry["why"], str):
+            raise ValueError(f"the outcome of '{name}'")
+        if entry["outcome"] == DONE and not 0 <= entry["seconds"] < float("inf"):
+            raise ValueError(f"the seconds of '{name}'")
+    page(record, list(record["steps"]))
+
+
 def day(place: Place, out: Path, until: float, fresh: bool) -> int:
     words = [sys.executable, str(Path(__file__).resolve()), "--step", "environment", "--folder", str(place.folder)]
     words += ["--result", str(out / "environment.json")] + ["--rehearse"] * (not place.gpu)
@@ -558,8 +563,8 @@ def day(place: Place, out: Path, until: float, fresh: bool) -> int:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             known = [record["facts"].get(key) for key in ("device", "torch", "transformers", "trl")]
-            assert all(entry["outcome"] for entry in record["steps"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            readable(record)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return refused(f"{file} is no record of a call: {error}", way_out="--fresh begins a new one")
         if known != [facts.get(key) for key in ("device", "torch", "transformers", "trl")]:
             why = f"it was begun on {', '.join(map(str, known))}"

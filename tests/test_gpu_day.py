@@ -66,7 +66,9 @@ def test_a_failure_ends_no_other_step_and_is_tried_last(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((), "no CUDA GPU is here"),
-        (("--rehearse", "--minutes", "nan"), "--minutes: invalid"),
+        (("--rehearse", "--minutes", "nan"), "--minutes: nan is not above 0"),
+        (("--rehearse", "--out", ""), "--out: it is empty"),
+        (("--rehearse", "--out", "/proc"), "/proc cannot be written to"),
         (("--rehearse", "--step", "smoke nothing"), "there is no step 'smoke nothing'"),
     ],
 )
@@ -79,8 +81,12 @@ def test_what_cannot_begin_says_why(words: tuple[str, ...], said: str, tmp_path:
 
 def test_a_record_of_something_else_is_not_gone_on_with(tmp_path: Path, smollm2: Path) -> None:
     """Guards against figures of two machines on one page, and against a traceback at a file that is no record."""
+    step = '{"facts": {}, "steps": {"smoke full": {"outcome": %s}}}'
     for text, said in (
         ('{"steps": {"smoke full": 3}}', "is no record of a call"),
+        (step % '"done", "why": ""', "is no record of a call: 'seconds'"),
+        (step % '"done", "why": "", "seconds": 1, "lines": 4', "is no record of a call"),
+        (step % '"over", "why": ""', "is no record of a call: the outcome of 'smoke full'"),
         ('{"facts": {"device": "NVIDIA H200", "torch": "2.11.0"}, "steps": {}}', "begun on NVIDIA H200, 2.11.0"),
     ):
         (tmp_path / "record.json").write_text(text)
