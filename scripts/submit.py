@@ -46,8 +46,10 @@ def main() -> None:
     cores.add_argument("--cpus", type=flags.count, help="a rank without GPUs (4), or the node's in all")
     cores.add_argument("--cpus_per_gpu", "--cpus-per-gpu", type=flags.count, help="8, or a GPU's share if it is less")
     memory = parser.add_mutually_exclusive_group()
-    memory.add_argument("--mem", help="a node, as for sbatch")
-    memory.add_argument("--mem_per_gpu", "--mem-per-gpu", metavar="SIZE", help="48G …; else a GPU's share of a node")
+    memory.add_argument("--mem", type=flags.memory, help="a node, as for sbatch")
+    memory.add_argument(
+        "--mem_per_gpu", "--mem-per-gpu", type=flags.memory, metavar="SIZE", help="48G …; else a GPU's share"
+    )
     for name in SBATCH_NAMES:
         parser.add_argument(f"--{name}", help="as for sbatch")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the script and submit nothing")

@@ -18,6 +18,8 @@ from conftest import script
         ("submit", ["--ranks", "0"], "--ranks: 0 is less than 1"),
         ("plan", ["--gpus", "99999999999999999999"], "more than a computer counts"),
         ("submit", ["--gpus", "a100:-1"], "a100:-1 is neither N nor TYPE:N"),
+        ("submit", ["--gpus", "1", "--mem_per_gpu", ""], "--mem_per_gpu/--mem-per-gpu: '' is no size such as 48G"),
+        ("submit", ["--gpus", "1", "--mem", "48GB"], "--mem: '48GB' is no size such as 48G"),
     ],
 )
 def test_a_machine_of_nothing(name: str, words: list[str], said: str) -> None:

@@ -41,6 +41,13 @@ def gpus(text: str) -> str:
     return text
 
 
+def memory(text: str) -> str:
+    """A size as Slurm has it: MiB, or with a letter for the unit; 0 is all of a node."""
+    if not re.fullmatch(r"[0-9]+[KMGTkmgt]?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 48G")
+    return text
+
+
 def above_0(text: str) -> float:
     number = float(text)
     if not (math.isfinite(number) and number > 0):
