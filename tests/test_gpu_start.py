@@ -158,7 +158,8 @@ def test_imports_do_not_touch_cuda_first(tiny: Path, tmp_path: Path) -> None:
 def test_a_node_s_gpus(gpus: int, wanted: int, visible: str | None, used: int, said: str, tmp_path: Path) -> None:
     """Guards the check of a node before its ranks, as slurm/node.sh calls it."""
     env = {**gpu_stand_in.environment(tmp_path, gpus), "STAND_IN_USED": str(used)}
-    env |= {"STEPLADDER_NODES": "here", "SLURM_NODEID": "0", "STEPLADDER_GPUS": str(wanted), "STEPLADDER_PORT": "1"}
+    env |= {"STEPLADDER_NODES": "here", "SLURM_NODEID": "0", "STEPLADDER_GPUS": str(wanted)}
+    env |= {"SLURM_GPUS_ON_NODE": str(wanted), "STEPLADDER_PORT": "1"}
     env |= {"STEPLADDER_FOLDER": str(tmp_path), "STEPLADDER_CLOCK": subprocess.getoutput("date +%s")}
     env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     done = run(sys.executable, "-m", "stepladder.cluster.health", **env)
