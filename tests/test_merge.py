@@ -591,3 +591,49 @@ def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:
             configs([folder])
     with pytest.raises(ModelError, match="has no effect here"):
         choose("dequantized", {"recipe": {"use_peft": True}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": "4"}, 'r cannot be "4"'),
+        ({"r": None}, "r cannot be null"),
+        ({"lora_alpha": "big"}, "lora_alpha cannot be"),
+        ({"use_rslora": "false"}, 'use_rslora cannot be "false"'),
+        ({"target_modules": ["q_proj", 3]}, "target_modules cannot be"),
+        ({"target_modules": "(("}, "missing \\)"),
+        ({"rank_pattern": [1]}, "rank_pattern cannot be"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern cannot be"),
+        ({"trainable_token_indices": ["x"]}, "TypeError"),
+        ({"bias": "none of them"}, "NotImplementedError"),
+        ({"peft_type": "NONE"}, "KeyError"),
+        ({"peft_type": ["LORA"]}, "peft_type cannot be"),
+    ],
+)
+def test_a_configuration_of_other_kinds_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Guards against tracebacks from PEFT, and against "false", which it takes for true: another scale, merged."""
+    base = saved(llama(), tmp_path / "base")
+    file = adapter_on(llama(), base, tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelError, match=f"adapter_config.json cannot be used: .*{said}"):
+        Merge(base, [file.parent], [1.0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_lacks_a_tensor_is_not_used(changes: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    """Guards against answers by half an adapter: PEFT draws the other half at random, with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    half = shutil.copytree(trained, tmp_path / "half")
+    tensors = load_file(half / "adapter_model.safetensors")
+    gone = next(name for name in sorted(tensors) if "layers.1" in name)
+    tensors.pop(gone)
+    save_file(tensors, half / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = half / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    from stepladder.model.load import for_inference
+
+    base = Path(json.loads(file.read_text())["base_model_name_or_path"])
+    for use in (lambda: for_inference(str(half)), lambda: whole.opened(base, [half], [1.0], None, 0, "cpu")[0].exact()):
+        with pytest.raises(ModelError, match=f"lacks {re.escape(gone)}"):
+            use()

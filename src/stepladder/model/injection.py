@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.console import quoted
 from stepladder.errors import ModelError
+from stepladder.files import read_object
 from stepladder.model.weights import Weights, more
 
 if TYPE_CHECKING:
@@ -15,11 +19,46 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's, before each name of the base model
 # These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that
 # PEFT must see the whole model.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
+
+
+# What LoRA's fields hold, where they hold anything. PEFT checks none of them, and takes the text "false" for true.
+SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out")
+NUMBERS = ("r", "lora_alpha", "lora_dropout")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+NAMES = ("target_modules", "exclude_modules", "modules_to_save")
+
+
+def check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raise ModelError for a value of adapter_config.json that is of another kind than its field."""
+    kind = config.get("peft_type")
+    fields = ("peft_type", *SWITCHES, *NUMBERS, *PATTERNS, *NAMES) if kind == "LORA" else ("peft_type",)
+    for key in fields:
+        if key in config and not _is_right(key, config[key]):
+            raise _no_config(file, f"{key} cannot be {json.dumps(config[key])[:80]}")
+
+
+def _is_right(key: str, value: Any) -> bool:
+    if key == "peft_type":
+        return isinstance(value, str)
+    if key in NUMBERS:
+        return _is_number(value)
+    if value is None:
+        return True
+    if key in SWITCHES:
+        return isinstance(value, bool)
+    if key in PATTERNS:
+        return isinstance(value, dict) and all(map(_is_number, value.values()))
+    is_pattern = isinstance(value, str) and key != "modules_to_save"
+    return is_pattern or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def configs(adapters: list[Path]) -> list[PeftConfig]:
@@ -32,9 +71,13 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
 
     found = []
     for folder in adapters:
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", way_out="check the path")
-        config = PeftConfig.from_pretrained(str(folder))
+        check_config(folder / CONFIG, read_object(folder / CONFIG))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError, KeyError) as error:  # KeyError: a peft_type that it does not know
+            raise _no_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ModelError(
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
@@ -97,6 +140,8 @@ def inject(
             wrapped, table = _table(wrapped or model, config, name)
         except ValueError as error:
             raise _mismatch(folder, base, str(error).splitlines()[0]) from None
+        except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
+            raise _no_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
         tensors = _read(folder, device)
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
@@ -139,6 +184,24 @@ def _table(model: Any, config: PeftConfig, name: str) -> tuple[Any, dict[str, st
         return model, get_peft_model_state_dict(model, names, name, save_embedding_layers=False)
 
 
+def loaded(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """An adapter on a whole model, as PEFT loads it.
+
+    Raises:
+        ModelError: a tensor is missing, which PEFT would leave as random as it begins, with a warning.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, folder, name)
+        except UserWarning as warning:
+            missing = re.findall(r"'([^']+)'", str(warning)) or [str(warning)]
+            what = f"the adapter lacks {missing[0].replace(f'.{name}.', '.')}{more(missing)}"
+            raise _mismatch(folder, Path(model.name_or_path), what) from None
+
+
 def _read(folder: Path, device: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -155,6 +218,10 @@ def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
             if name in layer.lora_variant:
                 raise ModelError(f"{folder} is DoRA, which has no weight: its change is not a sum")
             layer.set_scale(name, scale)
+
+
+def _no_config(file: Path, what: str) -> ModelError:
+    return ModelError(f"{file} cannot be used: {what}", way_out="copy or fetch the adapter again")
 
 
 def _mismatch(adapter: Path, base: Path, what: str) -> ModelError:

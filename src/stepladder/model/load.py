@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder import files
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import start
+from stepladder.model import injection, start
 from stepladder.model.start import check_files, check_source
 from stepladder.settings import Settings
 
@@ -332,9 +332,7 @@ def for_inference(
     with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, source.adapter)
+            model = injection.loaded(model, source.adapter)
     return model.to(device).eval(), tok
 
 

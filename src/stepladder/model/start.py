@@ -17,7 +17,7 @@ from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.files import read_object
-from stepladder.model.injection import ADAPTER, CHANGES_BASE
+from stepladder.model.injection import ADAPTER, CHANGES_BASE, CONFIG, check_config
 from stepladder.model.weights import Weights, more
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
@@ -27,7 +27,7 @@ from stepladder.settings import Settings
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG, CHECKPOINT = "adapter_config.json", "COMPLETE.json"
+CHECKPOINT = "COMPLETE.json"
 KEY = "model_name_or_path"
 # PEFT's fields by the recipe's keys for them.
 FIELDS = {
@@ -278,11 +278,13 @@ def _cached_adapter(name: str, revision: str | None) -> Path | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return read_object(folder / CONFIG)
+        config = read_object(folder / CONFIG)
     except ValueError as error:
         raise ModelError(
             f"{folder / CONFIG} cannot be read: {error}", way_out="copy or fetch the adapter again"
         ) from None
+    check_config(folder / CONFIG, config)
+    return config
 
 
 def object_in(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
-from stepladder.model.injection import configs, whole_because
+from stepladder.model.injection import configs, loaded, whole_because
 from stepladder.model.merge import Merge
 from stepladder.model.quantized import RoundTrip
 from stepladder.model.streaming import NotStreamed
@@ -40,7 +40,6 @@ class Whole:
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32."""
         import torch
-        from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
@@ -50,7 +49,7 @@ class Whole:
         if self.tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(self.tokens, mean_resizing=False)
         try:
-            peft = PeftModel.from_pretrained(model, self.adapters[0], "adapter_0")
+            peft = loaded(model, self.adapters[0], "adapter_0")
             for number, folder in enumerate(self.adapters[1:], 1):
                 peft.load_adapter(folder, f"adapter_{number}")
             peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)
