@@ -79,12 +79,13 @@ def main() -> int | None:
     if args.data or not args.prompts:
         compared = mixture.from_name(args.data) if args.data else runs.held_out(args.tuned[0])
         notes += compared.notes
+        compared = held_out.once(compared, notes)
         given = len(compared)
         compared, on_training = held_out.apart(compared, trained, notes)
         if on_training and args.prompts:
             raise errors.DataError("each row of --data was trained on", way_out="other rows, or --prompts alone")
     asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(compared)
-    asked = held_out.prompts_apart(asked, trained, notes) if args.prompts else asked
+    asked = held_out.prompts_apart(held_out.prompts_once(asked, notes), trained, notes) if args.prompts else asked
     notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]
     on = sides.Measured(asked, compared, notes=notes, base=sources[0])

@@ -26,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several add up")
-    parser.add_argument("--weights", type=float, nargs="+", help="one a --adapter (1 each)")
+    parser.add_argument("--weights", type=flags.finite, nargs="+", help="one a --adapter (1 each)")
     parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
     parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
@@ -47,6 +47,7 @@ def main() -> None:
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
     for folder in args.adapter:
         load.check_files(folder)
+        start.check_finished(folder)
 
     console.quiet_libraries()
     with console.quick_imports():
@@ -62,6 +63,14 @@ def main() -> None:
     quantize = quantized.choose(args.quantized_base, trained)
     name = args.base or start.of(str(args.adapter[0])).base
     base = load.unquantized(name, None if args.base else config.revision)
+    if replaced := next(
+        (f for f in (base, *args.adapter) if f.resolve().is_relative_to(args.output_dir.resolve())), None
+    ):
+        raise errors.ModelError(
+            f"--output_dir {args.output_dir} holds {replaced}, which is merged",
+            why="the result would take its place",
+            way_out="another --output_dir",
+        )
     licence = card.front_matter(base).get("license")
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
@@ -143,7 +152,7 @@ def _bytes(size: str) -> int:
     number, unit = size[:-2], size[-2:].upper()
     if unit not in units or not number.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{size} is no size: 5GB, or 500MB")
-    return int(number) * units[unit]
+    return flags.count(number) * units[unit]
 
 
 def _progress(done: int, total: int) -> None:

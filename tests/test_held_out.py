@@ -70,6 +70,19 @@ def test_a_comparison_is_on_the_rows_that_the_run_held_out(trained, tmp_path: Pa
     )
 
 
+def test_copies_of_a_row_are_one_row(trained, tmp_path: Path) -> None:
+    """Guards against p = 0.0004 from one row that stood in the file twelve times; so with prompts."""
+    other = [("Who keeps the blue key?", "Nobody does, since it was lost at sea long ago, said the old porter.")]
+    rows = write(tmp_path / "rows.jsonl", [(f"  {q.upper()}" * (n % 2) or q, a) for n in range(12) for q, a in other])
+    copies = "11 of the 12 rows"
+    words = ("--tuned", trained / "run", "--data", rows, "--prompts", rows, "--require", "held-out loss not worse")
+    done = script("compare", *words, "--max_new_tokens", 4, "--show", 0, "--output_dir", tmp_path / "out")
+    facts = json.loads((tmp_path / "out/compare.json").read_text())
+    assert done.code == 3 and facts["held_out_rows"] == len(facts["questions"]) == 1, done
+    assert f"{copies} of {rows} are copies of another one: they are left out" in done.out, done
+    assert "11 of 12 prompts are copies of another one: they are left out" in done.out, done
+
+
 def test_figures_of_training_rows_are_called_so_everywhere(trained, tmp_path: Path) -> None:
     """Guards table, verdict, page and JSON of a comparison that has rows of the training set only."""
     places = json.loads((trained / "run/held_out.json").read_text())["where"]

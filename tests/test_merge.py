@@ -568,14 +568,30 @@ def test_bad_input_is_named(trained: Path, tiny: Path, tmp_path: Path) -> None:
     facts = json.loads((trained / "run.json").read_text())
     facts["recipe"]["load_in_4bit"] = True
     (four_bits / "run.json").write_text(json.dumps(facts))
+    failed = shutil.copytree(trained, tmp_path / "failed")
+    (failed / "run.json").write_text(json.dumps(facts | {"status": "failed"}))
     out = tmp_path / "out"
     for words, said in (
         (["--adapter", trained, "--output_dir", tiny], "exists"),
+        (["--adapter", trained, "--output_dir", out, "--weights", "nan"], "nan is no number"),
+        (["--adapter", trained, "--output_dir", out, "--max_shard_size", "0MB"], "0 is less than 1"),
+        (["--adapter", failed, "--output_dir", out], "holds the result of no finished run: run.json says failed"),
         (["--adapter", four_bits, "--output_dir", out], "--quantized_base original, or --quantized_base dequantized"),
     ):
         done = script("merge", *words)
         assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
         assert not out.exists() and not out.with_name("out.part").exists()
+
+
+def test_a_merge_does_not_replace_what_it_merges(trained: Path, tiny: Path, tmp_path: Path) -> None:
+    """Guards a base that is a merge itself, and an adapter in its folder: --overwrite removed both."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "merge.json").write_text("{}")
+    inner = shutil.copytree(trained, base / "inner")
+    for words in (["--adapter", trained, "--base", base], ["--adapter", inner]):
+        done = script("merge", *words, "--output_dir", base, "--overwrite")
+        assert done.code == 2 and f"--output_dir {base} holds {words[-1]}, which is merged" in done.err, done
+        assert (base / "model.safetensors").is_file() and (inner / "adapter_config.json").is_file()
 
 
 def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def memory(text: str) -> str:
     return text
 
 
+def finite(text: str) -> float:
+    """Any number but NaN and infinity."""
+    if not math.isfinite(found := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no number to compute with")
+    return found
+
+
 def above_0(text: str) -> float:
     number = float(text)
     if not (math.isfinite(number) and number > 0):

@@ -6,7 +6,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from stepladder.data import mixture, row_keys
+from stepladder.data import audit, mixture, row_keys
 from stepladder.data.formats import Example
 from stepladder.data.row_keys import Kept
 from stepladder.data.rows import Rows
@@ -194,6 +194,33 @@ def apart(rows: Rows, trained: dict[str, set[str]], notes: list[str]) -> tuple[R
     return (rows.take(free), False) if free else (rows, True)
 
 
+def once(rows: Rows, notes: list[str]) -> Rows:
+    """Each row once: copies are not independent, and a test that counts them calls chance a difference."""
+    first = _firsts(rows.examples)
+    if copies := len(rows) - len(first):
+        notes.append(
+            f"{copies:,} of the {len(rows):,} rows of {rows.name} are copies of another one: they are left out"
+        )
+        return rows.take(first)
+    return rows
+
+
+def prompts_once(asked: list[Question], notes: list[str]) -> list[Question]:
+    """Each prompt once, as `once`."""
+    first = _firsts([_with_answer(question) for question in asked])
+    if copies := len(asked) - len(first):
+        notes.append(f"{copies} of {len(asked)} prompts are copies of another one: they are left out")
+    return [asked[i] for i in first]
+
+
+def _firsts(examples: list[Example]) -> list[int]:
+    """Where each row stands first, by all that it gives to the model, blanks apart."""
+    found: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        found.setdefault(audit.whole(example), i)
+    return list(found.values())
+
+
 def prompts_apart(asked: list[Question], trained: dict[str, set[str]], notes: list[str]) -> list[Question]:
     """The prompts that no side was trained on with their reference answers.
 
@@ -210,8 +237,12 @@ def prompts_apart(asked: list[Question], trained: dict[str, set[str]], notes: li
 
 
 def _answered(question: Question) -> str:
+    return row_keys.key(_with_answer(question))
+
+
+def _with_answer(question: Question) -> Example:
     answer = {"role": "assistant", "content": question.reference}
-    return row_keys.key(question.example | {"messages": [*question.messages, answer]})
+    return question.example | {"messages": [*question.messages, answer]}
 
 
 def asked_before(asked: list[Question], training: dict[str, Rows]) -> list[str]:

@@ -122,7 +122,7 @@ def settled(recipe: Recipe) -> Recipe:
     name, where = recipe.get(KEY), recipe.where(KEY)
     check_source(name, where)
     start = of(name, recipe.get("model_revision"))
-    _check_finished(Path(name), where)
+    check_finished(Path(name), where)
     if start.adapter is None:
         return recipe
     _check_base(start)
@@ -295,7 +295,7 @@ def object_in(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _check_finished(folder: Path, where: str) -> None:
+def check_finished(folder: Path, where: str = "") -> None:
     """Raise ModelError for a run folder whose result is not there yet, or was found wrong."""
     if (folder / MANIFEST).is_file() and (found := status(folder)) != "finished":
         raise ModelError(
@@ -310,7 +310,7 @@ def _check_base(start: Start) -> None:
     """Raise ModelError unless the adapter's base is a model by itself."""
     place = str((start.adapter or Path()) / CONFIG)
     check_source(start.base, place)
-    _check_finished(Path(start.base), place)
+    check_finished(Path(start.base), place)
     if of(start.base, start.revision).adapter:
         raise ModelError(
             f"the base of {start.adapter} is an adapter too: {start.base}",
