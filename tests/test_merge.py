@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from conftest import script
+from conftest import ROOT, script
 from stepladder.errors import ModelError
 from stepladder.model import export, weights, whole
 from stepladder.model.injection import configs
@@ -581,6 +582,21 @@ def test_bad_input_is_named(trained: Path, tiny: Path, tmp_path: Path) -> None:
         done = script("merge", *words)
         assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
         assert not out.exists() and not out.with_name("out.part").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:
+    """Guards against tracebacks where the disk is full, and where a folder cannot be made; nothing is left behind."""
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    words = [sys.executable, ROOT / "scripts/merge.py", "--adapter", trained, "--output_dir"]
+    for folder, kilobytes, code, said in (
+        (out, 100, 1, os.strerror(errno.EFBIG)),
+        (tmp_path / "file/out", 10**6, 2, "file/out.part cannot be written"),
+    ):
+        limited = f'ulimit -f {kilobytes}; exec "$@"'
+        done = subprocess.run(["bash", "-c", limited, "-", *words, folder], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done
+    assert {file.name for file in tmp_path.iterdir()} == {"file"}
 
 
 def test_a_merge_does_not_replace_what_it_merges(trained: Path, tiny: Path, tmp_path: Path) -> None:

@@ -143,6 +143,9 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
             _report(no_path, rank)
             sys.exit(no_path.exit_code)
         if "RANK" not in os.environ:
+            if full := _of_no_room(error):
+                _report(full, rank)
+                sys.exit(EXIT_FAILED)
             raise
         if lost_a_rank(error):
             time.sleep(2)  # the launcher orders by whole seconds
@@ -176,6 +179,17 @@ def _of_no_path(error: Exception) -> StepladderError | None:
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return StepladderError("a path holds a NUL character, which no file's name can have")
     return None
+
+
+def _of_no_room(error: Exception) -> StepladderError | None:
+    """The message for a disk that is full, or may not be written; of a library in Rust the text alone tells."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    number = next((n for n in numbers if getattr(error, "errno", None) == n or f"(os error {n})" in str(error)), None)
+    if number is None:
+        return None
+    file = getattr(error, "filename", None)
+    what = f"{os.fsdecode(file)} cannot be written" if isinstance(file, (str, bytes)) else "the files cannot be written"
+    return StepladderError(what, why=os.strerror(number), way_out="make room (df -h, quota), or another place")
 
 
 def end_process_groups() -> None:

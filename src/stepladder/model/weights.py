@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
 from stepladder.files import read_object
-from stepladder.run import LOCK, open_lock, remove
+from stepladder.run import LOCK, make_folder, open_lock, remove
 
 if TYPE_CHECKING:
     import torch
@@ -210,11 +210,10 @@ def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]
     """
     check_output(folder, overwrite)
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
     if os.path.lexists(part) and MARK not in names and names - {LOCK}:
         raise ModelError(f"{part} exists, and the work is done there", way_out="remove it")
-    part.mkdir(exist_ok=True)
+    make_folder(part)
     with open_lock(part / LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
