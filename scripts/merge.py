@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, errors, files, flags, run
 from stepladder.data import prompts
-from stepladder.model import card, gguf_file, injection, load, portable, start, weights
+from stepladder.model import card, fingerprint, gguf_file, injection, load, portable, start, weights
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -46,8 +46,8 @@ def main() -> None:
     if len(scales) != len(args.adapter):
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(scales)} weights", way_out="one each")
     for folder in args.adapter:
-        load.check_files(folder)
         start.check_finished(folder)
+        start.check_source(str(folder))
 
     console.quiet_libraries()
     with console.quick_imports():
@@ -72,6 +72,7 @@ def main() -> None:
             way_out="another --output_dir",
         )
     licence = card.front_matter(base).get("license")
+    moved = [note for folder in args.adapter if (note := fingerprint.other_base(folder, str(base)))]
     has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
     tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
 
@@ -98,7 +99,7 @@ def main() -> None:
         shards = work.write(part, dtype, args.max_shard_size, _progress)
         seconds = time.perf_counter() - writing
         load.save_tokenizer(tokenizer, base, part)
-        remarks = portable.settle(part, tokenizer) + (gguf.remarks if gguf else [])
+        remarks = moved + portable.settle(part, tokenizer) + (gguf.remarks if gguf else [])
         for remark in remarks:
             print(f"note: {remark}", file=sys.stderr)
         facts = {

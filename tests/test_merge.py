@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from conftest import ROOT, script
 from stepladder.errors import ModelError
-from stepladder.model import export, weights, whole
+from stepladder.evaluation import sides
+from stepladder.model import export, fingerprint, weights, whole
 from stepladder.model.injection import configs
 from stepladder.model.merge import Merge
 from stepladder.model.proof import Proof
@@ -571,17 +572,46 @@ def test_bad_input_is_named(trained: Path, tiny: Path, tmp_path: Path) -> None:
     (four_bits / "run.json").write_text(json.dumps(facts))
     failed = shutil.copytree(trained, tmp_path / "failed")
     (failed / "run.json").write_text(json.dumps(facts | {"status": "failed"}))
+    checkpoint = make_dir(tmp_path / "checkpoint-2")
+    (checkpoint / "COMPLETE.json").write_text("{}")
     out = tmp_path / "out"
     for words, said in (
         (["--adapter", trained, "--output_dir", tiny], "exists"),
         (["--adapter", trained, "--output_dir", out, "--weights", "nan"], "nan is no number"),
         (["--adapter", trained, "--output_dir", out, "--max_shard_size", "0MB"], "0 is less than 1"),
+        (["--adapter", checkpoint, "--output_dir", out], "is a checkpoint, which resumes its own run"),
         (["--adapter", failed, "--output_dir", out], "holds the result of no finished run: run.json says failed"),
         (["--adapter", four_bits, "--output_dir", out], "--quantized_base original, or --quantized_base dequantized"),
     ):
         done = script("merge", *words)
         assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
         assert not out.exists() and not out.with_name("out.part").exists()
+
+
+def test_another_base_than_that_of_training_is_told(trained: Path, tiny: Path, tmp_path: Path) -> None:
+    """Guards against an adapter folded into a base of the same shape: another training of it, or this merge itself."""
+    other = shutil.copytree(tiny, tmp_path / "other")
+    saved(llama_like(tiny), other)
+    note = f"{trained} was trained on other weights than those of {other}: model.safetensors differs"
+    out = tmp_path / "out"
+    done = script("merge", "--adapter", trained, "--base", other, "--output_dir", out, "--dtype", "fp32")
+    assert done.code == 0 and f"note: {note}" in done.err, done
+    assert note in json.loads((out / "merge.json").read_text())["remarks"] and note in (out / "README.md").read_text()
+    assert fingerprint.other_base(trained, str(tiny)) == "" == fingerprint.other_base(other, str(tiny))
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    file = moved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(other)}))
+    on = sides.Measured([])
+    sides.check(str(moved), on)
+    assert on.notes == [note.replace(str(trained), str(moved))]
+
+
+def llama_like(folder: Path) -> Any:
+    """The same model after a step."""
+    model = load(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.01
+    return model
 
 
 def test_a_place_that_cannot_be_written_is_named(trained: Path, tmp_path: Path) -> None:

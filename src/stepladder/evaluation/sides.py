@@ -16,7 +16,7 @@ from stepladder.evaluation import behaviours, endpoint, generate, held_out, loss
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
-from stepladder.model import load, start
+from stepladder.model import fingerprint, load, start
 
 FOR_TEMPLATES = {"tool_calls", "tool_call_id", *REASONING}  # keys of a turn that not every server understands
 SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
@@ -104,7 +104,9 @@ def check(source: str | Endpoint, on: Measured) -> None:
         if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
             on.bases[source] = on.base
             on.notes.append(f"{source} is put on {on.base}: its own base, {start.of(source).base}, is not there")
-        start.checked(source, on.bases.get(source))
+        begun = start.checked(source, on.bases.get(source))
+        if begun.adapter and (note := fingerprint.other_base(begun.adapter, begun.base, begun.revision)):
+            on.notes.append(note)
 
 
 def _lacks_base(source: str) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
 from stepladder.model import start
-from stepladder.run import read_object, write_whole
+from stepladder.run import MANIFEST, read_object, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,21 @@ def of_model(name: str, revision: str | None = None, with_code: bool = False) ->
     if begun.adapter:
         return of_folder(begun.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
     return parts
+
+
+def other_base(adapter: Path, base: str, revision: str | None = None) -> str:
+    """A note that an adapter's run was trained on other weights than those of `base`; empty where none is known.
+
+    Files of a name that both have are compared: the same weights in other shards are not known to be the same.
+    """
+    inputs = start.object_in(adapter / MANIFEST).get("inputs")
+    trained = inputs.get("model") if isinstance(inputs, dict) else None
+    if not isinstance(trained, dict):
+        return ""
+    ours = _of_base(start.Start(base, revision), False)
+    before = {file.removeprefix("base/"): digest for file, digest in trained.items() if "adapter" not in file}
+    names = sorted(n for n in ours.keys() & before.keys() if n.endswith(".safetensors") and ours[n] != before[n])
+    return f"{adapter} was trained on other weights than those of {base}: {names[0]} differs" if names else ""
 
 
 def _of_base(begun: start.Start, with_code: bool) -> Parts:
