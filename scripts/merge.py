@@ -59,8 +59,10 @@ def main() -> None:
     console.quiet_progress_bars()
     began = time.perf_counter()
     config = injection.configs(args.adapter)[0]
-    trained, losses = card.read(args.adapter[0])
-    quantize = quantized.choose(args.quantized_base, trained)
+    made = [card.read(folder) for folder in args.adapter]
+    trained, losses = made[0]
+    in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
+    quantize = quantized.choose(args.quantized_base, in_4_bits)
     name = args.base or start.of(str(args.adapter[0])).base
     base = load.unquantized(name, None if args.base else config.revision)
     if replaced := next(
