@@ -58,7 +58,7 @@ class Site:
         cluster.env |= {"PATH": f"{tools}:{cluster.env['PATH']}", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         cluster.env.pop("OMP_NUM_THREADS", None)  # the templates' own is tested
         keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
-        keys |= {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_strategy": "no"}
+        keys |= {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_strategy": "no", "use_cpu": True}
         self.slow = ("--callback", folder / "slow.py")
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(yaml.safe_dump(keys))
