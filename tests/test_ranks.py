@@ -83,6 +83,14 @@ def test_what_a_shell_has_kept_of_a_launch(left, said, tmp_path) -> None:
     assert done.code == 2 and (said or "there is no recipe") in done.err and "Traceback" not in done.err, done
 
 
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_a_kept_strategy_without_a_launcher(name, environment) -> None:
+    """Guards DeepSpeed's traceback, which looks for MPI where it is told of no ranks."""
+    environment(**{name: "true"})
+    with pytest.raises(LaunchError, match=f"{name}=true, and no launcher"):
+        ranks.choose_device(ranks.launched())
+
+
 def test_where_the_ranks_of_a_kept_world_size_would_meet(environment, monkeypatch, capsys) -> None:
     """Guards Transformers' words about the recipe's keys, a rank 1 that ended without any, and one that waited for half
     an hour without saying for whom."""

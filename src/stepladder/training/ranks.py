@@ -221,6 +221,14 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     """
     import torch
 
+    kept = [name for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP") if os.environ.get(name) == "true"]
+    if kept and "RANK" not in os.environ:
+        raise LaunchError(
+            f"{kept[0]}=true, and no launcher has started this",
+            where="the environment",
+            why="accelerate launch sets it for its ranks; a shell or a profile has kept it",
+            way_out=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
+        )
     if use_cpu:
         hide_gpus()
     elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
