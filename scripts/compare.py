@@ -29,7 +29,7 @@ from stepladder.evaluation import behaviours, compare, endpoint, gate, generate,
 from stepladder.evaluation import rubric, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
-from stepladder.training import ranks
+from stepladder.training import launcher, ranks
 
 
 def main() -> int | None:
@@ -110,7 +110,7 @@ def main() -> int | None:
     if kept and kept.known:
         on.notes.append(f"{len(kept.known)} answers of {server[0]} were kept by a comparison that failed")
 
-    launch = ranks.launched()
+    launch = launcher.launched()
     console.quiet_libraries()
     with console.quick_imports():
         use_cpu = ranks.choose_device(launch)

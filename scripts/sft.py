@@ -20,7 +20,7 @@ from stepladder.model import load as model_load
 from stepladder.model import start
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
-from stepladder.training import allocator, arguments, inputs, ranks, resume, signals, strategy
+from stepladder.training import allocator, arguments, inputs, launcher, ranks, resume, signals, strategy
 
 
 def main() -> int | None:
@@ -38,7 +38,7 @@ def main() -> int | None:
     args, overrides = parser.parse_known_args()
 
     # Whatever can be wrong is found before torch is imported: it takes seconds.
-    launch = ranks.launched()
+    launch = launcher.launched()
     recipe = load.load(args.recipe, overrides)
     allocator.use_tcmalloc()  # starts anew, so only once the recipe is known to be right
     allocator.let_segments_grow()
@@ -71,7 +71,7 @@ def main() -> int | None:
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
     notes += [f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)]
-    notes += ranks.leave_to_recipe(precision, step.accumulation, recipe.get("max_grad_norm"))
+    notes += launcher.leave_to_recipe(precision, step.accumulation, recipe.get("max_grad_norm"))
     with ranks.meeting(launch):
         training_args = arguments.build(recipe, step, precision, use_cpu)
     devices = ranks.assert_launch(launch, str(training_args.device))

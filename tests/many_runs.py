@@ -24,12 +24,12 @@ GRACE = 5.0  # seconds for what this rank finds wrong by itself
 
 def main(each: Callable[[dict, int], None]) -> None:
     from stepladder import console
-    from stepladder.training import ranks
+    from stepladder.training import launcher
 
     console.quiet_libraries()
     with console.quick_imports():
         import_all()
-    launch = ranks.launched()
+    launch = launcher.launched()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         failed = Path(f"{job['log']}.failed")
         if (child := os.fork()) == 0:

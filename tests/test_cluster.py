@@ -310,7 +310,7 @@ def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Pa
     leftover = tmp_path / "py/deepspeed_shm_comm/lock"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
-    code = "from stepladder.training.ranks import Launch, choose_device; choose_device(Launch(1, 0, 0, 1, 'zero2'))"
+    code = "from stepladder.training import launcher, ranks\nranks.choose_device(launcher.Launch(1, 0, 0, 1, 'zero2'))"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "py"), "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, timeout=300)
     assert not leftover.exists()

@@ -13,7 +13,7 @@ import pytest
 from background import Running, steps_logged
 from conftest import manifest, metrics, run, script
 from stepladder.errors import TrainingError
-from stepladder.training.ranks import Launch
+from stepladder.training.launcher import Launch
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 

@@ -11,7 +11,7 @@ import yaml
 
 from conftest import ROOT, Done, manifest, metrics, run
 from stepladder.errors import LaunchError
-from stepladder.training import ranks
+from stepladder.training import launcher
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -134,8 +134,8 @@ def test_what_no_strategy_here_does_is_refused(kind, block, said, tmp_path, monk
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     if not said:
-        assert ranks.launched().strategy in ("fsdp", "zero2", "zero3")
+        assert launcher.launched().strategy in ("fsdp", "zero2", "zero3")
         return
     with pytest.raises(LaunchError) as caught:
-        ranks.launched()
+        launcher.launched()
     assert said in str(caught.value), caught.value

@@ -7,7 +7,7 @@ import pytest
 from stepladder.errors import RecipeError
 from stepladder.recipe.schema import known_keys
 from stepladder.training import strategy
-from stepladder.training.ranks import Launch
+from stepladder.training.launcher import Launch
 
 
 def under(name: str, ranks: int = 2) -> Launch:

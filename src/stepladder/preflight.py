@@ -17,7 +17,7 @@ from stepladder.model import load, start
 from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
-from stepladder.training import arguments, ranks, strategy
+from stepladder.training import arguments, launcher, ranks, strategy
 
 
 @dataclass(frozen=True)
@@ -117,21 +117,21 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     return said + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
 
 
-def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, ranks.Launch]:
+def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     """With the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
         ranks.assert_no_gpu_named()
         gpus = 1
     name = strategy.named(machine.strategy, machine.nodes * gpus)
-    launch = ranks.Launch(machine.nodes * gpus, 0, 0, gpus, name)
+    launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
     notes = strategy.check(recipe, launch)
     said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([said, *notes]), launch
 
 
-def _memory(recipe: Recipe, machine: Machine, launch: ranks.Launch, longest: int | None) -> tuple[str, Any]:
+def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: int | None) -> tuple[str, Any]:
     """With the bytes that go to the disk."""
     if machine.gpus:
         device = hardware.device(machine.gpu)

@@ -11,7 +11,7 @@ from stepladder.errors import RecipeError
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
-from stepladder.training.ranks import launched
+from stepladder.training.launcher import launched
 
 if TYPE_CHECKING:
     from trl import SFTConfig

@@ -8,7 +8,8 @@ from typing import Any
 from stepladder.console import say
 from stepladder.model import load
 from stepladder.settings import Settings
-from stepladder.training.ranks import Launch, from_first
+from stepladder.training.launcher import Launch
+from stepladder.training.ranks import from_first
 
 
 def base_model(recipe: Settings, precision: str, launch: Launch) -> Any:

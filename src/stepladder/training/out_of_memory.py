@@ -9,7 +9,7 @@ import torch
 
 from stepladder.errors import TrainingError
 from stepladder.settings import Settings
-from stepladder.training.ranks import Launch
+from stepladder.training.launcher import Launch
 from stepladder.training.telemetry import peak_memory_bytes
 
 

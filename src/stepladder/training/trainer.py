@@ -19,7 +19,7 @@ from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model import fused_loss
 from stepladder.recipe.batch import Layout
-from stepladder.training import checkpoint, gradients, ranks
+from stepladder.training import checkpoint, gradients, launcher
 from stepladder.training.agreement import Agreement, EvaluationLeftError
 from stepladder.training.order import Order, StepStream, with_empty_row
 from stepladder.training.resume import of_step
@@ -240,9 +240,9 @@ class Trainer(SFTTrainer):
         """Nothing yet: weights and optimizer are put back together, once the strategy has sharded them."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        ranks.assert_no_mismatch(self)
+        launcher.assert_no_mismatch(self)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        ranks.assert_set_up(self, self.meter.run.manifest)
+        launcher.assert_set_up(self, self.meter.run.manifest)
         if resume_from_checkpoint is not None:
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.
             self.state.compute_steps(self.args, max_steps)

@@ -1,0 +1,271 @@
+"""What a launcher asks for: the ranks, under which strategy; and what its configuration may not decide.
+
+A launch that silently becomes something else is the costliest mistake (QLoRA collapsing to one rank: axolotl#3839), so
+what no strategy here does is refused, and what the recipe decides is left to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepladder import files
+from stepladder.errors import LaunchError
+
+# How a sharded model is saved, in the launcher's words.
+WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+# What a launcher tells each of its ranks, and where others say how many copies they have started.
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHER = "the launcher's configuration"
+GATHERS = "stage3_gather_16bit_weights_on_model_save"
+# Blocks of DeepSpeed's file that decide on the curve, and what the recipe has instead.
+OTHER_CURVE = {
+    "optimizer": "the recipe's optim, learning_rate and weight_decay decide",
+    "scheduler": "the recipe's lr_scheduler_type and warmup_steps decide",
+    **dict.fromkeys(
+        ("amp", "compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop"),
+        "the recipe has no such thing",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says; the strategy is named as its file in accelerate_configs/."""
+
+    ranks: int
+    rank: int
+    local_rank: int
+    local_ranks: int
+    strategy: str
+
+
+def launched() -> Launch:
+    """Read the environment that `accelerate launch`, torchrun or a plain `python` set. Imports nothing heavy.
+
+    Raises:
+        LaunchError: its numbers are those of no rank, or copies were started that do not know of each other.
+    """
+    env = os.environ
+
+    def number(name: str, default: int) -> int:
+        try:
+            return int(env.get(name) or default)
+        except ValueError:
+            return -1
+
+    ranks = number("WORLD_SIZE", 1)
+    rank, local_rank, local_ranks = number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", ranks)
+    if not (0 <= rank < ranks and 0 <= local_rank < local_ranks <= ranks):
+        raise LaunchError(
+            f"{' '.join(f'{name}={env[name]}' for name in OF_A_RANK if env.get(name))} is no rank of a launch",
+            where="the environment",
+            why="a launcher sets these for each rank; a shell or a profile has kept some",
+            way_out=f"unset {' '.join(OF_A_RANK)}",
+            this_rank_only=True,
+        )
+    copies = next((name for name in COPIES if number(name, 1) > 1), None)
+    if copies and not env.get("WORLD_SIZE"):
+        raise LaunchError(
+            f"{env[copies]} copies of this were started, and no launcher joins them to one run",
+            where=f"the environment, {copies}",
+            why="srun and mpirun start processes; each of these would train by itself, as the only rank",
+            way_out="one copy a node, which starts accelerate launch, as slurm/sft.sbatch does; for runs of their own: "
+            f"env -u {copies} …, and an output_dir each",
+            this_rank_only=True,
+        )
+    return Launch(ranks, rank, local_rank, local_ranks, _strategy(ranks))
+
+
+def _strategy(ranks: int) -> str:
+    env = os.environ
+    _check_launcher()
+    if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+        zero = _checked_config(file) if file else {}
+        stage = str(zero.get("stage", env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
+        if stage not in ("2", "3"):
+            raise LaunchError(
+                f"ZeRO stage {stage} is not one of the strategies here",
+                where=file or LAUNCHER,
+                why="no run's memory, checkpoints and curve are checked under it",
+                way_out="stage 2: it shards the gradients too, and sends no more",
+            )
+        if file and stage == "3" and zero.get(GATHERS) is not True:
+            raise LaunchError(
+                f"{GATHERS} is {json.dumps(zero.get(GATHERS, False))}",
+                where=file,
+                why="each rank would save its shards of the result, and none the model",
+                way_out=f'"{GATHERS}": true',
+            )
+        offloads = zero.get("offload_optimizer") or {"device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")}
+        offload = isinstance(offloads, dict) and (offloads.get("device") or "none") != "none"
+        return f"zero{stage}" + ("_offload" if offload else "")
+    if env.get("ACCELERATE_USE_FSDP") == "true":
+        return "fsdp" + ("_offload" if env.get("FSDP_OFFLOAD_PARAMS") == "true" else "")
+    return "ddp" if ranks > 1 else "single"
+
+
+def _checked_config(file: str) -> dict:
+    """The `zero_optimization` of DeepSpeed's file.
+
+    Raises:
+        LaunchError: the file cannot be read, or would train something else than the recipe says.
+    """
+    try:
+        config = files.read_object(file)
+        zero = config.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError("its zero_optimization is no block")
+    except ValueError as error:
+        raise LaunchError(
+            f"DeepSpeed's configuration {file} cannot be read: {error}",
+            why="the accelerate config names it relative to the folder you start from",
+            way_out="start from the folder that holds ds_configs/",
+        ) from None
+    quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
+    if others := [*(key for key in config if key in OTHER_CURVE), *quantized]:
+        raise LaunchError(
+            f"{others[0]} would change what is trained",
+            where=file,
+            why="it comes before the recipe, which would then say one thing and the run do another",
+            way_out=f"remove it: {OTHER_CURVE.get(others[0], 'ds_configs/ has files without it')}",
+        )
+    return zero
+
+
+def _check_launcher() -> None:
+    """Raise LaunchError for what a launcher's configuration asks for and no strategy here does.
+
+    Each was tried, and ended in a traceback or trained another curve.
+    """
+    env = os.environ
+    refused = {
+        "Megatron-LM": (env.get("ACCELERATE_USE_MEGATRON_LM") == "true", "it is not one of the strategies here"),
+    }
+    if env.get("ACCELERATE_USE_FSDP") == "true":
+        wrap = env.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+        refused |= {
+            "fsdp_version: 1": (
+                env.get("FSDP_VERSION", "2") != "2",
+                "checkpoints and gradients are read as FSDP 2 has them, and Accelerate will drop version 1",
+            ),
+            f"fsdp_auto_wrap_policy: {wrap}": (
+                wrap != "TRANSFORMER_BASED_WRAP",
+                "FSDP 2 shards layers, which have a forward pass, and not parts of some size",
+            ),
+        }
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        for kind, why in {
+            "dp_replicate": "the norm of the gradients would be counted once for each replica, and clipping be another",
+            "tp": "no layer here is cut into columns and rows",
+            "cp": "no row here is cut over the ranks",
+            "sp": "no row here is cut over the ranks",
+        }.items():
+            size = env.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE") or "1"
+            refused[f"parallelism_config_{kind}_size: {size}"] = (size != "1", why)
+    for what, (is_asked, why) in refused.items():
+        if is_asked:
+            raise LaunchError(
+                f"{what} cannot be trained with", where=LAUNCHER, why=why,
+                way_out="a file of accelerate_configs/: fsdp.yaml, zero3.yaml, zero2.yaml or ddp.yaml",
+            )  # fmt: skip
+
+
+def asked_for() -> int | None:
+    """The number of ranks that the `accelerate launch` above this process was asked for; None where none is above."""
+    import psutil
+    import yaml
+
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--num_processes", "--num-processes", type=int)
+    launcher.add_argument("--config_file", "--config-file")
+    with contextlib.suppress(psutil.Error, OSError, yaml.YAMLError):
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()
+            if not re.search(r"accelerate(-launch|/commands/launch\.py|\0launch)(\0|$)", "\0".join(words[:4])):
+                continue
+            asked = launcher.parse_known_args([*itertools.takewhile(lambda word: not word.endswith(".py"), words[3:])])[
+                0
+            ]
+            if asked.num_processes is None and asked.config_file:
+                return yaml.safe_load(Path(asked.config_file).read_text()).get("num_processes")
+            return asked.num_processes
+    return None
+
+
+def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> list[str]:
+    """Let the recipe decide what a launcher's configuration may set too.
+
+    Call it before the training arguments are made: Transformers takes the launcher's precision where the recipe asks
+    for fp32, and DeepSpeed its accumulation and clipping.
+
+    Args:
+        precision: `bf16`, `fp16` or `fp32`.
+        accumulation: micro-batches of an optimizer step.
+        max_grad_norm: what gradients are clipped to.
+
+    Returns:
+        A note for each of the launcher's values that is another and is not used.
+    """
+    ours = {
+        "mixed_precision": "no" if precision == "fp32" else precision,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": max_grad_norm,
+    }
+    notes = []
+    for key, value in ours.items():
+        theirs = os.environ.pop(f"ACCELERATE_{key.upper()}", "auto")
+        if theirs not in ("auto", "no", str(value), f"{value}.0"):
+            notes.append(f"{key}: {theirs} of the launcher is not used: the recipe decides, and it is {value} here")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = str(ours["mixed_precision"])
+    for key, value in WHOLE.items():  # else the result of a run could not be saved
+        if os.environ.get(key, value) != value:
+            notes.append(f"{key.removeprefix('ACCELERATE_').lower()}: {value} here, since the result is saved whole")
+            os.environ[key] = value
+    return notes
+
+
+def assert_no_mismatch(trainer: Any) -> None:
+    """Raise LaunchError where a file of DeepSpeed's fixes values that the recipe sets to others."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and (found := dict.fromkeys(plugin.hf_ds_config.mismatches)):
+        raise LaunchError(
+            "DeepSpeed's configuration contradicts the recipe", why="\n".join(found), way_out='"auto" in that file'
+        )
+
+
+def assert_set_up(trainer: Any, recorded: dict[str, Any]) -> None:
+    """Compare what Accelerate and DeepSpeed have set up with what run.json says of this run.
+
+    Raises:
+        LaunchError: they differ in strategy, precision, accumulation or clipping.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
+    kind = accelerator.distributed_type.value
+    found = {
+        "strategy": "fsdp" if kind == "FSDP" else "ddp" if accelerator.num_processes > 1 else "single",
+        "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": args.max_grad_norm,
+    }
+    if kind == "DEEPSPEED":
+        engine = trainer.model_wrapped
+        found["strategy"] = f"zero{engine.zero_optimization_stage()}"
+        found["gradient_accumulation_steps"] = engine.gradient_accumulation_steps()
+        found["max_grad_norm"] = engine.gradient_clipping()
+    wanted = {**recorded, "strategy": recorded["strategy"].removesuffix("_offload")}
+    if differ := [f"{key}: {value} instead of {wanted[key]}" for key, value in found.items() if value != wanted[key]]:
+        raise LaunchError(
+            "Accelerate set up something else than the launch and the recipe ask for",
+            why="\n".join(differ),
+            way_out='launch with a file of accelerate_configs/; in one of DeepSpeed\'s, "auto" leaves it to the recipe',
+        )
