@@ -72,3 +72,17 @@ def test_process_groups_end_with_the_work() -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"RANK": "0"}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (0, "True\nFalse\n"), done.stderr
+
+
+@pytest.mark.parametrize("rank", [None, "1"])
+def test_a_full_disk_is_a_message_on_a_rank_too(rank) -> None:
+    """Guards the traceback of whatever was being written as the disk became full."""
+    program = (
+        "import errno, os\nfrom stepladder import errors\n"
+        "def main():\n    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'model.safetensors')\n"
+        "errors.exit_with(main)\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "RANK"} | ({"RANK": rank} if rank else {})
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    said = f"[rank {rank}] " * bool(rank) + "✘ error: model.safetensors cannot be written"
+    assert done.returncode == 1 and done.stderr.startswith(said) and "Traceback" not in done.stderr, done

@@ -166,7 +166,7 @@ def quick_imports() -> Iterator[None]:
     """Around imports of libraries: no compiler is loaded, and garbage is looked for seldom, and afterwards never.
 
     Half a million objects stay. To go through them again and again took a sixth of the imports, and a second of what
-    follows (issue 13). In a rank it is looked for again afterwards: see `errors.exit_with`. The compiler is
+    follows. In a rank it is looked for again afterwards: see `errors.exit_with`. The compiler is
     TorchInductor, a second more: bitsandbytes decorates four functions by `torch.compile` as it is imported
     (`_try_torch_compile`), for machines that it has no kernels for. What is compiled later is, as ever.
     """

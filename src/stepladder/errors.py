@@ -142,22 +142,24 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
         if no_path := _of_no_path(error):
             _report(no_path, rank)
             sys.exit(no_path.exit_code)
+        full = _of_no_room(error)
+        if full:
+            _report(full, rank)
         if "RANK" not in os.environ:
-            if full := _of_no_room(error):
-                _report(full, rank)
+            if full:
                 sys.exit(EXIT_FAILED)
             raise
         if lost_a_rank(error):
             time.sleep(2)  # the launcher orders by whole seconds
             print(f"[rank {rank}] ended: it lost its connection to another rank", file=sys.stderr, flush=True)
-        else:
+        elif not full:
             text = console.printable(f"[rank {rank}] {traceback.format_exc()}")
             print(text, file=sys.stderr, flush=True)
             tell_launcher(str(error), text)
         # not sys.exit: the process group's end would wait for a rank that is gone
         os._exit(EXIT_FAILED)
     finally:
-        # Else the interpreter looks for garbage among all that is about to end: 1.3 s (issue 13). A rank lets it: what
+        # Else the interpreter looks for garbage among all that is about to end: 1.3 s. A rank lets it: what
         # holds a process group (DDP) may go by that search only, and the group's threads would outlive what they use.
         if "RANK" not in os.environ:
             gc.freeze()
@@ -189,7 +191,8 @@ def _of_no_room(error: Exception) -> StepladderError | None:
         return None
     file = getattr(error, "filename", None)
     what = f"{os.fsdecode(file)} cannot be written" if isinstance(file, (str, bytes)) else "the files cannot be written"
-    return StepladderError(what, why=os.strerror(number), way_out="make room (df -h, quota), or another place")
+    way_out = "make room (df -h, quota), or another place"
+    return StepladderError(what, why=os.strerror(number), way_out=way_out, this_rank_only="RANK" in os.environ)
 
 
 def end_process_groups() -> None:

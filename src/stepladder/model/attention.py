@@ -4,7 +4,7 @@ Transformers' SDPA takes rows in one sequence with a mask of all pairs of tokens
 thrown away. Here the mask is the rows' lengths, and each row is a causal product of its own: exact, and with neither
 padding nor a mask of pairs. On a GPU a row stays in bf16 or fp16, for which SDPA has a flash kernel. On a CPU it is
 computed in fp32, since on a Zen 4 PyTorch's kernel takes twice as long for its backward pass in bf16; short rows in
-bf16 are products of their own (`benchmarks/attention.py`; issue 13).
+bf16 are products of their own (`benchmarks/attention.py`).
 
 Transformers' seam for it are the two registries of its guide "Attention backends".
 """

@@ -4,7 +4,7 @@ PEFT adds `lora_B(lora_A(x)) * scaling` to the layer's output in operators of th
 product with the scaling and a sum, forward and backward again. In a small model these move more memory than the
 matrix products. Here the low-rank part is added by the matrix product itself (`addmm`), the input is cast once for
 all layers that read it, and of the input one copy is kept for the backward pass. The formula is that of Hu et al.
-2021 (arXiv 2106.09685); deriving its gradients by hand is known from Unsloth (issue 13).
+2021 (arXiv 2106.09685); deriving its gradients by hand is known from Unsloth.
 
 PEFT's seam for it is `LoraConfig._register_custom_module` (PEFT's guide "Custom models").
 """

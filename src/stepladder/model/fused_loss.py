@@ -3,7 +3,7 @@
 Where it has no Triton, TRL scores every position, prompts and padding too, so that shapes stay the same for compilers
 (`compact` in trl/trainer/utils.py), computes the scores once more for the gradient, and that by products in fp32
 (`ChunkedLogProbFunction`). SmolLM2 has 49,152 words to score at each; docs/benchmarks.md says what it is worth to
-leave that out (issue 13). Here the gradient is made as the scores are, a few tokens at a time, as in Liger's fused
+leave that out. Here the gradient is made as the scores are, a few tokens at a time, as in Liger's fused
 loss (Hsu et al. 2024, arXiv 2410.10989), but for each token: what the loss does with its log-probability comes later.
 
 The seam is TRL's own: a model's `forward(..., labels=..., fused_lm_head=True)`, as `add_fused_lm_head` makes it.

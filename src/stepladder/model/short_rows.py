@@ -3,7 +3,7 @@
 PyTorch's CPU kernel takes most of its time, on rows of a few hundred tokens, not for the products. Here they are
 products of matrices in bf16, but for the scores, which are in fp32 as the kernel has them: rounded to bf16, a large
 score would change its probability by percents. All probabilities are held for the backward pass, which is why rows
-are to be short (`benchmarks/attention.py`; issue 13). The scores' gradient is PyTorch's own of a softmax, in one pass.
+are to be short (`benchmarks/attention.py`). The scores' gradient is PyTorch's own of a softmax, in one pass.
 """
 
 from __future__ import annotations

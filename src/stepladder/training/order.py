@@ -7,7 +7,7 @@ trained tokens of all ranks, so that they change nothing.
 
 A step's rows are laid out from the longest to the shortest: those of alike length share a micro-batch,
 which is padded less, and the micro-batches that the ranks take side by side are of alike size. The
-step's gradient is a sum over its rows, whatever their order (issue 13).
+step's gradient is a sum over its rows, whatever their order.
 """
 
 from __future__ import annotations

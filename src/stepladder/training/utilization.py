@@ -20,7 +20,7 @@ from stepladder import hardware
 # Rows and columns of the matrices by which a rate is measured: on a GPU the work must outlast the launch.
 GEMM, GEMM_ON_GPU = 1024, 8192
 # For so long: in its first tenth of a second a CPU may run both threads on one core, at half the rate, which gave
-# an MFU of 111 % (issue 13).
+# an MFU of 111 %.
 SECONDS = 0.25
 
 
