@@ -32,7 +32,7 @@ STEPS = 4
 
 def planned(strategy: str) -> str:
     """What plan.py says to type on a machine."""
-    way = SimpleNamespace(strategy=strategy, micro=1, checkpointing=False)
+    way = SimpleNamespace(strategy=strategy, micro=1, checkpointing=False, memory=SimpleNamespace(host=0.0))
     return choose.command("lora", SimpleNamespace(nodes=2, ranks=2), way)[0]  # type: ignore[arg-type]
 
 

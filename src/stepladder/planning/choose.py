@@ -183,15 +183,8 @@ class Plan:
 
 
 def host_bytes(plan: Plan, way: Way) -> float:
-    """Host memory of one rank: what is offloaded, a CUDA process's own, and the weights while they are loaded.
-
-    Weights in bf16 are mapped from their file and shared by all ranks of a node; in fp32, whatever the file holds,
-    each rank has its own, but under ZeRO-3, which reads them a parameter at a time.
-    """
-    fp32 = (plan.settings.get("dtype") or "float32") == "float32" and not plan.settings.get("load_in_4bit")
-    whole = plan._traced(way.micro, way.checkpointing, memory.casts(way.strategy)).whole
-    loaded = 4 * whole.parameters if fp32 and not way.strategy.startswith("zero3") else 0.0
-    return way.memory.host + loaded + PROCESS
+    """Host memory that a job asks for with each GPU: a rank's share of what its node needs, and a CUDA process's own."""
+    return way.memory.host / (plan.ranks // plan.nodes) + PROCESS
 
 
 def fastest(ways: list[Way]) -> Way | None:
