@@ -176,7 +176,10 @@ def launch_many(
 def one_gpu() -> dict[str, str]:
     """The environment of a process that sees the first GPU at most, this source tree first, and no hub."""
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    import torch
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0" if torch.cuda.device_count() else "")  # as NVML counts
+    gpu = shown.split(",")[0]
     return {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 

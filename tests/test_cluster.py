@@ -197,7 +197,7 @@ def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
     assert done.code == 2 and "zero2 takes 34 GiB of host memory a rank" in done.err and "zero3" in done.err, done
     assert "share of a node is 30" in done.err and "Traceback" not in done.err
     done = script("submit", *full, "--strategy", "auto", "--partition", "all")
-    assert "# plan: zero3" in done.out and "--mem-per-gpu=30G" in done.out, done
+    assert "# plan: fsdp" in done.out and "--mem-per-gpu=30G" in done.out, done  # which reads them once a node
     done = script("submit", *full, "--strategy", "zero2", "--partition", "all", "--mem_per_gpu", "40G", "--cpus", "32")
     assert "--gpus-per-node=h100:8 --cpus-per-task=32 " in done.out and "--mem-per-gpu=40G" in done.out, done
     done = script("submit", *full[:2], "--gpus", "8", "--dry_run", SBATCH_CPUS_PER_GPU="4", SBATCH_MEM_PER_CPU="4G")
@@ -285,7 +285,7 @@ def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyP
         thread.join()
     assert found[0] == ["within 1 s nothing came from three"]
     assert "cannot reach localhost" in found[1][0]
-    assert health.interface("127.0.0.1") == "lo"
+    assert health.interface("127.0.0.1") not in ("lo", "")  # where no other node is
 
 
 def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:

@@ -112,7 +112,7 @@ def test_the_plan_fits_80_columns() -> None:
     tables = [line for line in lines if not line.startswith(("accelerate", "sbatch"))]  # which are copied whole
     assert code == 0 and max(map(len, tables)) <= 80 and "…" not in shown, shown
     head = next(line for line in lines if "tokens/s" in line)
-    assert head.split() == ["strategy", "ckpt", "batch", "peak", "fits", "tokens/s", "hours"]
+    assert head.split() == ["strategy", "ckpt", "batch", "peak", "fits", "host", "tokens/s", "hours"]
     assert any("activ" in line and "host" in line for line in lines), shown
 
 

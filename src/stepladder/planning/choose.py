@@ -183,7 +183,7 @@ class Plan:
 
 
 def host_bytes(plan: Plan, way: Way) -> float:
-    """Host memory that a job asks for with each GPU: a rank's share of what its node needs, and a CUDA process's own."""
+    """Host memory that a job asks for with each GPU: a share of what the node needs, and a CUDA process's own."""
     return way.memory.host / (plan.ranks // plan.nodes) + PROCESS
 
 

@@ -36,6 +36,7 @@ from stepladder.training.telemetry import DROPPED
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
 MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, that the upload of the result may take
+WRITING = 10  # seconds that its service may take to write what it was given, on a machine under load
 BLOCK = 1 << 15  # bytes, of W&B's file (LevelDB's log format)
 NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "result_step", "saved",
                      "error", "samples"}  # fmt: skip
@@ -223,12 +224,17 @@ class Wandb(WandbCallback):
         say(f"  to upload the run later: wandb sync {self.run.settings.sync_dir}")
 
     def _is_whole(self) -> bool:
-        """Whether the file of this offline run holds its last entry. A block of the file begins with 7 bytes."""
-        file = next(Path(self.run.settings.sync_dir).glob("*.wandb"))
+        """Whether the file of this offline run holds its last entry, which W&B's service may write a little later."""
+        file, end = next(Path(self.run.settings.sync_dir).glob("*.wandb")), time.monotonic() + WRITING
+        while not (found := self._holds_end(file)) and time.monotonic() < end:
+            time.sleep(0.2)
+        return found
+
+    def _holds_end(self, file: Path) -> bool:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size // BLOCK - 100) * BLOCK)
             blocks = iter(lambda: stream.read(BLOCK), b"")
-            return self._ended.encode() in b"".join(block[7:] for block in blocks)
+            return self._ended.encode() in b"".join(block[7:] for block in blocks)  # each begins with 7 bytes
 
     def _end(self, code: int) -> None:
         self._ended = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {secrets.token_hex(4)}"
