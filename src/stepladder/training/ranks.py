@@ -42,7 +42,7 @@ def assert_no_gpu_named() -> None:
             f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
             where="the environment",
             why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
-            way_out="a number that `nvidia-smi -L` lists, or unset it; for the CPU: CUDA_VISIBLE_DEVICES=-1",
+            way_out="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
         )
 
 
