@@ -51,7 +51,7 @@ def memory(text: str) -> str:
 def finite(text: str) -> float:
     """Any number but NaN and infinity."""
     if not math.isfinite(found := float(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number to compute with")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return found
 
 

@@ -111,7 +111,7 @@ def _load_cpu_collectives() -> None:
     import torch
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    # Another installation, or another ninja, would build anew at each change from one to the other.
+    # One folder per installation: each change of the installation, or of ninja, would trigger a rebuild.
     here = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions" / here)))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -138,7 +138,7 @@ def meeting(launch: Launch) -> Iterator[None]:
     """Let the ranks find each other in the block, in which a process group is made.
 
     gloo listens at the address of the host's own name, which is 127.0.1.1 on Debian and Ubuntu, where another
-    machine finds nobody (pytorch#68726): between machines it is told the interface that leads to the first one.
+    machine finds nobody (pytorch#68726): between machines, GLOO_SOCKET_IFNAME names the interface to the first one.
 
     Raises:
         LaunchError: the ranks did not find each other.
