@@ -69,7 +69,8 @@ def main() -> int | None:
     sources = [args.base, *args.tuned, *server] if args.base else [*server, *args.tuned]
     if len(sources) < 2:
         parser.error("two sides are needed: --base and --tuned, or one of them and --endpoint")
-    if twice := next((name for name in sources if sources.count(name) > 1), None):
+    sides_named = [os.path.normpath(source) if isinstance(source, str) else source for source in sources]
+    if twice := next((name for name in sides_named if sides_named.count(name) > 1), None):
         parser.error(f"{twice} is named twice: a comparison needs different sides")
     folder = args.output_dir or next((Path(name) for name in args.tuned[:1] if is_run(name)), None)
 

@@ -73,7 +73,7 @@ def main() -> int | None:
     notes += [f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)]
     notes += launcher.leave_to_recipe(precision, step.accumulation, recipe.get("max_grad_norm"))
     with ranks.meeting(launch):
-        training_args = arguments.build(recipe, step, precision, use_cpu)
+        training_args = arguments.build(recipe, step, precision, use_cpu, launch.strategy)
     devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checkpoint, record.forgets_best))
@@ -109,7 +109,7 @@ def main() -> int | None:
         planned = ranks.from_first(planned)
         settled = recipe.with_values(**{key: planned["chosen"][key] for key in recipe.plans()})
         step = arguments.layout(settled, launch.ranks)
-        training_args = arguments.build(settled, step, precision, use_cpu)
+        training_args = arguments.build(settled, step, precision, use_cpu, launch.strategy)
         unplanned = [planned["reason"]]
     else:
         settled = recipe

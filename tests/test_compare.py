@@ -475,6 +475,7 @@ def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
         (["--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--general", "no.jsonl"], "no.jsonl"),
         (["--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--limit", "-23"], "less than 1"),
         (["--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--show", "-1"], "less than 0"),
+        (["--base", "recipes", "--tuned", "data", "--tuned", "data/", "--prompts", "README.md"], "data is named twice"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_at_once(words: list[str], said: str, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from stepladder.errors import RecipeError
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
-from stepladder.training.launcher import launched
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -33,8 +32,8 @@ def check_streaming(recipe: Recipe) -> None:
             )
 
 
-def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTConfig:
-    """The training arguments. Creating them starts the process group.
+def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: str) -> SFTConfig:
+    """The training arguments, under a strategy as the launch names it. Creating them starts the process group.
 
     Raises:
         RecipeError: the libraries refuse a combination.
@@ -48,7 +47,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
         "padding_free": False,  # whether rows lie end to end is decided once the model is known (attention_choice)
-        **_accumulation(recipe),
+        **(_accumulation(recipe) if strategy.startswith("fsdp") else {}),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,
@@ -70,9 +69,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool) -> SFTCon
 
 
 def _accumulation(recipe: Recipe) -> dict[str, Any]:
-    """Under FSDP, when the gradients of a step's micro-batches are reduced; other strategies need no word."""
-    if not launched().strategy.startswith("fsdp"):
-        return {}
+    """When FSDP reduces the gradients of a step's micro-batches."""
     asked = recipe.get("accelerator_config") or {}
     kwargs = {**(asked.get("gradient_accumulation_kwargs") or {}), "sync_each_batch": batch.sums_sharded(recipe)}
     return {"accelerator_config": {**asked, "gradient_accumulation_kwargs": kwargs}}
