@@ -140,7 +140,8 @@ def pretend(gpus: Any, card: Any) -> None:
 def start(job: dict, rank: int) -> None:
     """A run of many_runs.py in its forked process, on a machine of its own; does not return."""
     pretend(lambda: job["gpus"], lambda: tuple(job.get("card", H100)))
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # DeepSpeed's import sets the second
+        os.environ.pop(name, None)
     if "visible" in job:
         os.environ["CUDA_VISIBLE_DEVICES"] = job["visible"]
     many_runs.run(job, rank)

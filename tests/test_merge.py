@@ -577,7 +577,7 @@ def test_bad_input_is_named(trained: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for words, said in (
         (["--adapter", trained, "--output_dir", tiny], "exists"),
-        (["--adapter", trained, "--output_dir", out, "--weights", "nan"], "nan is no number"),
+        (["--adapter", trained, "--output_dir", out, "--weights", "nan"], "nan is not a finite number"),
         (["--adapter", trained, "--output_dir", out, "--max_shard_size", "0MB"], "0 is less than 1"),
         (["--adapter", checkpoint, "--output_dir", out], "is a checkpoint, which resumes its own run"),
         (["--adapter", trained, "--adapter", four_bits, "--output_dir", out], "or --quantized_base dequantized"),

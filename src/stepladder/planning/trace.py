@@ -113,13 +113,15 @@ def _drawn_out(short: tuple[int, ...], long: tuple[int, ...], times: float) -> t
 
 
 def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Count, tuple[int, ...]]:
+    from accelerate.utils import patch_environment
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, base = unloaded.on_meta(settings, unloaded.shortened(config, depth, work.gpu), work)
     held, states = unloaded.weight_bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # FakeTensorMode asks whether CUDA is available; by NVML, the question does not start the driver.
+    with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"), FakeTensorMode(allow_non_fake_inputs=True):
         unloaded.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
