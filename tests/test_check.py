@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import sys
@@ -92,6 +93,19 @@ def test_an_optimizer_that_is_not_installed(settings) -> None:
     requirements.versions(settings(optim="adamw_8bit"))
     with pytest.raises(LaunchError, match="optim: schedule_free_adamw takes schedulefree, which is not installed"):
         requirements.versions(settings(optim="schedule_free_adamw"))
+
+
+def test_library_versions_outside_the_bounds(settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards both bounds of pyproject.toml: what is older than the code needs is refused, what is newer than the suite
+    has seen runs and is named."""
+    real, pretended = importlib.metadata.version, {}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pretended.get(name) or real(name))
+    assert "untested" not in requirements.versions(settings())
+    pretended["transformers"] = "99.0"
+    assert "; transformers 99.0 is untested: Stepladder was tested with" in requirements.versions(settings())
+    pretended["trl"] = "0.9"
+    with pytest.raises(LaunchError, match=r"trl >=1\.16 is needed, and 0\.9 is here"):
+        requirements.versions(settings())
 
 
 def test_a_compiler_that_is_not_installed(settings, monkeypatch: pytest.MonkeyPatch) -> None:

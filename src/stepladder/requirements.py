@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from stepladder.errors import LaunchError
 from stepladder.settings import Settings
@@ -38,28 +39,19 @@ OPTIMIZERS = {
 
 
 def versions(settings: Settings) -> str:
-    """The versions of the libraries that compute.
+    """The versions of the libraries that compute, and which are newer than the tested ones.
 
     Raises:
         LaunchError: one is missing or older than what the code uses, or what a key of the recipe takes is.
     """
-    try:
-        declared = importlib.metadata.requires("stepladder") or []
-    except importlib.metadata.PackageNotFoundError:  # run from its folder, without make install
-        declared = [*SHOWN, "datasets"]
-    for text in declared:
-        needed = Requirement(text)
-        if needed.marker and not needed.marker.evaluate({"extra": ""}):
-            continue
+    for needed in _declared():
         try:
             found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            found = "not installed"
-        if found == "not installed" or not needed.specifier.contains(found, prereleases=True):
-            raise LaunchError(
-                f"{needed.name} {needed.specifier} is needed, and {found} is here" if found[0].isdigit()
-                else f"{needed.name} is not installed", way_out="make install",
-            )  # fmt: skip
+            raise LaunchError(f"{needed.name} is not installed", way_out="make install") from None
+        lowest = SpecifierSet(",".join(str(bound) for bound in needed.specifier if not bound.operator.startswith("<")))
+        if not lowest.contains(found, prereleases=True):
+            raise LaunchError(f"{needed.name} {lowest} is needed, and {found} is here", way_out="make install")
     for key, value, module, package, instead in _packages(settings):
         if not importlib.util.find_spec(module):
             raise LaunchError(
@@ -67,7 +59,28 @@ def versions(settings: Settings) -> str:
                 where=settings.where(key),
                 way_out=f"pip install {package}, or {key}: {instead}",
             )
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
+    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
+    return "; ".join([found, *untested_versions()])
+
+
+def untested_versions() -> list[str]:
+    """One note per library that is newer than the suite has seen: it may have changed what the code relies on."""
+    notes = []
+    for needed in _declared():
+        found = importlib.metadata.version(needed.name)
+        if not needed.specifier.contains(found, prereleases=True):
+            notes.append(f"{needed.name} {found} is untested: Stepladder was tested with {needed.specifier}")
+    return notes
+
+
+def _declared() -> list[Requirement]:
+    """What pyproject.toml declares without an extra."""
+    try:
+        declared = importlib.metadata.requires("stepladder") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its folder, without make install
+        declared = [*SHOWN, "datasets"]
+    requirements = map(Requirement, declared)
+    return [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
 
 
 def accounts(settings: Settings) -> str:
