@@ -16,7 +16,7 @@ from conftest import ROOT, script
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import load, ranges
 from stepladder.recipe.schema import Key, known_keys
-from stepladder.suggest import distance, nearest, suggest
+from stepladder.suggest import ALIASES, nearest, suggest
 
 
 @pytest.fixture
@@ -80,8 +80,17 @@ def test_suggestions_are_near() -> None:
     assert nearest("eval_stpes", keys)[0] == "eval_steps"
     assert nearest("learning_rate", keys) == ["learning_rate"]
     assert nearest("LORA_R", keys) == ["lora_r"]
-    assert suggest("lr", keys) == "" and suggest("completely_else", keys) == ""
-    assert distance("abcd", "acbd") == 1 and distance("", "abc") == 3 and distance("kitten", "sitting") == 3
+    assert nearest("use_pfet", keys) == ["use_peft"]
+    assert suggest("xy", keys) == "" and suggest("completely_else", keys) == ""
+
+
+def test_short_forms_of_other_tools_are_known(faults) -> None:
+    """Guards `--lr` and its like: the nearest letters were `remove it`, or a key that does something else."""
+    keys = known_keys()
+    assert all(name in keys for names in ALIASES.values() for name in names) and not ALIASES.keys() & keys
+    words = [word for name in ALIASES for word in (f"--{name}", "1")]
+    for fault, (name, meant) in zip(faults("", *words), ALIASES.items(), strict=True):
+        assert f"--{name}: unknown key" in fault and "did you mean " + " or ".join(map(repr, meant)) in fault
 
 
 def test_all_faults_are_told_at_once_in_their_order(faults) -> None:

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
-SHORTEST_PART = 4  # letters: `model` finds `model_name_or_path`, but `lr` had better find nothing
+SHORTEST_PART = 4  # letters: `epochs` finds `num_train_epochs` as a part of it; shorter words find too much
+CUTOFF = 0.74  # of difflib's ratio: one slip in a word of four letters, two swapped ones in one of eight
+CLOSE = 0.06  # below the best ratio: what else is offered
+# Short forms that other tools and papers use, and the keys of a recipe that they stand for.
+ALIASES = {
+    "lr": ["learning_rate"],
+    "wd": ["weight_decay"],
+    "bs": ["global_batch_size", "per_device_train_batch_size"],
+    "batch_size": ["global_batch_size", "per_device_train_batch_size"],
+    "model": ["model_name_or_path"],
+    "data": ["dataset_name", "datasets"],
+    "dataset": ["dataset_name", "datasets"],
+    "rank": ["lora_r"],
+    "alpha": ["lora_alpha"],
+    "dropout": ["lora_dropout"],
+    "epochs": ["num_train_epochs"],
+    "steps": ["max_steps"],
+    "grad_accum": ["gradient_accumulation_steps", "global_batch_size"],
+    "max_len": ["max_length"],
+    "max_seq_len": ["max_length"],
+    "optimizer": ["optim"],
+    "scheduler": ["lr_scheduler_type"],
+    "warmup": ["warmup_steps"],
+    "output": ["output_dir"],
+}
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -15,42 +40,15 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """At most three known words, the best first, none of them much farther away than the best."""
-    text = _plain(word)
-    allowed = max(1, len(text) // 3)
-    distances = {}
-    for name in known:
-        if abs(len(name) - len(text)) <= allowed:
-            distances[name] = distance(text, _plain(name))
-    best = min(distances.values(), default=allowed + 1)
-    if best > allowed:
-        return _sharing_a_part(text, known)
-    limit = best + 1 if best else 0
-    near = [name for name, far in distances.items() if far <= limit]
-    return sorted(near, key=lambda name: (distances[name], -_same_beginning(text, _plain(name))))[:3]
-
-
-def distance(a: str, b: str) -> int:
-    """Slips between two words: letters left out, added, replaced, or swapped with their neighbour."""
-    before: list[int] = []
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        last, before, row = before, row, [i]
-        for j, y in enumerate(b, start=1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
-                row[-1] = min(row[-1], last[j - 2] + 1)
-    return row[-1]
-
-
-def _same_beginning(a: str, b: str) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _sharing_a_part(text: str, known: Iterable[str]) -> list[str]:
-    """`epochs` is far from `num_train_epochs` letter by letter, and yet a part of it."""
+    text, names = _plain(word), {_plain(name): name for name in known}
+    if aliases := [name for name in ALIASES.get(text, []) if name in names]:
+        return aliases
+    if close := difflib.get_close_matches(text, names, n=3, cutoff=CUTOFF):
+        ratios = [difflib.SequenceMatcher(a=name, b=text).ratio() for name in close]
+        return [names[name] for name, ratio in zip(close, ratios, strict=True) if ratio >= ratios[0] - CLOSE]
     if len(text) < SHORTEST_PART:
         return []
-    return sorted((name for name in known if f"_{text}_" in f"_{_plain(name)}_"), key=len)[:3]
+    return sorted((name for plain, name in names.items() if f"_{text}_" in f"_{plain}_"), key=len)[:3]
 
 
 def _plain(word: str) -> str:

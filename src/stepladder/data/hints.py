@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
 from stepladder.data.conversation import yaml_name
 from stepladder.data.readers import Row
-from stepladder.suggest import distance
 
 # What an answer's column is called elsewhere.
 ANSWERS = (
@@ -42,6 +42,7 @@ BESIDE = {  # columns beside question and answer, and what they are read as
 }
 REASONING = ("reasoning", "thinking", "thought", "cot", "complex_cot", "chain_of_thought")
 TEXTS = ("text", "content", "body")  # documents without a question
+ONE_SLIP = 0.86  # of difflib's ratio
 TYPO_LETTERS = 5  # from which length one slip in a name does not make it another word
 ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"messages": [{"role": "user", …}, …]}'
 
@@ -149,7 +150,8 @@ def _without_typo(name: str) -> str:
     known = (*ASKED, *ANSWERS)
     if len(name) < TYPO_LETTERS or name in known:
         return name
-    return next((other for other in known if len(other) >= TYPO_LETTERS and distance(name, other) == 1), name)
+    long = [other for other in known if len(other) >= TYPO_LETTERS and abs(len(other) - len(name)) < 2]
+    return next(iter(difflib.get_close_matches(name, long, n=1, cutoff=ONE_SLIP)), name)
 
 
 def _beside(names: dict[str, str], target: str) -> dict[str, str]:
