@@ -43,14 +43,12 @@ RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
 # Each row is the one above it with one change: what is left out by without.py, and flags.
 PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
 FOUR = ("--per_device_train_batch_size", "4")
-ALL = "malloc,kept,held,fused,sorted,loss,flat"
+ALL = "malloc,held,sorted,loss,flat"
 LADDER = {
     "fp32, gradient checkpointing, micro-batch 1": (ALL, *PLAIN, "--gradient_checkpointing=true"),
     "no checkpointing": (ALL, *PLAIN),
-    "freed memory is kept (`mallopt`)": ("malloc,held,fused,sorted,loss,flat", *PLAIN),
-    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,fused,sorted,loss,flat", *PLAIN[2:]),
-    "frozen weights are held in bf16": ("malloc,fused,sorted,loss,flat", *PLAIN[2:]),
-    "LoRA's layers are fused": ("malloc,sorted,loss,flat", *PLAIN[2:]),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,sorted,loss,flat", *PLAIN[2:]),
+    "frozen weights are held in bf16": ("malloc,sorted,loss,flat", *PLAIN[2:]),
     "micro-batch 4": ("malloc,sorted,loss,flat", *FOUR),
     "a step's rows are sorted by length": ("malloc,loss,flat", *FOUR),
     "trained tokens only are scored, each product once": ("malloc,flat", *FOUR),
@@ -62,9 +60,7 @@ LADDER = {
     "`torch_compile: true` in place of that": ("", "--torch_compile", "true"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
-# What raises the most elsewhere too: tcmalloc, which the recipe takes by itself; else that glibc keeps freed memory.
-KEPT = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
-MALLOC = allocator.preload() or KEPT
+MALLOC = allocator.preload()  # what raises the most elsewhere too, and the recipe takes by itself
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 

@@ -1,13 +1,12 @@
 """Run a script without some of what Stepladder does by itself, to measure what that is worth.
 
-    python benchmarks/without.py fused,sorted scripts/sft.py --recipe lora
+    python benchmarks/without.py held,sorted scripts/sft.py --recipe lora
 
 These have no keys in a recipe: they change nothing but the speed. `malloc` leaves out tcmalloc, and glibc's stays.
 """
 
 from __future__ import annotations
 
-import functools
 import runpy
 import sys
 
@@ -18,24 +17,16 @@ if "malloc" not in sys.argv[1].split(","):
 
 from stepladder.data import prepare
 from stepladder.model import adapter, attention, fused_loss
-from stepladder.training import freed_memory
 
 WITHOUT = {
     "malloc": lambda: None,  # above
-    "kept": lambda: setattr(freed_memory, "keep", lambda: None),  # glibc's freed memory
-    "returned": lambda: setattr(freed_memory, "EVERY", float("inf")),  # what of it no step needs
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
-    "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "short": lambda: setattr(attention, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda *_: False),
     "loss": lambda: setattr(fused_loss, "attach", lambda model, ignored: None),
     "cached": lambda: setattr(fused_loss, "CACHED", fused_loss.TOKENS),  # a few tokens' scores in fp32 at a time
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
-
-
-def _plain(attach, *args, fused: bool):
-    return attach(*args, fused=False)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main() -> int | None:
         from stepladder.evaluation import samples
         from stepladder.model import adapter, attention_choice
         from stepladder.planning import choose
-        from stepladder.training import announce, callback, freed_memory, one_copy, out_of_memory, profiling, progress
+        from stepladder.training import announce, callback, one_copy, out_of_memory, profiling, progress
         from stepladder.training import result, telemetry, trackers, trainer, utilization, watchdog  # isort: skip
 
     console.quiet_progress_bars()
@@ -119,12 +119,8 @@ def main() -> int | None:
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     attends, costs = attention_choice.settle(base, settled, precision, training_args.device.type, ranks.from_first)
     notes += costs + (attention_choice.changed(record.manifest.get("attention") or {}, attends) if checkpoint else [])
-    # Kernels of our own (LoRA's layers, the loss, freed memory; short rows come with the choice above) are written
-    # and measured for CPUs. A GPU runs the libraries', until they are measured there.
-    own_kernels = use_cpu
-    unsharded = launch.strategy in ("single", "ddp")
-    model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=own_kernels and unsharded)
-    if unsharded:
+    model = adapter.attach(base, recipe, tokenizer, new_tokens)
+    if launch.strategy in ("single", "ddp"):
         adapter.hold_as_computed(model, precision)
 
     record.begin(
@@ -172,14 +168,14 @@ def main() -> int | None:
                 model=model,
                 layout=step,
                 flat=attends.flat,
-                own_kernels=own_kernels,
+                own_kernels=use_cpu,
                 args=training_args,
                 processing_class=tokenizer,
                 train_dataset=train_set,
                 eval_dataset=eval_set,
                 meter=meter,
                 on_nan=recipe.get("on_nan"),
-                callbacks=[*own, line, watch, *told, *([freed_memory.GiveBack()] if own_kernels else [])],
+                callbacks=[*own, line, watch, *told],
             )
         if args.profile and record.is_writer:
             sft.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing

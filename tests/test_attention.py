@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import manifest, run, script
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import attention, attention_choice, fused_lora, load
+from stepladder.model import attention, attention_choice, load
 from stepladder.planning import unloaded
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
@@ -293,13 +293,12 @@ def test_flash_attention_where_it_is_at_hand(tmp_path: Path) -> None:
 
 
 def test_a_plan_for_a_gpu_is_of_what_runs_there() -> None:
-    """Guards the plan's memory: no mask of pairs, nothing of the CPU's kernels, LoRA's layers as PEFT has them."""
+    """Guards the plan's memory: no mask of pairs, and nothing of the CPU's kernels."""
     values = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_r": 4, "padding_free": "auto"}
-    for gpu, name, fused in ((True, attention.BY_ROW, False), (False, attention.BY_ROW_ON_CPU, True)):
+    for gpu, name in ((True, attention.BY_ROW), (False, attention.BY_ROW_ON_CPU)):
         config = small("llama", "sdpa").config
-        model, base = unloaded.on_meta(settings(**values), config, unloaded.Work(2, 8, "bf16", False, gpu=gpu))
+        _, base = unloaded.on_meta(settings(**values), config, unloaded.Work(2, 8, "bf16", False, gpu=gpu))
         assert base.config._attn_implementation == name
-        assert any(isinstance(module, fused_lora.FusedLinear) for module in model.modules()) == fused
 
 
 def test_a_run_says_what_it_attends_by(tiny: Path, learnable: Path, write_recipe, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ def attach(
     recipe: Settings,
     tokenizer: PreTrainedTokenizerBase | None = None,
     new_tokens: Sequence[str] = (),
-    fused: bool = False,
 ) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for, or that it starts from; without `use_peft` it stays.
 
@@ -38,9 +37,6 @@ def attach(
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow, and the
             weights of an adapter that is trained on are not read.
         new_tokens: tokens that a template added to the vocabulary.
-        fused: LoRA's linear layers are those of `fused_lora`, which read the adapter's weights past the
-            modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
-            PEFT's own, and cannot read these.
 
     Raises:
         ModelError: a module or parameter that the recipe names does not exist in this model, an adapter does not fit
@@ -56,7 +52,6 @@ def attach(
             why="their embeddings would stay as random as they begin",
             way_out="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
-    import torch
     from peft import LoraConfig, get_peft_model
 
     if recipe.get("peft_type") != "lora":
@@ -80,11 +75,6 @@ def attach(
     )  # fmt: skip
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
-    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
-    if fused and not quantized and not recipe.get("torch_compile"):
-        from stepladder.model.fused_lora import FusedLinear
-
-        config._register_custom_module({torch.nn.Linear: FusedLinear})
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:

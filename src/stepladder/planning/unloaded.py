@@ -20,7 +20,7 @@ class Work:
     """What is traced: a micro-batch on one device.
 
     `cast`: the strategy itself holds what is computed with, in bf16 where it is to be (ZeRO, FSDP); else
-    autocast makes copies, and on a CPU LoRA's layers are fused. `gpu`: the loss runs in Triton's kernels and
+    autocast makes copies. `gpu`: the loss runs in Triton's kernels and
     attention keeps no mask of its dropout.
     """
 
@@ -56,7 +56,7 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
         if not work.gpu or work.precision == "bf16":
             attention.by_row(base, settings, on_cpu=not work.gpu)
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
-        model = adapter.attach(base, settings, fused=not work.cast and not work.gpu)
+        model = adapter.attach(base, settings)
         if not work.cast:
             adapter.hold_as_computed(model, work.precision)
     model.train()

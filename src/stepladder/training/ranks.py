@@ -89,12 +89,9 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
         return False
     assert_no_gpu_named()
-    from stepladder.training import freed_memory
-
     asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
     if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
         torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
-    freed_memory.keep()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
     if launch.strategy.startswith("zero"):
         _load_cpu_collectives()
