@@ -63,7 +63,7 @@ def main() -> int | None:
 
         from stepladder.data import prepare
         from stepladder.evaluation import samples
-        from stepladder.model import adapter, attention_choice
+        from stepladder.model import attention, build
         from stepladder.planning import choose
         from stepladder.training import announce, callback, one_copy, out_of_memory, profiling, progress
         from stepladder.training import result, telemetry, trackers, trainer, utilization, watchdog  # isort: skip
@@ -115,13 +115,14 @@ def main() -> int | None:
         settled = recipe
     transformers.set_seed(training_args.seed)  # before the adapter draws its first weights
     base = one_copy.base_model(recipe, precision, launch)
-    if ends := model_load.fit_embeddings(base, tokenizer):
-        notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
-    attends, costs = attention_choice.settle(base, settled, precision, training_args.device.type, ranks.from_first)
-    notes += costs + (attention_choice.changed(record.manifest.get("attention") or {}, attends) if checkpoint else [])
-    model = adapter.attach(base, recipe, tokenizer, new_tokens)
-    if launch.strategy in ("single", "ddp"):
-        adapter.hold_as_computed(model, precision)
+    built = build.build(
+        base, settled, precision,
+        lambda base: attention.settle(base, settled, precision, training_args.device.type, ranks.from_first),
+        tokenizer, new_tokens, sharded=launch.strategy not in ("single", "ddp"),
+    )  # fmt: skip
+    model, attends = built.model, built.attention
+    notes += built.notes
+    notes += attention.changed(record.manifest.get("attention") or {}, attends) if checkpoint else []
 
     record.begin(
         recipe.to_yaml(),

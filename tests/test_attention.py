@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import manifest, run, script
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import attention, attention_choice, load
+from stepladder.model import attention, load
+from stepladder.model.cpu import short_rows
 from stepladder.planning import unloaded
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
@@ -113,7 +114,7 @@ def test_what_is_known_of_an_architecture_is_so(architecture: str, flash) -> Non
     """
     by_mask, by_length = KNOWN[architecture]
     model = small(architecture)
-    assert attention_choice.masked(model) == by_mask
+    assert attention.masked(model) == by_mask
     assert (contaminated(model) < 1e-4) == by_mask
     if by_length is not None:
         assert attention.kept_apart(model, attention.BY_LENGTH) == by_length
@@ -164,7 +165,7 @@ def test_on_a_gpu_rows_stay_in_bf16_and_nothing_waits_for_the_gpu(monkeypatch) -
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: asked.append(1) or on_host(tensor))
     for layers in (2, 6):
         model = small("llama", "sdpa", num_hidden_layers=layers)
-        assert attention.by_row(model, settings(), on_cpu=False)
+        assert attention.by_row(model, settings())
         asked.clear()
         positions = torch.cat([torch.arange(row) for row in ROWS])[None]
         model(input_ids=positions + 3, position_ids=positions, use_cache=False)
@@ -189,8 +190,8 @@ def test_on_a_gpu_rows_stay_in_bf16_and_nothing_waits_for_the_gpu(monkeypatch) -
 )  # fmt: skip
 def test_what_is_taken_without_flash_attention(keys, device, precision, capability, found, monkeypatch) -> None:
     """Guards rows without padding where that is exact and has a kernel, and padded ones elsewhere."""
-    monkeypatch.setattr(attention_choice, "_capability", lambda: capability)
-    choice, notes = attention_choice.settle(small("llama", "sdpa"), settings(**keys), precision, device)
+    monkeypatch.setattr(attention, "_capability", lambda: capability)
+    choice, notes = attention.settle(small("llama", "sdpa"), settings(**keys), precision, device)
     assert (choice.implementation, choice.rows, choice.flat) == found
     assert bool(choice.why) == (device == "cuda" and "attn_implementation" not in keys)
     assert ["all pairs" in note for note in notes] == [True] * (choice.rows.endswith("mask"))
@@ -201,8 +202,8 @@ def test_what_is_taken_without_flash_attention(keys, device, precision, capabili
 def test_rows_that_would_see_each_other_are_refused(architecture: str, key: str) -> None:
     """Guards against the key that asks for it being obeyed; left to themselves, such models' rows are padded."""
     with pytest.raises(RecipeError, match=f"{key}: true with {architecture}.*rows would see each other"):
-        attention_choice.settle(small(architecture), settings(**{key: True}), "fp32", "cpu")
-    choice, notes = attention_choice.settle(small(architecture), settings(), "fp32", "cpu")
+        attention.settle(small(architecture), settings(**{key: True}), "fp32", "cpu")
+    choice, notes = attention.settle(small(architecture), settings(), "fp32", "cpu")
     assert (choice.flat, choice.rows, notes) == (False, "rows padded", [])
 
 
@@ -211,7 +212,7 @@ def test_flash_attention_in_fp32_is_refused(flash, monkeypatch) -> None:
     model = small("llama")
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(RecipeError, match="flash_attention_2 computes in bf16 or fp16 only"):
-        attention_choice.settle(model, settings(attn_implementation="flash_attention_2"), "fp32", "cuda")
+        attention.settle(model, settings(attn_implementation="flash_attention_2"), "fp32", "cuda")
 
 
 def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None:
@@ -219,7 +220,7 @@ def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None
     flex_attention's first backward pass on a CPU."""
     model = AutoModelForCausalLM.from_config(small("llama").config, attn_implementation="flex_attention")
     with pytest.raises(RecipeError, match="flex_attention has no backward pass on a CPU"):
-        attention_choice.settle(model, settings(attn_implementation="flex_attention"), "fp32", "cpu")
+        attention.settle(model, settings(attn_implementation="flex_attention"), "fp32", "cpu")
     recipe = write_recipe(model_name_or_path=str(tiny), attn_implementation="kernels-community/flash-attn2")
     with pytest.raises(ModelError, match="package of that attn_implementation is not installed") as caught:
         load.base_model(recipe_load.load(str(recipe), []), "fp32")
@@ -231,7 +232,7 @@ ON_A_GPU = """
 import json, sys
 sys.path[:0] = [sys.argv[1], "tests"]
 import torch, transformers, kernels, test_attention as here
-from stepladder.model import attention_choice
+from stepladder.model import attention
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 for known in (transformers.utils.is_torch_cuda_available, transformers.utils.is_flash_attn_2_available):
@@ -242,7 +243,7 @@ for at_hand, keys in ((True, {}), (True, {"padding_free": False}), (False, {})):
     kernels.AT_HAND = at_hand
     here.flash_utils._loaded_implementation = None
     model = here.small("llama", "sdpa").bfloat16()
-    choice, _ = attention_choice.settle(model, here.settings(**keys), "bf16", "cuda")
+    choice, _ = attention.settle(model, here.settings(**keys), "bf16", "cuda")
     found.append([choice.implementation, choice.rows, choice.flat, choice.why, here.contaminated(model)])
 print(json.dumps([found, kernels.OFFLINE]))
 """
@@ -295,7 +296,7 @@ def test_flash_attention_where_it_is_at_hand(tmp_path: Path) -> None:
 def test_a_plan_for_a_gpu_is_of_what_runs_there() -> None:
     """Guards the plan's memory: no mask of pairs, and nothing of the CPU's kernels."""
     values = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_r": 4, "padding_free": "auto"}
-    for gpu, name in ((True, attention.BY_ROW), (False, attention.BY_ROW_ON_CPU)):
+    for gpu, name in ((True, attention.BY_ROW), (False, short_rows.BY_ROW_ON_CPU)):
         config = small("llama", "sdpa").config
         _, base = unloaded.on_meta(settings(**values), config, unloaded.Work(2, 8, "bf16", False, gpu=gpu))
         assert base.config._attn_implementation == name

@@ -12,7 +12,7 @@ from test_packing import gradients_of, model_of, two_rows
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
-from stepladder.model import fused_loss
+from stepladder.model.cpu import fused_loss
 
 
 @pytest.mark.parametrize("trains", ["all", "adapter"])

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from stepladder.model import attention
-from stepladder.model.short_rows import ShortRows
+from stepladder.model.cpu import short_rows
+from stepladder.model.cpu.short_rows import ShortRows
+from stepladder.model.cpu.speed_up import speed_up
 from stepladder.recipe.recipe import Recipe
 
 SMALL = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -69,7 +71,9 @@ def test_packed_losses_and_gradients_are_the_unpacked_ones(implementation, archi
     rows = [torch.randint(10, 1000, (length,)).tolist() for length in (17, 5, 30, 9, 22, 3)]
     by_row = implementation.startswith("by row")
     model = model_of(architecture, "sdpa" if by_row else implementation)
-    assert not by_row or attention.by_row(model, recipe_of(), on_cpu=implementation == "by row")
+    assert not by_row or attention.by_row(model, recipe_of())
+    if implementation == "by row":
+        speed_up(model, -100)
 
     def token_losses(batch: dict) -> torch.Tensor:
         labels = batch.pop("labels")
@@ -112,6 +116,7 @@ def test_by_row_leaves_padded_batches_and_generation_alone(architecture) -> None
     """Guards evaluation and the samples of a run, which use the model that trains: with a cache, with padding."""
     plain, model = model_of(architecture).eval(), model_of(architecture).eval()
     assert attention.by_row(model, recipe_of())
+    speed_up(model, -100)
     batch = two_rows()
     real = batch["attention_mask"].bool()
     with torch.no_grad():
@@ -132,7 +137,9 @@ def test_by_row_in_bf16_is_nearer_to_fp32_than_sdpa() -> None:
 
     model = model_of("llama")
     plain = error(model)
-    assert attention.by_row(model, recipe_of()) and error(model) < plain
+    assert attention.by_row(model, recipe_of())
+    speed_up(model, -100)
+    assert error(model) < plain
 
 
 @pytest.mark.parametrize(
@@ -204,10 +211,11 @@ def test_short_rows_are_a_models(monkeypatch) -> None:
             lengths.append(rows)
             return ShortRows.forward(ctx, query, key, value, rows, scaling)
 
-    monkeypatch.setattr(attention, "ShortRows", Watched)
-    monkeypatch.setattr(attention, "SHORT", 20)
+    monkeypatch.setattr(short_rows, "ShortRows", Watched)
+    monkeypatch.setattr(short_rows, "SHORT", 20)
     model = model_of("llama")
     assert attention.by_row(model, recipe_of())
+    speed_up(model, -100)
 
     def forward(rows: list[int], bf16: bool) -> None:
         lengths.clear()

@@ -252,7 +252,7 @@ def unread_model(recipe: Settings) -> PreTrainedModel:
 
 
 def _attention(recipe: Settings) -> dict[str, str | None]:
-    """What is named is asked for as the model is made; `auto` is settled on the model (`attention_choice`)."""
+    """What is named is asked for as the model is made; `auto` is settled on the model (`attention.settle`)."""
     named = recipe.get("attn_implementation")
     return {} if named == "auto" else {"attn_implementation": named}
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from stepladder.errors import ModelError
-from stepladder.model import attention, fused_loss, virtual_tokens
+from stepladder.model import attention, virtual_tokens
+from stepladder.model.cpu import fused_loss
 from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
@@ -125,7 +126,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         unloaded.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
-        flat = base.config._attn_implementation in (attention.BY_ROW, attention.BY_ROW_ON_CPU)
+        flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)
         shape = (1, work.micro * work.length) if flat or end_to_end(settings) else (work.micro, work.length)
         ids = torch.zeros(shape, dtype=torch.long)
         virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from stepladder.data.render import IGNORED
 from stepladder.errors import ModelError
-from stepladder.model import adapter, attention, load
+from stepladder.model import attention, load
+from stepladder.model.attention import Choice
+from stepladder.model.build import build
+from stepladder.model.cpu.speed_up import speed_up
 from stepladder.settings import Settings
 
 
@@ -52,19 +57,24 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             ) from None
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
-        # As `attention_choice` has it; flash holds as much as by row, and GPUs that compute in fp16 have neither.
-        if not work.gpu or work.precision == "bf16":
-            attention.by_row(base, settings, on_cpu=not work.gpu)
+        model = build(
+            base, settings, work.precision, functools.partial(_attend, settings, work), sharded=work.cast
+        ).model
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
-        model = adapter.attach(base, settings)
-        if not work.cast:
-            adapter.hold_as_computed(model, work.precision)
+        if not work.gpu:
+            speed_up(base, IGNORED)
     model.train()
     if work.checkpointing:
         if settings.get("use_peft"):
             base.enable_input_require_grads()
         base.activation_checkpointing_enable()
     return model, base
+
+
+def _attend(settings: Settings, work: Work, base: Any) -> tuple[Choice, list[str]]:
+    """As `attention.settle`; flash holds as much as by row, and GPUs that compute in fp16 have neither."""
+    flat = (not work.gpu or work.precision == "bf16") and attention.by_row(base, settings)
+    return Choice("sdpa", "", flat), []
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
         "output_dir": str(recipe.output_dir),
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
-        "padding_free": False,  # whether rows lie end to end is decided once the model is known (attention_choice)
+        "padding_free": False,  # whether rows lie end to end is decided once the model is known (model/attention.py)
         **(_accumulation(recipe) if strategy.startswith("fsdp") else {}),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",

@@ -17,7 +17,7 @@ from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
-from stepladder.model import fused_loss
+from stepladder.model.cpu.speed_up import speed_up
 from stepladder.recipe.batch import Layout
 from stepladder.training import checkpoint, gradients, launcher
 from stepladder.training.agreement import Agreement, EvaluationLeftError
@@ -43,7 +43,7 @@ class Trainer(SFTTrainer):
 
     Args:
         flat: whether the rows of a batch lie end to end.
-        own_kernels: whether the loss is that of `fused_loss`.
+        own_kernels: whether loss and attention are those of `model/cpu`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer(SFTTrainer):
                 parameter.data = adapter[name].to(torch.float32)
         gradients.reduce_in_fp32(self.accelerator)
         if own_kernels:
-            fused_loss.attach(self.model, IGNORED)
+            speed_up(self.model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()

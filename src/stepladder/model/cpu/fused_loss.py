@@ -42,8 +42,7 @@ def attach(model: Any, ignored: int) -> None:
     """
     if not fits(model):
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = base.forward
+    forward = model.forward
 
     @functools.wraps(forward)
     def scored(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -61,7 +60,7 @@ def attach(model: Any, ignored: int) -> None:
         loss = -one.sum() / (of_labels.sum().clamp(min=1) if items is None else items)
         return FusedCausalLMOutput(loss=loss, log_probs=one, entropy=entropy, is_top1=top, label_mask=of_labels)
 
-    base.forward = types.MethodType(scored, base)
+    model.forward = types.MethodType(scored, model)
 
 
 @torch.compiler.disable

@@ -1,9 +1,9 @@
-"""Attention of short rows on a CPU with units for bf16: plain matrix products, row by row.
+"""Attention row by row on a CPU: short rows in bf16 by plain matrix products, all others in fp32.
 
-PyTorch's CPU kernel takes most of its time, on rows of a few hundred tokens, not for the products. Here they are
-products of matrices in bf16, but for the scores, which are in fp32 as the kernel has them: rounded to bf16, a large
-score would change its probability by percents. All probabilities are held for the backward pass, which is why rows
-are to be short (`benchmarks/attention.py`). The scores' gradient is PyTorch's own of a softmax, in one pass.
+On a Zen 4 PyTorch's kernel takes twice as long for its backward pass in bf16 as in fp32, and on rows of a few hundred
+tokens most of its time goes elsewhere than into the products (`benchmarks/attention.py`). Here the products are in
+bf16, and the scores in fp32 as the kernel has them: rounded to bf16, a large score would change its probability by
+percents. All probabilities are held for the backward pass, so rows must be short.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from stepladder.model import attention
+
+BY_ROW_ON_CPU = f"{attention.BY_ROW}_on_cpu"
 SHORT = 256  # tokens: eight rows of SmolLM2's nine heads then hold 9 MB a layer at most
 
 
@@ -70,3 +73,22 @@ class ShortRows(torch.autograd.Function):
 def _by_key(states: torch.Tensor, keys: int) -> torch.Tensor:
     """[heads, tokens, size] to [keys, heads that share one × tokens, size]."""
     return states.reshape(keys, -1, states.shape[-1])
+
+
+def _rows_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: list[int],
+    dropout: float,
+    scaling: float | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As `attention.causal_rows`, but in the fastest dtype of a CPU."""
+    if value.dtype == torch.bfloat16 and len(value) == 1 and max(lengths) <= SHORT and not dropout:
+        out: torch.Tensor = ShortRows.apply(query, key, value, lengths, scaling or query.shape[-1] ** -0.5)
+        return out
+    return attention.causal_rows(query, key, value, lengths, dropout, scaling, torch.float32)
+
+
+attention.register(BY_ROW_ON_CPU, _rows_on_cpu)
