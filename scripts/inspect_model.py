@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from stepladder import console, errors, files
-from stepladder.model import card, weights
+from stepladder.model import card
+from stepladder.model.merge import weights
 
 QUESTION = "How do I track my order?"
 

@@ -231,7 +231,7 @@ def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None
 ON_A_GPU = """
 import json, sys
 sys.path[:0] = [sys.argv[1], "tests"]
-import torch, transformers, kernels, test_attention as here
+import torch, transformers, peft, kernels, test_attention as here
 from stepladder.model import attention
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)

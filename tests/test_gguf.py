@@ -29,8 +29,9 @@ from transformers import (
 
 from conftest import ROOT, installed, script
 from stepladder.errors import ModelError
-from stepladder.model import export, gguf_file
+from stepladder.model import gguf_file
 from stepladder.model.gguf_vocabulary import REST, WORDS
+from stepladder.model.merge import export
 from tiny import make_tiny
 
 IDS = [[(37 * n) % 890 + 5 for n in range(100)]]  # longer than the scaled models' first length
@@ -325,7 +326,7 @@ def test_a_wrong_file_is_found(merged: Path, tmp_path: Path) -> None:
         """The merged model's logits, and what the adapter did to them."""
 
         def read_back(self, model: Any, name: str) -> None:
-            from stepladder.model.proof import Proof, difference
+            from stepladder.model.merge.proof import Proof, difference
 
             proof = object.__new__(Proof)
             right = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)

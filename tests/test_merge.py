@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from conftest import ROOT, script
 from stepladder.errors import ModelError
 from stepladder.evaluation import sides
-from stepladder.model import export, fingerprint, weights, whole
-from stepladder.model.injection import configs
-from stepladder.model.merge import Merge
-from stepladder.model.proof import Proof
-from stepladder.model.quantized import RoundTrip, choose
+from stepladder.model import fingerprint
+from stepladder.model.adapter_config import configs
+from stepladder.model.merge import export, full, weights
+from stepladder.model.merge.proof import Proof
+from stepladder.model.merge.quantized import RoundTrip, choose
+from stepladder.model.merge.streamed import Merge
 
 ROWS = 64  # the vocabulary
 
@@ -294,8 +295,8 @@ def test_what_cannot_be_streamed_is_merged_whole(tmp_path: Path) -> None:
         if parameter.requires_grad:
             parameter.data = 0.3 * torch.randn_like(parameter)
     wrapped.save_pretrained(tmp_path / "adapter")
-    work, because = whole.opened(base, [tmp_path / "adapter"], [1.0], None, 0, "cpu")
-    assert isinstance(work, whole.Whole) and because == "LOHA is not merged module by module"
+    work, because = full.open_merge(base, [tmp_path / "adapter"], [1.0], None, 0, "cpu")
+    assert isinstance(work, full.Whole) and because == "LOHA is not merged module by module"
     proof = Proof(work, PROMPTS)
     work.write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     assert proof.compare(tmp_path / "out", torch.float32)["changed"] == 2
@@ -697,6 +698,9 @@ def test_an_adapter_that_lacks_a_tensor_is_not_used(changes: dict[str, Any], tra
     from stepladder.model.load import for_inference
 
     base = Path(json.loads(file.read_text())["base_model_name_or_path"])
-    for use in (lambda: for_inference(str(half)), lambda: whole.opened(base, [half], [1.0], None, 0, "cpu")[0].exact()):
+    for use in (
+        lambda: for_inference(str(half)),
+        lambda: full.open_merge(base, [half], [1.0], None, 0, "cpu")[0].exact(),
+    ):
         with pytest.raises(ModelError, match=f"lacks {re.escape(gone)}"):
             use()

@@ -78,3 +78,12 @@ def share(text: str) -> float:
     if (number := above_0(text)) > 1:
         raise argparse.ArgumentTypeError(f"{text} is more than 1")
     return number
+
+
+def size(text: str) -> int:
+    """Bytes, from a number with a decimal unit: 5GB, 500MB."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no size: 5GB, or 500MB")
+    return count(number) * units[unit]

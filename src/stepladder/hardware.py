@@ -1,10 +1,21 @@
-"""What a GPU can do: dense 16-bit peak, memory, links; by the driver's name or the short one that a person types."""
+"""What a GPU can do: dense 16-bit peak, memory, links; by the driver's name or the short one that a person types.
+
+And what this process computes in and has held.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # PyTorch's name of each precision
 
 
 @dataclass(frozen=True)
@@ -69,3 +80,17 @@ def cores() -> int:
     """
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here))
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """PyTorch's dtype of `bf16`, `fp16` or `fp32`."""
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[precision])
+    return found
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,7 +14,7 @@ from stepladder.data.stream import Stream
 from stepladder.errors import DataError, RecipeError
 from stepladder.evaluation import questions
 from stepladder.evaluation.questions import Question
-from stepladder.model import weights
+from stepladder.model.merge import weights
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import RECIPE, read_object

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stepladder import hardware
 from stepladder.data.rows import Rows
 from stepladder.errors import StepladderError
 from stepladder.evaluation import questions
@@ -36,10 +37,10 @@ def asker(
         trains, caches = model.training, model.config.use_cache
         model.eval()
         model.config.use_cache = True
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        low = hardware.dtype_of(precision)
         asked_of = [question.example for question in asked]
         try:
-            with torch.autocast(model.device.type, low, enabled=low is not None):  # as it trains
+            with torch.autocast(model.device.type, low, enabled=low != torch.float32):  # as it trains
                 said = answers(model, tokenizer, asked_of, shared=False, max_new_tokens=LENGTH)
         finally:
             model.train(trains)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepladder import hardware
 from stepladder.errors import ModelError
 from stepladder.model import start, virtual_tokens
-from stepladder.model.injection import ADAPTER
-from stepladder.model.weights import more
+from stepladder.model.adapter_config import ADAPTER, CONFIG
+from stepladder.model.merge.weights import more
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -107,7 +109,7 @@ def _misfit(source: start.Start, why: str) -> ModelError:
         f"the adapter does not fit its base {source.base}",
         where=str(source.adapter),
         why=why.strip().split("\n")[0],
-        way_out=f"the base that it was trained on: base_model_name_or_path in {start.CONFIG}",
+        way_out=f"the base that it was trained on: base_model_name_or_path in {CONFIG}",
     )
 
 
@@ -216,6 +218,33 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
             )
 
 
+def load_trained(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """An adapter on a whole model, as PEFT loads it.
+
+    Raises:
+        ModelError: a tensor is missing, which PEFT would leave as random as it begins, with a warning.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, folder, name)
+        except UserWarning as warning:
+            missing = re.findall(r"'([^']+)'", str(warning)) or [str(warning)]
+            what = f"the adapter lacks {missing[0].replace(f'.{name}.', '.')}{more(missing)}"
+            raise wrong_base(folder, Path(model.name_or_path), what) from None
+
+
+def wrong_base(adapter: Path, base: Path, what: str) -> ModelError:
+    return ModelError(
+        f"the adapter does not fit this base: {what}",
+        where=str(adapter),
+        why=f"it was trained on another model than {base}, or on another size of it",
+        way_out="name the base that it was trained on: --base",
+    )
+
+
 def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
     """Hold the frozen linear layers in bf16 or fp16 where autocast would cast them to it at each use.
 
@@ -226,9 +255,11 @@ def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
     """
     import torch
 
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    low = hardware.dtype_of(precision)
     adapted = getattr(model, "peft_config", {}).values()
-    if low is None or any(getattr(config, "use_dora", False) for config in adapted):  # DoRA takes norms of them
+    if low == torch.float32 or any(
+        getattr(config, "use_dora", False) for config in adapted
+    ):  # DoRA takes norms of them
         return
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for module in model.modules():

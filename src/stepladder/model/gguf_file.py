@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stepladder.errors import ModelError
 from stepladder.model.gguf_rope import Rope, cannot
 from stepladder.model.gguf_vocabulary import Vocabulary, vocabulary
-from stepladder.model.weights import Tensor as Stored
-from stepladder.model.weights import Weights
+from stepladder.model.merge.weights import Tensor as Stored
+from stepladder.model.merge.weights import Weights
 
 if TYPE_CHECKING:
     import numpy
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from stepladder.model.proof import Proof
+    from stepladder.model.merge.proof import Proof
 
 KINDS = ("f16", "q8_0")
 ROOM = 2**25  # bytes for names, vocabulary and alignment

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import files
+from stepladder import files, hardware
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import injection, start
+from stepladder.model import start
+from stepladder.model.adapter import load_trained
 from stepladder.model.start import check_files, check_source
 from stepladder.settings import Settings
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MIXED_PRECISION = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Of no use unless it samples. Transformers refuses to save them then, and vLLM samples by them all the same.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -279,7 +279,7 @@ def weights_dtype(recipe: Settings, mixed_precision: str) -> torch.dtype | str:
     import torch
 
     if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
-        return getattr(torch, MIXED_PRECISION[mixed_precision])
+        return hardware.dtype_of(mixed_precision)
     name = recipe.get("dtype") or "float32"
     return name if name == "auto" else getattr(torch, name)
 
@@ -292,7 +292,7 @@ def quantization_config(recipe: Settings, mixed_precision: str) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not recipe.get("load_in_4bit"):
         return None
-    compute = MIXED_PRECISION[mixed_precision]
+    compute = hardware.DTYPES[mixed_precision]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=recipe.get("bnb_4bit_quant_type"),
@@ -332,7 +332,7 @@ def for_inference(
     with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:
-            model = injection.loaded(model, source.adapter)
+            model = load_trained(model, source.adapter)
     return model.to(device).eval(), tok
 
 

@@ -17,8 +17,8 @@ from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.files import read_object
-from stepladder.model.injection import ADAPTER, CHANGES_BASE, CONFIG, check_config
-from stepladder.model.weights import Weights, more
+from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE, CONFIG, check_config
+from stepladder.model.merge.weights import Weights, more
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.run import MANIFEST, status

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stepladder.console import quoted
 from stepladder.errors import LaunchError
-from stepladder.hardware import CORES_PER_GPU, GPU, GPUS, MEMORY_PER_GPU
+from stepladder.hardware import CORES_PER_GPU, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
 from stepladder.planning import hardware, memory, speed, trace, unloaded
 from stepladder.planning.hardware import GIB
 from stepladder.planning.memory import Memory
@@ -214,7 +213,7 @@ def of_run(
     device = hardware.here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
         strategy = "fsdp"  # the shards lie in host memory anyhow (training/ranks.py)
-    overhead = 0 if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    overhead = 0 if gpu else peak_resident_bytes()
     host = hardware.host_memory() if gpu else None
     plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
     way = plan.of_recipe(strategy)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from stepladder import hardware
 from stepladder.errors import ModelError
 from stepladder.model import attention, virtual_tokens
 from stepladder.model.cpu import fused_loss
@@ -131,9 +132,9 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         ids = torch.zeros(shape, dtype=torch.long)
         virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
         mask = rows if flat else None if virtual else _mask(settings, shape)
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.precision)
+        low = hardware.dtype_of(work.precision)
         with moments:
-            with torch.autocast("cpu", low, enabled=low is not None and not work.cast):
+            with torch.autocast("cpu", low, enabled=low != torch.float32 and not work.cast):
                 given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
                 if config.model_type == "opt":  # which counts them from a mask of two dimensions
                     given["position_ids"] = torch.arange(shape[1]).expand(shape)

@@ -8,7 +8,8 @@ from typing import Any
 
 from stepladder import console
 from stepladder.errors import ModelError, TrainingError
-from stepladder.model import adapter, card, portable, weights
+from stepladder.model import adapter, card, portable
+from stepladder.model.merge import weights
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training import reloaded

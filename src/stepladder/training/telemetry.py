@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
+from stepladder import hardware
 from stepladder.run import Run, process_seconds
 from stepladder.training.utilization import Work
 
@@ -212,8 +211,7 @@ def peak_memory_bytes() -> int:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return hardware.peak_resident_bytes()
 
 
 def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:

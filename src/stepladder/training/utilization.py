@@ -73,7 +73,7 @@ def peak(device: Any, precision: str) -> tuple[float, str]:
 
     if device.type == "cuda" and (row := hardware.gpu(torch.cuda.get_device_name(device))):
         return row.tflops * 1e12, f"{row.source}, dense {'bf16' if row.bf16 else 'fp16'}"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = hardware.dtype_of(precision)
     size = GEMM_ON_GPU if device.type == "cuda" else GEMM
     ones = torch.ones(size, size, dtype=dtype, device=device)  # not random: the run's generators stay as they are
     seconds: list[float] = []

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model.merge import Merge
-from stepladder.model.weights import FLOATS, Weights
-from stepladder.model.whole import Whole
+from stepladder.model.merge.full import Whole
+from stepladder.model.merge.streamed import Merge
+from stepladder.model.merge.weights import FLOATS, Weights, name_of
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,11 @@ class Proof:
             ModelError: what was written is not what was merged, or rounding took the adapter's change.
         """
         changed = self._weights(folder, dtype)
-        merged = self._answers(self.merge.opened(folder))
+        merged = self._answers(self.merge.reopen(folder))
         off = difference(self.logits, merged)
         if not off["mean"] <= self.effect["mean"] / 2:
             raise ModelError(
-                f"{_name(dtype)} is too coarse for this adapter: rounding moves the logits by {off['mean']:.1e}",
+                f"{name_of(dtype)} is too coarse for this adapter: rounding moves the logits by {off['mean']:.1e}",
                 why=f"the adapter itself moves them by {self.effect['mean']:.1e}; nothing was written",
                 way_out="--dtype fp32, or serve base and adapter together",
             )
@@ -118,14 +118,10 @@ class Proof:
                 raise ModelError(f"{key} was not written as it was merged", why="a fault of the disk, or a bug")
             if key not in changed and not torch.equal(exact, self.merge.read(name)):
                 raise ModelError(
-                    f"{_name(dtype)} cannot hold the change of {key}: it would stay the base's",
+                    f"{name_of(dtype)} cannot hold the change of {key}: it would stay the base's",
                     way_out="--dtype fp32, or serve base and adapter together",
                 )
         return {"tensors": len(merged.tensors), "targeted": len(targeted), "changed": len(changed)}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _as(disk: Weights, key: str, dtype: torch.dtype) -> torch.Tensor:

@@ -180,6 +180,11 @@ def dtype(disk: Weights) -> torch.dtype:
     return getattr(torch, FLOATS[max(sizes, key=lambda code: sizes[code])])
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """PyTorch's name of a dtype, as Transformers and PEFT write it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 

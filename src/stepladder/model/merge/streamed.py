@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model import injection, load, quantized, streaming, weights
-from stepladder.model.weights import CODES, Tensor, Weights
+from stepladder.model import load
+from stepladder.model.merge import injection, quantized, weights
+from stepladder.model.merge.weights import CODES, Tensor, Weights, more
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+Read = Callable[[str], "torch.Tensor"]
+Held = list[tuple[str, "torch.nn.Module"]]  # modules with their names in the base model
 
 
 class Merge:
@@ -29,7 +33,7 @@ class Merge:
         adapters: the adapters' folders.
         scales: each adapter's weight; the change is the sum of their changes, each by its weight.
         quantize: takes a weight to 4 bits and back, where the adapter goes onto the weights that it saw in
-            training (model/quantized.py); None leaves those of `base` as they are.
+            training (merge/quantized.py); None leaves those of `base` as they are.
         tokens: the tokenizer's length; tokens beyond the base's vocabulary must come with the adapter.
 
     Raises:
@@ -57,7 +61,7 @@ class Merge:
         self.names = {module: name for name, module in model.named_modules()}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self.keys = streaming.keys(model, self.disk)
+        self.keys = _keys(model, self.disk)
         self.quantized = quantized.names(model) if quantize else {}
         self.peft, self.given = injection.inject(model, base, adapters, scales, device)
         self.units = dict(self._units())
@@ -150,7 +154,7 @@ class Merge:
                 self._last = {f"{place}.{own}": p.data for own, p in unit.modules_to_save[active].named_parameters()}
             else:
                 held = [(self.names[m], m) for m in unit.get_base_layer().modules()]
-                streaming.load(held, self.read)
+                _load(held, self.read)
                 try:
                     unit.merge(adapter_names=list(unit.active_adapters))
                 except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -159,7 +163,7 @@ class Merge:
                     f"{place}.{own}": p.data for place, m in held for own, p in m._parameters.items() if p is not None
                 }
                 unit.merged_adapters.clear()
-                streaming.unload(held)
+                _unload(held)
         return self._last[name]
 
     def configuration(self) -> PretrainedConfig:
@@ -169,7 +173,7 @@ class Merge:
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""
         if not self._streaming:
-            streaming.stream(self.peft, self.names, self.read)
+            _stream(self.peft, self.names, self.read)
             self._streaming = True
         return self.peft
 
@@ -177,25 +181,25 @@ class Merge:
         """The merged model before it is rounded and written."""
         return self._streamed(self.merged)
 
-    def opened(self, folder: Path) -> PreTrainedModel:
+    def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written."""
         disk = Weights(folder)
-        keys = streaming.keys(self._bare(), disk)
+        keys = _keys(self._bare(), disk)
         return self._streamed(lambda name: disk.read(keys.get(name) or keys[self.tied[name]]).to(self.device).float())
 
-    def _streamed(self, read: streaming.Read) -> PreTrainedModel:
+    def _streamed(self, read: Read) -> PreTrainedModel:
         model = self._bare()
-        streaming.stream(model, {module: name for name, module in model.named_modules()}, read)
+        _stream(model, {module: name for name, module in model.named_modules()}, read)
         return model
 
     def _bare(self) -> PreTrainedModel:
-        return streaming.skeleton(self.config, self.device)
+        return skeleton(self.config, self.device)
 
     # ---- the result ----
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What will be written, under the names that the base has on disk; what is not a weight stays as it is."""
-        code, found = CODES[_name(dtype)], dict(self.disk.tensors)
+        code, found = CODES[weights.name_of(dtype)], dict(self.disk.tensors)
         for key, name in self._written().items():
             found[key] = Tensor("", code, self.shapes[name])
         return found
@@ -229,7 +233,7 @@ class Merge:
             tensor = self.merged(names[key])
             low, high = tensor.aminmax()
             if not max(-low, high) <= torch.finfo(dtype).max:  # NaN too
-                raise ModelError(f"{key} is too large for {_name(dtype)}", way_out="--dtype bf16 or fp32")
+                raise ModelError(f"{key} is too large for {weights.name_of(dtype)}", way_out="--dtype bf16 or fp32")
             return tensor.to(dtype)
 
         count = weights.write(folder, plan, produce, limit, progress)
@@ -238,5 +242,91 @@ class Merge:
         return count
 
 
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+class NotStreamed(Exception):
+    """The tensors on disk are not the model's, one by one."""
+
+
+def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers on `device`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def _keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
+    """Names on disk by the model's names; Transformers renames some as it loads.
+
+    Raises:
+        NotStreamed: it fuses some, too, as experts are.
+        ModelError: a tensor is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
+    state, tied, found = model.state_dict(), model.all_tied_weights_keys, {}
+    for key in disk.tensors:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted:
+            raise NotStreamed(f"{key} is fused with others as Transformers loads it")
+        if name in state:
+            found[name] = key
+    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if missing := [name for name in wanted if name not in found and tied.get(name) not in found]:
+        raise ModelError(
+            f"the base has no tensor {missing[0]}{more(missing)}",
+            where=str(disk.folder),
+            why="the folder is not whole, or config.json belongs to another model",
+        )
+    return found
+
+
+def _load(held: Held, read: Read) -> None:
+    """Give modules on the meta device their own parameters."""
+    import torch
+
+    for name, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(read(f"{name}.{own}"), requires_grad=False))
+
+
+def _unload(held: Held) -> None:
+    import torch
+
+    for _, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+
+def _stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
+    """Let each module fetch its weights as it is called, and drop them when it has answered.
+
+    A tuner layer may read its base layer's weight without calling it, as DoRA's does, so the
+    base layer's weights come and go with the tuner layer.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    within: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if module in within:
+            continue
+        modules = [module]
+        if isinstance(module, BaseTunerLayer):
+            modules = [*module.get_base_layer().modules()]
+            within.update(modules)
+        held = [(names[m], m) for m in modules if m in names and m._parameters]
+        if held:
+            module.register_forward_pre_hook(lambda *_, held=held: _load(held, read))
+            module.register_forward_hook(lambda *_, held=held: _unload(held))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stepladder import hardware
 from stepladder.errors import ModelError
 
 if TYPE_CHECKING:
@@ -56,8 +57,6 @@ def choose(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:
     Raises:
         ModelError: the adapter was trained in 4 bits and nobody chose, or the choice has no effect.
     """
-    import torch
-
     recipe = trained.get("recipe", {})
     if trained and not recipe.get("load_in_4bit"):
         if choice:
@@ -75,5 +74,5 @@ def choose(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:
         )
     if choice != "dequantized":
         return None
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[trained.get("precision", "bf16")]
+    dtype = hardware.dtype_of(trained.get("precision", "bf16"))
     return RoundTrip(recipe.get("bnb_4bit_quant_type", "nf4"), recipe.get("use_bnb_nested_quant", True), dtype)

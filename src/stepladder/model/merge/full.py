@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
-from stepladder.model.injection import configs, loaded, whole_because
-from stepladder.model.merge import Merge
-from stepladder.model.quantized import RoundTrip
-from stepladder.model.streaming import NotStreamed
-from stepladder.model.weights import CODES, FLOATS, Tensor, Weights, share
+from stepladder.model.adapter import load_trained
+from stepladder.model.adapter_config import CHANGES_BASE, configs
+from stepladder.model.merge.quantized import RoundTrip
+from stepladder.model.merge.streamed import Merge, NotStreamed
+from stepladder.model.merge.weights import CODES, FLOATS, Tensor, Weights, name_of, share
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Whole:
-    """The same interface as model/merge.py's `Merge`."""
+    """The same interface as `streamed.Merge`."""
 
     def __init__(self, base: Path, adapters: list[Path], scales: list[float], tokens: int = 0, device: str = "cpu"):
         if any(scale != 1 for scale in scales):
@@ -49,7 +49,7 @@ class Whole:
         if self.tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(self.tokens, mean_resizing=False)
         try:
-            peft = loaded(model, self.adapters[0], "adapter_0")
+            peft = load_trained(model, self.adapters[0], "adapter_0")
             for number, folder in enumerate(self.adapters[1:], 1):
                 peft.load_adapter(folder, f"adapter_{number}")
             peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)
@@ -66,7 +66,7 @@ class Whole:
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             raise ModelError("PEFT cannot merge this adapter", why=str(error).splitlines()[0]) from None
 
-    def opened(self, folder: Path) -> PreTrainedModel:
+    def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -75,7 +75,7 @@ class Whole:
         return model.to(self.device).eval()
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        code = CODES[str(dtype).removeprefix("torch.")]
+        code = CODES[name_of(dtype)]
         return {
             name: Tensor("", code if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
             for name, tensor in self.disk.tensors.items()
@@ -88,11 +88,23 @@ class Whole:
         return len(list(folder.glob("*.safetensors")))
 
 
-def opened(
+def _whole_because(configs: list[PeftConfig]) -> str | None:
+    """Why these adapters need the whole model in memory; None where they can be streamed."""
+    for config in configs:
+        if config.peft_type.value != "LORA":
+            return f"{config.peft_type.value} is not merged module by module"
+        if str(config.init_lora_weights).startswith(CHANGES_BASE):
+            return f"init_lora_weights: {config.init_lora_weights} changes the base's own weights"
+        if config.target_parameters or config.layer_replication:
+            return "target_parameters and layer_replication change more than single modules"
+    return None
+
+
+def open_merge(
     base: Path, adapters: list[Path], scales: list[float], quantize: RoundTrip | None, tokens: int, device: str
 ) -> tuple[Merge | Whole, str | None]:
     """The merge of these adapters into this base, and why it is not streamed where it is not."""
-    because = whole_because(configs(adapters))
+    because = _whole_because(configs(adapters))
     if not because:
         try:
             return Merge(base, adapters, scales, quantize, tokens, device), None
