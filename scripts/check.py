@@ -23,7 +23,7 @@ import json
 
 from stepladder import console, errors, flags
 from stepladder.data import audit, audit_report
-from stepladder.model import start
+from stepladder.model import adapter_recipe, start
 from stepladder.recipe import explain, load, rules
 
 KEYS = "keys"  # what --show prints where no number follows it
@@ -42,7 +42,7 @@ def main() -> int:
     if args.audit:
         return _audit(recipe, limits, args.rows, args.json)
     if args.show or args.explain:
-        _keys(start.settled(recipe) if start.of_recipe(recipe).adapter else recipe, args)
+        _keys(adapter_recipe.settle(recipe) if start.of_recipe(recipe).adapter else recipe, args)
         return 0
     return _preflight(recipe, args)
 
@@ -101,7 +101,7 @@ def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool)
         from stepladder.data import audit_tokens, templates
         from stepladder.model import load as model_load
 
-        recipe = start.settled(recipe)
+        recipe = adapter_recipe.settle(recipe)
         tokenizer = model_load.tokenizer(recipe)
         templates.prepare(tokenizer, recipe)
         of_tokens = audit_tokens.check(found.train, tokenizer, recipe)

@@ -13,7 +13,7 @@ import json
 
 from stepladder import console, errors, flags
 from stepladder.data import mixture, stream
-from stepladder.model import start
+from stepladder.model import adapter_recipe, start
 from stepladder.planning import hardware
 from stepladder.recipe import load
 
@@ -45,7 +45,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
     if start.of_recipe(recipe).adapter:  # other models need not be here
-        recipe = start.settled(recipe)
+        recipe = adapter_recipe.settle(recipe)
     device = hardware.device(args.gpu, args.gpu_memory)
 
     console.quiet_libraries()

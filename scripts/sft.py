@@ -16,8 +16,8 @@ import dataclasses
 
 from stepladder import console, errors, requirements, run
 from stepladder.data import mixture, row_keys, stream, templates
+from stepladder.model import adapter_recipe, start
 from stepladder.model import load as model_load
-from stepladder.model import start
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
 from stepladder.training import allocator, arguments, inputs, launcher, ranks, resume, signals, strategy
@@ -45,7 +45,7 @@ def main() -> int | None:
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
-    recipe = start.settled(recipe)
+    recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
     notes = recipe.notes + strategy.check(recipe, launch)

@@ -20,7 +20,7 @@ from stepladder import console, errors, flags
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture, templates
 from stepladder.hardware import CORES_PER_GPU, GPUS, MEMORY_PER_GPU
-from stepladder.model import start
+from stepladder.model import adapter_recipe
 from stepladder.training import arguments, strategy
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
@@ -198,7 +198,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
-    recipe = start.settled(job.recipe_of(words))
+    recipe = adapter_recipe.settle(job.recipe_of(words))
     gpus = (args.gpus or "").rpartition(":")[2]
     ranks = args.nodes * (int(gpus) if gpus.isdecimal() else args.ranks)
     arguments.layout(recipe, ranks)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, manifest, metrics, run, script
 from stepladder.errors import ModelError, StepladderError
-from stepladder.model import adapter, load, start
+from stepladder.model import adapter, adapter_recipe, load, start
 from stepladder.recipe import explain
 from stepladder.recipe import load as recipe_load
 
@@ -195,7 +195,7 @@ def test_plan_and_check_know_the_adapter(runs: Path) -> None:
     assert all(line["right"] for line in lines.values()), lines
     assert "an adapter that is trained on; its base is" in lines["model"]["said"]
     assert any("keeps its layers_to_transform: [0, 2], rank_pattern" in n for n in json.loads(shown.out)["notes"])
-    settled = start.settled(recipe_load.load(str(recipe), []))
+    settled = adapter_recipe.settle(recipe_load.load(str(recipe), []))
     entry = next(entry for entry in explain.of_recipe(settled) if entry.key == "lora_r")
     assert entry.value == 3 and entry.where == f"{runs / 'plain'}/adapter_config.json"
 
@@ -227,7 +227,7 @@ def made(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
 def settle(folder: Path | str, *words: str) -> Any:
     """The recipe that trains on a folder, as sft.py has it before torch is imported."""
     overrides = ["--model_name_or_path", str(folder), *words]
-    return start.settled(recipe_load.load(str(ROOT / "tests/fixtures/bare.yaml"), overrides))
+    return adapter_recipe.settle(recipe_load.load(str(ROOT / "tests/fixtures/bare.yaml"), overrides))
 
 
 @pytest.mark.parametrize(
@@ -362,10 +362,11 @@ def test_a_relative_base_is_found_from_elsewhere(made, tiny: Path, tmp_path: Pat
 def test_torch_is_not_needed_to_refuse(made) -> None:
     """Guards the second in which a wrong start is told: no import of torch before it."""
     code = (
-        "import sys\nfrom stepladder.errors import StepladderError\nfrom stepladder.model import start\n"
+        "import sys\nfrom stepladder.errors import StepladderError\nfrom stepladder.model import adapter_recipe\n"
         "from stepladder.recipe import load\n"
         f"recipe = load.load('tests/fixtures/bare.yaml', ['--model_name_or_path', {str(made())!r}, '--lora_r', '8'])\n"
-        "try:\n    start.settled(recipe)\nexcept StepladderError:\n    sys.exit('torch' in sys.modules)\nsys.exit(9)"
+        "try:\n    adapter_recipe.settle(recipe)\n"
+        "except StepladderError:\n    sys.exit('torch' in sys.modules)\nsys.exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

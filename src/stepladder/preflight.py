@@ -13,7 +13,7 @@ from typing import Any
 from stepladder import requirements
 from stepladder.data import audit, audit_tokens, templates
 from stepladder.errors import LaunchError, StepladderError
-from stepladder.model import load, start
+from stepladder.model import adapter_recipe, load, start
 from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
@@ -85,7 +85,7 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """With the recipe as it is trained."""
-    found = start.settled(recipe)
+    found = adapter_recipe.settle(recipe)
     source = start.of_recipe(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
     return f"{found.get('model_name_or_path')}{on}", found

@@ -151,21 +151,32 @@ def _load(wrapped: PeftModel, source: start.Start) -> None:
         ModelError: one is missing, has no place, has another shape, or is not finite.
     """
     import torch
-    from safetensors.torch import load_file
 
     folder = source.adapter or Path()
-    saved, where = load_file(folder / ADAPTER), str(folder / ADAPTER)
+    saved = read_tensors(folder)
     fault = _differences({n: tuple(t.shape) for n, t in saved.items()},
                          {n: tuple(t.shape) for n, t in _tensors(wrapped).items()})  # fmt: skip
     if fault:
         raise _misfit(source, fault)
-    for name, tensor in saved.items():
-        if not torch.isfinite(tensor).all():
-            raise ModelError(f"the adapter holds numbers that are not finite, in {name}", where=where)
     wrapped.load_adapter(str(folder), "default", is_trainable=True, torch_device="cpu")
     for name, tensor in _tensors(wrapped).items():
         if not torch.equal(tensor.detach().cpu().float(), saved[name].float()):
-            raise ModelError(f"{name} of the adapter could not be put into the model", where=where)
+            raise ModelError(f"{name} of the adapter could not be put into the model", where=str(folder / ADAPTER))
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their names in its file; ModelError where a number is not finite."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"the adapter holds numbers that are not finite, in {name}",
+                where=str(folder / ADAPTER),
+                way_out="train it again",
+            )
+    return tensors
 
 
 def _tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
@@ -292,28 +303,19 @@ def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
 
     Sharded strategies have saved empty adapters without a word (trl#4416, peft#2450).
     """
-    import torch
-    from safetensors import safe_open
-
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER
     if not file.is_file():
         raise ModelError(f"no adapter was saved in {folder}")
-    matrices: list[bool] = []  # for each B matrix, which begins as zeros: has it learned?
-    with safe_open(file, framework="pt") as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        if shapes != expected:
-            raise ModelError(
-                f"the saved adapter is not the one that was trained: {len(shapes)} tensors, expected {len(expected)}",
-                where=str(file),
-                why=_differences(shapes, expected),
-            )
-        for name in shapes:
-            tensor = tensors.get_tensor(name)
-            if not torch.isfinite(tensor).all():
-                raise ModelError(f"the saved adapter holds numbers that are not finite, in {name}", where=str(file))
-            if "lora_B" in name:
-                matrices.append(bool(tensor.any()))
-    if matrices and not any(matrices):
+    tensors = read_tensors(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise ModelError(
+            f"the saved adapter is not the one that was trained: {len(shapes)} tensors, expected {len(expected)}",
+            where=str(file),
+            why=_differences(shapes, expected),
+        )
+    matrices = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    if matrices and not any(tensor.any() for tensor in matrices):
         raise ModelError(
             "every B matrix of the saved adapter is zero: nothing was learned",
             where=str(file),

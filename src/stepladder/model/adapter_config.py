@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,39 +20,46 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that
 # PEFT must see the whole model.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
-# What LoRA's fields hold, where they hold anything. PEFT checks none of them, and takes the text "false" for true.
-SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out")
-NUMBERS = ("r", "lora_alpha", "lora_dropout")
-PATTERNS = ("rank_pattern", "alpha_pattern")
-NAMES = ("target_modules", "exclude_modules", "modules_to_save")
-
-
-def check_config(file: Path, config: dict[str, Any]) -> None:
-    """Raise ModelError for a value of adapter_config.json that is of another kind than its field."""
-    kind = config.get("peft_type")
-    fields = ("peft_type", *SWITCHES, *NUMBERS, *PATTERNS, *NAMES) if kind == "LORA" else ("peft_type",)
-    for key in fields:
-        if key in config and not _is_right(key, config[key]):
-            raise invalid_config(file, f"{key} cannot be {json.dumps(config[key])[:80]}")
-
-
-def _is_right(key: str, value: Any) -> bool:
-    if key == "peft_type":
-        return isinstance(value, str)
-    if key in NUMBERS:
-        return _is_number(value)
-    if value is None:
-        return True
-    if key in SWITCHES:
-        return isinstance(value, bool)
-    if key in PATTERNS:
-        return isinstance(value, dict) and all(map(_is_number, value.values()))
-    is_pattern = isinstance(value, str) and key != "modules_to_save"
-    return is_pattern or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+# What LoRA's fields may hold. PEFT checks none of them, and takes the text "false" for true.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), _is_number),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), lambda value: isinstance(value, bool | None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _are_numbers),
+    **dict.fromkeys(("target_modules", "exclude_modules"), lambda value: isinstance(value, str) or _are_names(value)),
+    "modules_to_save": _are_names,
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json.
+
+    Raises:
+        ModelError: it cannot be read, or a value is of another kind than its field.
+    """
+    file = folder / CONFIG
+    try:
+        config = read_object(file)
+    except ValueError as error:
+        raise ModelError(f"{file} cannot be read: {error}", way_out="copy or fetch the adapter again") from None
+    fields = {"peft_type": lambda value: isinstance(value, str)}
+    for key, is_right in (fields | FIELDS if config.get("peft_type") == "LORA" else fields).items():
+        if key in config and not is_right(config[key]):
+            raise invalid_config(file, f"{key} cannot be {json.dumps(config[key])[:80]}")
+    return config
 
 
 def configs(adapters: list[Path]) -> list[PeftConfig]:
@@ -66,7 +74,7 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
     for folder in adapters:
         if not (folder / CONFIG).is_file():
             raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", way_out="check the path")
-        check_config(folder / CONFIG, read_object(folder / CONFIG))
+        read_config(folder)
         try:
             config = PeftConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError) as error:  # KeyError: a peft_type that it does not know

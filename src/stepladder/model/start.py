@@ -6,8 +6,6 @@ Files and JSON only: torch is not imported, so that a wrong start is reported at
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 from stepladder import files
 from stepladder.console import quoted
 from stepladder.data import templates
-from stepladder.errors import ModelError, RecipeError, RecipeErrors
+from stepladder.errors import ModelError
 from stepladder.files import read_object
-from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE, CONFIG, check_config
-from stepladder.model.merge.weights import Weights, more
-from stepladder.recipe.recipe import Recipe
-from stepladder.recipe.schema import known_keys
+from stepladder.model.adapter_config import CONFIG, read_config
 from stepladder.run import MANIFEST, status
 from stepladder.settings import Settings
 
@@ -29,30 +24,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "COMPLETE.json"
 KEY = "model_name_or_path"
-# PEFT's fields by the recipe's keys for them.
-FIELDS = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "lora_target_parameters": "target_parameters",
-    "lora_modules_to_save": "modules_to_save",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
-# It belongs to a training, not to the adapter: a recipe may set another.
-OF_THE_TRAINING = "lora_dropout"
-# Fields without a key of the recipe, which hold as the adapter has them.
-KEPT = (
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("fan_in_fan_out", "ensure_weight_tying"),
-)
-# Fields that change nothing as an adapter is trained on: labels, and how its first weights were drawn.
-LABELS = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
-    *("peft_version", "bias", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("qalora_group_size", "megatron_core"),
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +53,7 @@ class Start:
         known = {item.name for item in dataclasses.fields(LoraConfig)}
         values = {name: value for name, value in self.config.items() if name in known and name != "auto_mapping"}
         return LoraConfig(**{
-            **values, "lora_dropout": recipe.get(OF_THE_TRAINING), "task_type": "CAUSAL_LM", "inference_mode": False,
+            **values, "lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False,
         })  # fmt: skip
 
 
@@ -95,7 +66,7 @@ def of(name: str, revision: str | None = None) -> Start:
     folder = Path(name) if Path(name).is_dir() else _cached_adapter(name, revision)
     if folder is None or not (folder / CONFIG).is_file():
         return Start(name, revision)
-    config = _config(folder)
+    config = read_config(folder)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
@@ -110,33 +81,6 @@ def of(name: str, revision: str | None = None) -> Start:
 def of_recipe(recipe: Settings) -> Start:
     """What the recipe's `model_name_or_path` stands for; raises as `of`."""
     return of(recipe.get(KEY) or "", recipe.get("model_revision"))
-
-
-def settled(recipe: Recipe) -> Recipe:
-    """The recipe with the values of the adapter that it trains on; one that names a model stays as it is.
-
-    Raises:
-        ModelError: there is no such model, or an adapter that cannot be trained on.
-        RecipeErrors: keys that contradict the adapter.
-    """
-    name, where = recipe.get(KEY), recipe.where(KEY)
-    check_source(name, where)
-    start = of(name, recipe.get("model_revision"))
-    check_finished(Path(name), where)
-    if start.adapter is None:
-        return recipe
-    _check_base(start)
-    if not recipe.get("use_peft"):
-        raise _not_whole(recipe, name)
-    _check_kind(start, name)
-    _check_tensors(start, name)
-    values = _values(start, name)
-    if wrong := list(_contradictions(recipe, start, values)):
-        raise RecipeErrors(wrong)
-    new = {key: value for key, value in values.items() if key not in recipe.values}
-    place = str(start.adapter / CONFIG)
-    recipe.notes.extend(_notes(recipe, start))
-    return dataclasses.replace(recipe.with_values(**new), origins={**recipe.origins, **dict.fromkeys(new, place)})
 
 
 def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
@@ -276,17 +220,6 @@ def _cached_adapter(name: str, revision: str | None) -> Path | None:
     return Path(place).parent if isinstance(place, str) else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_object(folder / CONFIG)
-    except ValueError as error:
-        raise ModelError(
-            f"{folder / CONFIG} cannot be read: {error}", way_out="copy or fetch the adapter again"
-        ) from None
-    check_config(folder / CONFIG, config)
-    return config
-
-
 def object_in(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
     try:
@@ -306,187 +239,8 @@ def check_finished(folder: Path, where: str = "") -> None:
         )
 
 
-def _check_base(start: Start) -> None:
-    """Raise ModelError unless the adapter's base is a model by itself."""
-    place = str((start.adapter or Path()) / CONFIG)
-    check_source(start.base, place)
-    check_finished(Path(start.base), place)
-    if of(start.base, start.revision).adapter:
-        raise ModelError(
-            f"the base of {start.adapter} is an adapter too: {start.base}",
-            where=place,
-            why="one adapter on one base is trained on",
-            way_out=f"{_merge(start.base)}, then name merged/{Path(start.base).name} as the base there",
-        )
-
-
 def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str = "") -> str:
     """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
     words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
     words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
     return f"python scripts/merge.py {quoted(*words)}"
-
-
-def _merge(name: str) -> str:
-    adapter = name if Path(name).is_dir() else of(name).adapter or name  # one of the hub lies in its cache
-    recipe = object_in(Path(adapter) / MANIFEST).get("recipe")
-    return merge_command(adapter, recipe if isinstance(recipe, dict) else {}, f"merged/{Path(name).name}")
-
-
-def _instead(name: str) -> str:
-    """The way out where an adapter cannot be trained on: its merged model can."""
-    return f"{_merge(name)}, then --{KEY} merged/{Path(name).name}"
-
-
-def _not_whole(recipe: Recipe, name: str) -> RecipeError:
-    said = "use_peft: false" if "use_peft" in recipe.values else "use_peft is not set"
-    return RecipeError(
-        f"{said}, and {name} is an adapter",
-        where=recipe.where("use_peft" if "use_peft" in recipe.values else KEY),
-        why="full fine-tuning trains whole weights, and an adapter is a change of its base's",
-        way_out=f"use_peft: true trains the adapter on; for full fine-tuning merge it first:\n{_instead(name)}",
-    )
-
-
-def _check_kind(start: Start, name: str) -> None:
-    """Raise ModelError for what an adapter is or does that cannot be trained on."""
-    config, place = start.config, str((start.adapter or Path()) / CONFIG)
-    kind, task = config.get("peft_type"), config.get("task_type")
-    what, way_out = "", _instead(name)
-    if kind != "LORA":
-        what = f"the adapter is {kind}, and only LoRA (with DoRA and rsLoRA) is trained on"
-        if "PROMPT" in str(kind) or "PREFIX" in str(kind) or kind == "P_TUNING":  # no change of weights
-            way_out = f"{KEY}: {start.base}, and train it anew"
-    elif task not in ("CAUSAL_LM", None):
-        what = f"the adapter is for {task}, and causal language models are trained"
-        way_out = "an adapter of task_type CAUSAL_LM"
-    elif config.get("bias", "none") != "none":
-        what = f"bias: {config['bias']}: the adapter has trained the base's own biases, which is not trained on"
-    elif str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
-        what = f"init_lora_weights: {config['init_lora_weights']}: the adapter began by changing the base's own weights"
-    else:
-        rest = config.keys() - {*FIELDS.values(), *KEPT, *LABELS}
-        if used := sorted(key for key in rest if config[key]):
-            what = f"the adapter has {used[0]}: {json.dumps(config[used[0]])[:80]}, which is not trained on"
-    if what:
-        raise ModelError(what, where=place, way_out=way_out)
-
-
-def _check_tensors(start: Start, name: str) -> None:
-    """Raise ModelError for weights of an adapter that its training on would leave out."""
-    folder, whole = start.adapter or Path(), tuple(map(str, start.config.get("modules_to_save") or ()))
-    tensors = Weights(folder, single=ADAPTER).tensors
-    ranks = [tensor.shape[0] for key, tensor in tensors.items() if ".lora_A." in key and tensor.shape]
-    rank = start.config.get("r")
-    if isinstance(rank, int) and ranks and not start.config.get("rank_pattern") and rank > max(ranks):
-        raise ModelError(
-            f"the adapter's matrices have rank {max(ranks)}, and its configuration says r: {rank}",
-            where=str(folder / CONFIG),
-            way_out="copy or fetch the adapter again",
-        )
-    names = [key for key in tensors if ".lora_" not in key]
-    others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
-    if others:
-        raise ModelError(
-            f"the adapter holds weights of the base itself: {others[0]}{more(others)}",
-            where=str(folder / ADAPTER),
-            why="embeddings of added tokens, perhaps: they would not be trained on",
-            way_out=_instead(name),
-        )
-
-
-def _values(start: Start, name: str) -> dict[str, Any]:
-    """The adapter's values by the recipe's keys; what PEFT leaves at its default is left out.
-
-    Raises:
-        ModelError: a value is of another kind than its key takes.
-    """
-    found: dict[str, Any] = {}
-    for key, its in FIELDS.items():
-        value = start.config.get(its)
-        if key == "lora_target_modules" and isinstance(value, str):
-            value = [value]  # a regular expression, or all-linear
-        if isinstance(value, list):
-            value = sorted(value, key=str)
-        if isinstance(value, float) and value.is_integer() and key != OF_THE_TRAINING:
-            value = int(value)
-        if value is None or (value is False and known_keys()[key].default is False):
-            continue
-        right = _is_right(key, value)
-        if not right:
-            raise ModelError(
-                f"{its}: {json.dumps(value)[:80]} is no value of {key}",
-                where=str((start.adapter or Path()) / CONFIG),
-                way_out=_instead(name),
-            )
-        found[key] = value
-    if "lora_r" not in found or "lora_alpha" not in found:
-        raise ModelError(
-            "the adapter has no rank (r) or no lora_alpha",
-            where=str((start.adapter or Path()) / CONFIG),
-            way_out="copy or fetch the adapter again",
-        )
-    return found
-
-
-def _is_right(key: str, value: Any) -> bool:
-    if key == OF_THE_TRAINING:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-    if key in ("lora_r", "lora_alpha"):
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if key in ("use_dora", "use_rslora"):
-        return isinstance(value, bool)
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _contradictions(recipe: Recipe, start: Start, values: dict[str, Any]) -> Iterator[RecipeError]:
-    """Keys that were set and say something else than the adapter."""
-    name, keys = recipe.get(KEY), recipe.values
-    for key in FIELDS:
-        asked, has = recipe.get(key), values.get(key, known_keys()[key].default)
-        if key in keys and key != OF_THE_TRAINING and not _agree(key, asked, has):
-            yield RecipeError(
-                f"{key}: {_shown(asked)}, and the adapter in {name} has {_shown(has)}",
-                where=recipe.where(key),
-                why="an adapter that is trained on keeps its form",
-                way_out=f"{f'{key}: {_shown(has)}' if has else f'remove {key}'}; "
-                f"or for a new adapter on top of this one:\n{_instead(name)}",
-            )
-    if recipe.get("peft_type") != "lora":
-        yield RecipeError(
-            f"peft_type: {recipe.get('peft_type')}, and the adapter in {name} is LoRA",
-            where=recipe.where("peft_type"),
-            way_out="remove peft_type",
-        )
-    revision = start.revision or known_keys()["model_revision"].default
-    if "model_revision" in keys and Path(name).is_dir() and keys["model_revision"] != revision:
-        yield RecipeError(
-            f"model_revision: {keys['model_revision']}, and the adapter in {name} is on {start.base} at {revision}",
-            where=recipe.where("model_revision"),
-            way_out="remove model_revision",
-        )
-
-
-def _agree(key: str, value: Any, its: Any) -> bool:
-    """Whether a key says what the adapter has; patterns of target modules are compared in the model (adapter.py)."""
-    if key != "lora_target_modules" or value is None or its is None:
-        same = [sorted(v) if isinstance(v, list) else v for v in (value, its)]
-        return (same[0] or None) == (same[1] or None)
-    plain = all(name.isidentifier() for name in [*value, *its])
-    return {*value} == {*its} if plain else True
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | list) else "none" if value is None else str(value)
-
-
-def _notes(recipe: Recipe, start: Start) -> Iterator[str]:
-    """What holds without a key for it, and what differs from the adapter's own training."""
-    if kept := [f"{key}: {json.dumps(start.config[key])}" for key in KEPT if start.config.get(key)]:
-        yield f"{recipe.get(KEY)} keeps its {', '.join(kept)}"
-    before = object_in((start.adapter or Path()) / MANIFEST).get("recipe")
-    if isinstance(before, dict):
-        was, now = bool(before.get("load_in_4bit")), bool(recipe.get("load_in_4bit"))
-        if was != now:
-            bits = ("the base's own weights", "a base in 4 bits")
-            yield f"{recipe.get(KEY)} was trained on {bits[was]}, and trains on with {bits[now]}"

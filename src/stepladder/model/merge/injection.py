@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model.adapter import wrong_base
+from stepladder.model.adapter import read_tensors, wrong_base
 from stepladder.model.adapter_config import ADAPTER, CONFIG, configs, invalid_config
 from stepladder.model.merge.weights import Weights, more
 
@@ -54,7 +54,7 @@ def inject(
             raise wrong_base(folder, base, str(error).splitlines()[0]) from None
         except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
             raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
-        tensors = _read(folder, device)
+        tensors = {key: tensor.to(device).float() for key, tensor in read_tensors(folder).items()}
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
         for key in sorted(tensors.keys() | table.keys()):
@@ -94,16 +94,6 @@ def _table(model: Any, config: PeftConfig, name: str) -> tuple[Any, dict[str, st
         # PEFT renames whatever stands for the tensors, here their own names.
         names = {key: key for key in model.state_dict()}
         return model, get_peft_model_state_dict(model, names, name, save_embedding_layers=False)
-
-
-def _read(folder: Path, device: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    tensors = {key: tensor.to(device).float() for key, tensor in load_file(folder / ADAPTER).items()}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ModelError(f"{key} holds numbers that are not finite", where=str(folder), way_out="train it again")
-    return tensors
 
 
 def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
