@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.errors import ModelError
-from stepladder.model.gguf_rope import Rope, cannot
 from stepladder.model.gguf_vocabulary import Vocabulary, vocabulary
 from stepladder.model.merge.weights import Tensor as Stored
 from stepladder.model.merge.weights import Weights
@@ -54,6 +54,79 @@ FAMILIES = {
 }
 
 
+def _cannot(why: str) -> ModelError:
+    return ModelError("llama.cpp would compute another model than this", why=why, way_out="without --gguf")
+
+
+class Rope:
+    """How positions rotate, in llama.cpp's keys and tensors.
+
+    Args:
+        arch: llama.cpp's name of the architecture.
+
+    Raises:
+        ModelError: llama.cpp cannot rotate so.
+    """
+
+    def __init__(self, config: PretrainedConfig, arch: str):
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        self.config, self.remarks = config, []
+        self.tensors: dict[str, numpy.ndarray] = {}
+        self.parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        if arch == "gpt2":
+            return  # it learns its positions
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        part = self.parameters.get("partial_rotary_factor") or 1.0
+        self.dimensions = int(head * part)
+        self.kind = kind = self.parameters.get("rope_type", "default")
+        known = {"default", "linear", "yarn", "llama3", "longrope"}
+        if kind not in known or any(isinstance(value, dict) for value in self.parameters.values()):
+            raise _cannot(f"its rope_type is {kind}, and one of {', '.join(sorted(known))} can be written")
+        if part != 1 and arch != "phi3":
+            raise _cannot(f"it rotates {part:g} of each head")
+        odd = {key: self.parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")}
+        odd |= {"beta_fast": self.parameters.get("beta_fast") or 32, "beta_slow": self.parameters.get("beta_slow") or 1}
+        usual = {"truncate": (None, True), "beta_fast": (32,), "beta_slow": (1,)}
+        if kind == "yarn" and (wrong := {k: v for k, v in odd.items() if v not in usual.get(k, (None,))}):
+            raise _cannot(f"its rope_parameters say {json.dumps(wrong)}")
+        self.attention = 1.0
+        if kind in ("llama3", "longrope"):
+            scaled, self.attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        if kind == "llama3":
+            import torch
+
+            steps = torch.arange(0, self.dimensions, 2, dtype=torch.float32) / self.dimensions
+            self.tensors["rope_freqs.weight"] = (1 / self.parameters["rope_theta"] ** steps / scaled).numpy()
+        if kind == "longrope":
+            import numpy
+
+            for name in ("long", "short"):
+                self.tensors[f"rope_factors_{name}.weight"] = numpy.array(
+                    self.parameters[f"{name}_factor"], numpy.float32
+                )
+            first = self.parameters["original_max_position_embeddings"]
+            self.remarks.append(f"the long factors are used where its context (-c) is above {first:,} tokens")
+        window = getattr(config, "sliding_window", None)
+        if arch == "phi3" and window and window < config.max_position_embeddings:
+            self.remarks.append(f"a token sees all tokens before it, not {window:,} of them as here")
+
+    def metadata(self, writer: GGUFWriter) -> None:
+        import gguf
+
+        writer.add_rope_dimension_count(self.dimensions)
+        writer.add_rope_freq_base(self.parameters["rope_theta"])
+        first = self.parameters.get("original_max_position_embeddings")
+        if self.kind in ("linear", "yarn", "longrope"):
+            writer.add_rope_scaling_type(gguf.RopeScalingType(self.kind))
+        if self.kind in ("linear", "yarn"):
+            writer.add_rope_scaling_factor(self.parameters["factor"])
+        if self.kind in ("yarn", "longrope") or self.config.model_type == "phi3":
+            writer.add_rope_scaling_orig_ctx_len(first or self.config.max_position_embeddings)
+        if self.kind == "longrope":
+            writer.add_rope_scaling_attn_factors(self.attention)
+
+
 class File:
     """What will be written, checked before anything is.
 
@@ -80,7 +153,7 @@ class File:
         activation = "hidden_act" if hasattr(config, "hidden_act") else "activation_function"
         for key, value in {activation: known.activation, **known.must}.items():
             if (found := getattr(config, key, value)) != value:
-                raise cannot(f"its configuration says {key}: {found}, and llama.cpp knows {value} only")
+                raise _cannot(f"its configuration says {key}: {found}, and llama.cpp knows {value} only")
         self.rope = Rope(config, known.arch)
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.vocabulary: Vocabulary = vocabulary(tokenizer, config.vocab_size, listed)
@@ -188,15 +261,11 @@ class File:
                 continue  # masks, which old files hold
             if key == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
-            full = (
-                key
-                if self.family.arch != "gpt2" or key.startswith(("transformer.", "lm_head"))
-                else f"transformer.{key}"
-            )
-            name = names.get_name(full, try_suffixes=(".weight", ".bias"))
+            bare = self.family.arch == "gpt2" and not key.startswith(("transformer.", "lm_head"))
+            name = names.get_name(f"transformer.{key}" if bare else key, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise cannot(f"its tensor {key} has no place there")
-            shape = self._turned(key, tensor.shape)
+                raise _cannot(f"its tensor {key} has no place there")
+            shape = tensor.shape[::-1] if self._is_turned(key) else tensor.shape
             yield Tensor(name, self._kind(name, shape), shape, disk, key, self)
         for name, values in self.rope.tensors.items():
             yield Tensor(name, gguf.GGMLQuantizationType.F32, values.shape, None, "", self, values)
@@ -213,9 +282,6 @@ class File:
     def _is_turned(self, key: str) -> bool:
         """GPT-2's Conv1D holds its matrices the other way round."""
         return self.family.arch == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-    def _turned(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[::-1] if self._is_turned(key) else shape
 
     def values(self, disk: Weights, key: str) -> torch.Tensor:
         """A tensor in fp32 as llama.cpp expects it."""
