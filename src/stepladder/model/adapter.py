@@ -54,7 +54,7 @@ def attach(
             why="their embeddings would stay as random as they begin",
             way_out="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     if recipe.get("peft_type") != "lora":
         wrapped = get_peft_model(model, virtual_tokens.config(recipe))
@@ -62,19 +62,7 @@ def attach(
             virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
     source = start.of_recipe(recipe)
-    config = _of_adapter(source, recipe, model) if source.adapter else LoraConfig(
-        r=recipe.get("lora_r"),
-        lora_alpha=recipe.get("lora_alpha"),
-        lora_dropout=recipe.get("lora_dropout"),
-        target_modules=targets(recipe),
-        target_parameters=recipe.get("lora_target_parameters"),
-        modules_to_save=recipe.get("lora_modules_to_save"),
-        use_rslora=recipe.get("use_rslora"),
-        use_dora=recipe.get("use_dora"),
-        bias="none",
-        task_type=recipe.get("lora_task_type"),
-        revision=recipe.values.get("model_revision"),
-    )  # fmt: skip
+    config = _of_adapter(source, recipe, model) if source.adapter else _new_config(recipe)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     names = [name for name, _ in model.named_modules()]
@@ -91,6 +79,16 @@ def attach(
     if source.adapter and tokenizer is not None:
         _load(wrapped, source)
     return wrapped
+
+
+def _new_config(recipe: Settings) -> LoraConfig:
+    from peft import LoraConfig
+
+    values = {field: recipe.get(key) for key, field in start.FIELDS.items()}
+    return LoraConfig(**{
+        **values, "target_modules": targets(recipe), "bias": "none", "task_type": recipe.get("lora_task_type"),
+        "revision": recipe.values.get("model_revision"),
+    })  # fmt: skip
 
 
 def _of_adapter(source: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:

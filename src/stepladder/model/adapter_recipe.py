@@ -15,22 +15,11 @@ from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.model import start
 from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE, CONFIG
 from stepladder.model.merge.weights import Weights, more
-from stepladder.model.start import KEY
+from stepladder.model.start import FIELDS, KEY
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.run import MANIFEST
 
-# PEFT's fields by the recipe's keys for them.
-FIELDS = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "lora_target_parameters": "target_parameters",
-    "lora_modules_to_save": "modules_to_save",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
 # It belongs to a training, not to the adapter: a recipe may set another.
 OF_THE_TRAINING = "lora_dropout"
 # Fields without a key of the recipe, which hold as the adapter has them.

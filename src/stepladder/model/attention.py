@@ -90,18 +90,14 @@ def settle(
             _take(model, name)
     config = model.config.get_text_config()
     named, flash = config._attn_implementation, is_flash_attention_requested(config)
+    fault, way_out = "", "attn_implementation: auto"
     if flash and precision == "fp32":
-        raise RecipeError(
-            f"attn_implementation: {named} computes in bf16 or fp16 only, and this run in fp32",
-            where=settings.where("attn_implementation"),
-            way_out="bf16: true, or attn_implementation: auto",
-        )
-    if named == "flex_attention" and device == "cpu":
-        raise RecipeError(
-            "attn_implementation: flex_attention has no backward pass on a CPU",
-            where=settings.where("attn_implementation"),
-            way_out="attn_implementation: auto, or sdpa",
-        )
+        fault, way_out = f"{named} computes in bf16 or fp16 only, and this run in fp32", f"bf16: true, or {way_out}"
+    elif named == "flex_attention" and device == "cpu":
+        fault, way_out = "flex_attention has no backward pass on a CPU", f"{way_out}, or sdpa"
+    if fault:
+        where = settings.where("attn_implementation")
+        raise RecipeError(f"attn_implementation: {fault}", where=where, way_out=way_out)
     lengths = kept_apart(model, BY_LENGTH)
     virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)

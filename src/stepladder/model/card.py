@@ -22,6 +22,7 @@ NEEDED = (
     *("recipe", "totals.steps", "parameters.all", "parameters.trainable", "datasets", "packages", "git_commit"),
     *("global_batch_size", "strategy", "world_size", "precision"),
 )  # of a manifest, for the card
+PIPE = "\\|"  # within a cell of a table
 BARS = "▁▂▃▄▅▆▇█"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be (vllm/config/lora.py)
 
@@ -97,9 +98,6 @@ def card(
         merged: merge.json of a merged model; None for what a run saved.
     """
     adapter = not merged and bool(trained) and bool(trained["recipe"].get("use_peft"))
-    sets = [
-        f"{_code(d['name'])} ({d['rows']} rows)" for d in trained.get("datasets", ())
-    ]  # the evaluation's comes second
     data = [d["name"] for d in trained.get("datasets", ())][:1]
     front: dict[str, Any] = {
         "base_model": base,
@@ -110,31 +108,10 @@ def card(
     }
     front |= {"license": licence} if licence else {}
     how = method(trained) if trained else "An adapter"
-    rows = {"base": _code(base), "licence": _text(licence) if licence else "the base's, which its folder does not name"}
-    if before := trained.get("starts_from", {}).get("adapter"):
-        rows["trained on from"] = f"the adapter {_code(before)}"
-    if trained:
-        totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
-        rows |= {
-            "data": ", ".join(sets[:1]),
-            **({"held out": f"{sets[1]}, not trained on"} if len(sets) > 1 else {}),
-            "method": f"{how}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
-            "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
-            f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
-            "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
-            "held-out loss": f"{final['eval_loss']:.4f}{_of_rows(trained)}"
-            if "eval_loss" in final
-            else "not evaluated",
-        }
-        if losses:
-            rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
-    if merged:
-        rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
-        if choice := merged["quantized_base"]:
-            rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
-        rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
     made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
-    cells = {name: _line(value).replace("|", "\\|") for name, value in rows.items()}
+    cells = {
+        name: _line(value).replace("|", "\\|") for name, value in _facts(base, licence, trained, losses, merged).items()
+    }
     table = "\n".join(f"| {name} | {value} |" for name, value in cells.items())
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
@@ -155,6 +132,38 @@ def card(
             + _fenced("yaml", recipe.rstrip("\n"))
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _facts(
+    base: str, licence: str | None, trained: dict[str, Any], losses: list[float], merged: dict[str, Any] | None
+) -> dict[str, str]:
+    """The rows of the card's table."""
+    rows = {"base": _code(base), "licence": _text(licence) if licence else "the base's, which its folder does not name"}
+    if before := trained.get("starts_from", {}).get("adapter"):
+        rows["trained on from"] = f"the adapter {_code(before)}"
+    if trained:
+        # the evaluation's data set comes second
+        sets = [f"{_code(d['name'])} ({d['rows']} rows)" for d in trained.get("datasets", ())]
+        totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
+        rows |= {
+            "data": ", ".join(sets[:1]),
+            **({"held out": f"{sets[1]}, not trained on"} if len(sets) > 1 else {}),
+            "method": f"{method(trained)}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
+            "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
+            f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
+            "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
+            "held-out loss": f"{final['eval_loss']:.4f}{_of_rows(trained)}"
+            if "eval_loss" in final
+            else "not evaluated",
+        }
+        if losses:
+            rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
+    if merged:
+        rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
+        if choice := merged["quantized_base"]:
+            rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
+        rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
+    return rows
 
 
 def _of_rows(trained: dict[str, Any]) -> str:

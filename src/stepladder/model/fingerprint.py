@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
 from stepladder.model import start
+from stepladder.model.adapter_config import CONFIG as ADAPTER_CONFIG
+from stepladder.model.merge.weights import INDEX
 from stepladder.run import MANIFEST, read_object, write_whole
 
 if TYPE_CHECKING:
@@ -28,8 +30,7 @@ Parts = dict[str, str]  # the hash of each part of a thing: a file of a model, a
 WHOLE = 16 << 20  # bytes up to which a file is read whole
 HEAD, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
 SETTLED = 2  # seconds: a file that was written later than that could change again within one tick of its mtime
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE = "config.json", "model.safetensors"
 # Which library saved a model, from where, and how it generates: no training step depends on them.
 NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
 

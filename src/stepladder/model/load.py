@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -347,18 +349,14 @@ def needs_code(name: str, where: str = "") -> ModelError:
     )
 
 
-class _loading:
-    """Turn what the libraries raise for a missing or broken model into a message."""
-
-    def __init__(self, name: str, of: str = ""):
-        self.name, self.of = name, of  # an adapter whose base it is
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+@contextlib.contextmanager
+def _loading(name: str, of: str = "") -> Iterator[None]:
+    """Turn what the libraries raise for a missing or broken model, or the base of an adapter, into a message."""
+    try:
+        yield
+    except Exception as error:
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            raise needs_code(self.name) from None
+            raise needs_code(name) from None
         if isinstance(error, ImportError) and re.search("FlashAttention|`kernels`", str(error)):
             from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
@@ -378,8 +376,9 @@ class _loading:
             said = lines[0] if lines else type(error).__name__
             said += " " + lines[1].strip() if said.endswith(":") and len(lines) > 1 else ""
             raise ModelError(
-                f"'{self.name}'" + f", the base of {self.of}," * bool(self.of) + " could not be loaded",
+                f"'{name}'" + f", the base of {of}," * bool(of) + " could not be loaded",
                 why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",
                 way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)"
-                + "; --base names it where it is now" * bool(self.of),
+                + "; --base names it where it is now" * bool(of),
             ) from None
+        raise

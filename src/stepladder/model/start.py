@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "COMPLETE.json"
 KEY = "model_name_or_path"
+# PEFT's fields by the recipe's keys for them.
+FIELDS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
 
 
 @dataclass(frozen=True)
