@@ -6,11 +6,11 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
 from stepladder.errors import ModelError
-from stepladder.model import start, virtual_tokens
+from stepladder.model import start
 from stepladder.model.adapter_config import ADAPTER, CONFIG
 from stepladder.model.merge.weights import more
 from stepladder.settings import Settings
@@ -18,9 +18,10 @@ from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+VIRTUAL = {"prefix": "prefix tuning", "prompt": "prompt tuning"}  # by the recipe's peft_type
 # What PEFT raises for a configuration that was written by hand, or for another model.
 FAULTS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, re.error)
 
@@ -57,9 +58,9 @@ def attach(
     from peft import get_peft_model
 
     if recipe.get("peft_type") != "lora":
-        wrapped = get_peft_model(model, virtual_tokens.config(recipe))
+        wrapped = get_peft_model(model, _virtual_tokens(recipe))
         if tokenizer:
-            virtual_tokens.begin(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
+            _initialize(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
     source = start.of_recipe(recipe)
     config = _of_adapter(source, recipe, model) if source.adapter else _new_config(recipe)
@@ -79,6 +80,50 @@ def attach(
     if source.adapter and tokenizer is not None:
         _load(wrapped, source)
     return wrapped
+
+
+def _virtual_tokens(recipe: Settings) -> PeftConfig:
+    """PEFT's configuration of tokens before every prompt that are trained in place of weights.
+
+    Prompt tuning learns their embeddings (Lester et al. 2021, arXiv:2104.08691), prefix tuning their keys and values in
+    every layer (Li & Liang 2021, arXiv:2101.00190).
+    """
+    from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
+
+    kind = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[recipe.get("peft_type")]
+    return kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=recipe.get("num_virtual_tokens"))
+
+
+def _initialize(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Start virtual tokens as what the base makes of `text`, cut or repeated to their number; in fp32.
+
+    From noise they lose the base's ability first: both papers found the start to matter most where data is scarce.
+    """
+    import torch
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    kind = model.active_peft_config
+    words = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = (words * (kind.num_virtual_tokens // len(words) + 1))[: kind.num_virtual_tokens]
+    base, encoder = model.get_base_model(), model.prompt_encoder[model.active_adapter]
+    with torch.no_grad():
+        tokens = torch.tensor([ids], device=base.device)
+        if kind.peft_type.value == "PREFIX_TUNING":
+            cache = base(input_ids=tokens, use_cache=True).past_key_values
+            initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+        else:
+            encoder.embedding.weight.copy_(base.get_input_embeddings()(tokens)[0])
+    encoder.float()
+
+
+def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
+    """What the base model is given for tokens `ids` (batch × length), by PEFT's documented `get_prompt`."""
+    import torch
+
+    prompt = model.get_prompt(batch_size=ids.shape[0])
+    if model.active_peft_config.peft_type.value == "PREFIX_TUNING":
+        return {"input_ids": ids, "past_key_values": prompt}
+    return {"inputs_embeds": torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)}
 
 
 def _new_config(recipe: Settings) -> LoraConfig:

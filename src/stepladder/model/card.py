@@ -9,20 +9,19 @@ from typing import Any
 
 import yaml
 
-from stepladder import files
+from stepladder import files, hardware
 from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
-from stepladder.model import start, virtual_tokens
+from stepladder.model import adapter, start
 from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
 README_BYTES = 1 << 22
-PRECISIONS = ("bf16", "fp16", "fp32")
+
 LARGEST = 1e100  # of a loss: beyond it there is nothing to draw
 NEEDED = (
     *("recipe", "totals.steps", "parameters.all", "parameters.trainable", "datasets", "packages", "git_commit"),
     *("global_batch_size", "strategy", "world_size", "precision"),
 )  # of a manifest, for the card
-PIPE = "\\|"  # within a cell of a table
 BARS = "▁▂▃▄▅▆▇█"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be (vllm/config/lora.py)
 
@@ -43,7 +42,7 @@ def method(trained: dict[str, Any]) -> str:
     if not recipe.get("use_peft"):
         return "full fine-tuning"
     if (kind := recipe.get("peft_type") or "lora") != "lora":
-        return virtual_tokens.NAMES.get(kind, kind)
+        return adapter.VIRTUAL.get(kind, kind)
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
@@ -58,7 +57,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
         return {}, []
     try:
         trained = read_manifest(folder, NEEDED)
-        if trained["precision"] not in PRECISIONS:
+        if trained["precision"] not in hardware.DTYPES:
             raise ValueError(f"its precision is {trained['precision']!r}")
         if not all(rows.keys() >= {"name", "rows"} for rows in trained["datasets"]):
             raise ValueError("its datasets have no names or rows")
@@ -97,12 +96,12 @@ def card(
         trained: run.json of the run that trained it; empty where it was trained elsewhere.
         merged: merge.json of a merged model; None for what a run saved.
     """
-    adapter = not merged and bool(trained) and bool(trained["recipe"].get("use_peft"))
+    is_adapter = not merged and bool(trained) and bool(trained["recipe"].get("use_peft"))
     data = [d["name"] for d in trained.get("datasets", ())][:1]
     front: dict[str, Any] = {
         "base_model": base,
-        "base_model_relation": "adapter" if adapter else "finetune",
-        "library_name": "peft" if adapter else "transformers",
+        "base_model_relation": "adapter" if is_adapter else "finetune",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["stepladder", "sft"],
     }
@@ -118,7 +117,7 @@ def card(
         f"# {_text(folder.name)}",
         f"{_line(made)}{', merged' if merged else ''}, made with Stepladder.",
         f"| | |\n| --- | --- |\n{table}",
-        "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, merged, adapter)),
+        "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, merged, is_adapter)),
     ]
     if trained:
         recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
@@ -211,10 +210,10 @@ def _backticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str, Any] | None, adapter: bool) -> str:
+def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str, Any] | None, is_adapter: bool) -> str:
     here = quoted(folder)
     ask = f'python scripts/generate.py --model {here} --prompt "…"'
-    if not adapter:
+    if not is_adapter:
         lines = [ask, f"transformers serve {here}", f"vllm serve {here}"]
         if merged and (file := merged.get("gguf")):
             lines.append(f"llama-server -m {quoted(folder / file['file'])}")

@@ -27,9 +27,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "eps
 def precision(recipe: Settings) -> str:
     """`bf16`, `fp16` or `fp32`: what the recipe fixes, or for `bf16: auto` what the hardware is made for.
 
-    bf16 runs anywhere, but only units made for it make it fast: CUDA from Ampere on, CPUs with
-    AMX or AVX-512 BF16 (4.6 times the fp32 matrix rate on a Zen 5). Elsewhere it is emulated,
-    and slower than fp32.
+    bf16 is fast on CUDA from Ampere on and on CPUs with AMX or AVX-512 BF16. Elsewhere it is emulated, and slower
+    than fp32.
     """
     import torch
 

@@ -208,8 +208,8 @@ def _looks_local(name: str) -> bool:
 def _found(base: str, folder: Path) -> str:
     """A base by the name that an adapter has for it.
 
-    A relative path is one of the folder that the adapter's training was started in. Where it leads nowhere from
-    here, it is looked for in the folders above the adapter, of which that one is usually the repository's root.
+    A relative path counts from where the training was started. Where it leads nowhere from here, it is looked for in
+    the folders above the adapter.
     """
     if Path(base).is_dir() or Path(base).is_absolute() or not _looks_local(base):
         return base

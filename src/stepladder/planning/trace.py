@@ -16,7 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError
-from stepladder.model import attention, virtual_tokens
+from stepladder.model import adapter, attention
 from stepladder.model.cpu import fused_loss
 from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
@@ -135,7 +135,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         low = hardware.dtype_of(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low != torch.float32 and not work.cast):
-                given = virtual_tokens.inputs(model, ids) if virtual else {"input_ids": ids}
+                given = adapter.virtual_inputs(model, ids) if virtual else {"input_ids": ids}
                 if config.model_type == "opt":  # which counts them from a mask of two dimensions
                     given["position_ids"] = torch.arange(shape[1]).expand(shape)
                 if work.gpu or fused_loss.fits(base):  # all tokens are trained, at worst

@@ -1,12 +1,10 @@
-"""The output layer and its loss on a CPU: for the trained tokens only, and each product once.
+"""The output layer and its loss on a CPU: for the loss tokens only, and each product once.
 
-Where it has no Triton, TRL scores every position, prompts and padding too, so that shapes stay the same for compilers
-(`compact` in trl/trainer/utils.py), computes the scores once more for the gradient, and that by products in fp32
-(`ChunkedLogProbFunction`). SmolLM2 has 49,152 words to score at each; docs/benchmarks.md says what it is worth to
-leave that out. Here the gradient is made as the scores are, a few tokens at a time, as in Liger's fused
-loss (Hsu et al. 2024, arXiv 2410.10989), but for each token: what the loss does with its log-probability comes later.
+Without Triton, TRL computes the logits of every position (`compact` in trl/trainer/utils.py), and once more in fp32 for
+the gradient (`ChunkedLogProbFunction`). Here the gradient is computed with the logits, a few tokens at a time, as in
+Liger's fused loss (Hsu et al. 2024, arXiv 2410.10989), but per token: what the loss does with it comes later.
 
-The seam is TRL's own: a model's `forward(..., labels=..., fused_lm_head=True)`, as `add_fused_lm_head` makes it.
+It replaces `forward(..., labels=..., fused_lm_head=True)`, which TRL's `add_fused_lm_head` adds to a model.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-TOKENS = 256  # scored together: more take no less time each, and more memory
-CACHED = 16  # of them in fp32 at a time: 3 MB of SmolLM2's words
-# What some architectures do to their scores; TRL's own loss knows it.
+TOKENS = 256  # per matrix product: more are no faster, and take more memory
+CACHED = 16  # of them in fp32 at a time, within the processor's caches
+# What some architectures do to their logits; TRL's own loss knows it.
 CHANGED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 def fits(model: Any) -> bool:
-    """Whether a model's loss is that of its output layer's scores as they are."""
+    """Whether a model's loss is that of its output layer's logits as they are."""
     config = model.config.get_text_config()
     changed = any(getattr(config, key, None) is not None for key in CHANGED)
     return not changed and not hasattr(config, "output_router_logits")  # experts add a loss of their own
@@ -128,9 +126,8 @@ class _LogProbs(torch.autograd.Function):
 def _judged(scores: torch.Tensor, bias: Any, targets: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `log_probs` gives, of scores [tokens, words]; in their place lie the log-probabilities' gradients then.
 
-    All that is in fp32 is made for a few tokens at a time, in `exact` [2, CACHED, words]: it stays in the processor's
-    caches. An operator, so that the plan, which follows shapes only, need not go through these few tokens again and
-    again: that was half of its time.
+    What is in fp32 lies in `exact` [2, CACHED, words]. An operator, so that the plan, which follows shapes only, passes
+    through it once and not per block.
     """
     given = []
     for block, of_block in zip(scores.split(CACHED), targets.split(CACHED), strict=True):

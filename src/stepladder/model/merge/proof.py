@@ -20,11 +20,9 @@ Logits = list["torch.Tensor"]
 class Proof:
     """What base and adapter answer, and whether the merged model, before and after it is written, does too.
 
-    Everything is computed in fp32, with at most one module's weights in memory. Before the merged
-    weights are rounded, only the order of summation differs: the logits must agree within 1e-4
-    (or 1e-5 of the largest, where logits are large). What is written must be those weights, each
-    rounded to the nearest number of its dtype, so off by at most half of its last place. What that costs is
-    measured, and must be less than half of what the adapter does: bf16 may not hold a small change.
+    Everything is computed in fp32. Before the merged weights are rounded, only the order of summation differs: the
+    logits must agree within 1e-4 (or 1e-5 of the largest, where logits are large). What is written must be those
+    weights, each rounded to its dtype; the error of that must be less than half of what the adapter does.
 
     Args:
         prompts: token ids of each prompt.

@@ -1,8 +1,7 @@
 """An adapter folded into its base, one module at a time, by PEFT's own arithmetic.
 
-The base's tensors stay on disk: the model is built on the meta device, PEFT puts the adapter's
-layers into it, and each module that the adapter touches gets its weights for the moment in which
-PEFT's `merge` needs them. The arithmetic is in fp32, rounded once to the output's dtype.
+The model is built on the meta device, PEFT puts the adapter's layers into it, and each module that the adapter changes
+gets its weights while PEFT's `merge` needs them. The arithmetic is in fp32, rounded once to the output's dtype.
 """
 
 from __future__ import annotations
