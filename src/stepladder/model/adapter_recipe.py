@@ -13,7 +13,7 @@ from typing import Any
 
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.model import start
-from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE, CONFIG
+from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE
 from stepladder.model.merge.weights import Weights, more
 from stepladder.model.start import FIELDS, KEY
 from stepladder.recipe.recipe import Recipe
@@ -57,14 +57,15 @@ def settle(recipe: Recipe) -> Recipe:
     if wrong := list(_contradictions(recipe, begun, values)):
         raise RecipeErrors(wrong)
     new = {key: value for key, value in values.items() if key not in recipe.values}
-    place = str(begun.adapter / CONFIG)
     recipe.notes.extend(_notes(recipe, begun))
-    return dataclasses.replace(recipe.with_values(**new), origins={**recipe.origins, **dict.fromkeys(new, place)})
+    return dataclasses.replace(
+        recipe.with_values(**new), origins={**recipe.origins, **dict.fromkeys(new, begun.config_file)}
+    )
 
 
 def _check_base(begun: start.Start) -> None:
     """Raise ModelError unless the adapter's base is a model by itself."""
-    place = str((begun.adapter or Path()) / CONFIG)
+    place = begun.config_file
     start.check_source(begun.base, place)
     start.check_finished(Path(begun.base), place)
     if start.of(begun.base, begun.revision).adapter:
@@ -99,7 +100,7 @@ def _not_whole(recipe: Recipe, name: str) -> RecipeError:
 
 def _check_kind(begun: start.Start, name: str) -> None:
     """Raise ModelError for what an adapter is or does that cannot be trained on."""
-    config, place = begun.config, str((begun.adapter or Path()) / CONFIG)
+    config, place = begun.config, begun.config_file
     kind, task = config.get("peft_type"), config.get("task_type")
     what, way_out = "", _instead(name)
     if kind != "LORA":
@@ -130,7 +131,7 @@ def _check_tensors(begun: start.Start, name: str) -> None:
     if isinstance(rank, int) and ranks and not begun.config.get("rank_pattern") and rank > max(ranks):
         raise ModelError(
             f"the adapter's matrices have rank {max(ranks)}, and its configuration says r: {rank}",
-            where=str(folder / CONFIG),
+            where=begun.config_file,
             way_out="copy or fetch the adapter again",
         )
     names = [key for key in tensors if ".lora_" not in key]
@@ -164,14 +165,14 @@ def _values(begun: start.Start, name: str) -> dict[str, Any]:
         if not _is_right(key, value):
             raise ModelError(
                 f"{its}: {json.dumps(value)[:80]} is no value of {key}",
-                where=str((begun.adapter or Path()) / CONFIG),
+                where=begun.config_file,
                 way_out=_instead(name),
             )
         found[key] = value
     if "lora_r" not in found or "lora_alpha" not in found:
         raise ModelError(
             "the adapter has no rank (r) or no lora_alpha",
-            where=str((begun.adapter or Path()) / CONFIG),
+            where=begun.config_file,
             way_out="copy or fetch the adapter again",
         )
     return found

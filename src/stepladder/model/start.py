@@ -53,6 +53,11 @@ class Start:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def config_file(self) -> str:
+        """Where the adapter's configuration lies."""
+        return str((self.adapter or Path()) / CONFIG)
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the adapter, with the chat template that it was trained by."""
         return self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
@@ -132,7 +137,7 @@ def checked(name: str, base: str | None = None) -> Start:
     except ModelError as error:
         raise ModelError(
             f"the base of the adapter {name} cannot be used: {error.what}",
-            where=str(start.adapter / CONFIG),
+            where=start.config_file,
             why=error.why,
             way_out="--base with the folder or hub id where it is now",
         ) from None

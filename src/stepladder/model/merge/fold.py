@@ -48,7 +48,8 @@ def _parts(args: argparse.Namespace) -> _Parts:
     trained, losses = made[0]
     in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = quantized.choose(args.quantized_base, in_4_bits)
-    name = args.base or start.of(str(args.adapter[0])).base
+    begun = start.of(str(args.adapter[0]))
+    name = args.base or begun.base
     base = load.unquantized(name, None if args.base else config.revision)
     if replaced := next(
         (f for f in (base, *args.adapter) if f.resolve().is_relative_to(args.output_dir.resolve())), None
@@ -58,8 +59,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
             why="the result would take its place",
             way_out="another --output_dir",
         )
-    has_tokenizer = (args.adapter[0] / "tokenizer_config.json").is_file()
-    tokenizer = load.tokenizer_of(str(args.adapter[0] if has_tokenizer else base))
+    tokenizer = load.tokenizer_of(str(args.adapter[0] if begun.has_tokenizer else base))
     defaults = base / "generation_config.json"
     generation = files.read_object(defaults) if defaults.is_file() else {}  # `load.unquantized` has looked at it
     generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))

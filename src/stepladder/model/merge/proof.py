@@ -59,13 +59,11 @@ class Proof:
         """
         changed = self._weights(folder, dtype)
         merged = self._answers(self.merge.reopen(folder))
-        off = difference(self.logits, merged)
-        if not off["mean"] <= self.effect["mean"] / 2:
-            raise ModelError(
-                f"{name_of(dtype)} is too coarse for this adapter: rounding moves the logits by {off['mean']:.1e}",
-                why=f"the adapter itself moves them by {self.effect['mean']:.1e}; nothing was written",
-                way_out="--dtype fp32, or serve base and adapter together",
-            )
+        off = self._error(
+            merged,
+            f"{name_of(dtype)} is too coarse for this adapter: rounding moves the logits by",
+            "--dtype fp32, or serve base and adapter together",
+        )
         agree, of = 0, STEPS * len(self.prompts)
         for ids, prompt, answer in zip(self.sequences, self.prompts, merged, strict=True):
             agree += sum(
@@ -86,12 +84,20 @@ class Proof:
         Raises:
             ModelError: by half of what the adapter does, or more: the file is wrong, or its numbers are too coarse.
         """
-        off = difference(self.logits, self._answers(model.to(self.merge.device)))
+        return self._error(
+            self._answers(model.to(self.merge.device)),
+            f"{name} is not the merged model, or too coarse: its logits are off by",
+            "--gguf f16, or without --gguf",
+        )
+
+    def _error(self, merged: Logits, what: str, way_out: str) -> dict[str, float]:
+        """How far a merged model's logits are off; ModelError from half of what the adapter does."""
+        off = difference(self.logits, merged)
         if not off["mean"] <= self.effect["mean"] / 2:
             raise ModelError(
-                f"{name} is not the merged model, or too coarse: its logits are off by {off['mean']:.1e}",
+                f"{what} {off['mean']:.1e}",
                 why=f"the adapter itself moves them by {self.effect['mean']:.1e}; nothing was written",
-                way_out="--gguf f16, or without --gguf",
+                way_out=way_out,
             )
         return off
 
