@@ -161,7 +161,7 @@ def _check_targets(model: PreTrainedModel, recipe: Settings, source: start.Start
     key, its = "lora_target_modules", source.config.get("target_modules")
     its = [its] if isinstance(its, str) else its
     if not its or not recipe.get(key):
-        return  # compared already, without the model (model/start.py)
+        return  # compared already, without the model (model/adapter_recipe.py)
     asked, own = (_matched(model, names) for names in (recipe.get(key), its))
     if asked != own:
         new, less = sorted(asked - own), sorted(own - asked)

@@ -82,9 +82,7 @@ def _of_base(begun: start.Start, with_code: bool) -> Parts:
 def of_folder(folder: Path, with_code: bool = False) -> Parts:
     """The hash of each file of a folder that its model or adapter is loaded from; see `of_model`."""
     remembered = cache.folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
-    known: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):
-        known = read_object(remembered)
+    known = start.object_in(remembered)
     files = _files(folder, with_code)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
         entries = list(pool.map(lambda file: _entry(file, known), files))
