@@ -20,7 +20,7 @@ import yaml
 from conftest import script
 from stepladder.data import read, readers
 from stepladder.data.source import Source, has_split
-from stepladder.errors import DataError
+from stepladder.errors import DataError, locate_errors
 
 A, B, C = ({"input": f"{letter}?", "output": f'{letter}, "é" 🎉\n007'} for letter in "ABC")
 ROWS = [A, B]
@@ -187,7 +187,7 @@ NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b
 @pytest.mark.parametrize("dump", [json.dumps, repr])
 def test_lists_in_a_cell(value: Any, dump: Callable[[Any], str]) -> None:
     """Guards against a conversation that pandas wrote as Python prints it."""
-    assert readers.parse_nested(f" {dump(value)}\n", "the conversation", "a.csv:2") == value
+    assert readers.parse_nested(f" {dump(value)}\n", "the conversation") == value
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_lists_in_a_cell(value: Any, dump: Callable[[Any], str]) -> None:
 )
 def test_a_cell_that_holds_no_list(text: str, part: str) -> None:
     """Guards against code that runs, a parser that is led into the ground, and pandas' arrays read in part."""
-    with pytest.raises(DataError) as caught:
-        readers.parse_nested(text, "the conversation", "a.csv:2")
+    with pytest.raises(DataError) as caught, locate_errors("a.csv:2"):
+        readers.parse_nested(text, "the conversation")
     assert part in str(caught.value) and "a.csv:2" in str(caught.value)
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from stepladder import console
 
@@ -53,6 +53,17 @@ class StepladderError(Exception):
             if text:
                 lines.append(f"  {label + ':':9}" + text.replace("\n", "\n" + " " * 11))
         return console.printable("\n".join(lines))
+
+
+@contextlib.contextmanager
+def locate_errors(where: str) -> Iterator[None]:
+    """Give an error that is raised inside, and names no place, this one."""
+    try:
+        yield
+    except StepladderError as error:
+        error.where = error.where or where
+        error.args = (error.render(),)
+        raise
 
 
 class RecipeError(StepladderError):

@@ -67,7 +67,7 @@ class RoleMap:
         return self.roles[name]
 
 
-def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = False) -> str:
+def text(value: Any, role: str, column: str, may_be_empty: bool = False) -> str:
     """A text as it is, or the text parts of a list joined.
 
     Raises:
@@ -75,11 +75,10 @@ def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = Fa
     """
     if isinstance(value, str):
         if (not value or value.isspace()) and not may_be_empty:
-            raise DataError(f"the {role}'s text ('{column}') is empty", where=where, way_out=FILL_IN)
+            raise DataError(f"the {role}'s text ('{column}') is empty", way_out=FILL_IN)
         if not is_unicode(value):
             raise DataError(
                 f"the {role}'s text ('{column}') holds half a character (a lone surrogate)",
-                where=where,
                 why="such halves come of cutting a text in the middle of an emoji",
                 way_out="cut it elsewhere, or remove the row",
             )
@@ -87,41 +86,38 @@ def text(value: Any, role: str, column: str, where: str, may_be_empty: bool = Fa
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         raise DataError(
             f"the {role}'s text ('{column}') is a list of {len(value)} texts: {shown(value)}",
-            where=where,
             way_out="choose one of them, or make a row of each",
         )
     if isinstance(value, list):
-        return text("".join(_part(part, where) for part in value), role, column, where, may_be_empty)
+        return text("".join(_part(part) for part in value), role, column, may_be_empty)
     if value is None:
-        raise DataError(f"the {role}'s text ('{column}') is missing", where=where, way_out=FILL_IN)
+        raise DataError(f"the {role}'s text ('{column}') is missing", way_out=FILL_IN)
     raise DataError(
         f"the {role}'s text ('{column}') is not text but {shown(value)}",
-        where=where,
         way_out='put it in quotes: "42"' if isinstance(value, int | float) else "a text in quotes",
     )
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any) -> str:
     name = part.get("type", "text") if isinstance(part, dict) else None
     if name == "text" and isinstance(part.get("text"), str):
         if mask := next((key for key in MASKS if part.get(key) is not None), None):
-            raise _partial_mask(f"a content part has '{mask}'", where)
+            raise _partial_mask(f"a content part has '{mask}'")
         return part["text"]
     if isinstance(name, str) and any(media in name for media in MEDIA_PARTS):
-        raise multimodal(f"a content part of the type '{name}'", where)
-    raise DataError(f"a content part is not text: {shown(part)}", where=where, way_out='{"type": "text", "text": "…"}')
+        raise multimodal(f"a content part of the type '{name}'")
+    raise DataError(f"a content part is not text: {shown(part)}", way_out='{"type": "text", "text": "…"}')
 
 
-def multimodal(what: str, where: str) -> DataError:
+def multimodal(what: str) -> DataError:
     return DataError(
         f"multimodal: {what}",
-        where=where,
         why="Stepladder trains on text",
         way_out="remove the row, or remove what is not text from it",
     )
 
 
-def conversation(value: Any, where: str, role_map: RoleMap | None = None) -> list[Message]:
+def conversation(value: Any, role_map: RoleMap | None = None) -> list[Message]:
     """Messages in the chat templates' form, from theirs or ShareGPT's (`from`, `value`).
 
     A turn that the data excludes from training (`loss: false`, `weight: 0`, …) carries `"train": False`.
@@ -129,102 +125,92 @@ def conversation(value: Any, where: str, role_map: RoleMap | None = None) -> lis
     Raises:
         DataError: not a list of messages, an empty one, or a message that cannot be read.
     """
-    if isinstance(value, str):  # as CSV must have it
-        value = from_json(value, "the conversation", where)
+    value = unwrap(value, "the conversation")  # a text, as CSV must have it
     if not isinstance(value, list):
-        raise DataError(f"the conversation is not a list but {shown(value)}", where=where, way_out="a list of messages")
+        raise DataError(f"the conversation is not a list but {shown(value)}", way_out="a list of messages")
     if not value:
-        raise DataError("an empty conversation", where=where, way_out=FILL_IN)
-    return [_message(item, where, role_map) for item in value]
+        raise DataError("an empty conversation", way_out=FILL_IN)
+    return [_message(item, role_map) for item in value]
 
 
-def _message(item: Any, where: str, role_map: RoleMap | None) -> Message:
+def _message(item: Any, role_map: RoleMap | None) -> Message:
     name = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
     if name is None:
-        raise DataError(
-            f"a message has no 'role': {shown(item)}", where=where, way_out='{"role": "user", "content": "…"}'
-        )
+        raise DataError(f"a message has no 'role': {shown(item)}", way_out='{"role": "user", "content": "…"}')
     if role_map:
         name = role_map.known(name)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise _unknown_role(name, where)
+        raise _unknown_role(name)
     key = "content" if "content" in item or "value" not in item else "value"
     content = item.get(key)
     if len(item) == 2 and key in item and name not in CALL_ROLES:  # nearly all messages
-        return {"role": role, "content": text(content, role, key, where, role in MAY_BE_EMPTY)}
-    _check_twins(item, where)
+        return {"role": role, "content": text(content, role, key, role in MAY_BE_EMPTY)}
+    _check_twins(item)
     if content is None:
         content = item.get("value")
     calls: Any = item.get("tool_calls") or item.get("function_call")
     if name in CALL_ROLES and not calls:
         calls, content = content, ""
-    if isinstance(calls, str):
-        calls = from_json(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'", where)
+    calls = unwrap(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'")
     if calls and role != "assistant":
-        raise DataError(f"the {role} calls tools", where=where, way_out="only the assistant has 'tool_calls'")
+        raise DataError(f"the {role} calls tools", way_out="only the assistant has 'tool_calls'")
     if calls and content is None:
         content = ""
-    message: Message = {"role": role, "content": text(content, role, key, where, bool(calls) or role in MAY_BE_EMPTY)}
+    message: Message = {"role": role, "content": text(content, role, key, bool(calls) or role in MAY_BE_EMPTY)}
     if calls:
-        message["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
-    message |= _reasoning(item, role, where)
-    if not _is_trained(item, role, where):
+        message["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    message |= _reasoning(item, role)
+    if not _is_trained(item, role):
         message["train"] = False
     for other, value in item.items():
         if value is not None and other not in READ_KEYS:
-            message |= plain({other: value}, f"a message's {shown(other)}", where)
+            message |= plain({other: value}, f"a message's {shown(other)}")
     return message
 
 
-def _unknown_role(name: Any, where: str) -> DataError:
+def _unknown_role(name: Any) -> DataError:
     way_out = suggest(str(name), ROLES)
     if isinstance(name, str):
         near = re.search("'(.+?)'", way_out)
         likely = LIKELY_ROLES.get(name.strip().lower()) or (near[1] if near else "ROLE")
         rest = f", with one of {', '.join(dict.fromkeys(ROLES.values()))} for ROLE" * (likely == "ROLE")
         way_out += f"{' ' * bool(way_out)}in the recipe: role_map: {{{yaml_name(name)}: {likely}}}{rest}"
-    return DataError(
-        f"unknown role {shown(name)}", where=where, why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it"
-    )
+    return DataError(f"unknown role {shown(name)}", why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it")
 
 
-def _check_twins(item: Message, where: str) -> None:
+def _check_twins(item: Message) -> None:
     """Refuse a message that says one thing under two names, differently: one of them would be lost."""
     for one, other in (("role", "from"), ("content", "value"), ("tool_calls", "function_call")):
         if item.get(one) and item.get(other) and item[one] != item[other]:
             if one == "role" and ROLES.get(str(item[one])) == ROLES.get(str(item[other]), ""):
                 continue
-            raise DataError(f"a message has both '{one}' and '{other}', and they differ", where=where,
+            raise DataError(f"a message has both '{one}' and '{other}', and they differ",
                             way_out="remove one of them")  # fmt: skip
 
 
-def _reasoning(item: Message, role: str, where: str) -> Message:
+def _reasoning(item: Message, role: str) -> Message:
     """The one reasoning key of a message, under its own name; blank ones are left out.
 
     Raises:
         DataError: two that differ; not text; of another role than the assistant.
     """
     found = {key: item[key] for key in REASONING if item.get(key) not in (None, "", [])}
-    found = {key: text(value, role, key, where, may_be_empty=True) for key, value in found.items()}
+    found = {key: text(value, role, key, may_be_empty=True) for key, value in found.items()}
     found = {key: value for key, value in found.items() if value.strip()}
     if not found:
         return {}
     key, value = next(iter(found.items()))
     if other := next((name for name in found if found[name] != value), None):
-        raise DataError(
-            f"a message has both '{key}' and '{other}', and they differ", where=where, way_out="remove one of them"
-        )
+        raise DataError(f"a message has both '{key}' and '{other}', and they differ", way_out="remove one of them")
     if "</think>" in str(item.get("content") or item.get("value") or ""):
-        raise DataError(
-            f"a message has '{key}', and another thought in its text (</think>)", where=where, way_out="one of them"
-        )
+        raise DataError(f"a message has '{key}', and another thought in its text (</think>)", way_out="one of them")
     if role != "assistant":
-        raise DataError(f"the {role} has '{key}'", where=where, way_out="only the assistant's turns have reasoning")
+        raise DataError(f"the {role} has '{key}'", way_out="only the assistant's turns have reasoning")
     return {key: value}
 
 
-def _is_trained(item: Message, role: str, where: str) -> bool:
+def _is_trained(item: Message, role: str) -> bool:
     """What the mask keys of a message say; True where it has none.
 
     Raises:
@@ -233,120 +219,108 @@ def _is_trained(item: Message, role: str, where: str) -> bool:
     """
     for key in PARTIAL_MASKS:
         if item.get(key):
-            raise _partial_mask(f"a message has '{key}'", where)
+            raise _partial_mask(f"a message has '{key}'")
     for key in UNCLEAR_MASKS:
         if item.get(key) is not None:
             raise DataError(
                 f"a message has '{key}': {shown(item[key])}",
-                where=where,
                 why="in some tools true leaves a turn out, in others it trains the turn",
                 way_out="train: false on the turns that are context only",
             )
-    found = {key: _mask(key, item[key], where) for key in MASKS if item.get(key) is not None}
+    found = {key: _mask(key, item[key]) for key in MASKS if item.get(key) is not None}
     if not found:
         return True
     if len(set(found.values())) > 1:
         said = ", ".join(f"{key}: {shown(item[key])}" for key in found)
-        raise DataError(f"a message's mask keys contradict each other ({said})", where=where, way_out="keep one")
+        raise DataError(f"a message's mask keys contradict each other ({said})", way_out="keep one")
     key, trained = next(iter(found.items()))
     if trained and role != "assistant":
         raise DataError(
             f"the {role}'s turn is to be trained ({key}: {shown(item[key])})",
-            where=where,
             why="only the assistant's turns are trained",
             way_out=f"remove '{key}' from it; train_on: everything trains every turn",
         )
     return trained or role != "assistant"
 
 
-def _partial_mask(what: str, where: str) -> DataError:
+def _partial_mask(what: str) -> DataError:
     why = "a turn is trained whole or not at all"
-    return DataError(what, where=where, why=why, way_out="train: false on the whole message, or none")
+    return DataError(what, why=why, way_out="train: false on the whole message, or none")
 
 
-def _mask(key: str, value: Any, where: str) -> bool:
+def _mask(key: str, value: Any) -> bool:
     if isinstance(value, str | bool | int | float):
         name = str(value).strip().lower() if not isinstance(value, int) or value in (0, 1) else ""
         if name in ON + OFF:
             return name in ON
     raise DataError(
         f"a message's '{key}' is {shown(value)}",
-        where=where,
         why="a turn is trained or not: weights other than 0 and 1 are not implemented",
         way_out=f"{key}: true or false, 1 or 0",
     )
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any) -> dict[str, Any]:
     """One tool call, its arguments an object: a template would put a text in quotes once more."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
-        raise DataError(f"a tool call has no name: {shown(call)}", where=where, way_out=form)
+        raise DataError(f"a tool call has no name: {shown(call)}", way_out=form)
     arguments = function.get("arguments") or {}
     if not arguments and (other := next((key for key in ARGUMENTS if function.get(key)), None)):
-        raise DataError(f"a tool call has '{other}' and no 'arguments'", where=where, way_out="rename it: 'arguments'")
-    if isinstance(arguments, str):
-        arguments = from_json(arguments, "a tool call's arguments", where)
+        raise DataError(f"a tool call has '{other}' and no 'arguments'", way_out="rename it: 'arguments'")
+    arguments = unwrap(arguments, "a tool call's arguments")
     if not isinstance(arguments, dict):
-        raise DataError(
-            f"a tool call's arguments are not an object but {shown(arguments)}", where=where, way_out='{"city": "Rome"}'
-        )
+        raise DataError(f"a tool call's arguments are not an object but {shown(arguments)}", way_out='{"city": "Rome"}')
     outer = call if "function" in call else {}
-    return plain({**outer, "type": "function", "function": {**function, "arguments": arguments}}, "a tool call", where)
+    return plain({**outer, "type": "function", "function": {**function, "arguments": arguments}}, "a tool call")
 
 
-def tools_of(value: Any, where: str) -> list[dict[str, Any]]:
+def tools_of(value: Any) -> list[dict[str, Any]]:
     """The tools of a row, each as `{"type": "function", "function": {"name": …}}`.
 
     Raises:
         DataError: not a list of objects, or a tool without a name.
     """
-    tools = from_json(value, "'tools'", where) if isinstance(value, str) else value
+    tools = unwrap(value, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            f"'tools' is not a list of objects but {shown(tools)}", where=where, way_out="a JSON schema each"
-        )
-    return [plain(_tool(tool, where), "'tools'", where) for tool in tools]
+        raise DataError(f"'tools' is not a list of objects but {shown(tools)}", way_out="a JSON schema each")
+    return [plain(_tool(tool), "'tools'") for tool in tools]
 
 
-def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function", tool)
     kind = tool.get("type", "function") if "function" in tool else "function"
     if kind != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
-        raise DataError(f"a tool is not a function with a name: {shown(tool)}", where=where, way_out=form)
+        raise DataError(f"a tool is not a function with a name: {shown(tool)}", way_out=form)
     outer = tool if "function" in tool else {}
     if function is tool:  # `{"type": "function", "name": …}`, as OpenAI's Responses API has it
         function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
     return {"type": "function", **outer, "function": function}
 
 
-def put_system(value: Any, messages: list[Message], where: str) -> None:
+def put_system(value: Any, messages: list[Message]) -> None:
     if messages[0]["role"] in ("system", "developer"):
         raise DataError(
-            "two system prompts: the column 'system' and the conversation's own",
-            where=where,
-            way_out="remove one of them",
+            "two system prompts: the column 'system' and the conversation's own", way_out="remove one of them"
         )
-    messages.insert(0, {"role": "system", "content": text(value, "system", "system", where)})
+    messages.insert(0, {"role": "system", "content": text(value, "system", "system")})
 
 
-def from_json(value: Any, what: str, where: str) -> Any:
-    """The list or object that a text holds, as JSON or as Python prints it."""
-    if isinstance(value, str):
-        return parse_nested(value, what, where)
-    raise DataError(f"{what} is not JSON: {shown(value)}", where=where, way_out='a list or object: "[…]"')
+def unwrap(value: Any, what: str) -> Any:
+    """A list or object as it is, or out of a text that holds it as JSON or as Python prints it."""
+    return parse_nested(value, what) if isinstance(value, str) else value
 
 
-def plain(value: Any, what: str, where: str) -> Any:
+def plain(value: Any, what: str) -> Any:
     """The value itself, once it is sure that JSON and a tokenizer can take it."""
     try:
         json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
             raise TypeError  # JSON would turn the key into text
     except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{what} holds what JSON cannot: {shown(value)}", where=where, way_out=FILL_IN) from None
+        raise DataError(f"{what} holds what JSON cannot: {shown(value)}", way_out=FILL_IN) from None
     return value
 
 

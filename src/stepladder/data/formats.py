@@ -14,15 +14,15 @@ from stepladder.data.conversation import (
     Message,
     RoleMap,
     conversation,
-    from_json,
     multimodal,
     plain,
     put_system,
     text,
     tools_of,
+    unwrap,
 )
 from stepladder.data.readers import Row, shown
-from stepladder.errors import DataError
+from stepladder.errors import DataError, locate_errors
 
 # {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}
 Example = dict[str, Any]
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
     name: str
     columns: frozenset[str]
-    convert: Callable[[Row, str, RoleMap | None], Example]
+    convert: Callable[[Row, RoleMap | None], Example]
     used: frozenset[str]
     answer: str
 
@@ -57,48 +57,39 @@ class Shape(NamedTuple):
         return self.name
 
 
-def from_messages(row: Row, where: str, role_map: RoleMap | None) -> Example:
-    return {"messages": conversation(row["messages"], where, role_map)}
-
-
-def from_conversations(row: Row, where: str, role_map: RoleMap | None) -> Example:
-    return {"messages": conversation(row["conversations"], where, role_map)}
-
-
-def from_prompt_completion(row: Row, where: str, role_map: RoleMap | None) -> Example:
+def from_prompt_completion(row: Row, role_map: RoleMap | None) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
         for column in ("history", "reasoning_content"):
             if is_filled(row.get(column)):
-                raise DataError(f"'{column}' beside a prompt of messages", where=where, way_out="put it into them")
-        example: Example = {"messages": conversation(prompt + completion, where, role_map)}
+                raise DataError(f"'{column}' beside a prompt of messages", way_out="put it into them")
+        example: Example = {"messages": conversation(prompt + completion, role_map)}
         if any(message["role"] == "assistant" for message in example["messages"][: len(prompt)]):
             example["prompt_messages"] = len(prompt)  # whose answers are context, not training
         return example
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "of prompt and completion, one is a list of messages and the other is not",
-            where=where,
             way_out="both as text, or both as lists of messages",
         )
-    return pair(prompt, "prompt", completion, "completion", where)
+    return pair(prompt, "prompt", completion, "completion")
 
 
-def from_instruction(row: Row, where: str, role_map: RoleMap | None) -> Example:
+def from_instruction(row: Row, role_map: RoleMap | None) -> Example:
     """Alpaca's and Dolly's rows: the instruction, then `input`, then `context`."""
     column = "output" if "output" in row else "response"
-    example = pair(row["instruction"], "instruction", row[column], column, where)
+    example = pair(row["instruction"], "instruction", row[column], column)
     for beside in ("input", "context"):
-        if more := _optional(row, beside, where):
+        if more := _optional(row, beside):
             example["messages"][0]["content"] += f"\n\n{more}"
     return example
 
 
-def from_question_answer(row: Row, where: str, role_map: RoleMap | None) -> Example:
+def from_question_answer(row: Row, role_map: RoleMap | None) -> Example:
     """The question, after the `context` that it is about."""
     answer, column = (row["answer"], "answer") if "answer" in row else (_first_answer(row["answers"]), "answers")
-    example = pair(row["question"], "question", answer, column, where)
-    if context := _optional(row, "context", where):
+    example = pair(row["question"], "question", answer, column)
+    if context := _optional(row, "context"):
         question = example["messages"][0]
         question["content"] = f"{context}\n\n{question['content']}"
     return example
@@ -116,51 +107,48 @@ def listed_answers(answers: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def from_query_response(row: Row, where: str, role_map: RoleMap | None) -> Example:
-    return pair(row["query"], "query", row["response"], "response", where)
-
-
-def from_summary(row: Row, where: str, role_map: RoleMap | None) -> Example:
-    example = pair(row["document"], "document", row["summary"], "summary", where)
+def from_summary(row: Row, role_map: RoleMap | None) -> Example:
+    example = pair(row["document"], "document", row["summary"], "summary")
     example["messages"][0]["content"] = "Summarize:\n\n" + example["messages"][0]["content"]
     return example
 
 
-def from_input_output(row: Row, where: str, role_map: RoleMap | None) -> Example:
-    return pair(row["input"], "input", row["output"], "output", where)
-
-
-def from_text(row: Row, where: str, role_map: RoleMap | None) -> Example:
+def from_text(row: Row, role_map: RoleMap | None) -> Example:
     """A document. Chat logs have one turn per row, which would train what the customers say."""
     if speaker := next((name for name in ("role", "speaker", "from", "author") if is_filled(row.get(name))), None):
         raise DataError(
             f"the row is one turn of a conversation ('{speaker}': {shown(row[speaker])})",
-            where=where,
             why="its text would be trained as a document, whoever says it",
             way_out='a row per conversation: {"messages": [{"role": "user", "content": "…"}, …]}; '
             "or documents without that column (columns: [text] of datasets)",
         )
-    return {"text": text(row["text"], "row", "text", where)}
+    return {"text": text(row["text"], "row", "text")}
 
 
-def _shape(columns: str, convert: Callable[..., Example], *optional: str) -> Shape:
-    needed = columns.split(" + ")
-    if len(needed) == 1:
-        return Shape(columns, frozenset(needed), convert, FOR_TEMPLATE.union(needed), "")
-    return Shape(columns, frozenset(needed), convert, FOR_ANSWER.union(needed, optional), needed[1])
+def _shape(columns: str, convert: Callable[[Row, RoleMap | None], Example] | None = None, *optional: str) -> Shape:
+    """A shape by its name; without `convert`, one column is a conversation, and two are a question and its answer."""
+    asked, *answered = needed = columns.split(" + ")
+
+    def from_columns(row: Row, role_map: RoleMap | None) -> Example:
+        if answered:
+            return pair(row[asked], asked, row[answered[0]], answered[0])
+        return {"messages": conversation(row[asked], role_map)}
+
+    used = (FOR_ANSWER if answered else FOR_TEMPLATE).union(needed, optional)
+    return Shape(columns, frozenset(needed), convert or from_columns, used, "".join(answered))
 
 
 SHAPES = [  # in the order in which they are looked for
-    _shape("messages", from_messages),
-    _shape("conversations", from_conversations),
+    _shape("messages"),
+    _shape("conversations"),
     _shape("prompt + completion", from_prompt_completion),
     _shape("instruction + output", from_instruction, "input", "context"),
     _shape("instruction + response", from_instruction, "input", "context"),
     _shape("question + answer", from_question_answer, "context"),
     _shape("question + answers", from_question_answer, "context"),
-    _shape("query + response", from_query_response),
+    _shape("query + response"),
     _shape("document + summary", from_summary),
-    _shape("input + output", from_input_output),
+    _shape("input + output"),
     Shape("text", frozenset({"text"}), from_text, frozenset({"text"}), ""),
 ]
 COLUMNS = frozenset().union(*(shape.used for shape in SHAPES))
@@ -172,15 +160,15 @@ def shape_of(row: Row, where: str) -> Shape:
     Raises:
         DataError: none; the message lists what was seen, what is known, and how to map one to the other.
     """
-    for shape in SHAPES:
-        if shape.columns <= row.keys():
-            return shape
-    raise DataError(
-        f"columns {', '.join(map(shown, row)) or '(none)'} are of no known shape",
-        where=where,
-        why=f"known: {'; '.join(map(str, SHAPES))}",
-        way_out=hints.for_row(row),
-    )
+    with locate_errors(where):
+        for shape in SHAPES:
+            if shape.columns <= row.keys():
+                return shape
+        raise DataError(
+            f"columns {', '.join(map(shown, row)) or '(none)'} are of no known shape",
+            why=f"known: {'; '.join(map(str, SHAPES))}",
+            way_out=hints.for_row(row),
+        )
 
 
 def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleMap | None = None) -> Example:
@@ -190,25 +178,24 @@ def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleM
         DataError: another shape or none; a text that is missing, empty or not text; an unknown
             role; a conversation that trains nothing; an answer marked as bad (KTO); pictures, sound or video.
     """
-    if shape is None:
-        shape = shape_of(row, where)
-    elif not shape.columns <= row.keys():
-        raise DataError(
-            f"columns {', '.join(map(shown, row)) or '(none)'}, while the rows of this set have {shape}",
-            where=where,
-            way_out="give all rows of a set the same columns, or make two sets of it (datasets: …)",
-        )
-    if column := bad_answer(row, shape):
-        raise DataError(
-            f"the row's answer is marked as bad ('{column}' is {shown(row[column])})",
-            where=where,
-            why="rows of KTO: such an answer is one that the model should not give",
-            way_out=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
-        )
-    example = _read(row, where, shape, role_map)
-    if "messages" in example:
-        _check_answers(example["messages"], example.get("prompt_messages", 0), where)
-    return example
+    with locate_errors(where):
+        if shape is None:
+            shape = shape_of(row, where)
+        elif not shape.columns <= row.keys():
+            raise DataError(
+                f"columns {', '.join(map(shown, row)) or '(none)'}, while the rows of this set have {shape}",
+                way_out="give all rows of a set the same columns, or make two sets of it (datasets: …)",
+            )
+        if column := bad_answer(row, shape):
+            raise DataError(
+                f"the row's answer is marked as bad ('{column}' is {shown(row[column])})",
+                why="rows of KTO: such an answer is one that the model should not give",
+                way_out=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
+            )
+        example = _read(row, shape, role_map)
+        if "messages" in example:
+            _check_answers(example["messages"], example.get("prompt_messages", 0))
+        return example
 
 
 def question_shape(row: Row, where: str) -> Shape:
@@ -217,17 +204,18 @@ def question_shape(row: Row, where: str) -> Shape:
     Raises:
         DataError: no column holds a question, or an answer's column stands beside none that is known.
     """
-    for shape in SHAPES:
-        if shape.columns <= row.keys() and shape.convert is not from_text:
-            return shape
-    if any(is_filled(row.get(column)) for column in ANSWERS):
-        if (shape := shape_of(row, where)).convert is not from_text:
-            return shape
-    else:
+    with locate_errors(where):
         for shape in SHAPES:
-            if shape.columns - {shape.answer} <= row.keys():
+            if shape.columns <= row.keys() and shape.name != "text":
                 return shape
-    raise DataError("this row holds no prompt", where=where, way_out='{"prompt": "…"}, or the training rows\' columns')
+        if any(is_filled(row.get(column)) for column in ANSWERS):
+            if (shape := shape_of(row, where)).name != "text":
+                return shape
+        else:
+            for shape in SHAPES:
+                if shape.columns - {shape.answer} <= row.keys():
+                    return shape
+        raise DataError("this row holds no prompt", way_out='{"prompt": "…"}, or the training rows\' columns')
 
 
 def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
@@ -239,18 +227,19 @@ def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
     Raises:
         DataError: as `to_example`, but for the answer; a row that asks nothing.
     """
-    if shape.convert is from_text:
-        return {"messages": [{"role": "user", "content": text(row["text"], "user", "text", where)}]}, ""
-    is_answered = not shape.answer or is_filled(row.get(shape.answer))
-    if not is_answered:
-        filler: Any = "?"
-        if isinstance(row.get("prompt"), list):
-            filler = [{"role": "assistant", "content": "?"}]
-        row = {**row, shape.answer: filler}
-    question, answer = split_answer(_read(row, where, shape, None))
-    if not question["messages"]:
-        raise DataError("this row holds no prompt", where=where, way_out="a user's turn before the answer")
-    return question, "" if not is_answered or bad_answer(row, shape) else answer
+    with locate_errors(where):
+        if shape.name == "text":
+            return {"messages": [{"role": "user", "content": text(row["text"], "user", "text")}]}, ""
+        is_answered = not shape.answer or is_filled(row.get(shape.answer))
+        if not is_answered:
+            filler: Any = "?"
+            if isinstance(row.get("prompt"), list):
+                filler = [{"role": "assistant", "content": "?"}]
+            row = {**row, shape.answer: filler}
+        question, answer = split_answer(_read(row, shape, None))
+        if not question["messages"]:
+            raise DataError("this row holds no prompt", way_out="a user's turn before the answer")
+        return question, "" if not is_answered or bad_answer(row, shape) else answer
 
 
 def split_answer(example: Example) -> tuple[Example, str]:
@@ -260,11 +249,10 @@ def split_answer(example: Example) -> tuple[Example, str]:
     """
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in example["messages"]]
     answer = str(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else ""
-    question: Example = {"messages": turns}
-    for key in ("tools", "chat_template_kwargs"):
-        if key in example:
-            question[key] = example[key]
-    return question, answer
+    return {
+        "messages": turns,
+        **{key: example[key] for key in ("tools", "chat_template_kwargs") if key in example},
+    }, answer
 
 
 def unused_columns(row: Row, shape: Shape) -> list[str]:
@@ -294,100 +282,93 @@ def _is_verdict(value: Any, column: str, shape: Shape) -> bool:
     if column not in ("label", "kto_tag"):
         return False
     if column == "label":
-        fits = shape.convert in (from_messages, from_conversations, from_prompt_completion, from_query_response)
+        fits = shape.name in ("messages", "conversations", "prompt + completion", "query + response")
     else:
-        fits = shape.convert is not from_text
-    numbers = ("0", "1", "0.0", "1.0") if shape.convert is from_prompt_completion else ()
+        fits = shape.name != "text"
+    numbers = ("0", "1", "0.0", "1.0") if shape.name == "prompt + completion" else ()
     if not fits or not isinstance(value, bool | int | float | str) or (isinstance(value, int) and abs(value) > 1):
         return False
     return str(value).strip().lower() in ("true", "false", *numbers)
 
 
-def _read(row: Row, where: str, shape: Shape, role_map: RoleMap | None) -> Example:
+def _read(row: Row, shape: Shape, role_map: RoleMap | None) -> Example:
     """The example of a row, with what stands in the columns beside its conversation."""
     if not MEDIA_COLUMNS.isdisjoint(row):
         for column in MEDIA_COLUMNS.intersection(row):
             if row[column]:
-                raise multimodal(f"the column '{column}'", where)
-    example = shape.convert(row, where, role_map)
+                raise multimodal(f"the column '{column}'")
+    example = shape.convert(row, role_map)
     if "messages" not in example:
         return example
     messages = example["messages"]
     if "history" in shape.used:
         if is_filled(row.get("history")):
-            messages[:0] = _history(row["history"], where)
-        if reasoning := _optional(row, "reasoning_content", where):
+            messages[:0] = _history(row["history"])
+        if reasoning := _optional(row, "reasoning_content"):
             messages[-1]["reasoning_content"] = reasoning
-    if system := _optional(row, "system", where):
-        put_system(system, messages, where)
+    if system := _optional(row, "system"):
+        put_system(system, messages)
         if "prompt_messages" in example:
             example["prompt_messages"] += 1
-    if row.get("tools") and (tools := tools_of(row["tools"], where)):
+    if row.get("tools") and (tools := tools_of(row["tools"])):
         example["tools"] = tools
-    if is_filled(row.get("chat_template_kwargs")) and (kwargs := _kwargs(row["chat_template_kwargs"], where)):
+    if is_filled(row.get("chat_template_kwargs")) and (kwargs := _kwargs(row["chat_template_kwargs"])):
         example["chat_template_kwargs"] = kwargs
     return example
 
 
-def _check_answers(messages: list[Message], first: int, where: str) -> None:
+def _check_answers(messages: list[Message], first: int) -> None:
     """Refuse a conversation without an answer at its end, or whose answers from `first` on are all excluded."""
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"the conversation ends with the {messages[-1]['role']}, so there is no answer to train",
-            where=where,
             way_out="remove its last turn or add an answer",
         )
     if all(turn["role"] != "assistant" or turn.get("train") is False for turn in messages[first:]):
         raise DataError(
             "nothing of this row is trained",
-            where=where,
             why="the data excludes each of its assistant turns (train: false, loss: false, weight: 0, …)",
             way_out="remove the row",
         )
 
 
-def _history(value: Any, where: str) -> list[Message]:
+def _history(value: Any) -> list[Message]:
     """The turns before the question, from pairs of a question and its answer (LLaMA-Factory, ms-swift)."""
-    pairs = from_json(value, "'history'", where) if isinstance(value, str) else value
+    pairs = unwrap(value, "'history'")
     if not isinstance(pairs, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in pairs):
-        raise DataError(
-            f"'history' is not a list of pairs but {shown(value)}", where=where, way_out='[["question", "answer"], …]'
-        )
-    return [turn for asked, answer in pairs for turn in pair(asked, "history", answer, "history", where)["messages"]]
+        raise DataError(f"'history' is not a list of pairs but {shown(value)}", way_out='[["question", "answer"], …]')
+    return [turn for asked, answer in pairs for turn in pair(asked, "history", answer, "history")["messages"]]
 
 
-def _kwargs(value: Any, where: str) -> dict[str, Any]:
+def _kwargs(value: Any) -> dict[str, Any]:
     """The values that a row gives to the chat template, such as `{"enable_thinking": false}`."""
     name = "'chat_template_kwargs'"
-    kwargs = from_json(value, name, where) if isinstance(value, str) else value
+    kwargs = unwrap(value, name)
     if not isinstance(kwargs, dict):
-        raise DataError(
-            f"{name} is not an object but {shown(value)}", where=where, way_out='{"enable_thinking": false}'
-        )
-    plain(kwargs, name, where)
+        raise DataError(f"{name} is not an object but {shown(value)}", way_out='{"enable_thinking": false}')
+    plain(kwargs, name)
     if taken := sorted(RESERVED.intersection(kwargs)):
         raise DataError(
             f"{name} sets '{taken[0]}'",
-            where=where,
             why="training itself sets it; these values are the chat template's own",
             way_out="put the tools into the column 'tools'" if taken[0] == "tools" else f"remove '{taken[0]}'",
         )
     return {key: item for key, item in kwargs.items() if item is not None}
 
 
-def pair(question: Any, asked: str, answer: Any, answered: str, where: str) -> Example:
+def pair(question: Any, asked: str, answer: Any, answered: str) -> Example:
     """A question and its answer, from the columns named `asked` and `answered`."""
     return {
         "messages": [
-            {"role": "user", "content": text(question, "user", asked, where)},
-            {"role": "assistant", "content": text(answer, "assistant", answered, where)},
+            {"role": "user", "content": text(question, "user", asked)},
+            {"role": "assistant", "content": text(answer, "assistant", answered)},
         ]
     }
 
 
-def _optional(row: Row, column: str, where: str) -> str | None:
+def _optional(row: Row, column: str) -> str | None:
     """The text of a column that may be absent, null or blank."""
     value = row.get(column)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    return text(value, "row", column, where)
+    return text(value, "row", column)

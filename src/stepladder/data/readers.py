@@ -455,7 +455,7 @@ def python_list(stream: Any, name: str) -> Iterator[Found]:
             yield where, row
 
 
-def parse_nested(text: str, what: str, where: str) -> Any:
+def parse_nested(text: str, what: str) -> Any:
     """The value that a text holds: JSON, or a list or dictionary as Python prints it (a CSV cell of pandas).
 
     Args:
@@ -474,11 +474,10 @@ def parse_nested(text: str, what: str, where: str) -> Any:
         if NUMPY_REPR.search(text):
             raise DataError(
                 f"{what} is an array as NumPy and pandas print it, without commas: {shown(text)}",
-                where=where,
                 way_out="write the table as df.to_json(FILE, orient='records', lines=True, force_ascii=False)",
             )
     twice = f": {fault}" if "stands there twice" in str(fault) else ""
-    raise DataError(f"{what} is not JSON{twice}: {shown(text)}", where=where, way_out='a list or object: "[…]"')
+    raise DataError(f"{what} is not JSON{twice}: {shown(text)}", way_out='a list or object: "[…]"')
 
 
 def _literal(text: str) -> Any:

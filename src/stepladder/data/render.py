@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from stepladder.data.remarks import Remarks
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
-from stepladder.data.templates import limits
 from stepladder.data.templates.layout import (
     READ,
     ChatTemplate,
@@ -29,7 +28,7 @@ from stepladder.data.templates.layout import (
     beginning,
 )
 from stepladder.data.templates.marks import THOUGHT_END, Slot, mark
-from stepladder.errors import DataError, ModelError
+from stepladder.errors import DataError, ModelError, locate_errors
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
@@ -201,10 +200,10 @@ def prompt_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         slots, marked = mark(answered)
         layout = template.layout(slots, marked)
-        _refuse_losses(layout, slots, len(example["messages"]), Remarks(), "")
+        _refuse_losses(layout, slots, len(example["messages"]))
         return template.text(example, layout.dialect._replace(training=False), prompt=True)
     except Refusal as error:
-        raise _refused(error, "") from None
+        raise _refused(error) from None
 
 
 class _Renderer:
@@ -216,12 +215,18 @@ class _Renderer:
         self.begin = beginning(tokenizer)
         self.unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
 
+        self.where = ""  # of the row at hand
+
+    def _remark(self, kind: str, detail: str = "") -> None:
+        self.remarks.add(kind, self.where, detail)
+
     def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
         texts: list[str] = []
         spans: list[list[Span] | DataError] = []
-        for example, place in zip(examples, where, strict=True):
+        for example, self.where in zip(examples, where, strict=True):
             try:
-                text, found = self._conversation(example, place) if "messages" in example else (example["text"], [])
+                with locate_errors(self.where):
+                    text, found = self._conversation(example) if "messages" in example else (example["text"], [])
                 texts.append(text)
                 spans.append(found)
             except DataError as error:
@@ -231,29 +236,29 @@ class _Renderer:
             texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
         )
         for number, example in enumerate(examples):
-            turns = spans[number]
+            turns, self.where = spans[number], where[number]
             ids, offsets = encoded["input_ids"][number], encoded["offset_mapping"][number]
             if isinstance(turns, DataError):
                 yield turns
             elif "messages" not in example:
                 if chat := RENDERED_CHAT.search(example["text"]):
-                    self.remarks.add("rendered_text", where[number], chat[0].strip())
+                    self._remark("rendered_text", chat[0].strip())
                 ids = self._whole(ids)
                 yield Rendered(ids, list(ids))
             else:
                 cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
-                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets), where[number])
+                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets))
                 if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
-                    self.remarks.add("changed_by_tokenizer", where[number])
+                    self._remark("changed_by_tokenizer")
                 if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
-                    self.remarks.add("changed_by_tokenizer", where[number])
+                    self._remark("changed_by_tokenizer")
                 if self.begin and ids[: len(self.begin)] != self.begin:
-                    self.remarks.add("no_beginning", where[number], self.tokenizer.decode(self.begin))
+                    self._remark("no_beginning", self.tokenizer.decode(self.begin))
                 yield _labelled(ids, offsets, turns, train_on)
 
     # ---- a conversation ----
 
-    def _conversation(self, example: Example, where: str) -> tuple[str, list[Span]]:
+    def _conversation(self, example: Example) -> tuple[str, list[Span]]:
         """A conversation as text, and the characters of its trained turns.
 
         Raises:
@@ -262,44 +267,42 @@ class _Renderer:
         template = self.template
         try:
             slots, layout = template.row_layout(example)
-            _refuse_losses(layout, slots, len(example["messages"]), self.remarks, where)
+            _refuse_losses(layout, slots, len(example["messages"]))
+            if layout.lost:  # thoughts of earlier turns
+                self._remark("dropped_thoughts")
             text = template.row_text(example, layout, slots)
             # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
             has_blocks = template.marked and layout.spliced is None
             blocks = template.generated(example, layout.dialect) if has_blocks else None
         except Refusal as error:
-            raise _refused(error, where) from None
+            raise _refused(error) from None
         except RecursionError:
-            raise _refused(Refusal("nested too deeply"), where) from None
-        except limits.Exceeded as error:
-            raise limits.Exceeded(error.fault, where) from None
+            raise _refused(Refusal("nested too deeply")) from None
         starts = layout.find(text, slots)
         if isinstance(starts, Slot):
-            raise self._changed(starts, example, layout, where)
+            raise self._changed(starts, example, layout)
         text += next((turn.appended for turn in layout.turns if turn.appended), "")
-        self._remark(example, slots, layout, where)
+        self._remark_row(example, slots, layout)
         spans = _spans(example, layout, starts, len(text))
         if blocks is not None:
-            spans = self._within_blocks(text, spans, blocks, where)
+            spans = self._within_blocks(text, spans, blocks)
         return text, spans
 
-    def _changed(self, slot: Slot, example: Example, layout: Layout, where: str) -> DataError:
+    def _changed(self, slot: Slot, example: Example, layout: Layout) -> DataError:
         _, again = ChatTemplate(self.tokenizer).row_layout(example)
         if again.literals != layout.literals:
             return DataError(
                 "the chat template renders a conversation differently each time",
-                where=where,
                 why="it holds the time or a random choice, which the rows would be trained on",
                 way_out="another chat_template, or a fixed value in chat_template_kwargs",
             )
         return DataError(
             f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {_short(slot.text)}",
-            where=where,
             why="what is trained must be what the row says",
             way_out="another chat_template, or remove the row; or on_bad_row: skip",
         )
 
-    def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]], where: str) -> list[Span]:
+    def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]]) -> list[Span]:
         """The trained turns as the template's own `{% generation %}` blocks have them, up to their end of turn.
 
         Raises:
@@ -312,17 +315,16 @@ class _Renderer:
             if not inside:
                 raise DataError(
                     "the template's {% generation %} blocks leave out an answer of this row",
-                    where=where,
                     why=f"outside of them: {_short(text[span.start : span.end])}",
                     way_out="mark every assistant turn in the template, or train: false on the message",
                 )
             found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
             edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
             if any(text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)):
-                self.remarks.add("outside_blocks", where)
+                self._remark("outside_blocks")
         return found
 
-    def _remark(self, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
+    def _remark_row(self, example: Example, slots: list[Slot], layout: Layout) -> None:
         """What a person should know of a row that is rendered in whole.
 
         Raises:
@@ -330,34 +332,34 @@ class _Renderer:
         """
         for slot in slots:
             if slot.kind != "id" and (found := self.template.special.search(slot.text)):
-                self._refuse_turns_in(slot, example, slots, layout, where)
-                self.remarks.add("special_tokens", where, found[0])
+                self._refuse_turns_in(slot, example, slots, layout)
+                self._remark("special_tokens", found[0])
             is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
             if is_answer and any(slot.edges):
-                self._remark_edges(slots.index(slot), slots, layout, where)
+                self._remark_edges(slots.index(slot), slots, layout)
             if is_answer and (foreign := FOREIGN_END.search(slot.text, len(slot.text) - 40)):
-                self.remarks.add("foreign_end", where, foreign[1])
+                self._remark("foreign_end", foreign[1])
         for message in example["messages"]:
             before, end, _ = message["content"].partition(THOUGHT_END)
             if end and message["role"] == "assistant" and "<think>" not in before:
-                self.remarks.add("half_thought", where)
-        _refuse_other_order(example["messages"], slots, layout, where)
+                self._remark("half_thought")
+        _refuse_other_order(example["messages"], slots, layout)
         for turn in layout.turns:
             if turn.opened:
-                self.remarks.add("unopened", where, turn.opened)
+                self._remark("unopened", turn.opened)
             if turn.unasked:
-                self.remarks.add("unasked", where, turn.unasked)
+                self._remark("unasked", turn.unasked)
             if not turn.ends:
-                self.remarks.add("turn_without_end", where)
+                self._remark("turn_without_end")
         keys = {key for message in example["messages"] if len(message) > 2 for key in message}
         for key in keys - HANDLED:
             if not self.template.reads(key):
-                self.remarks.add("unread_key", where, key)
+                self._remark("unread_key", key)
         for key in example.get("chat_template_kwargs") or ():
             if not self.template.names(key):
-                self.remarks.add("unread_argument", where, key)
+                self._remark("unread_argument", key)
 
-    def _remark_edges(self, number: int, slots: list[Slot], layout: Layout, where: str) -> None:
+    def _remark_edges(self, number: int, slots: list[Slot], layout: Layout) -> None:
         """White space around an answer that the template strips; an answer after a thought that nothing opens."""
         place, (left, right) = layout.order.index(number), slots[number].edges
         before, after = layout.literals[place], layout.literals[place + 1]
@@ -366,9 +368,9 @@ class _Renderer:
             number and slots[number - 1].kind == "reasoning" and slots[number - 1].message == slots[number].message
         )
         if not (thought or before.endswith(left)) or not after.startswith(right):
-            self.remarks.add("trimmed", where)
+            self._remark("trimmed")
 
-    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout, where: str) -> None:
+    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout) -> None:
         """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
         number = slots.index(slot)
         before = layout.literals[layout.order.index(number)] if number in layout.order else ""
@@ -376,7 +378,6 @@ class _Renderer:
         if own and slot.kind == "content" and slot.text.startswith(own[-1]):
             raise DataError(
                 f"a text of this row is rendered already: {_short(slot.text)}",
-                where=where,
                 why=f"the chat template would put {own[-1]} before it once more",
                 way_out="give the texts without the template's tokens, or the whole as a column 'text'",
             )
@@ -387,7 +388,6 @@ class _Renderer:
                 if opens in slot.text:
                     raise DataError(
                         f"a text of this row opens an assistant's turn: {_short(slot.text)}",
-                        where=where,
                         why=f"it holds {opens!r}, with which the chat template begins an answer",
                         way_out="write the token otherwise, or remove the row; or on_bad_row: skip",
                     )
@@ -400,7 +400,7 @@ class _Renderer:
         last = next((token for token in reversed(ids) if self.tokenizer.decode([token]).strip()), None)
         return [*begin, *ids] if last == self.tokenizer.eos_token_id else [*begin, *ids, self.tokenizer.eos_token_id]
 
-    def _apart(self, text: str, cuts: list[int], whole: Encoded, where: str) -> Encoded:
+    def _apart(self, text: str, cuts: list[int], whole: Encoded) -> Encoded:
         """The tokens of a text, none of which holds characters on both sides of a cut.
 
         The model is asked with the text before a cut, so it is trained after the tokens of that.
@@ -412,9 +412,9 @@ class _Renderer:
         edges = [0, *inside, len(text)]
         parts = [self._piece(text[a:b], first=a == 0) for a, b in itertools.pairwise(edges)]
         if any(part is None for part in parts):
-            self.remarks.add("joined", where)
+            self._remark("joined")
             return whole
-        self.remarks.add("parted", where)
+        self._remark("parted")
         joined: Encoded = ([], [])
         for begin, part in zip(edges, parts, strict=False):
             assert part is not None
@@ -438,7 +438,7 @@ class _Renderer:
         return None
 
 
-def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout, where: str) -> None:
+def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout) -> None:
     """Raise where results follow in another order than their calls, and the template renders no ids."""
     if any(slots[slot].kind == "id" for slot in layout.order):
         return
@@ -449,7 +449,6 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
         if len(asked) > 1 and None not in asked + given and asked[: len(given)] != given:
             raise DataError(
                 "the tools' results stand in another order than their calls",
-                where=where,
                 why="the chat template renders no ids, so a result would be taken for that of another call",
                 way_out="results in the order of the calls",
             )
@@ -495,8 +494,8 @@ def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span],
     return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
 
 
-def _refuse_losses(layout: Layout, slots: list[Slot], messages: int, remarks: Remarks, where: str) -> None:
-    """Raise for what the template does not render; thoughts of earlier turns are dropped by design, and remarked."""
+def _refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
+    """Raise for what the template does not render, but for the thoughts of earlier turns: it drops these by design."""
     last = max((turn.message for turn in layout.turns), default=messages)
     missing = [slots[number] for number in layout.lost]
     lost = [(slot.kind, slot.text) for slot in missing if slot.kind != "reasoning" or slot.message >= last]
@@ -506,12 +505,9 @@ def _refuse_losses(layout: Layout, slots: list[Slot], messages: int, remarks: Re
         kind, text = lost[0]
         raise DataError(
             f"the chat template does not render the {NAMES.get(kind, kind)}: {_short(text)}",
-            where=where,
             why="it would be lost without a word",
             way_out=_way_out(kind),
         )
-    if layout.lost:
-        remarks.add("dropped_thoughts", where)
 
 
 def _way_out(kind: str) -> str:
@@ -522,10 +518,9 @@ def _way_out(kind: str) -> str:
     return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); or on_bad_row: skip"
 
 
-def _refused(error: Refusal, where: str) -> DataError:
+def _refused(error: Refusal) -> DataError:
     return DataError(
         f"the chat template refuses this conversation: {error}",
-        where=where,
         way_out="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
     )
 

@@ -206,7 +206,9 @@ def _check_syntax(template: str, where: str, name: str = "") -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if len(template) > limits.SOURCE:
-        raise limits.Exceeded(f"has {len(template):,} characters, and {limits.SOURCE:,} is the most", where)
+        raise limits.Exceeded(
+            f"the chat template has {len(template):,} characters, and {limits.SOURCE:,} is the most", where=where
+        )
     try:
         with limits.limited():
             render_jinja_template([], chat_template=template)  # compiles it, and renders nothing

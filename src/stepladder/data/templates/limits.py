@@ -27,9 +27,8 @@ TICK = 0.25  # seconds between two looks at the clock
 class Exceeded(ModelError):
     """The template takes more than it may; no other row would fare better, so none is skipped for it."""
 
-    def __init__(self, what: str, where: str = ""):
-        self.fault = what
-        super().__init__(f"the chat template {what}", where=where, way_out="another one, such as chat_template: chatml")
+    def __init__(self, what: str, **rest: Any):
+        super().__init__(what, **{"way_out": "another one, such as chat_template: chatml", **rest})
 
 
 class _Stop(BaseException):
@@ -66,9 +65,11 @@ class limited:
         if self._is_main:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if isinstance(error, _Stop):
-            raise Exceeded(f"takes more than {SECONDS:g} s for one conversation") from None
+            raise Exceeded(f"the chat template takes more than {SECONDS:g} s for one conversation") from None
         if isinstance(error, MemoryError):
-            raise Exceeded(f"takes more than {MEMORY >> 20} MiB of memory for one conversation") from None
+            raise Exceeded(
+                f"the chat template takes more than {MEMORY >> 20} MiB of memory for one conversation"
+            ) from None
 
 
 def _look(number: int, frame: FrameType | None) -> None:
@@ -89,4 +90,4 @@ def _address_space() -> int | None:
 def check_length(text: str, row: Any) -> None:
     """Raise Exceeded for a text that no row of this size should become."""
     if len(text) > CHARACTERS and len(text) > TIMES * len(str(row)):
-        raise Exceeded(f"makes {len(text):,} characters of one conversation")
+        raise Exceeded(f"the chat template makes {len(text):,} characters of one conversation")
