@@ -22,7 +22,8 @@ import dataclasses
 import json
 
 from stepladder import console, errors, flags
-from stepladder.data import audit, audit_report
+from stepladder.data import audit
+from stepladder.data.audit import printout
 from stepladder.model import adapter_recipe, start
 from stepladder.recipe import explain, load, rules
 
@@ -98,27 +99,28 @@ def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool)
         found.findings.append(audit.Finding(audit.WARNING, "foreign_evaluation", what, where, rules.OWN_ROWS))
     if found.train:
         console.quiet_libraries()
-        from stepladder.data import audit_tokens, templates
+        from stepladder.data import templates
+        from stepladder.data.audit import token_checks
         from stepladder.model import load as model_load
 
         recipe = adapter_recipe.settle(recipe)
         tokenizer = model_load.tokenizer(recipe)
         templates.prepare(tokenizer, recipe)
-        of_tokens = audit_tokens.check(found.train, tokenizer, recipe)
+        of_tokens = token_checks.check(found.train, tokenizer, recipe)
         found.findings += of_tokens
         if found.evaluation:
-            found.findings += audit_tokens.check(found.evaluation, tokenizer, recipe, of="evaluation ")
-        seen = list(audit_tokens.seen(found.train, tokenizer, recipe, count))
-        left_out = {place for finding in of_tokens if finding.name in audit_tokens.UNUSABLE for place in finding.where}
+            found.findings += token_checks.check(found.evaluation, tokenizer, recipe, of="evaluation ")
+        seen = list(token_checks.seen(found.train, tokenizer, recipe, count))
+        left_out = {place for finding in of_tokens if finding.name in token_checks.UNUSABLE for place in finding.where}
         found.train = found.train.take(n for n, where in enumerate(found.train.where) if where not in left_out)
     return _report(found, seen, as_json)
 
 
 def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
     if as_json:
-        print(json.dumps(audit_report.as_json(found, seen), ensure_ascii=False))
+        print(json.dumps(printout.as_json(found, seen), ensure_ascii=False))
     else:
-        audit_report.write(found, seen)
+        printout.write(found, seen)
     return errors.EXIT_BAD_INPUT if found.errors else 0
 
 

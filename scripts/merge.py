@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 from stepladder import console, errors, flags, hardware, run
-from stepladder.data import prompts
+from stepladder.data import mixture
 from stepladder.data.source import Source
+from stepladder.evaluation import questions
 from stepladder.model import gguf_file, start
 from stepladder.model.merge import weights
 from stepladder.recipe import load as recipe_load
@@ -54,7 +55,7 @@ def main() -> None:
         from stepladder.model.merge import export, fold, proof
 
     console.quiet_progress_bars()
-    facts = fold.merge(args, lambda tokenizer: prompts.token_ids(_rows(args), tokenizer))
+    facts = fold.merge(args, lambda tokenizer: questions.prompt_ids(_rows(args), tokenizer))
     if args.push_to_hub:
         console.say(f"pushed to {export.push(args.output_dir, args.push_to_hub)}")
     console.say(json.dumps(facts, indent=2) if args.json else proof.report(facts, args.output_dir))
@@ -63,15 +64,15 @@ def main() -> None:
 def _rows(args: argparse.Namespace) -> list:
     """The rows whose prompts both models answer."""
     if args.prompts:
-        return prompts.of_source(Source(args.prompts))
+        return questions.proof_rows(Source(args.prompts))
     recipe = args.adapter[0] / run.RECIPE
     if not recipe.is_file():
-        return prompts.built_in()
+        return questions.built_in_rows()
     try:
-        return prompts.of_recipe(recipe_load.load(str(recipe), []))
+        return questions.proof_rows(mixture.entries(recipe_load.load(str(recipe), []))[0].source)
     except errors.StepladderError as error:
         console.warn(f"note: the proof uses built-in prompts, the recipe's data cannot be read: {error.what}")
-        return prompts.built_in()
+        return questions.built_in_rows()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from conftest import Done, run, script
-from stepladder.data import audit, audit_tokens, mixture, prepare
+from stepladder.data import audit, mixture, prepare
+from stepladder.data.audit import token_checks
 from stepladder.errors import DataError
 
 THINGS = [
@@ -286,11 +287,11 @@ def tokenizer(smollm2: Path) -> Any:
 def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any]) -> None:
     """Guards against a model that never stops: nothing that ends an answer is trained."""
     rows = mixture.Rows("r", [COUNTING], ["r:1"])
-    assert not [f for f in audit_tokens.check(rows, tokenizer, settings()) if f.severity == "error"]
+    assert not [f for f in token_checks.check(rows, tokenizer, settings()) if f.severity == "error"]
     before = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
-        found = audit_tokens.check(rows, tokenizer, settings())
+        found = token_checks.check(rows, tokenizer, settings())
         with pytest.raises(DataError, match="trained in no turn"):
             prepare.prepared(rows, None, tokenizer, settings())
     finally:
@@ -303,7 +304,7 @@ def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any])
 
 def test_a_script_that_the_tokenizer_hardly_knows(tokenizer: Any, settings: Callable[..., Any]) -> None:
     rows = mixture.Rows("r", [{"text": "ᚠᚢᚦᚨᚱᚲᚷᚹᚺᚾᛁᛃ" * 3}, {"text": "Plain English text is fine."}], ["r:1", "r:2"])
-    found = {f.name: f for f in audit_tokens.check(rows, tokenizer, settings())}
+    found = {f.name: f for f in token_checks.check(rows, tokenizer, settings())}
     assert found["more_tokens_than_characters"].where == ["r:1"]
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepladder import requirements
-from stepladder.data import audit, audit_tokens, templates
+from stepladder.data import audit, templates
+from stepladder.data.audit import token_checks
 from stepladder.errors import LaunchError, StepladderError
 from stepladder.model import adapter_recipe, load, start
 from stepladder.planning import choose, hardware
@@ -106,7 +107,7 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     assert rows.train is not None
     tokenizer = load.tokenizer(recipe)
     templates.prepare(tokenizer, recipe)
-    found = audit_tokens.check(rows.train, tokenizer, recipe)
+    found = token_checks.check(rows.train, tokenizer, recipe)
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data.readers import is_unicode, parse_nested, shown
+from stepladder.data.values import is_unicode, parse_nested, shown
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 

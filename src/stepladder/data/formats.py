@@ -21,7 +21,7 @@ from stepladder.data.conversation import (
     tools_of,
     unwrap,
 )
-from stepladder.data.readers import Row, shown
+from stepladder.data.values import Row, shown
 from stepladder.errors import DataError, locate_errors
 
 # {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}

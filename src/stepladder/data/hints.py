@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from stepladder.data.conversation import yaml_name
-from stepladder.data.readers import Row
+from stepladder.data.values import Row
 
 # What an answer's column is called elsewhere.
 ANSWERS = (

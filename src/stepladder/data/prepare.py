@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console, hardware
-from stepladder.data import audit, audit_tokens, packing, render
-from stepladder.data.remarks import Remarks
+from stepladder.data import render
+from stepladder.data.remarks import NO_END, Remarks
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
 from stepladder.errors import DataError
@@ -38,7 +38,7 @@ NOTES = "notes.json"  # beside them: what was remarked of their rows, and which 
 STREAMED = 200  # rows of a stream that are looked at before it is trained on
 FILES = "files"  # in the notes: the SHA-256 of each file of the sets
 # What prepared rows follow from, beside their content.
-CODE = ("packing.py", "render.py", "remarks.py", "templates/layout.py", "templates/marks.py")
+CODE = ("prepare.py", "render.py", "remarks.py", "templates/layout.py", "templates/marks.py")
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
 ROWS_A_PROCESS = 20_000
@@ -63,22 +63,21 @@ def prepared(
                 os.utime(cached)  # in use from now on
             return cached
         console.say(f"⚠ the prepared rows in {cached} are damaged and are prepared again: {fault}")
-    packs, sets, said = settings.get("packing"), {}, {}
-    if isinstance(train, Rows):
-        train_set, remarks = rendered(train, tokenizer, settings)
-        if not len(train_set):
-            raise render.none_left(train.name, remarks)
-        if remarks.turns and not remarks.ends and render.mode(settings) != "everything":
-            audit.stop_on_errors([audit_tokens.no_end()])
-        sets[TRAIN] = packing.packed(train_set, settings, packs)
-        said[TRAIN] = {"notes": remarks.notes(len(train)), "skipped": remarks.skipped}
-    if evaluation:
-        packs = packs if settings.get("eval_packing") is None else settings.get("eval_packing")
-        eval_set, remarks = rendered(evaluation, tokenizer, settings)
-        if not len(eval_set):
-            raise render.none_left(evaluation.name, remarks)
-        sets[EVALUATION] = packing.packed(eval_set, settings, packs)
-        said[EVALUATION] = {"notes": remarks.notes(len(evaluation)), "skipped": remarks.skipped}
+    packs, eval_packs = settings.get("packing"), settings.get("eval_packing")
+    sets, said = {}, {}
+    for name, rows, is_packed in (
+        (TRAIN, train if isinstance(train, Rows) else None, packs),
+        (EVALUATION, evaluation or None, packs if eval_packs is None else eval_packs),
+    ):
+        if rows is None:
+            continue
+        dataset, remarks = rendered(rows, tokenizer, settings)
+        if not len(dataset):
+            raise render.none_left(rows.name, remarks)
+        if name == TRAIN and remarks.turns and not remarks.ends and render.mode(settings) != "everything":
+            raise DataError(NO_END[0], way_out=NO_END[1])
+        sets[name] = _pack(dataset, settings, is_packed)
+        said[name] = {"notes": remarks.notes(len(rows)), "skipped": remarks.skipped}
     try:
         return _write(sets, said, cached)
     except OSError:  # a home folder may be read-only or full on a compute node: then for this job alone
@@ -130,7 +129,7 @@ def lengths(dataset: Dataset) -> list[int]:
 
 def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
     """The training set of a stream, which each rank renders and packs as it reads."""
-    return packing.packed(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
+    return _pack(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
 
 
 def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
@@ -140,7 +139,7 @@ def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: S
         DataError: as `render.render`, of one of these rows.
     """
     pairs = list(itertools.islice(stream, STREAMED))
-    rows, remarks = Rows(stream.name, [example for example, _ in pairs], [where for _, where in pairs]), Remarks()
+    rows, remarks = Rows.from_pairs(stream.name, pairs), Remarks()
     render.render(rows, tokenizer, settings, 0, remarks)
     return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(len(rows))]
 
@@ -170,6 +169,34 @@ def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings)
     for _, found in parts:
         remarks.join(found)
     return concatenate_datasets([dataset for dataset, _ in parts]), remarks
+
+
+def _pack(dataset: Dataset | IterableDataset, settings: Settings, packs: bool) -> Dataset | IterableDataset:
+    """`dataset` as training reads it: shuffled where `shuffle_dataset` is set, packed by TRL where `packs` is.
+
+    A packed row's `rows` are the rows in it, and `seq_lengths` their lengths, by which attention
+    keeps them apart (`packing_strategy: wrapped` cuts rows anywhere and has none).
+    """
+    from trl import pack_dataset
+
+    def shuffled(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        return rows.shuffle(seed=settings.get("seed")) if settings.get("shuffle_dataset") else rows
+
+    if not packs:
+        return shuffled(dataset)
+    # TRL packs lists of one length together: each token carries its row's number through it.
+    dataset = shuffled(dataset).map(_for_each_token, batched=True)
+    dataset = pack_dataset(dataset, settings.get("max_length"), settings.get("packing_strategy"))
+    return shuffled(dataset.map(_for_each_sequence, batched=True))
+
+
+def _for_each_token(batch: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(batch["rows"], batch["input_ids"], strict=True)
+    return {"rows": [row * len(ids) for row, ids in pairs]}
+
+
+def _for_each_sequence(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": [list(dict.fromkeys(rows)) for rows in batch["rows"]]}
 
 
 def _start_process(threads: int) -> None:

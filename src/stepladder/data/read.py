@@ -10,22 +10,14 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.data.readers import (
-    JSON_FORM,
-    READERS,
-    Found,
-    arrow,
-    is_split_object,
-    json_rows,
-    parquet,
-    split_word,
-    without_nulls,
-)
+from stepladder.data.json_documents import is_split_object, json_rows, split_word
+from stepladder.data.readers import READERS, arrow, parquet
+from stepladder.data.values import JSON_FORM, Found, first_line, without_nulls
 from stepladder.errors import DataError
 from stepladder.files import name_fault, read_json
 
@@ -129,8 +121,7 @@ def _require_file(path: Path, name: str) -> None:
                 f"{name} is a link to {os.readlink(path)!r}, which is not there",
                 way_out="a download that was cut short leaves such links: download the data set again",
             ) from None
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        way_out = near_file(str(path), siblings) or "paths are relative to the folder you start from"
+        way_out = near_file(str(path)) or "paths are relative to the folder you start from"
         raise DataError(f"there is no data file {name}", way_out=way_out) from None
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}", way_out="name a file that can") from None
@@ -176,18 +167,14 @@ def other_kind(path: Path) -> DataError:
     if path.is_file() and _looks_like_json(path):
         what, way_out = "its content looks like JSON", f"mv {quoted(path)} {quoted(f'{path}.jsonl')}"
     elif code:
-        way_out = conversion(code, path)
+        # Beside the file and under a new name.
+        code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
+        way_out = f"python -c {quoted(code)}"
     elif suffix in UNPACKERS:
         way_out = f"{UNPACKERS[suffix]} {quoted(path)}"
     else:
         way_out = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
     return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, way_out=way_out)
-
-
-def conversion(code: str, path: Path) -> str:
-    """A shell command that runs Python code over FILE, which writes OUT, beside it and under a new name."""
-    code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
-    return f"python -c {quoted(code)}"
 
 
 def _looks_like_json(path: Path) -> bool:
@@ -339,7 +326,7 @@ def _saved_rows(folder: Path, name: str) -> Iterator[Found]:
         raise
     except Exception as error:  # of its state, of Arrow, of the file system: all the user's to read
         raise DataError(
-            f"the folder of save_to_disk cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            f"the folder of save_to_disk cannot be loaded: {first_line(error)}",
             where=name,
             way_out="copy it again, or write it again with save_to_disk",
         ) from None
@@ -374,7 +361,9 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
-def near_file(name: str, known: Iterable[str]) -> str:
-    """As `suggest` for keys, but a suffix that is left out counts little against a file's name."""
-    near = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+def near_file(name: str) -> str:
+    """As `suggest` for keys, among the files of one folder: a suffix that is left out counts little."""
+    folder = Path(name).parent
+    siblings = sorted(map(str, folder.iterdir())) if folder.is_dir() else []
+    near = difflib.get_close_matches(name, siblings, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""

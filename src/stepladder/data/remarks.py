@@ -74,6 +74,16 @@ TEXTS = {
     ),
 }
 
+# Of a set none of whose turns trains its end within max_length: what is wrong, and the way out.
+NO_END = (
+    "the end-of-turn token is trained in no turn, so the model would not learn to stop",
+    "raise max_length where it cuts every answer; else use a chat template that ends the answer",
+)
+
+
+def share_of_rows(places: list[str], total: int) -> str:
+    return f"{len(places):,} of {total:,} rows ({len(places) / total:.1%})"
+
 
 @dataclass
 class Remarks:
@@ -111,8 +121,8 @@ class Remarks:
         found = []
         for (kind, detail), places in self.rows.items():
             text, way_out = TEXTS[kind]
-            count = f"{len(places):,} of {total:,} rows ({len(places) / total:.1%})"
-            found.append((kind, text.format(rows=count, detail=repr(detail)), way_out.format(), places))
+            what = text.format(rows=share_of_rows(places, total), detail=repr(detail))
+            found.append((kind, what, way_out.format(), places))
         return found
 
     def notes(self, total: int) -> list[str]:

@@ -113,8 +113,7 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
         reading = itertools.chain.from_iterable(stream.read(epoch) for epoch in itertools.count())
         count, remarks = 0, Remarks()
         while batch := list(itertools.islice(reading, BATCH)):
-            held = Rows(stream.name, [example for example, _ in batch], [where for _, where in batch])
-            for number, row in _within_length(held, tokenizer, settings, remarks):
+            for number, row in _within_length(Rows.from_pairs(stream.name, batch), tokenizer, settings, remarks):
                 stream.left_out.update(dict.fromkeys(remarks.skipped))
                 yield {"input_ids": row.ids, "labels": row.labels, "rows": [count + number]}
             if len(remarks.skipped) == len(batch):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepladder import run
-from stepladder.data import audit
+from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
 from stepladder.data.stream import Stream
@@ -18,7 +19,8 @@ from stepladder.data.stream import Stream
 FILE = "held_out.json"
 MOST_TRAINED = 100_000  # trained rows whose keys the file holds, in 1.5 MB; of more, their data is read again
 MOST_HELD_OUT = 10_000  # held-out rows whose keys and places it holds: the first of them
-LONG_ANSWER = 40  # characters, wide ones (Chinese, …) counted as audit.WIDE
+LONG_ANSWER = 40  # characters, wide ones counted as WIDE
+WIDE = 3  # characters that a wide one (Chinese, Japanese, Korean) counts as: about as much as it says
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,53 @@ class Kept:
     trained: set[str] | None
 
 
+def role_text(example: Example, *roles: str) -> str:
+    """What these roles say in an example, reasoning and tool calls included; a plain text is the assistant's."""
+    if "text" in example:
+        return str(example["text"]) if "assistant" in roles else ""
+    texts = []
+    for message in example["messages"]:
+        if message["role"] in roles:
+            reasoning = "".join(f"{message[key]}\n" for key in REASONING if key in message)
+            calls = message.get("tool_calls")
+            texts.append(reasoning + message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
+    return "\n".join(texts)
+
+
+def all_text(example: Example) -> str:
+    return role_text(example, "system", "developer", "user", "tool", "assistant")
+
+
+def width(text: str) -> int:
+    """Characters, each wide one counted as `WIDE`."""
+    if text.isascii():
+        return len(text)
+    return len(text) + (WIDE - 1) * sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def normal_text(example: Example) -> str:
+    """All that a row gives to the model, case and blanks apart."""
+    beside = [example.get(key) for key in ("tools", "chat_template_kwargs")]
+    return _plain(all_text(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
+
+
+def own_text(example: Example) -> str:
+    """What a row says of its own: many rows share one system prompt, and are no copies for that."""
+    return _plain(role_text(example, "user", "tool", "assistant"))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def key(example: Example) -> str:
     """What a row is known by: the start of a SHA-256 of its text, case and blanks apart (48 bits, hexadecimal).
 
     Of a row with a long answer these are the words of user, tool and assistant, so that another system prompt
     makes no other row of it; of any other it is all that the model is given.
     """
-    has_long_answer = audit.width(audit.said(example, "assistant")) >= LONG_ANSWER
-    text = audit.own_words(example) if has_long_answer else audit.whole(example)
+    has_long_answer = width(role_text(example, "assistant")) >= LONG_ANSWER
+    text = own_text(example) if has_long_answer else normal_text(example)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from stepladder.data import formats, hints
 from stepladder.data.conversation import KNOWN_KEYS, RoleMap
-from stepladder.data.readers import Found, shown
 from stepladder.data.source import HEAD, Source
+from stepladder.data.values import Found, shown
 from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
@@ -61,6 +61,10 @@ class Rows:
             sets=[{**part.sets[0], "rows": len(part), "share": round(len(part) / total, 6)} for part in parts if total],
         )
 
+    @classmethod
+    def from_pairs(cls, name: str, pairs: list[tuple[formats.Example, str]]) -> Rows:
+        return cls(name, [example for example, _ in pairs], [where for _, where in pairs])
+
     def fingerprint(self) -> dict[str, Any]:
         """Name, number and SHA-256 of the examples in their order; skipped rows; the sets' shares."""
         skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped}
@@ -106,12 +110,10 @@ class Converter:
         self.rows = 0
         self.present: Counter[str] = Counter()  # rows, by column of that map
 
-    @classmethod
-    def of_source(cls, source: Source, shape: formats.Shape | None) -> Converter:
-        return cls(source.label, shape, source.role_map)
-
-    def example(self, where: str, row: formats.Row) -> formats.Example:
-        """As `formats.to_example`."""
+    def example(self, where: str, row: formats.Row | DataError) -> formats.Example:
+        """As `formats.to_example`; a fault in a row's stead is raised."""
+        if isinstance(row, DataError):
+            raise row
         shape = self.shape or formats.shape_of(row, where)
         example = formats.to_example(row, where, shape, self.role_map)
         self.count(row, shape, example)
@@ -178,7 +180,8 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     if not pairs:
         why = f"all {len(skipped)} are bad: {skipped[0]}"
         raise DataError(f"no row of {source.label} can be used", why=why, way_out=_way_out_of_first(source))
-    rows = Rows(source.label, [example for example, _ in pairs], [where for _, where in pairs], skipped)
+    rows = Rows.from_pairs(source.label, pairs)
+    rows.skipped = skipped
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
     if skipped:
         rows.notes.append(f"{len(skipped)} bad rows of {source.label} are skipped, the first at {skipped[0]}")
@@ -205,7 +208,7 @@ def head_notes(source: Source) -> list[str]:
         DataError: a set that cannot be read, or none of whose first rows has a known shape.
     """
     head = list(itertools.islice(source.rows(), HEAD))
-    converter = Converter.of_source(source, usual_shape(head))
+    converter = Converter(source.label, usual_shape(head), source.role_map)
     for where, row in head:
         _example(where, row, converter)
     return [str(remark) for remark in converter.remarks(f" (its first {len(head):,} rows)")]
@@ -239,7 +242,7 @@ def examples(
                 why=f"{source.label} has the columns {shape}, which come first",
                 way_out="another column_map, or columns: […] without those",
             )
-    converter = Converter.of_source(source, shape)
+    converter = Converter(source.label, shape, source.role_map)
     for where, row in found:
         example = _example(where, row, converter)
         if isinstance(example, DataError):
@@ -273,8 +276,6 @@ def usual_shape(head: list[Found]) -> formats.Shape:
 
 
 def _example(where: str, row: formats.Row | DataError, converter: Converter) -> formats.Example | DataError:
-    if isinstance(row, DataError):
-        return row
     try:
         return converter.example(where, row)
     except DataError as error:

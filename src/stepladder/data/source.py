@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepladder.data.json_documents import split_key, split_word
 from stepladder.data.read import (
     METADATA,
     OTHER_KINDS,
@@ -28,7 +29,8 @@ from stepladder.data.read import (
     refuse_metadata,
     stem,
 )
-from stepladder.data.readers import READERS, Found, split_key, split_word
+from stepladder.data.readers import READERS
+from stepladder.data.values import Found, first_line
 from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
@@ -96,7 +98,7 @@ class Source:
 
     def _renamed(self, found: Iterator[Found]) -> Iterator[Found]:
         """Rows with the columns asked for. A row that has the new name and not the old is left as it is."""
-        head = list(itertools.islice(found, HEAD))
+        head, column_map = list(itertools.islice(found, HEAD)), self.column_map or {}
         seen = {column for _, row in head if isinstance(row, dict) for column in row}
         for column in self.columns or []:
             if seen and column not in seen:
@@ -108,28 +110,22 @@ class Source:
             if isinstance(row, DataError):
                 yield where, row
                 continue
-            missing = [old for new, old in (self.column_map or {}).items() if old not in row and new not in row]
-            if missing:
-                yield (
-                    where,
-                    DataError(
-                        f"column_map names the column '{missing[0]}', which is not there",
-                        where=where,
-                        why=f"the columns are {', '.join(map(repr, row))}",
-                        way_out=suggest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}",
-                    ),
-                )
+            if missing := [old for new, old in column_map.items() if old not in row and new not in row]:
+                what = f"column_map names the column '{missing[0]}', which is not there"
+                why = f"the columns are {', '.join(map(repr, row))}"
+                way_out = suggest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}"
+                yield where, DataError(what, where=where, why=why, way_out=way_out)
                 continue
-            kept = row if self.columns is None else {name: row[name] for name in self.columns if name in row}
-            renamed = {new: row[old] for new, old in (self.column_map or {}).items() if old in row}
-            taken = set((self.column_map or {}).values())
-            yield where, {**{name: value for name, value in kept.items() if name not in taken}, **renamed}
+            kept = [name for name in (row if self.columns is None else self.columns) if name in row]
+            renamed = {new: row[old] for new, old in column_map.items() if old in row}
+            yield where, {name: row[name] for name in kept if name not in column_map.values()} | renamed
 
     def _local(self) -> Iterator[Found]:
-        split, start, stop = self._slice()
+        sliced = SLICE.fullmatch(self.split)  # as the hub's own loader reads it
+        split = sliced["name"] if sliced else self.split
         files = self._files(split)
         found = itertools.chain.from_iterable(read(file, split) for file in files)
-        if start is None and stop is None:
+        if not sliced or sliced["start"] == sliced["stop"] is None:
             return found
         rows = list(found)  # how many there are must be known for percentages and for counting from the end
 
@@ -138,13 +134,7 @@ class Source:
                 return None
             return round(int(text[:-1]) / 100 * len(rows)) if text.endswith("%") else int(text)
 
-        return iter(rows[bound(start) : bound(stop)])
-
-    def _slice(self) -> tuple[str, str | None, str | None]:
-        """`train[:10%]` as the hub's own loader reads it: the split's name and its bounds."""
-        if match := SLICE.fullmatch(self.split):
-            return match["name"], match["start"], match["stop"]
-        return self.split, None, None
+        return iter(rows[bound(sliced["start"]) : bound(sliced["stop"])])
 
     def _files(self, split: str) -> list[Path]:
         root = Path() if self.path in GENERIC else Path(self.path).expanduser()
@@ -207,11 +197,10 @@ class Source:
         except DataError:
             raise
         except Exception as error:  # the hub's errors are of a dozen classes, all of them the user's to read
-            siblings = [str(p) for p in Path(self.path).parent.iterdir()] if Path(self.path).parent.is_dir() else []
             raise self._error(
                 f"the data set '{self.label}' (split {self.split}) could not be loaded",
-                near_file(self.path, siblings) or "a hub id needs the network, or its cache; a local path must exist",
-                why=(str(error).splitlines() or [type(error).__name__])[0],
+                near_file(self.path) or "a hub id needs the network, or its cache; a local path must exist",
+                why=first_line(error),
             ) from None
 
     def _error(self, what: str, way_out: str, why: str = "") -> DataError:
@@ -312,18 +301,14 @@ def _saved_splits(folder: Path, inside: list[Path]) -> dict[str, Path]:
     if not is_saved(folder):
         saved = {name: folder / name for name in sorted({p.parts[0] for p in inside}) if is_saved(folder / name)}
     if saved:
-        others = [p for p in inside if _holds_rows(p) and not (is_saved(folder / p.parent) and _is_of_saved(p))]
-        if others:
+        apart = (p for p in inside if not is_saved(folder / p.parent) or (kind(p) != ".arrow" and p.name not in SAVED))
+        if others := [p for p in apart if _holds_rows(p)]:
             raise DataError(
                 f"the folder {folder} holds {printable(others[0])}, which would not be read",
                 why="a folder of save_to_disk is read by what it lists",
                 way_out="name the file, or move it elsewhere",
             )
     return saved
-
-
-def _is_of_saved(path: Path) -> bool:
-    return kind(path) == ".arrow" or path.name in SAVED
 
 
 def _card_patterns(folder: Path, name: str | None, split: str) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from stepladder.data import audit, mixture, row_keys
+from stepladder.data import mixture, row_keys
 from stepladder.data.formats import Example
 from stepladder.data.row_keys import Kept
 from stepladder.data.rows import Rows
@@ -217,7 +217,7 @@ def _firsts(examples: list[Example]) -> list[int]:
     """Where each row stands first, by all that it gives to the model, blanks apart."""
     found: dict[str, int] = {}
     for i, example in enumerate(examples):
-        found.setdefault(audit.whole(example), i)
+        found.setdefault(row_keys.normal_text(example), i)
     return list(found.values())
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder import files
-from stepladder.data import formats, read
+from stepladder.data import formats, read, render
 from stepladder.data.formats import Example
-from stepladder.data.rows import Converter, Rows
+from stepladder.data.rows import Converter, Rows, examples
+from stepladder.data.source import Source
 from stepladder.errors import DataError
 from stepladder.evaluation.generate import Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROMPTS_BYTES = 1 << 26  # each prompt is answered by a model
+PROOF_PROMPTS, PROOF_TOKENS = 4, 48  # of a merge's proof: prompts, and the last tokens of each that are kept
+BUILT_IN = (
+    "What should I check before I sign a rental contract?",
+    "Write a short poem about rain.",
+    "def fibonacci(n):",
+    "How far is the Moon?",
+)
 
 
 class Question(NamedTuple):
@@ -107,3 +119,27 @@ def _of_file(path: Path, converter: Converter) -> Iterator[Question]:
 
 def _question(example: Example, answer: str) -> Question:
     return Question(example["messages"], answer, example.get("tools"), example.get("chat_template_kwargs"))
+
+
+def proof_rows(source: Source) -> list[Example]:
+    """The first rows of a set, for the proof of a merged model; the rest is not read."""
+    return [example for example, _ in islice(examples(source, True, []), PROOF_PROMPTS)]
+
+
+def built_in_rows() -> list[Example]:
+    return [{"messages": [{"role": "user", "content": text}]} for text in BUILT_IN]
+
+
+def prompt_ids(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """What the model is asked, by the tokenizer's chat template where it has one."""
+    found = []
+    for row in rows:
+        messages = list(row.get("messages", ()))
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if messages and tokenizer.chat_template:
+            text = render.prompt_text({**row, "messages": messages}, tokenizer)
+        else:
+            text = messages[-1]["content"] if messages else row["text"]
+        found.append(tokenizer(text, add_special_tokens=not messages)["input_ids"][-PROOF_TOKENS:])
+    return found

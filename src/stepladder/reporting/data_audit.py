@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from stepladder.data import audit, audit_report
+from stepladder.data import audit
+from stepladder.data.audit import printout
 from stepladder.data.rows import Rows
 from stepladder.run import write_whole
 
@@ -24,7 +25,7 @@ def write(folder: Path, train: Any, evaluation: Any) -> None:
     if len(train) > MOST:
         looked = {"rows looked at": MOST, "of": len(train)}
         findings.insert(0, audit.Finding(audit.FIGURE, "sampled", "a sample drawn by chance", figures=looked))
-    found = audit_report.as_json(audit.Audit(train.name, train, held_out, findings), [])
+    found = printout.as_json(audit.Audit(train.name, train, held_out, findings), [])
     write_whole(folder / "audit.json", json.dumps(found, ensure_ascii=False) + "\n")
 
 

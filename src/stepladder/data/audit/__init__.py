@@ -1,27 +1,26 @@
 """What is wrong or odd with rows before anything is trained on them: as text, without a tokenizer.
 
 Errors make a set unfit, warnings ask for a look, figures describe. What the rows become as
-tokens is the subject of audit_tokens; printing, of audit_report.
+tokens is the subject of token_checks; printing, of printout.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import unicodedata
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data import mixture, rows, suspects
-from stepladder.data.conversation import REASONING
+from stepladder.data import mixture, rows
 from stepladder.data.formats import Example
-from stepladder.data.readers import shown
+from stepladder.data.row_keys import WIDE, all_text, normal_text, own_text, role_text, width
 from stepladder.data.rows import Rows
 from stepladder.data.source import HEAD, Source
 from stepladder.data.stream import Stream
+from stepladder.data.values import shown
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -33,11 +32,40 @@ IMBALANCE = 10  # how many times more frequent the commonest class may be than t
 LANGUAGE_SAMPLE = 2000  # rows
 LANGUAGE_SURE = 40  # characters below which a language cannot be told
 
-WIDE = 3  # characters that a wide one (Chinese, Japanese, Korean) counts as: about as much as it says
-
 # Near-duplicates: Jaccard similarity of the texts' 5-character pieces. 18 bands of 7 find 98.5 % of
 # the pairs at 0.8 as candidates; each candidate is then compared exactly.
 NEAR, PIECE, PERMUTATIONS, BANDS, CANDIDATES = 0.8, 5, 126, 18, 50
+
+# Secrets and personal data. The patterns find look-alikes too. All are bounded: a text takes time in proportion
+# to its length.
+E_MAIL, SECRET, PRIVATE_KEY = "an e-mail address", "a key or password", "a private key"
+CARD, PHONE = "a card number", "a phone number"
+
+PRIVATE = {
+    # Names under the reserved domains (example.com, .test) are nobody's.
+    E_MAIL: re.compile(r"\b[\w.+-]{1,64}@(?!example\.)(?:[\w-]+\.)+(?!example\b|test\b|invalid\b)[a-zA-Z]{2,}\b"),
+    SECRET: re.compile(
+        r"\b(?:sk-[\w-]{20,}|sk_(?:live|test)_\w{16,}|gh[pousr]_\w{36}|github_pat_\w{22,}|glpat-[\w-]{20}"
+        r"|hf_[A-Za-z]{30,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abeprs]-[\w-]{10,}"
+        r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
+        # a name and a value of letters and digits: `client_secret = 'f3k29dk20…'`
+        r"|(?i:(?<![a-z])(?:api[_-]?key|secret|access[_-]?token|password)[\w-]{0,20}[\"']?\s{0,3}[:=]\s{0,3}[\"']?"
+        r"(?=\S{0,40}\d)(?=\S{0,40}[a-z])[\w/+.=-]{12,100})"
+    ),
+    PRIVATE_KEY: re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"),
+    CARD: re.compile(r"(?<![\d.])[3-6]\d{3}(?:[ -]?\d){9,15}(?!\d)"),
+    PHONE: re.compile(
+        r"(?<![\w+])\+\d{1,3}(?:[ ./-]?\(?\d{1,4}\)?){2,5}(?!\d)"
+        r"|(?<![\d.-])(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[.-]\d{4}(?![\d-])"
+    ),
+}
+# Characters that no writer meant.
+ODD = {
+    "replacement characters (�), left by an earlier wrong decoding,": re.compile("\ufffd"),
+    "control characters": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
+    "invisible characters": re.compile(r"[\u200b\u2060\u202a-\u202e\u2066-\u2069\ufeff]"),
+    "UTF-8 that was read as Latin-1 (Ã©, â€™)": re.compile(r"[ÂÃ][\x80-\xbf\u0152-\u0178\u2018-\u2122]|â€|ðŸ"),
+}
 
 
 @dataclass(frozen=True)
@@ -109,14 +137,14 @@ def of_recipe(settings: Settings, limits: Limits) -> Audit:
     if not any(entry.source.streaming for entry in sets):
         for entry in sets:
             found = read(entry.source, settings.get("on_bad_row") == "skip")[1]
-            findings += [finding for finding in found if finding.name != rows.UNKNOWN_KEYS]  # audit_tokens knows more
+            findings += [finding for finding in found if finding.name != rows.UNKNOWN_KEYS]  # token_checks knows more
         if any(finding.severity == ERROR for finding in findings):
             return Audit(name, None, None, findings)
     train, evaluation = mixture.load(settings)
     if isinstance(train, Stream):
         findings += [Finding(WARNING, "note", note) for note in train.notes]
         pairs = list(itertools.islice(train, STREAMED))
-        train = Rows(train.name, [example for example, _ in pairs], [where for _, where in pairs])
+        train = Rows.from_pairs(train.name, pairs)
         findings.append(Finding(FIGURE, "streamed", "of the stream", figures={"rows looked at": len(train)}))
     if evaluation and not settings.get("test_split_size"):  # else they are the training set's
         findings += [Finding(WARNING, "note", note) for note in evaluation.notes]
@@ -138,7 +166,7 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
         shape = rows.usual_shape(head)
     except DataError:  # of no row; each row then says so itself
         shape = None
-    converter = rows.Converter.of_source(source, shape)
+    converter = rows.Converter(source.label, shape, source.role_map)
     try:
         for where, row in itertools.chain(head, found):
             try:
@@ -160,7 +188,7 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
     if good:
         findings += [Finding(WARNING, name, what, way_out=way_out) for name, what, way_out in converter.remarks()]
     findings += itertools.chain.from_iterable(_classes(column, counts) for column, counts in classes.items())
-    return Rows(source.label, [example for example, _ in good], [where for _, where in good]), findings
+    return Rows.from_pairs(source.label, good), findings
 
 
 def check(found: Rows, limits: Limits, evaluation: Rows | None = None) -> list[Finding]:
@@ -168,35 +196,11 @@ def check(found: Rows, limits: Limits, evaluation: Rows | None = None) -> list[F
     return [
         *_too_short(found, limits),
         *_copies(found, evaluation),
-        *_suspects(found, suspects.private, "private", "mask it, or remove the rows: what is trained can be recited"),
-        *_suspects(found, suspects.odd, "odd_characters", "repair the text where it comes from"),
+        *_suspects(found, _private, "private", "mask it, or remove the rows: what is trained can be recited"),
+        *_suspects(found, _odd, "odd_characters", "repair the text where it comes from"),
         *_lengths(found),
         *_languages(found),
     ]
-
-
-def said(example: Example, *roles: str) -> str:
-    """What these roles say in an example, reasoning and tool calls included; a plain text is the assistant's."""
-    if "text" in example:
-        return str(example["text"]) if "assistant" in roles else ""
-    texts = []
-    for message in example["messages"]:
-        if message["role"] in roles:
-            reasoning = "".join(f"{message[key]}\n" for key in REASONING if key in message)
-            calls = message.get("tool_calls")
-            texts.append(reasoning + message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
-    return "\n".join(texts)
-
-
-def everything(example: Example) -> str:
-    return said(example, "system", "developer", "user", "tool", "assistant")
-
-
-def width(text: str) -> int:
-    """Characters, each wide one counted as `WIDE`."""
-    if text.isascii():
-        return len(text)
-    return len(text) + (WIDE - 1) * sum(unicodedata.east_asian_width(character) in "WF" for character in text)
 
 
 def spread(values: Iterable[int]) -> dict[str, int]:
@@ -209,7 +213,7 @@ def spread(values: Iterable[int]) -> dict[str, int]:
 def _too_short(found: Rows, limits: Limits) -> Iterator[Finding]:
     for role, label, least in (("user", "input", limits.input), ("assistant", "output", limits.output)):
         for example, where in zip(found.examples, found.where, strict=True):
-            text = said(example, role)
+            text = role_text(example, role)
             if (count := width(text)) < least and not (role == "user" and "text" in example):
                 wide = f" ({count}, wide ones counted as {WIDE})" * (count != len(text))
                 what = f"{label} too short: {shown(text, 40)} has {len(text)} characters{wide}, at least {least}"
@@ -221,7 +225,7 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
     own = len(found)
     apart = evaluation or Rows("", [], [])
     examples = found.examples + apart.examples
-    exact, near = _pairs(list(map(whole, examples)), list(map(own_words, examples)), own)
+    exact, near = _pairs(list(map(normal_text, examples)), list(map(own_text, examples)), own)
     places = found.where + apart.where
     for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
         inside = [(i, j) for i, j in pairs if i < own]
@@ -233,21 +237,6 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
             if these:
                 where, like = [places[i] for i, _ in these], [places[j] for _, j in these]
                 yield Finding(WARNING, label, f"{what}: {len(these):,}", where, way_out, like)
-
-
-def whole(example: Example) -> str:
-    """All that a row gives to the model, case and blanks apart."""
-    beside = [example.get(key) for key in ("tools", "chat_template_kwargs")]
-    return _plain(everything(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
-
-
-def own_words(example: Example) -> str:
-    """What a row says of its own: many rows share one system prompt, and are no copies for that."""
-    return _plain(said(example, "user", "tool", "assistant"))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def _pairs(wholes: list[str], words: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -292,16 +281,35 @@ def _pieces(text: str) -> set[str]:
 def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, way_out: str) -> Iterator[Finding]:
     places: dict[str, list[str]] = {}
     for example, where in zip(found.examples, found.where, strict=True):
-        for kind in look(everything(example)):
+        for kind in look(all_text(example)):
             places.setdefault(kind, []).append(where)
     for kind, where_all in places.items():
         what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
         yield Finding(WARNING, name, what, where_all, way_out)
 
 
+def _private(text: str) -> list[str]:
+    """The kinds of secrets and personal data that a text seems to hold."""
+    return [kind for kind, form in PRIVATE.items() if any(_is_meant(kind, m[0]) for m in form.finditer(text))]
+
+
+def _odd(text: str) -> list[str]:
+    """The kinds of characters in a text that no writer meant."""
+    return [kind for kind, form in ODD.items() if form.search(text)]
+
+
+def _is_meant(kind: str, text: str) -> bool:
+    """Whether digits can be what they look like: cards have a check digit (Luhn), phone numbers 8 to 15 digits."""
+    digits = [int(c) for c in text if c.isdecimal()]
+    if kind == CARD:
+        doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
+        return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+    return kind != PHONE or 8 <= len(digits) <= 15
+
+
 def _lengths(found: Rows) -> Iterator[Finding]:
     for label, role in (("input", "user"), ("output", "assistant")):
-        lengths = [len(said(example, role)) for example in found.examples]
+        lengths = [len(role_text(example, role)) for example in found.examples]
         if any(lengths):
             yield Finding(FIGURE, f"{label}_characters", f"{label} characters", figures=spread(lengths))
 
@@ -311,7 +319,7 @@ def _languages(found: Rows) -> Iterator[Finding]:
     from py3langid import classify
 
     sample = found.examples[:: math.ceil(len(found) / LANGUAGE_SAMPLE)]
-    texts = [text for text in map(everything, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE]
+    texts = [text for text in map(all_text, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE]
     counts = Counter(classify(text[:1000])[0] for text in texts)
     if counts:
         shares = {language: round(count / len(texts), 4) for language, count in counts.most_common()}

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data import render
-from stepladder.data.audit import ERROR, FIGURE, WARNING, Finding, everything, spread
-from stepladder.data.remarks import Remarks
+from stepladder.data.audit import ERROR, FIGURE, WARNING, Finding, spread
+from stepladder.data.remarks import NO_END, Remarks, share_of_rows
+from stepladder.data.row_keys import all_text
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError
 from stepladder.settings import Settings
@@ -91,7 +92,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
         figures = {"turns": turns, "trained": ended}
         findings.append(Finding(FIGURE, "end_of_turn", f"{of}end-of-turn token", figures=figures))
         if not ended and not of and train_on != "everything":  # evaluation rows teach nothing
-            findings.append(no_end())
+            findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], way_out=NO_END[1]))
     if beheaded:
         what, way_out = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
         findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, way_out))
@@ -101,7 +102,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     if skips and len(rows) and not kept_rows:
         findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
-        what = f"{_share(cut, rows)} are cut by max_length {max_length}"
+        what = f"{share_of_rows(cut, len(rows))} are cut by max_length {max_length}"
         findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
     for name, what, way_out, places in remarks.texts(len(rows)):
         findings.append(Finding(WARNING, name, what, places, way_out))
@@ -129,22 +130,12 @@ def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, cou
         yield Seen(where, len(ids), sum(trained for trained, _ in kinds), cut, stretches)
 
 
-def no_end() -> Finding:
-    """Of a set none of whose turns trains its end within max_length."""
-    return Finding(
-        ERROR,
-        "no_end_of_turn",
-        "the end-of-turn token is trained in no turn, so the model would not learn to stop",
-        way_out="raise max_length where it cuts every answer; else use a chat template that ends the answer",
-    )
-
-
 def _badly_tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Texts with more tokens than characters, and texts with characters that the tokenizer does not know."""
     dense: list[str] = []
     unknown: list[str] = []
     for start in range(0, len(rows), render.BATCH):
-        texts = [everything(example) for example in rows.examples[start : start + render.BATCH]]
+        texts = [all_text(example) for example in rows.examples[start : start + render.BATCH]]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for text, ids, where in zip(texts, encoded, rows.where[start:], strict=False):
             if len(ids) > len(text) >= LONG_ENOUGH:
@@ -157,8 +148,4 @@ def _badly_tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator
     ):
         if places:
             way_out = "a model whose tokenizer knows this script, or other rows"
-            yield Finding(WARNING, name, f"{_share(places, rows)} {what}", places, way_out)
-
-
-def _share(where: list[str], rows: Rows) -> str:
-    return f"{len(where):,} of {len(rows):,} rows ({len(where) / len(rows):.1%})"
+            yield Finding(WARNING, name, f"{share_of_rows(places, len(rows))} {what}", places, way_out)

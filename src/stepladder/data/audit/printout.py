@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stepladder.console import printable
 from stepladder.data.audit import FIGURE, WARNING, Audit, Finding
-from stepladder.data.audit_tokens import Seen
+from stepladder.data.audit.token_checks import Seen
 from stepladder.screen import Screen
 
 MOST_PLACES = 10  # of a warning; --json lists all
