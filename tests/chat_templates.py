@@ -101,7 +101,7 @@ def tokenizer_with(name: str, settings: Any) -> Any:
         templates.prepare(tokenizer, settings(prompt_template="### User: {input}\n### Assistant: "))
     elif name != OWN:
         # As the tokenizers of the models that carry it: all of its tokens are known, those of tools too.
-        tokens = dict.fromkeys(templates.TURN_TOKEN.findall(templates.named(name)))
+        tokens = dict.fromkeys(templates.TURN_TOKEN.findall(templates.load_template(name)))
         tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
         templates.prepare(tokenizer, settings(chat_template=name))
     return tokenizer

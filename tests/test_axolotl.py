@@ -353,7 +353,7 @@ def test_templates_of_one_name_render_one_text() -> None:
     assert TEMPLATES.keys() - rendered.keys() == {"phi_3", "phi_35", "llama3_2_vision"}
     messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
     for name, text in rendered.items():
-        template = templates.named(TEMPLATES[name])
+        template = templates.load_template(TEMPLATES[name])
         shown = render_jinja_template([messages], chat_template=template, bos_token="<BOS>")[0][0]
         assert shown == text, name
 

@@ -169,7 +169,7 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
     first, again = (behaviours.ask(model, tokenizer, tasks, 2) for _ in range(2))
     assert first == again and len(first.repeated) == 2
     assert [answer is None for answer in first.answers] == [name == behaviours.TOOL for name in behaviours.CHECKS]
-    tokenizer.chat_template = templates.named("qwen3")
+    tokenizer.chat_template = templates.load_template("qwen3")
     assert None not in behaviours.ask(model, tokenizer, tasks).answers
     for weights in model.parameters():
         weights.data.fill_(math.nan)

@@ -392,11 +392,11 @@ def test_ollama_renders_the_chat_template(smollm2: Path) -> None:
     template, system = export.go_template(tokenizer)
     assert export.execute(template, [("system", system), ("user", "?")]) == question
     for name in ("chatml", "zephyr", "qwen2_5"):
-        tokenizer.chat_template = templates.named(name)
+        tokenizer.chat_template = templates.load_template(name)
         export.modelfile(tokenizer, {})
     tokenizer.chat_template = templates.from_prompt_template("### User: {input}\n### Assistant: ")
     assert "### Assistant:{{ else" in export.modelfile(tokenizer, {})
-    tokenizer.chat_template = templates.named("mistral")  # its system prompt is a part of the first question
+    tokenizer.chat_template = templates.load_template("mistral")  # its system prompt is a part of the first question
     with pytest.raises(ModelError, match="treats a turn by its place"):
         export.modelfile(tokenizer, {})
 

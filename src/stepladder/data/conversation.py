@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data.values import is_unicode, parse_nested, shown
+from stepladder.data.cells import is_unicode, parse_nested, quote
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 
@@ -85,7 +85,7 @@ def text(value: Any, role: str, column: str, may_be_empty: bool = False) -> str:
         return value
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         raise DataError(
-            f"the {role}'s text ('{column}') is a list of {len(value)} texts: {shown(value)}",
+            f"the {role}'s text ('{column}') is a list of {len(value)} texts: {quote(value)}",
             way_out="choose one of them, or make a row of each",
         )
     if isinstance(value, list):
@@ -93,7 +93,7 @@ def text(value: Any, role: str, column: str, may_be_empty: bool = False) -> str:
     if value is None:
         raise DataError(f"the {role}'s text ('{column}') is missing", way_out=FILL_IN)
     raise DataError(
-        f"the {role}'s text ('{column}') is not text but {shown(value)}",
+        f"the {role}'s text ('{column}') is not text but {quote(value)}",
         way_out='put it in quotes: "42"' if isinstance(value, int | float) else "a text in quotes",
     )
 
@@ -106,7 +106,7 @@ def _part(part: Any) -> str:
         return part["text"]
     if isinstance(name, str) and any(media in name for media in MEDIA_PARTS):
         raise multimodal(f"a content part of the type '{name}'")
-    raise DataError(f"a content part is not text: {shown(part)}", way_out='{"type": "text", "text": "…"}')
+    raise DataError(f"a content part is not text: {quote(part)}", way_out='{"type": "text", "text": "…"}')
 
 
 def multimodal(what: str) -> DataError:
@@ -125,9 +125,9 @@ def conversation(value: Any, role_map: RoleMap | None = None) -> list[Message]:
     Raises:
         DataError: not a list of messages, an empty one, or a message that cannot be read.
     """
-    value = unwrap(value, "the conversation")  # a text, as CSV must have it
+    value = parse_nested(value, "the conversation")  # a text, as CSV must have it
     if not isinstance(value, list):
-        raise DataError(f"the conversation is not a list but {shown(value)}", way_out="a list of messages")
+        raise DataError(f"the conversation is not a list but {quote(value)}", way_out="a list of messages")
     if not value:
         raise DataError("an empty conversation", way_out=FILL_IN)
     return [_message(item, role_map) for item in value]
@@ -136,7 +136,7 @@ def conversation(value: Any, role_map: RoleMap | None = None) -> list[Message]:
 def _message(item: Any, role_map: RoleMap | None) -> Message:
     name = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
     if name is None:
-        raise DataError(f"a message has no 'role': {shown(item)}", way_out='{"role": "user", "content": "…"}')
+        raise DataError(f"a message has no 'role': {quote(item)}", way_out='{"role": "user", "content": "…"}')
     if role_map:
         name = role_map.known(name)
     role = ROLES.get(name) if isinstance(name, str) else None
@@ -152,7 +152,7 @@ def _message(item: Any, role_map: RoleMap | None) -> Message:
     calls: Any = item.get("tool_calls") or item.get("function_call")
     if name in CALL_ROLES and not calls:
         calls, content = content, ""
-    calls = unwrap(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'")
+    calls = parse_nested(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'")
     if calls and role != "assistant":
         raise DataError(f"the {role} calls tools", way_out="only the assistant has 'tool_calls'")
     if calls and content is None:
@@ -165,7 +165,7 @@ def _message(item: Any, role_map: RoleMap | None) -> Message:
         message["train"] = False
     for other, value in item.items():
         if value is not None and other not in READ_KEYS:
-            message |= plain({other: value}, f"a message's {shown(other)}")
+            message |= plain({other: value}, f"a message's {quote(other)}")
     return message
 
 
@@ -176,7 +176,7 @@ def _unknown_role(name: Any) -> DataError:
         likely = LIKELY_ROLES.get(name.strip().lower()) or (near[1] if near else "ROLE")
         rest = f", with one of {', '.join(dict.fromkeys(ROLES.values()))} for ROLE" * (likely == "ROLE")
         way_out += f"{' ' * bool(way_out)}in the recipe: role_map: {{{yaml_name(name)}: {likely}}}{rest}"
-    return DataError(f"unknown role {shown(name)}", why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it")
+    return DataError(f"unknown role {quote(name)}", why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it")
 
 
 def _check_twins(item: Message) -> None:
@@ -185,8 +185,7 @@ def _check_twins(item: Message) -> None:
         if item.get(one) and item.get(other) and item[one] != item[other]:
             if one == "role" and ROLES.get(str(item[one])) == ROLES.get(str(item[other]), ""):
                 continue
-            raise DataError(f"a message has both '{one}' and '{other}', and they differ",
-                            way_out="remove one of them")  # fmt: skip
+            raise DataError(f"a message has both '{one}' and '{other}', and they differ", way_out="remove one of them")
 
 
 def _reasoning(item: Message, role: str) -> Message:
@@ -223,7 +222,7 @@ def _is_trained(item: Message, role: str) -> bool:
     for key in UNCLEAR_MASKS:
         if item.get(key) is not None:
             raise DataError(
-                f"a message has '{key}': {shown(item[key])}",
+                f"a message has '{key}': {quote(item[key])}",
                 why="in some tools true leaves a turn out, in others it trains the turn",
                 way_out="train: false on the turns that are context only",
             )
@@ -231,12 +230,12 @@ def _is_trained(item: Message, role: str) -> bool:
     if not found:
         return True
     if len(set(found.values())) > 1:
-        said = ", ".join(f"{key}: {shown(item[key])}" for key in found)
+        said = ", ".join(f"{key}: {quote(item[key])}" for key in found)
         raise DataError(f"a message's mask keys contradict each other ({said})", way_out="keep one")
     key, trained = next(iter(found.items()))
     if trained and role != "assistant":
         raise DataError(
-            f"the {role}'s turn is to be trained ({key}: {shown(item[key])})",
+            f"the {role}'s turn is to be trained ({key}: {quote(item[key])})",
             why="only the assistant's turns are trained",
             way_out=f"remove '{key}' from it; train_on: everything trains every turn",
         )
@@ -254,7 +253,7 @@ def _mask(key: str, value: Any) -> bool:
         if name in ON + OFF:
             return name in ON
     raise DataError(
-        f"a message's '{key}' is {shown(value)}",
+        f"a message's '{key}' is {quote(value)}",
         why="a turn is trained or not: weights other than 0 and 1 are not implemented",
         way_out=f"{key}: true or false, 1 or 0",
     )
@@ -265,13 +264,13 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
-        raise DataError(f"a tool call has no name: {shown(call)}", way_out=form)
+        raise DataError(f"a tool call has no name: {quote(call)}", way_out=form)
     arguments = function.get("arguments") or {}
     if not arguments and (other := next((key for key in ARGUMENTS if function.get(key)), None)):
         raise DataError(f"a tool call has '{other}' and no 'arguments'", way_out="rename it: 'arguments'")
-    arguments = unwrap(arguments, "a tool call's arguments")
+    arguments = parse_nested(arguments, "a tool call's arguments")
     if not isinstance(arguments, dict):
-        raise DataError(f"a tool call's arguments are not an object but {shown(arguments)}", way_out='{"city": "Rome"}')
+        raise DataError(f"a tool call's arguments are not an object but {quote(arguments)}", way_out='{"city": "Rome"}')
     outer = call if "function" in call else {}
     return plain({**outer, "type": "function", "function": {**function, "arguments": arguments}}, "a tool call")
 
@@ -282,9 +281,9 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     Raises:
         DataError: not a list of objects, or a tool without a name.
     """
-    tools = unwrap(value, "'tools'")
+    tools = parse_nested(value, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"'tools' is not a list of objects but {shown(tools)}", way_out="a JSON schema each")
+        raise DataError(f"'tools' is not a list of objects but {quote(tools)}", way_out="a JSON schema each")
     return [plain(_tool(tool), "'tools'") for tool in tools]
 
 
@@ -293,7 +292,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     kind = tool.get("type", "function") if "function" in tool else "function"
     if kind != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
-        raise DataError(f"a tool is not a function with a name: {shown(tool)}", way_out=form)
+        raise DataError(f"a tool is not a function with a name: {quote(tool)}", way_out=form)
     outer = tool if "function" in tool else {}
     if function is tool:  # `{"type": "function", "name": …}`, as OpenAI's Responses API has it
         function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
@@ -308,11 +307,6 @@ def put_system(value: Any, messages: list[Message]) -> None:
     messages.insert(0, {"role": "system", "content": text(value, "system", "system")})
 
 
-def unwrap(value: Any, what: str) -> Any:
-    """A list or object as it is, or out of a text that holds it as JSON or as Python prints it."""
-    return parse_nested(value, what) if isinstance(value, str) else value
-
-
 def plain(value: Any, what: str) -> Any:
     """The value itself, once it is sure that JSON and a tokenizer can take it."""
     try:
@@ -320,7 +314,7 @@ def plain(value: Any, what: str) -> Any:
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
             raise TypeError  # JSON would turn the key into text
     except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{what} holds what JSON cannot: {shown(value)}", way_out=FILL_IN) from None
+        raise DataError(f"{what} holds what JSON cannot: {quote(value)}", way_out=FILL_IN) from None
     return value
 
 

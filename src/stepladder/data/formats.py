@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from stepladder.data import hints
+from stepladder.data.cells import Row, parse_nested, quote
 from stepladder.data.conversation import (
     Message,
     RoleMap,
@@ -19,9 +20,7 @@ from stepladder.data.conversation import (
     put_system,
     text,
     tools_of,
-    unwrap,
 )
-from stepladder.data.values import Row, shown
 from stepladder.errors import DataError, locate_errors
 
 # {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}
@@ -87,7 +86,10 @@ def from_instruction(row: Row, role_map: RoleMap | None) -> Example:
 
 def from_question_answer(row: Row, role_map: RoleMap | None) -> Example:
     """The question, after the `context` that it is about."""
-    answer, column = (row["answer"], "answer") if "answer" in row else (_first_answer(row["answers"]), "answers")
+    if "answer" in row:
+        answer, column = row["answer"], "answer"
+    else:  # the first of several; a question may have none
+        answer, column = next(iter(listed_answers(row["answers"])), None), "answers"
     example = pair(row["question"], "question", answer, column)
     if context := _optional(row, "context"):
         question = example["messages"][0]
@@ -95,14 +97,8 @@ def from_question_answer(row: Row, role_map: RoleMap | None) -> Example:
     return example
 
 
-def _first_answer(answers: Any) -> Any:
-    """SQuAD's `{"text": [...]}`, or a list of texts: its first; None where a question has no answer."""
-    found = listed_answers(answers)
-    return found[0] if found else None
-
-
 def listed_answers(answers: Any) -> list[Any]:
-    """All answers of such a column."""
+    """All answers of SQuAD's `{"text": [...]}`, of a list of texts, or the value as the one answer."""
     found = answers.get("text") if isinstance(answers, dict) else answers
     return found if isinstance(found, list) else [found]
 
@@ -117,7 +113,7 @@ def from_text(row: Row, role_map: RoleMap | None) -> Example:
     """A document. Chat logs have one turn per row, which would train what the customers say."""
     if speaker := next((name for name in ("role", "speaker", "from", "author") if is_filled(row.get(name))), None):
         raise DataError(
-            f"the row is one turn of a conversation ('{speaker}': {shown(row[speaker])})",
+            f"the row is one turn of a conversation ('{speaker}': {quote(row[speaker])})",
             why="its text would be trained as a document, whoever says it",
             way_out='a row per conversation: {"messages": [{"role": "user", "content": "…"}, …]}; '
             "or documents without that column (columns: [text] of datasets)",
@@ -165,7 +161,7 @@ def shape_of(row: Row, where: str) -> Shape:
             if shape.columns <= row.keys():
                 return shape
         raise DataError(
-            f"columns {', '.join(map(shown, row)) or '(none)'} are of no known shape",
+            f"columns {', '.join(map(quote, row)) or '(none)'} are of no known shape",
             why=f"known: {'; '.join(map(str, SHAPES))}",
             way_out=hints.for_row(row),
         )
@@ -183,12 +179,12 @@ def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleM
             shape = shape_of(row, where)
         elif not shape.columns <= row.keys():
             raise DataError(
-                f"columns {', '.join(map(shown, row)) or '(none)'}, while the rows of this set have {shape}",
+                f"columns {', '.join(map(quote, row)) or '(none)'}, while the rows of this set have {shape}",
                 way_out="give all rows of a set the same columns, or make two sets of it (datasets: …)",
             )
         if column := bad_answer(row, shape):
             raise DataError(
-                f"the row's answer is marked as bad ('{column}' is {shown(row[column])})",
+                f"the row's answer is marked as bad ('{column}' is {quote(row[column])})",
                 why="rows of KTO: such an answer is one that the model should not give",
                 way_out=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
             )
@@ -334,18 +330,18 @@ def _check_answers(messages: list[Message], first: int) -> None:
 
 def _history(value: Any) -> list[Message]:
     """The turns before the question, from pairs of a question and its answer (LLaMA-Factory, ms-swift)."""
-    pairs = unwrap(value, "'history'")
+    pairs = parse_nested(value, "'history'")
     if not isinstance(pairs, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in pairs):
-        raise DataError(f"'history' is not a list of pairs but {shown(value)}", way_out='[["question", "answer"], …]')
+        raise DataError(f"'history' is not a list of pairs but {quote(value)}", way_out='[["question", "answer"], …]')
     return [turn for asked, answer in pairs for turn in pair(asked, "history", answer, "history")["messages"]]
 
 
 def _kwargs(value: Any) -> dict[str, Any]:
     """The values that a row gives to the chat template, such as `{"enable_thinking": false}`."""
     name = "'chat_template_kwargs'"
-    kwargs = unwrap(value, name)
+    kwargs = parse_nested(value, name)
     if not isinstance(kwargs, dict):
-        raise DataError(f"{name} is not an object but {shown(value)}", way_out='{"enable_thinking": false}')
+        raise DataError(f"{name} is not an object but {quote(value)}", way_out='{"enable_thinking": false}')
     plain(kwargs, name)
     if taken := sorted(RESERVED.intersection(kwargs)):
         raise DataError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.data.values import DECODER, JSON_FORM, SAVE_AS_UTF8, Found, Row, bad_row, refuse_utf16, shown
+from stepladder.data.cells import DECODER, JSON_FORM, SAVE_AS_UTF8, Found, Row, bad_row, quote, refuse_utf16
 from stepladder.errors import DataError
 
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
@@ -214,7 +214,7 @@ def _of_object(value: Row, where: str, name: str, split: str) -> Iterator[Found]
             code = f"import json; [print(json.dumps(row)) for row in {code}]"
             extraction = f"python -c {quoted(code)} > {quoted(name + '.jsonl')}"
             raise DataError(
-                f"'{key}' holds the rows, and {', '.join(map(shown, others))} beside it would not be read",
+                f"'{key}' holds the rows, and {', '.join(map(quote, others))} beside it would not be read",
                 where=where,
                 way_out=f"{extraction}\nif the object is one row: put it in brackets, [{{…}}]",
             )
@@ -228,7 +228,7 @@ def _of_object(value: Row, where: str, name: str, split: str) -> Iterator[Found]
     elif columns := _columns(value):
         lengths = {column: len(cells) for column, cells in columns.items()}
         if len(set(lengths.values())) > 1:
-            numbers = ", ".join(f"{shown(column)} {length}" for column, length in lengths.items())
+            numbers = ", ".join(f"{quote(column)} {length}" for column, length in lengths.items())
             raise DataError(
                 f"lists of unequal lengths, so they are not columns of one table: {numbers}",
                 where=where,
@@ -293,7 +293,7 @@ def split_word(name: str) -> str | None:
 
 
 def _as_row(where: str, value: Any) -> Found:
-    return (where, value) if type(value) is dict else bad_row(where, f"not a JSON object but {shown(value)}", JSON_FORM)
+    return (where, value) if type(value) is dict else bad_row(where, f"not a JSON object but {quote(value)}", JSON_FORM)
 
 
 def _invalid_json(error: Exception, where: str) -> DataError:

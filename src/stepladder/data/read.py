@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
+from stepladder.data.cells import JSON_FORM, Found, first_line, without_nulls
 from stepladder.data.json_documents import is_split_object, json_rows, split_word
-from stepladder.data.readers import READERS, arrow, parquet
-from stepladder.data.values import JSON_FORM, Found, first_line, without_nulls
+from stepladder.data.readers import READERS, arrow_rows, parquet_rows
 from stepladder.errors import DataError
 from stepladder.files import name_fault, read_json
 
@@ -79,7 +79,7 @@ def read(path: Path, split: str = "train") -> Iterator[Found]:
         yield from _saved_rows(path, name)
         return
     reader = READERS.get(kind(path))
-    if reader is None or (reader in (parquet, arrow) and path.suffix.lower() in COMPRESSED):
+    if reader is None or (reader in (parquet_rows, arrow_rows) and path.suffix.lower() in COMPRESSED):
         raise other_kind(path)
     refuse_metadata(path)
     where = ""

@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from stepladder.data.json_documents import json_rows
-from stepladder.data.values import (
+from stepladder.data.cells import (
     ROW_FORM,
     SAVE_AS_UTF8,
     Found,
@@ -24,14 +23,15 @@ from stepladder.data.values import (
     first_line,
     has_key_twice,
     is_unicode,
+    quote,
     refuse_utf16,
-    shown,
     without_nulls,
 )
+from stepladder.data.json_documents import json_rows
 from stepladder.errors import DataError
 
 
-def separated(stream: Any, name: str) -> Iterator[Found]:
+def csv_rows(stream: Any, name: str) -> Iterator[Found]:
     """CSV: comma, semicolon or tab, whichever the header has most of. Every cell is text.
 
     Separators at the end of the header make columns without a name, whose cells must be empty.
@@ -76,7 +76,7 @@ def separated(stream: Any, name: str) -> Iterator[Found]:
                 )
             _refuse_duplicates(header, where)
         elif len(cells) == width and any(cells[len(header) :]):
-            what = f"{shown(next(filter(None, cells[len(header) :])))} stands under an empty header"
+            what = f"{quote(next(filter(None, cells[len(header) :])))} stands under an empty header"
             yield bad_row(where, what, "name the column, or put a text that holds the separator in double quotes")
         elif len(cells) not in (width, len(header)):
             what = f"{len(cells)} cell{'s' * (len(cells) != 1)} where the header has {len(header)}"
@@ -85,7 +85,7 @@ def separated(stream: Any, name: str) -> Iterator[Found]:
             yield where, dict(zip(header, cells, strict=False))
 
 
-def parquet(stream: Any, name: str) -> Iterator[Found]:
+def parquet_rows(stream: Any, name: str) -> Iterator[Found]:
     from pyarrow.parquet import ParquetFile
 
     with _arrow_faults(name, "Parquet"):
@@ -94,7 +94,7 @@ def parquet(stream: Any, name: str) -> Iterator[Found]:
         yield from _batch_rows(file.iter_batches(batch_size=1000), name)
 
 
-def arrow(stream: Any, name: str) -> Iterator[Found]:
+def arrow_rows(stream: Any, name: str) -> Iterator[Found]:
     """An Arrow file (Feather version 2 is one too) or stream (what `datasets` writes)."""
     import pyarrow.ipc
 
@@ -135,7 +135,7 @@ def _arrow_faults(name: str, kind: str) -> Iterator[None]:
         raise DataError(f"cannot be read as {kind}: {reason}", where=name, way_out="write the file again") from None
 
 
-def python_list(stream: Any, name: str) -> Iterator[Found]:
+def python_rows(stream: Any, name: str) -> Iterator[Found]:
     """The one list of dictionaries that a Python file assigns to a name; its code is not run."""
     try:
         with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def python_list(stream: Any, name: str) -> Iterator[Found]:
             yield bad_row(where, "not a literal, and the file is read, not run", "write the value out")
             continue
         if type(row) is not dict or not all(isinstance(key, str) for key in row):
-            yield bad_row(where, f"not a row but {shown(row)}", ROW_FORM)
+            yield bad_row(where, f"not a row but {quote(row)}", ROW_FORM)
         elif has_key_twice(item):
             yield bad_row(where, "a key stands there twice", "remove one of them")
         else:
@@ -179,12 +179,12 @@ READERS: dict[str, Callable[[Any, str], Iterator[Found]]] = {
     ".json": json_rows,
     ".ndjson": json_rows,
     ".jsonlines": json_rows,
-    ".csv": separated,
-    ".tsv": separated,
-    ".parquet": parquet,
-    ".arrow": arrow,
-    ".feather": arrow,
-    ".py": python_list,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".feather": arrow_rows,
+    ".py": python_rows,
 }
 
 

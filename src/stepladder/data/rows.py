@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stepladder.data import formats, hints
+from stepladder.data.cells import Found, quote
 from stepladder.data.conversation import KNOWN_KEYS, RoleMap
 from stepladder.data.source import HEAD, Source
-from stepladder.data.values import Found, shown
 from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
@@ -144,7 +144,7 @@ class Converter:
             what = f"{place}: keys of messages that only the chat template may use: {_names(self.keys, 'message')}"
             found.append(Remark(UNKNOWN_KEYS, what))
         if self.role_map and (absent := self.role_map.roles.keys() - self.role_map.seen):
-            names = ", ".join(map(shown, sorted(absent, key=str)))
+            names = ", ".join(map(quote, sorted(absent, key=str)))
             what = f"{place}: role_map names {names}, which no conversation has"
             found.append(Remark("unused_roles", what))
         return found
@@ -153,7 +153,7 @@ class Converter:
         """The `column_map` that reads unused columns; it needs them in every row."""
         if not self.column_map:
             return ""
-        read = [shown(column) for column in self.column_map.values() if column in self.columns]
+        read = [quote(column) for column in self.column_map.values() if column in self.columns]
         partial = any(self.present[column] < self.rows for column in self.column_map.values())
         return f"{hints.column_map(self.column_map)} reads {', '.join(read)}" + ", once every row has it" * partial
 
@@ -165,7 +165,7 @@ def _names(counts: Counter[str], unit: str) -> str:
 
 
 def _name(name: str) -> str:
-    return name if name.isprintable() and name.strip() and len(name) <= LONG_NAME else shown(name, LONG_NAME)
+    return name if name.isprintable() and name.strip() and len(name) <= LONG_NAME else quote(name, LONG_NAME)
 
 
 def collect(source: Source, skip_bad_rows: bool = False) -> Rows:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepladder.data.cells import Found, first_line
 from stepladder.data.json_documents import split_key, split_word
 from stepladder.data.read import (
     METADATA,
@@ -30,7 +31,6 @@ from stepladder.data.read import (
     stem,
 )
 from stepladder.data.readers import READERS
-from stepladder.data.values import Found, first_line
 from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
@@ -92,9 +92,7 @@ class Source:
             DataError: a file, folder or hub data set that cannot be read.
         """
         found = self._local() if self.local else self._hub()
-        if self.columns is None and not self.column_map:
-            return found
-        return self._renamed(found)
+        return found if self.columns is None and not self.column_map else self._renamed(found)
 
     def _renamed(self, found: Iterator[Found]) -> Iterator[Found]:
         """Rows with the columns asked for. A row that has the new name and not the old is left as it is."""
@@ -237,9 +235,10 @@ def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
         kinds = ", ".join(suffix for suffix in READERS if suffix != ".py")
         raise DataError(f"the folder {folder} holds no data files", why=f"it holds {seen}", way_out=f"one of {kinds}")
     _refuse_unclear(folder, files, unread)
-    chosen = [p for p in files if split in (_named_split(p), p.name.split(".")[0])]
+    by_file = {p: split_word(str(p)) or "train" for p in files}
+    chosen = [p for p in files if split in (by_file[p], p.name.split(".")[0])]
     if not chosen:
-        there = ", ".join(sorted({_named_split(p) for p in files}))
+        there = ", ".join(sorted(set(by_file.values())))
         raise DataError(f"the folder {folder} has no split '{split}'", why=f"its files are of {there}")
     return [folder / p for p in chosen]
 
@@ -332,13 +331,13 @@ def _card_patterns(folder: Path, name: str | None, split: str) -> list[str]:
             way_out=f"dataset_config: {names[0]}, or name: {names[0]} in an entry of datasets",
         )
     config = configs[names.index(chosen)]
-    listed = config["data_files"]
-    parts = listed if isinstance(listed, list) else [listed]
+    parts = config["data_files"]
     by_split: dict[str, list[str]] = {}
-    for part in parts:
-        files = part.get("path") if isinstance(part, dict) else part
-        key = str(part.get("split", "train")) if isinstance(part, dict) else "train"
-        by_split.setdefault(key, []).extend(map(str, files if isinstance(files, list) else [files]))
+    for part in parts if isinstance(parts, list) else [parts]:
+        listed = part if isinstance(part, dict) else {"path": part}
+        files = listed.get("path")
+        files = files if isinstance(files, list) else [files]
+        by_split.setdefault(str(listed.get("split", "train")), []).extend(map(str, files))
     if split not in by_split:
         raise DataError(
             f"the data set {folder} has no split '{split}'",
@@ -368,8 +367,8 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
         way_out = f'datasets: [{{path: {folder}, data_files: "*.jsonl"}}]'
         raise DataError("its front matter is not valid YAML", where=str(card), way_out=way_out) from None
     configs = found.get("configs") if isinstance(found, dict) else None
-    listed = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
-    return [config for config in listed if config.get("data_files")]
+    listed = configs if isinstance(configs, list) else []
+    return [config for config in listed if isinstance(config, dict) and config.get("data_files")]
 
 
 def _match(folder: Path, patterns: list[str]) -> list[Path]:
@@ -387,10 +386,6 @@ def _match(folder: Path, patterns: list[str]) -> list[Path]:
             raise DataError(f"no file of {folder} matches '{pattern}'", why=why, way_out="download the data set again")
         found |= dict.fromkeys(files)
     return list(found)
-
-
-def _named_split(path: Path) -> str:
-    return split_word(str(path)) or "train"
 
 
 def has_split(path: Path, split: str) -> bool:

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepladder.data import mixture, rows
+from stepladder.data.cells import quote
 from stepladder.data.formats import Example
 from stepladder.data.row_keys import WIDE, all_text, normal_text, own_text, role_text, width
 from stepladder.data.rows import Rows
 from stepladder.data.source import HEAD, Source
 from stepladder.data.stream import Stream
-from stepladder.data.values import shown
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -216,7 +216,7 @@ def _too_short(found: Rows, limits: Limits) -> Iterator[Finding]:
             text = role_text(example, role)
             if (count := width(text)) < least and not (role == "user" and "text" in example):
                 wide = f" ({count}, wide ones counted as {WIDE})" * (count != len(text))
-                what = f"{label} too short: {shown(text, 40)} has {len(text)} characters{wide}, at least {least}"
+                what = f"{label} too short: {quote(text, 40)} has {len(text)} characters{wide}, at least {least}"
                 yield Finding(ERROR, f"short_{label}", what, [where], f"write more, or --min_{label} {count}")
 
 

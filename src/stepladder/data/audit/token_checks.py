@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED = "not_rendered", "answer_cut", "nothing_trained"
+SKIPPED = ": the row is skipped"
 UNUSABLE = (NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED)  # of rows that training stops at, or skips
 LONG_ENOUGH = 20  # characters from which a text's tokens per character say something
 
@@ -50,7 +51,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     """
     max_length, train_on = settings.get("max_length"), render.mode(settings)
     skips = settings.get("on_bad_row") == "skip"
-    bad, skipped = (WARNING, ": the row is skipped") if skips else (ERROR, "")
+    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
     lengths, trained, kept, turns, ended, kept_rows = [0], 0, 0, 0, 0, 0
     cut: list[str] = []
     beheaded: list[str] = []  # rows that lose their whole answer
@@ -60,13 +61,7 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     rendered = render.tokenize(rows, tokenizer, train_on, remarks)
     for where, row in zip(rows.where, rendered, strict=True):
         if isinstance(row, DataError):
-            # Skipped rows with the same fault share one finding.
-            what = row.what.partition(": ")[0] if skips else row.what + f" ({row.why})" * bool(row.why)
-            same = next((finding for finding in findings if skips and finding.what == what + skipped), None)
-            if same is None:
-                same = Finding(bad, NOT_RENDERED, what + skipped, [], row.way_out)
-                findings.append(same)
-            same.where.append(where)
+            _add_fault(findings, row, where, skips)
             continue
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
@@ -107,6 +102,19 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     for name, what, way_out, places in remarks.texts(len(rows)):
         findings.append(Finding(WARNING, name, what, places, way_out))
     return findings + list(_badly_tokenized(rows, tokenizer))
+
+
+def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:
+    """Add a row that cannot be rendered; skipped rows with the same fault share one finding."""
+    if not skips:
+        what = error.what + f" ({error.why})" * bool(error.why)
+        findings.append(Finding(ERROR, NOT_RENDERED, what, [where], error.way_out))
+        return
+    what = error.what.partition(": ")[0] + SKIPPED
+    if same := next((finding for finding in findings if finding.what == what), None):
+        same.where.append(where)
+    else:
+        findings.append(Finding(WARNING, NOT_RENDERED, what, [where], error.way_out))
 
 
 def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, count: int) -> Iterator[Seen]:

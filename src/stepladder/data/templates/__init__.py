@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from stepladder import files
 from stepladder.data.templates import limits
-from stepladder.data.templates.layout import ChatTemplate, Layout, Refusal, beginning, source
+from stepladder.data.templates.chat_template import Refusal, beginning, source
+from stepladder.data.templates.layout import ChatTemplate, Layout
 from stepladder.data.templates.marks import mark
 from stepladder.errors import ModelError, RecipeError
 from stepladder.settings import Settings
@@ -72,7 +73,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
     elif key == "prompt_template":
         template = from_prompt_template(value, where)
     else:
-        template = value if is_inline(value) else source(tokenizer, value) or named(value, where)
+        template = value if is_inline(value) else source(tokenizer, value) or load_template(value, where)
     _check_syntax(template, where, value if key == "chat_template_path" else key)
     tokenizer.chat_template = template
     if key != "prompt_template":
@@ -87,7 +88,7 @@ def is_inline(value: str) -> bool:
     return "{%" in value or "{{" in value
 
 
-def named(name: str, where: str = "") -> str:
+def load_template(name: str, where: str = "") -> str:
     """A template by its name.
 
     Raises:
@@ -210,7 +211,7 @@ def _check_syntax(template: str, where: str, name: str = "") -> None:
             f"the chat template has {len(template):,} characters, and {limits.SOURCE:,} is the most", where=where
         )
     try:
-        with limits.limited():
+        with limits.enforce():
             render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
     except (TemplateError, RecursionError) as error:
         kind = RecipeError if name else ModelError

@@ -35,7 +35,7 @@ class _Stop(BaseException):
     """Not an Exception: Jinja takes those for expressions that are no constants."""
 
 
-class limited:
+class enforce:
     """Raise Exceeded where the block takes more than `SECONDS` or `MEMORY`.
 
     Time is limited in the main thread only, memory on Linux only. The limits are the process's own while the block
@@ -49,7 +49,7 @@ class limited:
         if self._is_main:
             if signal.getsignal(signal.SIGVTALRM) is not _look:
                 signal.signal(signal.SIGVTALRM, _look)
-            limited._began = time.thread_time()
+            enforce._began = time.thread_time()
             signal.setitimer(signal.ITIMER_VIRTUAL, TICK, TICK)
         self._memory = resource.getrlimit(resource.RLIMIT_AS)
         if (held := _address_space()) is not None:
@@ -60,7 +60,7 @@ class limited:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._is_main:
-            limited._began = math.inf
+            enforce._began = math.inf
         resource.setrlimit(resource.RLIMIT_AS, self._memory)
         if self._is_main:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -74,7 +74,7 @@ class limited:
 
 def _look(number: int, frame: FrameType | None) -> None:
     # The timer counts the processor time of all threads, OpenMP's busy waiting included.
-    if time.thread_time() - limited._began > SECONDS:
+    if time.thread_time() - enforce._began > SECONDS:
         raise _Stop
 
 

@@ -46,24 +46,26 @@ def plain_slots(example: Example) -> list[Slot] | None:
     return None if any(slot.text != slot.text.strip() for slot in slots) else slots
 
 
-def mark(example: Example) -> tuple[list[Slot], Example]:
-    """The texts of a conversation, and the conversation with a mark in place of each."""
-    slots: list[Slot] = []
-    ids: dict[str, str] = {}
+class _Marker:
+    """Puts a mark in place of each text of a conversation, and lists the texts as slots."""
 
-    def put(message: int, kind: str, text: str, edges: tuple[str, str] = ("", "")) -> str:
-        slots.append(Slot(message, kind, text, edges=edges))
-        return f"{BEGINS}{len(slots) - 1}Z"
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.ids: dict[str, str] = {}
 
-    def put_id(message: int, text: str) -> str:
+    def put(self, message: int, kind: str, text: str, edges: tuple[str, str] = ("", "")) -> str:
+        self.slots.append(Slot(message, kind, text, edges=edges))
+        return f"{BEGINS}{len(self.slots) - 1}Z"
+
+    def put_id(self, message: int, text: str) -> str:
         """Ids are compared by templates (a result with its call), and checked for their length (Mistral)."""
-        own = f"{BEGINS}{len(slots)}".ljust(len(text) - 1, "b") + "Z"
-        if text not in ids and len(own) == len(text):
-            slots.append(Slot(message, "id", text, required=False))
-            ids[text] = own
-        return ids.get(text, text)
+        own = f"{BEGINS}{len(self.slots)}".ljust(len(text) - 1, "b") + "Z"
+        if text not in self.ids and len(own) == len(text):
+            self.slots.append(Slot(message, "id", text, required=False))
+            self.ids[text] = own
+        return self.ids.get(text, text)
 
-    def put_text(message: int, kind: str, text: str) -> str:
+    def put_text(self, message: int, kind: str, text: str) -> str:
         """The white space and the tags at the edges of a text stay: templates strip and look for them."""
         first, last = len(text) - len(text.lstrip()), len(text.rstrip())
         if opening := OPENING.match(text, first, last):
@@ -75,44 +77,49 @@ def mark(example: Example) -> tuple[list[Slot], Example]:
         if first >= last:
             return text
         edges = text[:first], text[last:]
-        return put(message, kind, text[first:last], edges).join(edges)
+        return self.put(message, kind, text[first:last], edges).join(edges)
 
-    def put_content(message: int, role: str, text: str) -> str:
+    def put_content(self, message: int, role: str, text: str) -> str:
         """An answer that holds a thought is two texts, the first of which a template may drop."""
         if role == "assistant" and text.count(THOUGHT_END) == 1:
             thought, end, answer = text.partition(THOUGHT_END)
-            parts = put_text(message, "reasoning", thought), put_text(message, "content", answer)
+            parts = self.put_text(message, "reasoning", thought), self.put_text(message, "content", answer)
             if parts != (thought, answer):  # else there is neither
                 return parts[0] + end + parts[1]
-        return put_text(message, "result" if role == "tool" else "content", text)
+        return self.put_text(message, "result" if role == "tool" else "content", text)
 
-    def put_leaves(message: int, value: Any) -> Any:
+    def put_leaves(self, message: int, value: Any) -> Any:
         if isinstance(value, str):
-            return put(message, "argument", value) if value else value
+            return self.put(message, "argument", value) if value else value
         if isinstance(value, dict):
-            return {key: put_leaves(message, item) for key, item in value.items()}
-        return [put_leaves(message, item) for item in value] if isinstance(value, list) else value
+            return {key: self.put_leaves(message, item) for key, item in value.items()}
+        return [self.put_leaves(message, item) for item in value] if isinstance(value, list) else value
 
-    def put_call(message: int, call: dict[str, Any]) -> dict[str, Any]:
-        function = {**call["function"], "name": put(message, "name", call["function"]["name"])}
-        function["arguments"] = put_leaves(message, function["arguments"])
+    def put_call(self, message: int, call: dict[str, Any]) -> dict[str, Any]:
+        function = {**call["function"], "name": self.put(message, "name", call["function"]["name"])}
+        function["arguments"] = self.put_leaves(message, function["arguments"])
         marked = {**call, "function": function}
-        return {**marked, "id": put_id(message, call["id"])} if isinstance(call.get("id"), str) else marked
+        return {**marked, "id": self.put_id(message, call["id"])} if isinstance(call.get("id"), str) else marked
 
-    messages = []
-    for number, message in enumerate(example["messages"]):
+    def put_message(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
         marked = {key: value for key, value in message.items() if key != "train"}
         if len(message) > 2:
             for key in set(REASONING).intersection(message):
                 if isinstance(message[key], str):
-                    marked[key] = put_text(number, "reasoning", message[key])
+                    marked[key] = self.put_text(number, "reasoning", message[key])
             if isinstance(message.get("tool_call_id"), str):
-                marked["tool_call_id"] = put_id(number, message["tool_call_id"])
-        marked["content"] = put_content(number, message["role"], message["content"])
+                marked["tool_call_id"] = self.put_id(number, message["tool_call_id"])
+        marked["content"] = self.put_content(number, message["role"], message["content"])
         if "tool_calls" in message:
-            marked["tool_calls"] = [put_call(number, call) for call in message["tool_calls"]]
-        messages.append(marked)
-    return slots, {**{key: value for key, value in example.items() if key in GIVEN}, "messages": messages}
+            marked["tool_calls"] = [self.put_call(number, call) for call in message["tool_calls"]]
+        return marked
+
+
+def mark(example: Example) -> tuple[list[Slot], Example]:
+    """The texts of a conversation, and the conversation with a mark in place of each."""
+    marker = _Marker()
+    messages = [marker.put_message(number, message) for number, message in enumerate(example["messages"])]
+    return marker.slots, {**{key: example[key] for key in GIVEN if key in example}, "messages": messages}
 
 
 def parts(text: str) -> tuple[list[str], list[int]]:

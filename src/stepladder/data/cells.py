@@ -21,8 +21,10 @@ MAX_LITERAL = 1_000_000  # characters of a Python literal in a cell: to parse th
 NUMPY_REPR = re.compile(r"\}\s+\{|\barray\(|\bdtype=")
 
 
-def parse_nested(text: str, what: str) -> Any:
+def parse_nested(text: Any, what: str) -> Any:
     """The value that a text holds: JSON, or a list or dictionary as Python prints it (a CSV cell of pandas).
+
+    What is no text is returned as it is.
 
     Args:
         what: what the text is, as an error calls it: "the conversation".
@@ -30,6 +32,8 @@ def parse_nested(text: str, what: str) -> Any:
     Raises:
         DataError: neither of the two, or an array as NumPy prints it, in which the commas are missing.
     """
+    if not isinstance(text, str):
+        return text
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -39,11 +43,11 @@ def parse_nested(text: str, what: str) -> Any:
             return _literal(text.strip())
         if NUMPY_REPR.search(text):
             raise DataError(
-                f"{what} is an array as NumPy and pandas print it, without commas: {shown(text)}",
+                f"{what} is an array as NumPy and pandas print it, without commas: {quote(text)}",
                 way_out="write the table as df.to_json(FILE, orient='records', lines=True, force_ascii=False)",
             )
     twice = f": {fault}" if "stands there twice" in str(fault) else ""
-    raise DataError(f"{what} is not JSON{twice}: {shown(text)}", way_out='a list or object: "[…]"')
+    raise DataError(f"{what} is not JSON{twice}: {quote(text)}", way_out='a list or object: "[…]"')
 
 
 def _literal(text: str) -> Any:
@@ -86,7 +90,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def shown(value: Any, width: int = 60) -> str:
+def quote(value: Any, width: int = 60) -> str:
     """A value as a message quotes it: no longer than `width`."""
     try:
         text = repr(value)

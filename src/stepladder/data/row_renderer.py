@@ -1,0 +1,383 @@
+"""One conversation to its text and trained characters by the layout of its template, and these to tokens and labels."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stepladder.data.remarks import Remarks
+from stepladder.data.templates.chat_template import READ, Refusal, beginning
+from stepladder.data.templates.layout import ChatTemplate, Layout, Point, Turn
+from stepladder.data.templates.marks import THOUGHT_END, Example, Slot
+from stepladder.errors import DataError, locate_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label of a token that trains nothing
+# How the answers of other models' training data end.
+FOREIGN_END = re.compile(r"(</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|<eos>)\s*\Z")
+# What opens a question in the formats that chats are published in.
+RENDERED_CHAT = re.compile(
+    r"<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user|<\|user\|>|\[INST\]"
+    r"|^### (?:Human|User|Instruction)\b|^(?:Human|User|USER): .*\n+(?:Assistant|ASSISTANT): ",
+    re.MULTILINE,
+)
+# The keys of a message that have a meaning here, whether or not a template reads them.
+HANDLED = READ | {"train", "tool_call_id"}
+START, END = operator.itemgetter(0), operator.itemgetter(1)  # of a token's characters
+NAMES = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
+LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
+ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each
+
+
+@dataclass(frozen=True)
+class Span:
+    """The characters of a trained assistant turn, end excluded; `ends`: a special token closes it."""
+
+    start: int
+    end: int
+    ends: bool
+
+
+@dataclass
+class Rendered:
+    """A row as tokens: `input_ids` and `labels`, equally long; `turns` are trained, and end at the tokens `ends`."""
+
+    ids: list[int]
+    labels: list[int]
+    turns: int = 0
+    ends: list[int] = field(default_factory=list)
+
+
+class RowRenderer:
+    """Rows to tokens by one tokenizer; what is learnt of its template serves all of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks):
+        self.tokenizer, self.remarks = tokenizer, remarks
+        self.template = ChatTemplate(tokenizer)
+        self.begin = beginning(tokenizer)
+        self.unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+
+        self.where = ""  # of the row at hand
+
+    def _remark(self, kind: str, detail: str = "") -> None:
+        self.remarks.add(kind, self.where, detail)
+
+    def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
+        texts: list[str] = []
+        spans: list[list[Span] | DataError] = []
+        for example, self.where in zip(examples, where, strict=True):
+            try:
+                with locate_errors(self.where):
+                    text, found = self._conversation(example) if "messages" in example else (example["text"], [])
+                texts.append(text)
+                spans.append(found)
+            except DataError as error:
+                texts.append("")
+                spans.append(error)
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+        )
+        for number, example in enumerate(examples):
+            turns, self.where = spans[number], where[number]
+            ids, offsets = encoded["input_ids"][number], encoded["offset_mapping"][number]
+            if isinstance(turns, DataError):
+                yield turns
+            elif "messages" not in example:
+                if chat := RENDERED_CHAT.search(example["text"]):
+                    self._remark("rendered_text", chat[0].strip())
+                ids = self._whole(ids)
+                yield Rendered(ids, list(ids))
+            else:
+                cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
+                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets))
+                if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
+                    self._remark("changed_by_tokenizer")
+                if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
+                    self._remark("changed_by_tokenizer")
+                if self.begin and ids[: len(self.begin)] != self.begin:
+                    self._remark("no_beginning", self.tokenizer.decode(self.begin))
+                yield _labelled(ids, offsets, turns, train_on)
+
+    # ---- a conversation ----
+
+    def _conversation(self, example: Example) -> tuple[str, list[Span]]:
+        """A conversation as text, and the characters of its trained turns.
+
+        Raises:
+            DataError: the template refuses it, or its text does not hold all of the row as it is.
+        """
+        template = self.template
+        try:
+            slots, layout = template.row_layout(example)
+            refuse_losses(layout, slots, len(example["messages"]))
+            if layout.lost:  # thoughts of earlier turns
+                self._remark("dropped_thoughts")
+            text = template.row_text(example, layout, slots)
+            # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
+            has_blocks = template.marked and layout.spliced is None
+            blocks = template.generated(example, layout.dialect) if has_blocks else None
+        except Refusal as error:
+            raise template_refusal(error) from None
+        except RecursionError:
+            raise template_refusal(Refusal("nested too deeply")) from None
+        starts = layout.find(text, slots)
+        if isinstance(starts, Slot):
+            raise self._changed(starts, example, layout)
+        text += next((turn.appended for turn in layout.turns if turn.appended), "")
+        self._remark_row(example, slots, layout)
+        spans = _spans(example, layout, starts, len(text))
+        if blocks is not None:
+            spans = self._within_blocks(text, spans, blocks)
+        return text, spans
+
+    def _changed(self, slot: Slot, example: Example, layout: Layout) -> DataError:
+        _, again = ChatTemplate(self.tokenizer).row_layout(example)
+        if again.literals != layout.literals:
+            return DataError(
+                "the chat template renders a conversation differently each time",
+                why="it holds the time or a random choice, which the rows would be trained on",
+                way_out="another chat_template, or a fixed value in chat_template_kwargs",
+            )
+        return DataError(
+            f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {_short(slot.text)}",
+            why="what is trained must be what the row says",
+            way_out="another chat_template, or remove the row; or on_bad_row: skip",
+        )
+
+    def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]]) -> list[Span]:
+        """The trained turns as the template's own `{% generation %}` blocks have them, up to their end of turn.
+
+        Raises:
+            DataError: the blocks hold none of a turn.
+        """
+        found = []
+        for span in spans:
+            inside = [Span(max(a, span.start), min(b, span.end), b >= span.end) for a, b in blocks]
+            inside = [part for part in inside if part.start < part.end]
+            if not inside:
+                raise DataError(
+                    "the template's {% generation %} blocks leave out an answer of this row",
+                    why=f"outside of them: {_short(text[span.start : span.end])}",
+                    way_out="mark every assistant turn in the template, or train: false on the message",
+                )
+            found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
+            edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
+            if any(text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)):
+                self._remark("outside_blocks")
+        return found
+
+    def _remark_row(self, example: Example, slots: list[Slot], layout: Layout) -> None:
+        """What a person should know of a row that is rendered in whole.
+
+        Raises:
+            DataError: a text was rendered before, or opens an assistant's turn.
+        """
+        for slot in slots:
+            if slot.kind != "id" and (found := self.template.special.search(slot.text)):
+                self._refuse_turns_in(slot, example, slots, layout)
+                self._remark("special_tokens", found[0])
+            is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
+            if is_answer and any(slot.edges):
+                self._remark_edges(slots.index(slot), slots, layout)
+            if is_answer and (foreign := FOREIGN_END.search(slot.text, len(slot.text) - 40)):
+                self._remark("foreign_end", foreign[1])
+        for message in example["messages"]:
+            before, end, _ = message["content"].partition(THOUGHT_END)
+            if end and message["role"] == "assistant" and "<think>" not in before:
+                self._remark("half_thought")
+        _refuse_other_order(example["messages"], slots, layout)
+        for turn in layout.turns:
+            if turn.opened:
+                self._remark("unopened", turn.opened)
+            if turn.unasked:
+                self._remark("unasked", turn.unasked)
+            if not turn.ends:
+                self._remark("turn_without_end")
+        keys = {key for message in example["messages"] if len(message) > 2 for key in message}
+        for key in keys - HANDLED:
+            if not self.template.reads(key):
+                self._remark("unread_key", key)
+        for key in example.get("chat_template_kwargs") or ():
+            if not self.template.names(key):
+                self._remark("unread_argument", key)
+
+    def _remark_edges(self, number: int, slots: list[Slot], layout: Layout) -> None:
+        """White space around an answer that the template strips; an answer after a thought that nothing opens."""
+        place, (left, right) = layout.order.index(number), slots[number].edges
+        before, after = layout.literals[place], layout.literals[place + 1]
+        # A line break after a thought is the template's as much as the row's.
+        thought = (
+            number and slots[number - 1].kind == "reasoning" and slots[number - 1].message == slots[number].message
+        )
+        if not (thought or before.endswith(left)) or not after.startswith(right):
+            self._remark("trimmed")
+
+    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout) -> None:
+        """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
+        number = slots.index(slot)
+        before = layout.literals[layout.order.index(number)] if number in layout.order else ""
+        own = [found[0] for found in self.template.special.finditer(before)]
+        if own and slot.kind == "content" and slot.text.startswith(own[-1]):
+            raise DataError(
+                f"a text of this row is rendered already: {_short(slot.text)}",
+                why=f"the chat template would put {own[-1]} before it once more",
+                way_out="give the texts without the template's tokens, or the whole as a column 'text'",
+            )
+        for turn in layout.turns:
+            header = layout.literals[turn.start.literal][: turn.start.offset]
+            if found := list(self.template.special.finditer(header)):
+                opens = header[found[-1].start() :].strip()
+                if opens in slot.text:
+                    raise DataError(
+                        f"a text of this row opens an assistant's turn: {_short(slot.text)}",
+                        why=f"it holds {opens!r}, with which the chat template begins an answer",
+                        way_out="write the token otherwise, or remove the row; or on_bad_row: skip",
+                    )
+
+    # ---- tokens ----
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """Plain text is trained whole: it begins as the tokenizer begins every text, and ends by one end token."""
+        begin = [] if ids[: len(self.begin)] == self.begin else self.begin
+        last = next((token for token in reversed(ids) if self.tokenizer.decode([token]).strip()), None)
+        return [*begin, *ids] if last == self.tokenizer.eos_token_id else [*begin, *ids, self.tokenizer.eos_token_id]
+
+    def _apart(self, text: str, cuts: list[int], whole: Encoded) -> Encoded:
+        """The tokens of a text, none of which holds characters on both sides of a cut.
+
+        The model is asked with the text before a cut, so it is trained after the tokens of that.
+        """
+        _, offsets = whole
+        inside = [cut for cut in cuts if _is_inside(cut, offsets)]
+        if not inside:
+            return whole
+        edges = [0, *inside, len(text)]
+        parts = [self._piece(text[a:b], first=a == 0) for a, b in itertools.pairwise(edges)]
+        if any(part is None for part in parts):
+            self._remark("joined")
+            return whole
+        self._remark("parted")
+        joined: Encoded = ([], [])
+        for begin, part in zip(edges, parts, strict=False):
+            assert part is not None
+            joined[0].extend(part[0])
+            joined[1].extend((a + begin, b + begin) for a, b in part[1])
+        return joined
+
+    def _piece(self, text: str, first: bool) -> Encoded | None:
+        """The tokens of a piece of a text, found behind an anchor: SentencePiece puts a space before a text's first."""
+
+        def encode(piece: str) -> Encoded:
+            found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            return list(found["input_ids"]), list(found["offset_mapping"])
+
+        if first:
+            return encode(text)
+        for anchor in ANCHORS:
+            alone, (ids, offsets) = encode(anchor)[0], encode(anchor + text)
+            if ids[: len(alone)] == alone and all(a >= len(anchor) for a, _ in offsets[len(alone) :]):
+                return ids[len(alone) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(alone) :]]
+        return None
+
+
+def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout) -> None:
+    """Raise where results follow in another order than their calls, and the template renders no ids."""
+    if any(slots[slot].kind == "id" for slot in layout.order):
+        return
+    for number, message in enumerate(messages):
+        asked = [call.get("id") for call in message.get("tool_calls", ())]
+        results = itertools.takewhile(lambda m: m["role"] == "tool", messages[number + 1 :])
+        given = [result.get("tool_call_id") for result in results]
+        if len(asked) > 1 and None not in asked + given and asked[: len(given)] != given:
+            raise DataError(
+                "the tools' results stand in another order than their calls",
+                why="the chat template renders no ids, so a result would be taken for that of another call",
+                way_out="results in the order of the calls",
+            )
+
+
+def _is_inside(cut: int, offsets: list[tuple[int, int]]) -> bool:
+    """Whether a token begins before the cut and ends behind it."""
+    after = bisect.bisect_right(offsets, cut, key=END)
+    return after < len(offsets) and offsets[after][0] < cut
+
+
+def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> list[Span]:
+    """The characters of the turns that are trained: none of a prompt's (TRL's prompt-completion form), and none
+    that the data leaves out by `train: false`.
+    """
+
+    def place(point: Point) -> int:
+        return starts[point.literal] + point.offset
+
+    def is_trained(turn: Turn) -> bool:
+        message = example["messages"][turn.message]
+        return turn.message >= example.get("prompt_messages", 0) and message.get("train", True)
+
+    return [
+        Span(place(turn.start), length if turn.appended else place(turn.end), bool(turn.ends))
+        for turn in layout.turns
+        if is_trained(turn)
+    ]
+
+
+def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span], train_on: str) -> Rendered:
+    """Labels for the tokens of the trained turns."""
+    if train_on == "last_turn":
+        spans = spans[-1:]
+    labels, ends = [IGNORED] * len(ids), []
+    for span in spans:
+        first, last = (bisect.bisect_left(offsets, place, key=START) for place in (span.start, span.end))
+        if first and offsets[first - 1][1] > span.start:
+            first -= 1
+        labels[first:last] = ids[first:last]
+        if span.ends and last:
+            ends.append(last - 1)
+    return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
+
+
+def refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
+    """Raise for what the template does not render, but for the thoughts of earlier turns: it drops these by design."""
+    last = max((turn.message for turn in layout.turns), default=messages)
+    missing = [slots[number] for number in layout.lost]
+    lost = [(slot.kind, slot.text) for slot in missing if slot.kind != "reasoning" or slot.message >= last]
+    lost += [("argument", key) for key in layout.lost_keys]
+    lost += [("tool list", text) for text in layout.lost_tools]
+    if lost:
+        kind, text = lost[0]
+        raise DataError(
+            f"the chat template does not render the {NAMES.get(kind, kind)}: {_short(text)}",
+            why="it would be lost without a word",
+            way_out=_way_out(kind),
+        )
+
+
+def _way_out(kind: str) -> str:
+    if kind == "reasoning":
+        return "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip"
+    if kind == "content":
+        return "another chat_template, or remove the row; or on_bad_row: skip"
+    return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); or on_bad_row: skip"
+
+
+def template_refusal(error: Refusal) -> DataError:
+    return DataError(
+        f"the chat template refuses this conversation: {error}",
+        way_out="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
+    )
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:59] + "…")
