@@ -17,7 +17,7 @@ from stepladder.data.templates import limits
 from stepladder.data.templates.chat_template import Refusal, beginning, source
 from stepladder.data.templates.layout import ChatTemplate, Layout
 from stepladder.data.templates.marks import mark
-from stepladder.errors import ModelError, RecipeError
+from stepladder.errors import ModelError, RecipeError, locate_errors
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -54,8 +54,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
             setattr(tokenizer, key, token)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "the model's tokenizer has no end token, so no answer would end",
-            way_out="eos_token: one of its tokens",
+            "the model's tokenizer has no end token, so no answer would end", way_out="eos_token: one of its tokens"
         )
     key = next((key for key in KEYS if settings.get(key)), "")
     if not key:
@@ -65,16 +64,17 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
             raise ModelError(
                 f"the model has chat templates ({names}), none of them its default", way_out="chat_template: NAME"
             )
-        _check_syntax(source(tokenizer), "")
+        _check_syntax(source(tokenizer))
         return []
-    value, where = settings.get(key), settings.where(key)
-    if key == "chat_template_path":
-        template = from_path(value, where)
-    elif key == "prompt_template":
-        template = from_prompt_template(value, where)
-    else:
-        template = value if is_inline(value) else source(tokenizer, value) or load_template(value, where)
-    _check_syntax(template, where, value if key == "chat_template_path" else key)
+    value = settings.get(key)
+    with locate_errors(settings.where(key)):
+        if key == "chat_template_path":
+            template = from_path(value)
+        elif key == "prompt_template":
+            template = from_prompt_template(value)
+        else:
+            template = value if is_inline(value) else source(tokenizer, value) or load_template(value)
+        _check_syntax(template, value if key == "chat_template_path" else key)
     tokenizer.chat_template = template
     if key != "prompt_template":
         new = _add_turn_tokens(tokenizer)
@@ -88,7 +88,7 @@ def is_inline(value: str) -> bool:
     return "{%" in value or "{{" in value
 
 
-def load_template(name: str, where: str = "") -> str:
+def load_template(name: str) -> str:
     """A template by its name.
 
     Raises:
@@ -98,7 +98,7 @@ def load_template(name: str, where: str = "") -> str:
     if name not in known:
         way_out = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
         way_out = way_out or f"one of {', '.join(sorted(known))}; or a template in Jinja"
-        raise RecipeError(f"there is no chat template '{name}'", where=where, way_out=way_out)
+        raise RecipeError(f"there is no chat template '{name}'", way_out=way_out)
     return known[name]
 
 
@@ -126,30 +126,31 @@ def name_of(template: str | None) -> str:
 def check_path(settings: Settings) -> None:
     """What is wrong with `chat_template_path`, as far as it shows without the libraries: see `from_path`."""
     if path := settings.get("chat_template_path"):
-        _read_path(path, settings.where("chat_template_path"))
+        with locate_errors(settings.where("chat_template_path")):
+            _read_path(path)
 
 
-def from_path(path: str, where: str = "") -> str:
+def from_path(path: str) -> str:
     """A Jinja file, or the template of another model's tokenizer (TRL's `chat_template_path`).
 
     Raises:
         RecipeError: no such file, or one that cannot be read.
         ModelError: no such model, or one without a template.
     """
-    if (text := _read_path(path, where)) is not None:
+    if (text := _read_path(path)) is not None:
         return text
     from transformers import AutoTokenizer
 
     try:
         template = source(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        raise ModelError(f"no template at '{path}': {str(error).splitlines()[0]}", where=where) from None
+        raise ModelError(f"no template at '{path}': {str(error).splitlines()[0]}") from None
     if not template:
-        raise ModelError(f"the tokenizer at '{path}' has no chat template", where=where)
+        raise ModelError(f"the tokenizer at '{path}' has no chat template")
     return template
 
 
-def _read_path(path: str, where: str) -> str | None:
+def _read_path(path: str) -> str | None:
     """The text of a file; None for a folder, and for a name that can be a hub id."""
     try:
         if os.path.isdir(path):
@@ -158,15 +159,13 @@ def _read_path(path: str, where: str) -> str | None:
         if os.path.lexists(path):
             return files.read_text(path, encoding="utf-8")
     except ValueError as error:
-        raise RecipeError(f"the chat template {path} cannot be read: {error}", where=where) from None
+        raise RecipeError(f"the chat template {path} cannot be read: {error}") from None
     if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
-        raise RecipeError(
-            f"there is no file {path}", where=where, way_out="paths are relative to the folder you start from"
-        )
+        raise RecipeError(f"there is no file {path}", way_out="paths are relative to the folder you start from")
     return None
 
 
-def from_prompt_template(template: str, where: str = "") -> str:
+def from_prompt_template(template: str) -> str:
     """Turn `### User: {input}\\n### Assistant: ` into a chat template.
 
     White space at its end moves to the answer's side: a prompt that ends in a space is split
@@ -179,7 +178,6 @@ def from_prompt_template(template: str, where: str = "") -> str:
     if template.count("{input}") != 1:
         raise RecipeError(
             "prompt_template needs {input} exactly once",
-            where=where,
             why=f"found {template!r}",
             way_out='"### User: {input}\\n### Assistant: "',
         )
@@ -201,15 +199,13 @@ def from_prompt_template(template: str, where: str = "") -> str:
     )
 
 
-def _check_syntax(template: str, where: str, name: str = "") -> None:
-    """Raise RecipeError, or ModelError for the model's own template (no `where`), if it is not valid Jinja."""
+def _check_syntax(template: str, name: str = "") -> None:
+    """Raise RecipeError, or ModelError for the model's own template (no `name`), if it is not valid Jinja."""
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if len(template) > limits.SOURCE:
-        raise limits.Exceeded(
-            f"the chat template has {len(template):,} characters, and {limits.SOURCE:,} is the most", where=where
-        )
+        raise limits.Exceeded(f"the chat template has {len(template):,} characters, and {limits.SOURCE:,} is the most")
     try:
         with limits.enforce():
             render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
@@ -219,7 +215,6 @@ def _check_syntax(template: str, where: str, name: str = "") -> None:
         reason = error.message if isinstance(error, TemplateError) else "nested too deeply"
         raise kind(
             f"{name or 'the chat template of the model'} is not valid Jinja{line}: {reason}",
-            where=where,
             way_out="correct it, or chat_template: chatml",
         ) from None
 
