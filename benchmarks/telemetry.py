@@ -19,7 +19,8 @@ import torch
 from transformers import TrainerControl
 
 from stepladder import run
-from stepladder.training import rows, telemetry, utilization
+from stepladder.training import rows
+from stepladder.training.watch import telemetry, utilization
 
 STEPS, MICRO_BATCHES = 500, 2
 

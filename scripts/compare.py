@@ -29,7 +29,7 @@ from stepladder.evaluation import behaviours, compare, endpoint, gate, generate,
 from stepladder.evaluation import rubric, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
-from stepladder.training import launcher, ranks
+from stepladder.training.launch import launcher, ranks
 
 
 def main() -> int | None:

@@ -20,7 +20,10 @@ from stepladder.model import adapter_recipe, start
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import data_audit, page
-from stepladder.training import allocator, arguments, inputs, launcher, ranks, resume, signals, strategy
+from stepladder.training import allocator, arguments, inputs
+from stepladder.training.checkpoint import resume
+from stepladder.training.guard import signals
+from stepladder.training.launch import launcher, ranks, strategy
 
 
 def main() -> int | None:
@@ -65,8 +68,10 @@ def main() -> int | None:
         from stepladder.evaluation import samples
         from stepladder.model import attention, build
         from stepladder.planning import choose
-        from stepladder.training import announce, callback, one_copy, out_of_memory, profiling, progress
-        from stepladder.training import result, telemetry, trackers, trainer, utilization, watchdog  # isort: skip
+        from stepladder.training import callback, result, trainer
+        from stepladder.training.guard import out_of_memory, watchdog
+        from stepladder.training.launch import one_copy
+        from stepladder.training.watch import announce, profiling, progress, telemetry, trackers, utilization
 
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)

@@ -21,7 +21,8 @@ from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture, templates
 from stepladder.hardware import CORES_PER_GPU, GPUS, MEMORY_PER_GPU
 from stepladder.model import adapter_recipe
-from stepladder.training import arguments, strategy
+from stepladder.training import arguments
+from stepladder.training.launch import strategy
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
 

@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from background import Running, steps_logged
 from conftest import manifest, metrics
-from stepladder.training.resume import of_step, whole_steps
+from stepladder.training.checkpoint.resume import of_step, whole_steps
 from tiny import make_tiny
 
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2}

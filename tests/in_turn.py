@@ -40,7 +40,7 @@ def main() -> None:
     from accelerate.state import AcceleratorState
 
     from stepladder import errors
-    from stepladder.training import signals
+    from stepladder.training.guard import signals
 
     file = Path(sys.argv[1])
     codes: list[int] = []

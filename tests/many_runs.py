@@ -24,7 +24,7 @@ GRACE = 5.0  # seconds for what this rank finds wrong by itself
 
 def main(each: Callable[[dict, int], None]) -> None:
     from stepladder import console
-    from stepladder.training import launcher
+    from stepladder.training.launch import launcher
 
     console.quiet_libraries()
     with console.quick_imports():

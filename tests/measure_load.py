@@ -20,7 +20,7 @@ def own_bytes() -> int:
 
 
 def run(job: dict, rank: int) -> None:
-    from stepladder.training import one_copy
+    from stepladder.training.launch import one_copy
 
     load = one_copy.base_model
 

@@ -21,7 +21,7 @@ def main() -> None:
 
 def run(job: dict, rank: int) -> None:
     from stepladder.planning.live import LiveBytes
-    from stepladder.training import telemetry
+    from stepladder.training.watch import telemetry
 
     class Resized(LiveBytes):
         """FSDP frees what it gathered by resizing the storage to nothing, which no operator tells."""

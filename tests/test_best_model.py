@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_resume import Session, difference
 
 from conftest import manifest, metrics
-from stepladder.training.resume import of_step, whole_steps
+from stepladder.training.checkpoint.resume import of_step, whole_steps
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 

@@ -14,7 +14,7 @@ from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import STUCK_AFTER, Run, write_whole
-from stepladder.training import resume
+from stepladder.training.checkpoint import resume
 
 KEYS = {"model_name_or_path": "m", "learning_rate": 1e-3, "logging_steps": 1}
 
@@ -250,7 +250,7 @@ def test_a_full_disk_is_a_fault_and_no_crash(tmp_path) -> None:
     """Guards the writer: safetensors has an error of its own, and the others wait for a rank that could not write."""
     import torch
 
-    from stepladder.training.checkpoint import _Parts
+    from stepladder.training.checkpoint.saving import _Parts
 
     parts = _Parts(tmp_path, "model-0")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -293,7 +293,7 @@ def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:
     of it, and the rank must still hear it."""
     code = (
         "import os, subprocess, signal, time\n"
-        "from stepladder.training import signals\n"
+        "from stepladder.training.guard import signals\n"
         "signals.install()\n"
         "helper = subprocess.Popen(['sleep', '0.5'])\n"
         "os.kill(helper.pid, signal.SIGUSR1); os.kill(os.getpid(), signal.SIGUSR1)\n"
@@ -310,7 +310,10 @@ def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Pa
     leftover = tmp_path / "py/deepspeed_shm_comm/lock"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
-    code = "from stepladder.training import launcher, ranks\nranks.choose_device(launcher.Launch(1, 0, 0, 1, 'zero2'))"
+    code = (
+        "from stepladder.training.launch import launcher, ranks\n"
+        "ranks.choose_device(launcher.Launch(1, 0, 0, 1, 'zero2'))"
+    )
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "py"), "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, timeout=300)
     assert not leftover.exists()

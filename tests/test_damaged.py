@@ -30,7 +30,7 @@ from stepladder.model import card
 from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.reporting import page, project, runs, watch
-from stepladder.training import resume
+from stepladder.training.checkpoint import resume
 
 PATIENCE = 20  # seconds: what waits for a pipe waits for ever
 SECOND = 2.0  # what is said within a second where nothing else runs

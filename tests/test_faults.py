@@ -13,7 +13,7 @@ import pytest
 from background import Running, steps_logged
 from conftest import manifest, metrics, run, script
 from stepladder.errors import TrainingError
-from stepladder.training.launcher import Launch
+from stepladder.training.launch.launcher import Launch
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -205,7 +205,7 @@ def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     """Guards the message: a peak, and what costs least, with the global batch unchanged. The allocation is real."""
     import torch
 
-    from stepladder.training import out_of_memory
+    from stepladder.training.guard import out_of_memory
 
     recipe = settings(global_batch_size=32, per_device_train_batch_size=8, gradient_checkpointing=False)
     launch = Launch(2 if strategy != "single" else 1, 0, 0, 1, strategy)

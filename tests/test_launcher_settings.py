@@ -11,7 +11,7 @@ import yaml
 
 from conftest import ROOT, Done, manifest, metrics, run
 from stepladder.errors import LaunchError
-from stepladder.training import launcher
+from stepladder.training.launch import launcher
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 

@@ -13,7 +13,7 @@ import same_curve
 from conftest import losses, script
 from stepladder.planning import choose, hardware
 from stepladder.recipe import load
-from stepladder.training import one_copy
+from stepladder.training.launch import one_copy
 
 KEYS = {
     "max_steps": 2, "eval_strategy": "no", "eval_dataset_name": None, "learning_rate": 1e-3, "max_length": 256,

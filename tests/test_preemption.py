@@ -173,7 +173,7 @@ def test_an_evaluation_is_left_and_made_later(config, ranks, names, tiny, learna
 def test_the_second_interrupt_ends_at_once() -> None:
     """Guards Ctrl-C: the first asks, and so do its echoes from the launcher; one some time later does not ask."""
     code = (
-        "import os, signal, time; from stepladder.training import signals; signals.install();"
+        "import os, signal, time; from stepladder.training.guard import signals; signals.install();"
         "send = lambda: os.kill(os.getpid(), signal.SIGINT); send(); send(); assert signals.stop_asked();"
         "time.sleep(signals.ANOTHER_AFTER + 0.1); send(); time.sleep(60)"
     )

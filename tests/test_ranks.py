@@ -10,7 +10,7 @@ from conftest import script
 from stepladder import preflight
 from stepladder.errors import LaunchError
 from stepladder.recipe import load
-from stepladder.training import launcher, ranks
+from stepladder.training.launch import launcher, ranks
 
 
 @pytest.fixture

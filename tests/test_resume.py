@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, Done, manifest, metrics, run
 from stepladder.errors import LaunchError
 from stepladder.run import STUCK_AFTER, Run
-from stepladder.training import resume
+from stepladder.training.checkpoint import resume
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 

@@ -6,8 +6,8 @@ import pytest
 
 from stepladder.errors import RecipeError
 from stepladder.recipe.schema import known_keys
-from stepladder.training import strategy
-from stepladder.training.launcher import Launch
+from stepladder.training.launch import strategy
+from stepladder.training.launch.launcher import Launch
 
 
 def under(name: str, ranks: int = 2) -> Launch:

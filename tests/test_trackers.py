@@ -224,7 +224,7 @@ def test_what_wandb_goes_without_is_said(tmp_path, monkeypatch, settings, capsys
     The artifact is waited for longer than the curves.
     """
     from stepladder.run import Run
-    from stepladder.training.trackers import Tracker, Wandb
+    from stepladder.training.watch.trackers import Tracker, Wandb
 
     monkeypatch.setenv("WANDB_MODE", "disabled")
     record = Run(tmp_path, is_writer=True)
@@ -270,7 +270,7 @@ def test_a_server_that_hangs_is_not_waited_for(fault, tmp_path, monkeypatch, set
     import wandb
 
     from stepladder.run import Run
-    from stepladder.training.trackers import Tracker, Wandb
+    from stepladder.training.watch.trackers import Tracker, Wandb
 
     record = Run(tmp_path, is_writer=True)
     record.manifest = {"wandb_run_id": "abc", "totals": {"steps": 3}}
@@ -300,7 +300,7 @@ def test_offline_a_full_disk_is_noticed(tmp_path, monkeypatch, settings, capsys,
     import wandb
 
     from stepladder.run import Run
-    from stepladder.training.trackers import Tracker, Wandb
+    from stepladder.training.watch.trackers import Tracker, Wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     record = Run(tmp_path, is_writer=True)
@@ -338,7 +338,7 @@ def test_offline_a_full_disk_is_noticed(tmp_path, monkeypatch, settings, capsys,
 
 def test_a_tracker_that_raises_is_left_out(capsys) -> None:
     """Guards the run against any tracker's error, such as a full disk: said once, and not asked again."""
-    from stepladder.training.trackers import Tracker
+    from stepladder.training.watch.trackers import Tracker
 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")

@@ -22,8 +22,8 @@ from transformers import TrainerControl
 from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
 from stepladder.reporting import watch
-from stepladder.training import telemetry
-from stepladder.training.utilization import Work
+from stepladder.training.watch import telemetry
+from stepladder.training.watch.utilization import Work
 
 pytestmark = pytest.mark.alone
 
@@ -147,7 +147,7 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
     """Guards the shares: a kernel's time stands with its operator, with itself and with an annotation around both."""
     from torch.autograd import DeviceType
 
-    from stepladder.training import profiling
+    from stepladder.training.watch import profiling
 
     def one(key: str, device: DeviceType, microseconds: int, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, count=1,
@@ -170,7 +170,7 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
 
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capfd) -> None:
     """Guards the run on a full disk, where the profiler leaves no file; here its folder is gone. The costs are told."""
-    from stepladder.training import profiling
+    from stepladder.training.watch import profiling
 
     record = run.Run(tmp_path / "run", is_writer=True)
     profile = profiling.Profile(record)

@@ -18,7 +18,8 @@ from stepladder.model import adapter_recipe, load, start
 from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
-from stepladder.training import arguments, launcher, ranks, strategy
+from stepladder.training import arguments
+from stepladder.training.launch import launcher, ranks, strategy
 
 
 @dataclass(frozen=True)

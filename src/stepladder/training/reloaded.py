@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from stepladder.errors import ModelError
-from stepladder.training import state
+from stepladder.training.checkpoint import state
 
 ROWS = 8  # of the training set, on whose loss the check rests
 # ZeRO-3 saves 16-bit weights of a model that it trained in fp32 copies: 2^-9 of a weight is rounded away.

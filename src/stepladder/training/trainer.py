@@ -19,12 +19,14 @@ from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu.speed_up import speed_up
 from stepladder.recipe.batch import Layout
-from stepladder.training import checkpoint, gradients, launcher
-from stepladder.training.agreement import Agreement, EvaluationLeftError
+from stepladder.training import gradients
+from stepladder.training.checkpoint import saving
+from stepladder.training.checkpoint.resume import of_step
+from stepladder.training.guard.rank_sync import Agreement, EvaluationLeftError
+from stepladder.training.launch import launcher
 from stepladder.training.order import Order, StepStream, with_empty_row
-from stepladder.training.resume import of_step
 from stepladder.training.rows import Rows, WithRows
-from stepladder.training.telemetry import Telemetry
+from stepladder.training.watch.telemetry import Telemetry
 
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
@@ -39,7 +41,7 @@ class Trainer(SFTTrainer):
 
     It differs in what the same curve on every strategy needs: the adapter is in fp32, the rows
     come in `Order`, the gradient norm is exact, and the evaluation loss is the mean over all
-    tokens, each row counted once. Its checkpoints are those of `checkpoint.py`.
+    tokens, each row counted once. Its checkpoints are those of `checkpoint/saving.py`.
 
     Args:
         flat: whether the rows of a batch lie end to end.
@@ -77,7 +79,7 @@ class Trainer(SFTTrainer):
         gradients.reduce_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
-        for callback in (ProgressCallback, PrinterCallback):  # training/progress.py takes their place
+        for callback in (ProgressCallback, PrinterCallback):  # watch/progress.py takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, Rows()
         self.agreement = Agreement(self, on_nan)
@@ -187,7 +189,7 @@ class Trainer(SFTTrainer):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """Leave the evaluation at the next batch where a stop is asked for. The next start makes it before it trains.
 
-        Transformers asks for that one by `eval_on_start`, which `checkpoint.load` sets, and without what follows from
+        Transformers asks for that one by `eval_on_start`, which `saving.load` sets, and without what follows from
         an evaluation: the schedule's step and the best metric.
         """
         owed = skip_scheduler and self.state.global_step > 0
@@ -228,7 +230,7 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.meter.saving():
-            saved = checkpoint.save(self)
+            saved = saving.save(self)
         if saved:
             return
         if self.agreement.preempted:
@@ -246,8 +248,8 @@ class Trainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.
             self.state.compute_steps(self.args, max_steps)
-            checkpoint.load(self, Path(resume_from_checkpoint))
-            checkpoint.compare_rates(self)
+            saving.load(self, Path(resume_from_checkpoint))
+            saving.compare_rates(self)
             if self.meter.run.forgets_best:
                 self.state.best_metric = self.state.best_global_step = None
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
@@ -265,7 +267,7 @@ class Trainer(SFTTrainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         """Transformers calls it as the last thing before the first step."""
         if checkpoint_folder is not None:
-            checkpoint.load_position(self, Path(checkpoint_folder))
+            saving.load_position(self, Path(checkpoint_folder))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers calls `_load_best_model` where its own `_save_checkpoint` has named the folder."""
@@ -277,7 +279,7 @@ class Trainer(SFTTrainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        checkpoint.load_weights(self, Path(self.state.best_model_checkpoint))
+        saving.load_weights(self, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card at every checkpoint: one is written at the end, from what the run has shown."""

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from stepladder import hardware
 from stepladder.run import Run, process_seconds
-from stepladder.training.utilization import Work
+from stepladder.training.watch.utilization import Work
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node

@@ -9,8 +9,8 @@ import torch
 
 from stepladder.errors import TrainingError
 from stepladder.settings import Settings
-from stepladder.training.launcher import Launch
-from stepladder.training.telemetry import peak_memory_bytes
+from stepladder.training.launch.launcher import Launch
+from stepladder.training.watch.telemetry import peak_memory_bytes
 
 
 @contextlib.contextmanager

@@ -35,9 +35,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from stepladder.console import say
 from stepladder.errors import CheckpointError
 from stepladder.run import write_whole
-from stepladder.training import state
-from stepladder.training.ranks import from_first
-from stepladder.training.resume import (
+from stepladder.training.checkpoint import state
+from stepladder.training.checkpoint.resume import (
     COMPLETE,
     STATE,
     TRAINER_STATE,
@@ -48,6 +47,7 @@ from stepladder.training.resume import (
     of_step,
     whole_steps,
 )
+from stepladder.training.launch.ranks import from_first
 
 PART = 1 << 30  # bytes that a rank gathers before it writes them: what a save costs in memory
 RULED_BY_RECIPE = ("lr_lambdas", "base_lrs")  # of a scheduler's state: not to be put back

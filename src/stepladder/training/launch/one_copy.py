@@ -8,8 +8,8 @@ from typing import Any
 from stepladder.console import say
 from stepladder.model import load
 from stepladder.settings import Settings
-from stepladder.training.launcher import Launch
-from stepladder.training.ranks import from_first
+from stepladder.training.launch.launcher import Launch
+from stepladder.training.launch.ranks import from_first
 
 
 def base_model(recipe: Settings, precision: str, launch: Launch) -> Any:

@@ -31,7 +31,7 @@ from stepladder.console import say
 from stepladder.errors import EXIT_FAILED, EXIT_PREEMPTED
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
-from stepladder.training.telemetry import DROPPED
+from stepladder.training.watch.telemetry import DROPPED
 
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
 PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others

@@ -11,7 +11,7 @@ from pathlib import Path
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
-from stepladder.training.launcher import Launch
+from stepladder.training.launch.launcher import Launch
 
 # Their update of a weight follows from that weight alone, so that slices change nothing.
 ELEMENTWISE = {

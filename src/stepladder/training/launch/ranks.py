@@ -22,7 +22,7 @@ from stepladder import cache, hardware
 from stepladder.cluster import health
 from stepladder.console import say
 from stepladder.errors import LaunchError
-from stepladder.training.launcher import OF_A_RANK, Launch, asked_for
+from stepladder.training.launch.launcher import OF_A_RANK, Launch, asked_for
 
 NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where a CPU is meant; the last is Slurm's
 

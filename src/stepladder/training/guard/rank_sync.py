@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from stepladder.console import say
 from stepladder.errors import TrainingError
-from stepladder.training import signals
+from stepladder.training.guard import signals
 
 SKIPS = 10  # steps that `on_nan: skip` leaves out before it gives up
 
