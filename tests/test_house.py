@@ -28,7 +28,7 @@ FLOORS = [
     },
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},
-    {"preflight"},
+    {"preflight", "session"},
 ]
 FILES = sorted(SOURCE.rglob("*.py"))
 
