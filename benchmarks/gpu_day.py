@@ -470,9 +470,9 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def refused(what: str, why: str = "", way_out: str = "") -> int:
+def refused(what: str, why: str = "", help: str = "") -> int:
     """The exit code of what cannot be begun."""
-    more = "".join(f"\n  {label}: {text}" for label, text in (("why", why), ("help", way_out)) if text)
+    more = "".join(f"\n  {label}: {text}" for label, text in (("why", why), ("help", help)) if text)
     print(f"✘ {what}{more}", file=sys.stderr)
     return 2
 
@@ -496,7 +496,7 @@ def main() -> int:
         os.environ |= child_environment(place)
         return alone(args.step, place, args.result)
     if not importlib.util.find_spec("torch"):
-        return refused(f"{sys.executable} has no torch", way_out="start it with the Python that has")
+        return refused(f"{sys.executable} has no torch", help="start it with the Python that has")
     if (spec := importlib.util.find_spec("pyarrow")) and not _is_installed(spec.origin or ""):
         why = "dill, by which datasets names its caches, takes them for your own code and fails to pickle them"
         return refused(f"packages lie in {Path(spec.origin or '').parent.parent}", why,
@@ -506,12 +506,12 @@ def main() -> int:
             needed.mkdir(parents=True, exist_ok=True)
             (needed / ".lock").open("w").close()
         except OSError as error:
-            return refused(f"{needed} cannot be written to: {error.strerror}", way_out="another --folder or --out")
+            return refused(f"{needed} cannot be written to: {error.strerror}", help="another --folder or --out")
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return refused(f"another call works in {folder}", way_out="wait for it, or another --folder")
+            return refused(f"another call works in {folder}", help="wait for it, or another --folder")
         end_leftovers(folder)
         return day(place, out, began + 60 * args.minutes, args.fresh)
 
@@ -528,7 +528,7 @@ def alone(name: str, place: Place, result: Path | None) -> int:
         work = step.work if step.name == name else work
     if work is None:
         known = ", ".join(step.name for step in steps(not place.gpu))
-        return refused(f"there is no step '{name}'", way_out=f"one of {known}")
+        return refused(f"there is no step '{name}'", help=f"one of {known}")
     found = work(place)
     if result:
         write(result, json.dumps(found))
@@ -565,7 +565,7 @@ def day(place: Place, out: Path, until: float, fresh: bool) -> int:
             known = [record["facts"].get(key) for key in ("device", "torch", "transformers", "trl")]
             readable(record)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            return refused(f"{file} is no record of a call: {error}", way_out="--fresh begins a new one")
+            return refused(f"{file} is no record of a call: {error}", help="--fresh begins a new one")
         if known != [facts.get(key) for key in ("device", "torch", "transformers", "trl")]:
             why = f"it was begun on {', '.join(map(str, known))}"
             return refused(f"{file} is of another machine", why, "--fresh begins a new one; or another --out")

@@ -125,7 +125,7 @@ def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
 
 
 def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
-    """A line each, with the way out where something is wrong."""
+    """A line each, with what helps where something is wrong."""
     console.quiet_libraries()
     with console.quick_imports():
         from stepladder import preflight
@@ -139,7 +139,7 @@ def _preflight(recipe: load.Recipe, args: argparse.Namespace) -> int:
     for line in checks:
         place = f"{line.where}: " if line.where else ""
         print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.said}")
-        for label, text in (("why", line.why), ("way out", line.way_out)):
+        for label, text in (("why", line.why), ("help", line.help)):
             if text:
                 print(f"            {label + ':':9}" + text.replace("\n", "\n" + " " * 21))
     for note in recipe.notes:
@@ -170,7 +170,7 @@ def _axolotl(name: str, args: argparse.Namespace, overrides: list[str]) -> None:
             "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),
             where=str(path),
             why="its key base_model says so",
-            way_out=f"{command} makes it a recipe; --explain explains it",
+            help=f"{command} makes it a recipe; --explain explains it",
         )
     entries = explain.of_axolotl(path)
     if args.json:

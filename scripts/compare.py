@@ -86,7 +86,7 @@ def main() -> int | None:
         given = len(compared)
         compared, on_training = held_out.apart(compared, trained, notes)
         if on_training and args.prompts:
-            raise errors.DataError("each row of --data was trained on", way_out="other rows, or --prompts alone")
+            raise errors.DataError("each row of --data was trained on", help="other rows, or --prompts alone")
     asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(compared)
     asked = held_out.prompts_apart(held_out.prompts_once(asked, notes), trained, notes) if args.prompts else asked
     notes += questions.remarks(asked, None if args.prompts else compared)

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the model file, where it is at hand already")
     args = parser.parse_args()
     if args.gguf and not args.gguf.is_file():
-        raise errors.ModelError(f"there is no file {args.gguf}", way_out="leave --gguf out to download it")
+        raise errors.ModelError(f"there is no file {args.gguf}", help="leave --gguf out to download it")
     print(f"fetching SmolLM2-135M-Instruct (98 MB) into {args.output_dir} …", flush=True)
     fetched = embedded.fetch(args.output_dir, args.gguf)
     print("✔ checked, converted and saved" if fetched else "✔ it is there already")

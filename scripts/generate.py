@@ -56,8 +56,8 @@ def main() -> None:
     if args.transcript:
         run.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
-            way_out = "name a file in it" if args.transcript.is_dir() else "another name, or --overwrite"
-            raise DataError(f"the transcript {args.transcript} is there already", way_out=way_out)
+            help = "name a file in it" if args.transcript.is_dir() else "another name, or --overwrite"
+            raise DataError(f"the transcript {args.transcript} is there already", help=help)
 
     console.quiet_libraries()
     with console.quick_imports():
@@ -96,7 +96,7 @@ def main() -> None:
 def _under(system: list[Message], question: Question) -> Question:
     if system and question.messages[0]["role"] in ("system", "developer"):
         said = question.messages[0]["content"][:60]
-        raise DataError(f"--system is given, and a row has one of its own: {said!r}", way_out="leave one of them out")
+        raise DataError(f"--system is given, and a row has one of its own: {said!r}", help="leave one of them out")
     return question._replace(messages=system + question.messages)
 
 

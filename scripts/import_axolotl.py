@@ -55,7 +55,7 @@ def main() -> None:
 
 
 FORCE = errors.RecipeError(
-    "nothing was written", why="these keys would change the training", way_out="mend them, or leave them out by --force"
+    "nothing was written", why="these keys would change the training", help="mend them, or leave them out by --force"
 )
 
 

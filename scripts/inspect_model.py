@@ -70,7 +70,7 @@ def _json(file: Path) -> dict:
 def _adapter(folder: Path, merged: dict) -> Path:
     adapters = merged.get("adapters")
     if not (isinstance(adapters, list) and adapters and isinstance(adapters[0], str) and merged.get("status")):
-        raise errors.ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", way_out="merge again")
+        raise errors.ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", help="merge again")
     return Path(adapters[0])
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     weights.check_output(args.output_dir, args.overwrite)
     args.weights = args.weights or [1.0] * len(args.adapter)
     if len(args.weights) != len(args.adapter):
-        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", way_out="one each")
+        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", help="one each")
     for folder in args.adapter:
         start.check_finished(folder)
         start.check_source(str(folder))

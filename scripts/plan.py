@@ -56,7 +56,7 @@ def main() -> None:
         raise errors.LaunchError(
             f"unknown strategy '{args.strategy}'",
             where="command line --strategy",
-            way_out=f"one of {', '.join(choose.STRATEGIES)}",
+            help=f"one of {', '.join(choose.STRATEGIES)}",
         )
     host = args.host_memory and args.host_memory * hardware.GIB
     plan = choose.Plan(recipe, args.nodes, args.gpus, device, host=host)

@@ -58,9 +58,7 @@ def main() -> None:
 
     for name in ("cpus_per_gpu", "mem_per_gpu"):
         if getattr(args, name) and not args.gpus:
-            raise errors.LaunchError(
-                f"--{name} without GPUs", where="command line", way_out="--gpus N, or --cpus, --mem"
-            )
+            raise errors.LaunchError(f"--{name} without GPUs", where="command line", help="--gpus N, or --cpus, --mem")
 
     runs = sweep.elements(args.sweep) if args.sweep else [["--recipe", args.recipe]]
     strategies = set()
@@ -148,11 +146,11 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
     if not name or not count.isdecimal():
         if auto:
             raise errors.LaunchError(
-                "--strategy auto needs to know the GPUs", where="command line", way_out="--gpus h100:4, or --gpu h100"
+                "--strategy auto needs to know the GPUs", where="command line", help="--gpus h100:4, or --gpu h100"
             )
         return "", 0.0
     if auto and args.sweep:
-        raise errors.LaunchError("--strategy auto is for one run", where="command line", way_out="--strategy zero3")
+        raise errors.LaunchError("--strategy auto is for one run", where="command line", help="--strategy zero3")
     console.quiet_libraries()
     from stepladder.planning import choose, hardware
 
@@ -185,14 +183,14 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             raise errors.LaunchError(
                 f"it does not fit: {lines[-1].splitlines()[0]}",
                 why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
-                way_out=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
+                help=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
             )
         need = max(need, host := choose.host_bytes(plan, way) / hardware.GIB)
         if 0 < share < host:
             raise errors.LaunchError(
                 f"{way.strategy} takes {host:.0f} GiB of host memory a rank, and a GPU's share of a node is {share}",
                 why="each rank's own: weights that it loads in fp32, what is offloaded, a CUDA process's 4 GiB",
-                way_out="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
+                help="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
             )
     return lines[0], need
 

@@ -141,7 +141,7 @@ class History:
         finally:
             file.write_bytes(whole)
         self.log.append(f"--- {name}\n{out}")
-        assert code and "way out" in out, f"{name} was not refused: {out}"
+        assert code and "help" in out, f"{name} was not refused: {out}"
 
     def _until(self, running: Running, there: Callable[[], bool]) -> None:
         end = time.monotonic() + 300

@@ -224,7 +224,7 @@ def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None
     recipe = write_recipe(model_name_or_path=str(tiny), attn_implementation="kernels-community/flash-attn2")
     with pytest.raises(ModelError, match="package of that attn_implementation is not installed") as caught:
         load.base_model(recipe_load.load(str(recipe), []), "fp32")
-    assert "pip install 'kernels>=" in caught.value.way_out
+    assert "pip install 'kernels>=" in caught.value.help
 
 
 # A machine as Python sees it with an H100, the package `kernels`, and a flash_attn built for another PyTorch.

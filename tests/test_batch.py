@@ -34,7 +34,7 @@ def test_no_empty_places_where_it_divides() -> None:
 def test_fewer_rows_than_ranks_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
         layout(2, 1, 4)
-    assert "global_batch_size: 4" in caught.value.way_out and "--num_processes 2" in caught.value.way_out
+    assert "global_batch_size: 4" in caught.value.help and "--num_processes 2" in caught.value.help
 
 
 @pytest.mark.parametrize(("total", "micro"), [(0, 1), (8, 0), (-8, 2)])

@@ -74,8 +74,8 @@ def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tm
     done = check(*words, "--json", HF_TOKEN="", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     wrong = {line["name"]: line for line in json.loads(done.out)["checks"] if not line["right"]}
     assert done.code == 2 and not wrong.keys() ^ {"accounts", "data", "strategy"}, done
-    assert f"{recipe}:" in wrong["accounts"]["where"] and "hf auth login" in wrong["accounts"]["way_out"]
-    assert "zero3" in wrong["strategy"]["way_out"], "what there is"
+    assert f"{recipe}:" in wrong["accounts"]["where"] and "hf auth login" in wrong["accounts"]["help"]
+    assert "zero3" in wrong["strategy"]["help"], "what there is"
     done = check(*words[:-1], "single", HF_TOKEN="", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.code == 2 and "✘ memory" in done.out and "--strategy zero3_offload" in done.out, done
     assert "Traceback" not in done.err, done

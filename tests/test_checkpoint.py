@@ -154,7 +154,7 @@ def test_another_recipe_is_refused_with_what_differs(folder) -> None:
     with pytest.raises(LaunchError, match="unfinished run of another recipe") as caught:
         claim(folder, learning_rate=1e-4, logging_steps=5)
     assert caught.value.why == "learning_rate: 0.001 → 0.0001"
-    assert "--allow_change learning_rate" in caught.value.way_out
+    assert "--allow_change learning_rate" in caught.value.help
     assert claim(folder, allowed=("learning-rate",), learning_rate=1e-4) == resume.of_step(folder, 6)
 
 

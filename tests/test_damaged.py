@@ -205,7 +205,7 @@ COMPARISON = {
     "metrics": [{"name": "loss", "unit": "share of answers", "sides": [SIDE, SIDE], "tests": [None, None],
                  "winner": "base"}],
     "verdicts": [{"side": "tuned", "verdicts": [{"severity": "good", "name": "better", "what": "w", "evidence": "e",
-                                                 "way_out": "", "figures": {}}]}],
+                                                 "help": "", "figures": {}}]}],
 }  # fmt: skip
 AUDIT = {"findings": [{"severity": "warning", "name": "n", "what": "w", "where": ["d:1"], "figures": {"a": 1}}]}
 ROW = {"step": 1, "epoch": 0.5, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 9.0,

@@ -195,7 +195,7 @@ def test_bad_files_say_where_and_what(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         mixture.from_name(str(tmp_path / name))
     message = str(caught.value)
-    for part in [name, "way out:", *parts]:
+    for part in [name, "help:", *parts]:
         assert part in message, message
 
 

@@ -153,7 +153,7 @@ def test_the_one_command_for_a_wrapped_list(tmp_path: Path, capsys: pytest.Captu
     """Guards against a hint that does not give the rows when it is followed."""
     file = tmp_path / "a file.json"
     file.write_text(json.dumps({"version": 1, "data": ROWS}))
-    command = shlex.split(message(file).split("way out: ")[1].splitlines()[0])
+    command = shlex.split(message(file).split("help: ")[1].splitlines()[0])
     assert command[:2] == ["python", "-c"] and command[3:] == [">", f"{file}.jsonl"]
     exec(command[2], {})
     Path(command[4]).write_text(capsys.readouterr().out)
@@ -323,7 +323,7 @@ def test_a_data_folder_of_llama_factory(tmp_path: Path) -> None:
     (tmp_path / "pairs.json").write_text(json.dumps([{"question": "A?", "note": "n", "answer": "B"}]))
     (tmp_path / "turns.json").write_text(json.dumps([{"dialog": TURNS["messages"]}]))
     found = message(tmp_path)
-    assert found.split("way out:")[1] == message(tmp_path / "dataset_info.json").split("way out:")[1]
+    assert found.split("help:")[1] == message(tmp_path / "dataset_info.json").split("help:")[1]
     assert f"{tmp_path} is a data folder of LLaMA-Factory" in found and "lists 6 sets; 2 of them" in found
     lines = [line.strip() for line in found.split("one of them:\n")[1].splitlines()]
     assert lines == [
@@ -373,7 +373,7 @@ def test_the_one_command_for_another_kind(name: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(pandas, "read_excel", lambda _, **keys: FRAME if keys == keep else None)
     found = message(file)
     assert f"files of the kind '{file.suffix}' are not read" in found
-    command = shlex.split(found.split("way out: ")[1])
+    command = shlex.split(found.split("help: ")[1])
     assert command[:2] == ["python", "-c"] and len(command) == 3
     exec(command[2], {})
     texts = [{"text": "First 'line'."}, {"text": '  "Second"'}]
@@ -400,7 +400,7 @@ def test_files_that_are_not_what_their_name_says(tmp_path: Path) -> None:
     for name, (held, part) in content.items():
         (tmp_path / name).write_bytes(held)
         assert part in message(tmp_path / name), name
-    command = shlex.split(message(tmp_path / "a.zip").split("way out: ")[1])
+    command = shlex.split(message(tmp_path / "a.zip").split("help: ")[1])
     exec(command[2], {})
     assert rows(tmp_path / "a.zip_unpacked") == ROWS
 

@@ -213,7 +213,7 @@ def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     with pytest.raises(TrainingError, match=message) as caught, out_of_memory.explained(recipe, launch, 8):
         torch.empty(1 << 55, dtype=torch.uint8)
     assert caught.value.exit_code == 1
-    first, second, third = caught.value.way_out.splitlines()
+    first, second, third = caught.value.help.splitlines()
     assert first.startswith("--per_device_train_batch_size 4 (the accumulation follows")
     assert second.startswith("--gradient_checkpointing true")
     assert ("zero3_offload.yaml" if strategy == "zero3" else "zero3.yaml") in third

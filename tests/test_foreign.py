@@ -195,7 +195,7 @@ def test_the_lines_of_the_message_are_a_recipe(case: str, tmp_path: Path) -> Non
     tool, name, content, values = FILES[case]
     error = refusal(write(tmp_path, name, content))
     assert tool in error.what and "unknown key" not in error.render()
-    lines = error.way_out.splitlines()[1:]
+    lines = error.help.splitlines()[1:]
     assert all(re.match(r"\w+: |# ", line) for line in lines), lines
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("\n".join([*lines, "dataset_name: rows.jsonl", "eval_strategy: epoch"]))
@@ -206,19 +206,19 @@ def test_the_lines_of_the_message_are_a_recipe(case: str, tmp_path: Path) -> Non
 def test_a_key_without_a_counterpart_is_named(tmp_path: Path) -> None:
     """Guards what the lines do not say: a key that is not in the table stands in the message."""
     _, name, content, _ = FILES["LLaMA-Factory"]
-    assert "# no counterpart is known for some_key_of_tomorrow" in refusal(write(tmp_path, name, content)).way_out
+    assert "# no counterpart is known for some_key_of_tomorrow" in refusal(write(tmp_path, name, content)).help
 
 
 def test_an_axolotl_configuration_is_sent_to_its_importer(tmp_path: Path) -> None:
     """Guards the command in the message, for sft.py and plan.py as for check.py."""
     error = refusal(write(tmp_path, "a.yml", "base_model: org/model\nadapter: lora\n"))
-    assert "Axolotl" in error.what and "import_axolotl.py" in error.way_out
+    assert "Axolotl" in error.what and "import_axolotl.py" in error.help
 
 
 @pytest.mark.parametrize("file", ["accelerate_configs/zero2.yaml", "ds_configs/zero2.json"])
 def test_a_file_of_the_launch_is_no_recipe(file: str) -> None:
     """Guards a mix-up of --recipe and --config_file."""
-    assert "accelerate launch --config_file" in refusal(ROOT / file).way_out
+    assert "accelerate launch --config_file" in refusal(ROOT / file).help
 
 
 def test_the_importer_names_the_tool_too(tmp_path: Path) -> None:

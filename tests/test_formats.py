@@ -361,7 +361,7 @@ def test_bad_rows_say_what_is_wrong(name: str) -> None:
     row, parts = BAD[name]
     with pytest.raises(DataError) as caught:
         to_example(row, "rows.jsonl:7")
-    for part in ["rows.jsonl:7: ", "way out:", *parts]:
+    for part in ["rows.jsonl:7: ", "help:", *parts]:
         assert part in str(caught.value)
 
 
@@ -378,7 +378,7 @@ def test_bad_rows_say_what_is_wrong(name: str) -> None:
     ],
 )
 def test_unknown_columns_come_with_a_mapping(columns: list[str], mapping: str) -> None:
-    """Guards against a message that names the fault and leaves the way out to the reader."""
+    """Guards against a message that names the fault and leaves the remedy to the reader."""
     with pytest.raises(DataError) as caught:
         to_example(dict.fromkeys(columns, "text"), "rows.jsonl:1")
     message = str(caught.value)

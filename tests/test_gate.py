@@ -258,7 +258,7 @@ def test_an_unknown_claim_is_refused_before_torch_is_imported() -> None:
     words = ("--base", "a", "--tuned", "b", "--data", "data/techco_eval.jsonl", "--require", "better, not memorised")
     done = run(sys.executable, "-c", code, *words)
     assert done.out.split() == ["False", "2"] and "did you mean 'not memorized'" in done.err, done
-    assert "way out: better, not memorized, did not forget, behaves" in done.err, done
+    assert "help: better, not memorized, did not forget, behaves" in done.err, done
 
 
 def test_the_gate_ends_with_3_and_says_which_failed(tiny, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_base_that_has_moved(generate, tiny, monkeypatch, capsys, tmp_path: Pa
     words = ["--prompt", "Which door?", "--max_new_tokens", "8", "--model"]
     with pytest.raises(ModelError, match=r"the base of the adapter .*moved cannot be used: .*'/gone/base'") as caught:
         call(generate, monkeypatch, *words, tmp_path / "moved")
-    assert "--base" in caught.value.way_out
+    assert "--base" in caught.value.help
     said = []
     for name in ("here", "moved"):
         capsys.readouterr()

@@ -413,7 +413,7 @@ def test_what_a_template_loses_is_refused(kind: str, tokenizer) -> None:
     tokenizer.chat_template = template + ASK * ("add_generation_prompt" not in template)
     with pytest.raises(DataError) as caught:
         result(tokenizer, example)
-    assert message in str(caught.value) and caught.value.where == "rows:1" and caught.value.way_out
+    assert message in str(caught.value) and caught.value.where == "rows:1" and caught.value.help
 
 
 def test_a_refusal_quotes_its_own_row(tokenizer) -> None:
@@ -561,7 +561,7 @@ def test_a_template_in_the_recipe_itself(tokenizer, settings) -> None:
     assert tokenizer.chat_template == CHATML + ASK
     with pytest.raises(RecipeError, match="no chat template 'clone'") as caught:
         templates.prepare(tokenizer, settings(chat_template="clone"))
-    assert "clone" not in caught.value.way_out and "qwen3" in caught.value.way_out
+    assert "clone" not in caught.value.help and "qwen3" in caught.value.help
 
 
 def test_a_template_that_is_no_template(tokenizer, settings, tmp_path) -> None:
@@ -691,7 +691,7 @@ def test_skipped_rows_are_listed(tokenizer, settings) -> None:
     rows = mixture.Rows("rows", examples, [f"rows:{n}" for n in range(1, 5)])
     with pytest.raises(DataError, match="nothing of this row is trained") as caught:
         render.render(rows, tokenizer, settings(max_length=64))
-    assert caught.value.where == "rows:2" and "on_bad_row: skip" in caught.value.way_out
+    assert caught.value.where == "rows:2" and "on_bad_row: skip" in caught.value.help
     remarks = Remarks()
     kept = render.render(rows, tokenizer, settings(max_length=64, on_bad_row="skip"), 0, remarks)
     assert [row["rows"] for row in kept] == [[0], [3]]

@@ -168,7 +168,7 @@ def test_too_few_general_rows(load: Load, make: Callable[..., str]) -> None:
         DataError, match=r"mix_general 0.4 of 1,000 rows needs 667(.|\n)*mix_general: (0\.\d+) at most"
     ) as e:
         load(dataset_name=name, mix_general=0.4)
-    largest = float(e.value.way_out.split()[1])
+    largest = float(e.value.help.split()[1])
     train, _ = load(dataset_name=name, mix_general=largest)
     assert train.sets[1]["rows"] >= train.sets[1]["of"] - 2
     with pytest.raises(DataError, match="needs 0 general rows"):
@@ -396,7 +396,7 @@ def test_what_is_not_used_is_named_once_with_counts(name: str, load: Load, tmp_p
     train, _ = load(dataset_name=file)
     assert train.notes == [f"{file}: {note}" for note in notes]
     findings = audit.of_name(file, audit.Limits(0, 0)).findings
-    said = [f.what + f"; {f.way_out}" * bool(f.way_out) for f in findings if f.what.startswith(file)]
+    said = [f.what + f"; {f.help}" * bool(f.help) for f in findings if f.what.startswith(file)]
     assert said == train.notes
 
 

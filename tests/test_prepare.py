@@ -118,13 +118,13 @@ def test_processes_follow_the_jobs_cores(tokenizer, settings, monkeypatch) -> No
 
 
 def test_a_bad_row_in_a_worker_is_told_as_elsewhere(tokenizer, settings, tmp_path) -> None:
-    """Guards the message across the process: what, why, way out and place, not a pickled traceback."""
+    """Guards the message across the process: what, why, help and place, not a pickled traceback."""
     file = tmp_path / "rows.jsonl"
     long = {"input": "why? " * 200, "output": "because."}
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"input": "hello", "output": "world"}] * 9 + [long]))
     with pytest.raises(DataError, match="nothing of this row is trained") as caught:
         prepare.rendered(mixture.from_name(str(file)), tokenizer, settings(max_length=160, dataset_num_proc=2))
-    assert caught.value.where == f"{file}:10" and "raise max_length" in caught.value.way_out
+    assert caught.value.where == f"{file}:10" and "raise max_length" in caught.value.help
     assert "first 160 tokens" in caught.value.why and caught.value.kind == "data"
 
 
@@ -138,7 +138,7 @@ def test_without_a_place_to_write_it_says_so(learnable, tokenizer, settings, tmp
     monkeypatch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(DataError, match="written nowhere") as caught:
         prepare.prepared(rows, None, tokenizer, settings(max_length=160))
-    assert "No space left" in caught.value.why and "XDG_CACHE_HOME" in caught.value.way_out
+    assert "No space left" in caught.value.why and "XDG_CACHE_HOME" in caught.value.help
 
 
 def test_nothing_is_cached_of_rows_that_cannot_be_used(learnable, tokenizer, settings, cached) -> None:

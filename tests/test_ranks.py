@@ -55,7 +55,7 @@ def test_a_deepspeed_file_that_is_not_there(environment) -> None:
     environment(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE="elsewhere/zero2.json")
     with pytest.raises(LaunchError, match="elsewhere") as caught:
         launcher.launched()
-    assert "ds_configs" in caught.value.way_out
+    assert "ds_configs" in caught.value.help
 
 
 NO_RANK, NO_PLACE = "is no rank of a launch", "WORLD_SIZE=2 without"
@@ -123,7 +123,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     with pytest.raises(LaunchError, match="2 ranks on a machine with 1 GPU") as caught:
         ranks.choose_device(launcher.launched())
-    assert "--num_processes 1" in caught.value.way_out
+    assert "--num_processes 1" in caught.value.help
 
 
 @pytest.mark.parametrize(("visible", "seen"), [(None, "0"), ("3", "3"), ("2,3", None)])

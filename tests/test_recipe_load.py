@@ -1,4 +1,4 @@
-"""Recipes are read strictly: what is wrong is said at its place, with the way out, all of it at once."""
+"""Recipes are read strictly: what is wrong is said at its place, with what helps, all of it at once."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_slip_in_any_key_of_any_shipped_recipe_is_caught(copied: Path, data: s
         load.load(str(changed), [])
     (error,) = caught.value.errors
     assert error.what == f"unknown key '{slip}'" and error.where == f"{changed}:{number + 1}:1"
-    assert f"'{key}'" in error.way_out
+    assert f"'{key}'" in error.help
 
 
 WHOLE = st.one_of(st.integers(-1, 5000), st.sampled_from((-1, 0, 1, 2, 10**6)))

@@ -161,7 +161,7 @@ def test_prompt_template_needs_one_place_for_the_input(bad, base_tokenizer, sett
 def test_an_unknown_template_is_refused(base_tokenizer, settings) -> None:
     with pytest.raises(RecipeError, match="no chat template 'chatlm'") as caught:
         templates.prepare(base_tokenizer, settings(chat_template="chatlm"))
-    assert "chatml" in caught.value.way_out
+    assert "chatml" in caught.value.help
 
 
 def test_tool_calls_are_trained_and_results_are_not(base_tokenizer, settings, tmp_path) -> None:
@@ -191,7 +191,7 @@ def test_a_conversation_that_the_template_forbids(base_tokenizer, settings, tmp_
 def test_a_base_model_needs_a_template(base_tokenizer, tmp_path) -> None:
     with pytest.raises(ModelError, match="no chat template") as caught:
         list(render.tokenize(rows(tmp_path, {"input": "Who are you?", "output": "I do not know."}), base_tokenizer))
-    assert "prompt_template" in caught.value.way_out
+    assert "prompt_template" in caught.value.help
 
 
 @pytest.mark.parametrize(

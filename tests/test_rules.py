@@ -307,7 +307,7 @@ def test_a_rule_breaks_and_holds(name: str, tmp_path: Path) -> None:
         n for n, text in enumerate(failing.splitlines(), 1) if text.lstrip().startswith(f"{key.split('.')[-1]}:")
     )
     assert found[0].where.startswith(f"{path}:{line}:") and key.split(".")[-1] in found[0].what
-    assert found[0].way_out
+    assert found[0].help
     assert breaks(path, passing) == []
 
 

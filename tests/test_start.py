@@ -344,7 +344,7 @@ def test_a_run_that_is_not_finished_and_a_checkpoint_are_refused(made, tmp_path:
     (folder / "checkpoint-2/COMPLETE.json").write_text("{}")
     with pytest.raises(ModelError, match="is a checkpoint, which resumes its own run") as caught:
         settle(folder / "checkpoint-2")
-    assert str(folder) in caught.value.way_out
+    assert str(folder) in caught.value.help
 
 
 def test_a_relative_base_is_found_from_elsewhere(made, tiny: Path, tmp_path: Path, monkeypatch) -> None:

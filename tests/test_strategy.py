@@ -35,8 +35,8 @@ def test_an_optimizer_of_plain_tensors_is_refused_under_fsdp(optimizer, name, se
     """Guards against a traceback at the first step: bitsandbytes' kernels have no rule for DTensors."""
     with pytest.raises(RecipeError, match=f"{optimizer} cannot run under {name}") as error:
         strategy.check(settings(optim=optimizer), under(name))
-    assert "optim: adamw_torch_fused" in error.value.way_out
-    assert ("zero3.yaml" in error.value.way_out) == (optimizer in strategy.ELEMENTWISE)
+    assert "optim: adamw_torch_fused" in error.value.help
+    assert ("zero3.yaml" in error.value.help) == (optimizer in strategy.ELEMENTWISE)
     assert not strategy.check(settings(optim="adamw_torch_fused"), under(name))
 
 

@@ -63,7 +63,7 @@ def test_verdicts_on_curves_made_to_show_them(name: str) -> None:
     names = {verdict.name for verdict in found}
     assert names == expected, found
     assert all(verdict.evidence for verdict in found)
-    assert all(verdict.way_out for verdict in found if verdict.severity != GOOD)
+    assert all(verdict.help for verdict in found if verdict.severity != GOOD)
 
 
 @pytest.mark.parametrize("which", ["loss", "grad_norm", "eval_loss"])

@@ -1,4 +1,4 @@
-"""What a person reads when their input is wrong: what, why, the way out; never a traceback.
+"""What a person reads when their input is wrong: what, why, what helps; never a traceback.
 
 Exit codes of every script: 0 done, 1 failed, 2 the input is wrong, 3 what `compare.py --require` asks for
 does not hold, 75 preempted after a complete checkpoint.
@@ -28,7 +28,7 @@ class StepladderError(Exception):
     Args:
         what: the fault, with the offending value.
         why: why it is one; may be empty where `what` says it all.
-        way_out: what to type or change.
+        help: what to type or change.
         where: `file:line:column`, or the file, or `command line`.
         this_rank_only: the fault concerns one rank, which then reports it itself. Other
             faults are found by all ranks alike, and rank 0 alone reports them.
@@ -37,21 +37,21 @@ class StepladderError(Exception):
     kind = "error"
     exit_code = EXIT_BAD_INPUT
 
-    def __init__(self, what: str, *, why: str = "", way_out: str = "", where: str = "", this_rank_only: bool = False):
-        self.what, self.why, self.way_out, self.where = what, why, way_out, where
+    def __init__(self, what: str, *, why: str = "", help: str = "", where: str = "", this_rank_only: bool = False):
+        self.what, self.why, self.help, self.where = what, why, help, where
         self.this_rank_only = this_rank_only
         super().__init__(self.render())
 
     def __reduce__(self) -> tuple:  # from a worker process it arrives as it was raised
-        made = functools.partial(type(self), self.what, why=self.why, way_out=self.way_out, where=self.where)
+        made = functools.partial(type(self), self.what, why=self.why, help=self.help, where=self.where)
         return functools.partial(made, this_rank_only=self.this_rank_only), ()
 
     def render(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         lines = [f"✘ {self.kind}: {head}"]
-        for label, text in (("why", self.why), ("way out", self.way_out)):
+        for label, text in (("why", self.why), ("help", self.help)):
             if text:
-                lines.append(f"  {label + ':':9}" + text.replace("\n", "\n" + " " * 11))
+                lines.append(f"  {label + ':':6}" + text.replace("\n", "\n" + " " * 8))
         return console.printable("\n".join(lines))
 
 
@@ -202,8 +202,8 @@ def _of_no_room(error: Exception) -> StepladderError | None:
         return None
     file = getattr(error, "filename", None)
     what = f"{os.fsdecode(file)} cannot be written" if isinstance(file, (str, bytes)) else "the files cannot be written"
-    way_out = "make room (df -h, quota), or another place"
-    return StepladderError(what, why=os.strerror(number), way_out=way_out, this_rank_only="RANK" in os.environ)
+    help = "make room (df -h, quota), or another place"
+    return StepladderError(what, why=os.strerror(number), help=help, this_rank_only="RANK" in os.environ)
 
 
 def end_process_groups() -> None:

@@ -1,6 +1,6 @@
 """Files that a person, a model's folder or an earlier run names: read without waiting, within limits, or refused.
 
-Every function raises ValueError with the reason, and the caller's message names the place and the way out.
+Every function raises ValueError with the reason, and the caller's message names the place and what helps.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, and what was found; `where`, `why` and `way_out` as `StepladderError` has them."""
+    """What was looked at, and what was found; `where`, `why` and `help` as `StepladderError` has them."""
 
     name: str
     right: bool
     said: str
     where: str = ""
     why: str = ""
-    way_out: str = ""
+    help: str = ""
 
 
 def checks(recipe: Recipe, machine: Machine) -> list[Check]:
@@ -54,7 +54,7 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
         try:
             said, value = found(*given)
         except StepladderError as error:
-            done.append(Check(name, False, error.what, error.where, error.why, error.way_out))
+            done.append(Check(name, False, error.what, error.where, error.why, error.help))
             return None
         done.append(Check(name, True, said))
         return value
@@ -151,6 +151,6 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
         if better is None:
             raise choose.nowhere(plan, plan.ways())
         micro, checkpointing = better.micro, str(better.checkpointing).lower()
-        way_out = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
-        raise LaunchError(f"it needs {said}", way_out=f"{way_out} --gradient_checkpointing {checkpointing}")
+        help = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
+        raise LaunchError(f"it needs {said}", help=f"{help} --gradient_checkpointing {checkpointing}")
     return said, plan.sizes(way)

@@ -48,16 +48,16 @@ def versions(settings: Settings) -> str:
         try:
             found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            raise LaunchError(f"{needed.name} is not installed", way_out="make install") from None
+            raise LaunchError(f"{needed.name} is not installed", help="make install") from None
         lowest = SpecifierSet(",".join(str(bound) for bound in needed.specifier if not bound.operator.startswith("<")))
         if not lowest.contains(found, prereleases=True):
-            raise LaunchError(f"{needed.name} {lowest} is needed, and {found} is here", way_out="make install")
+            raise LaunchError(f"{needed.name} {lowest} is needed, and {found} is here", help="make install")
     for key, value, module, package, instead in _packages(settings):
         if not importlib.util.find_spec(module):
             raise LaunchError(
                 f"{key}: {value} takes {package}, which is not installed",
                 where=settings.where(key),
-                way_out=f"pip install {package}, or {key}: {instead}",
+                help=f"pip install {package}, or {key}: {instead}",
             )
     found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN)
     return "; ".join([found, *untested_versions()])
@@ -102,7 +102,7 @@ def accounts(settings: Settings) -> str:
             raise LaunchError(
                 "push_to_hub: true, and there is no token of the hub",
                 where=settings.where("push_to_hub"),
-                way_out="hf auth login, or HF_TOKEN, or push_to_hub: false",
+                help="hf auth login, or HF_TOKEN, or push_to_hub: false",
             )
         said.append("the hub with its token")
     return ", ".join(said) or "none needed"
@@ -141,7 +141,7 @@ def compiler(settings: Settings) -> str:
         raise LaunchError(
             f"torch_compile: true builds kernels, and {missing} not installed",
             where=settings.where("torch_compile"),
-            way_out="sudo apt install g++ python3-dev, CXX=/path/to/one, or torch_compile: false",
+            help="sudo apt install g++ python3-dev, CXX=/path/to/one, or torch_compile: false",
         )
     return f"{shutil.which(name)}, for torch_compile"
 
@@ -173,7 +173,7 @@ def disk(settings: Settings, folder: Path, trained: float, states: float, whole:
         raise LaunchError(
             f"{checkpoints} {_gib(need)}, and {parent} has {_gib(free)} free",
             where=settings.where("output_dir"),
-            way_out="another output_dir, save_total_limit: 1, or save_only_model: true (which cannot be resumed)",
+            help="another output_dir, save_total_limit: 1, or save_only_model: true (which cannot be resumed)",
         )
     return f"{checkpoints} {_gib(need)} of {_gib(free)} free in {parent}"
 

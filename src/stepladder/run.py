@@ -102,7 +102,7 @@ class Run:
         raise LaunchError(
             f"another process is training into {self.folder}",
             why="two would overwrite each other's files",
-            way_out="wait for it or end it (its launcher may be gone: look for sft.py), or another --output_dir",
+            help="wait for it or end it (its launcher may be gone: look for sft.py), or another --output_dir",
         )
 
     def exists(self, where: str = "") -> bool:
@@ -119,7 +119,7 @@ class Run:
                 f"output_dir {self.folder} exists and is no run folder",
                 where=where,
                 why="nothing that existed is overwritten",
-                way_out="another --output_dir",
+                help="another --output_dir",
             )
         return False
 
@@ -193,7 +193,7 @@ class Run:
     def _unreadable(self, why: str) -> LaunchError:
         return LaunchError(
             f"{self.folder / MANIFEST} cannot be used: {why}",
-            way_out="put it back from a copy, another --output_dir, or --overwrite to replace the run",
+            help="put it back from a copy, another --output_dir, or --overwrite to replace the run",
         )
 
     def is_requeued(self) -> bool:
@@ -250,7 +250,7 @@ class Run:
             except OSError as error:
                 raise LaunchError(
                     f"output_dir {self.folder} cannot be written: {error.strerror}",
-                    way_out="make room, then the same command again",
+                    help="make room, then the same command again",
                 ) from None
 
     def _began(self) -> float:
@@ -284,7 +284,7 @@ class Run:
                 raise LaunchError(
                     f"the run in {self.folder} was begun with another {key}: {old}, now {new}",
                     why="its curve would not go on as it began",
-                    way_out=f"global_batch_size: {old}"
+                    help=f"global_batch_size: {old}"
                     if key == "global_batch_size"
                     else "the rows that it began with; or to go on with these: --allow_change dataset_name",
                 )
@@ -353,7 +353,7 @@ class Run:
             raise TrainingError(
                 f"{self.folder / MANIFEST} and {METRICS} lack the end of the run",
                 why=f"they cannot be written: {self._unwritten.strerror}",
-                way_out="make room; the same command again goes on from the newest whole checkpoint",
+                help="make room; the same command again goes on from the newest whole checkpoint",
             )
 
     def _write(self) -> None:
@@ -372,7 +372,7 @@ def metrics_text(folder: Path) -> str:
     try:
         return read_text(file, METRICS_BYTES, errors="replace") if os.path.lexists(file) else ""
     except ValueError as error:
-        raise LaunchError(f"{file} cannot be used: {error}", way_out="put it back from a copy, or remove it") from None
+        raise LaunchError(f"{file} cannot be used: {error}", help="put it back from a copy, or remove it") from None
 
 
 def row_of(line: str) -> dict[str, Any] | None:
@@ -444,9 +444,7 @@ def make_folder(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise RunError(
-            f"{folder} cannot be written", why=error.strerror or str(error), way_out="another place"
-        ) from None
+        raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -15,5 +15,5 @@ class Verdict:
     name: str
     what: str
     evidence: str
-    way_out: str = ""
+    help: str = ""
     figures: dict[str, float] = field(default_factory=dict)

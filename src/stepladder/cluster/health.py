@@ -41,7 +41,7 @@ def main() -> None:
     if faults:
         raise errors.LaunchError(
             f"node {socket.gethostname()} cannot train: {'; '.join(faults)}",
-            way_out=f"sbatch --exclude={socket.gethostname()} …, and tell your administrators",
+            help=f"sbatch --exclude={socket.gethostname()} …, and tell your administrators",
         )
     if len(nodes) > 1 and (name := interface(nodes[1] if here == 0 else nodes[0])):
         print(name)
@@ -59,13 +59,13 @@ def check_step(given: int, wanted: int) -> None:
             f"node {socket.gethostname()}: {given} GPU(s) for its ranks, and the job starts {wanted}",
             why="--gpus-per-task gives each task its own, and one task starts all ranks of a node; --gpus may give "
             "each node another number; --exclusive gives a job all GPUs of a node, and its ranks as many as it named",
-            way_out="sbatch --nodes=N --gpus-per-node=G …: the same number on each node, and one task",
+            help="sbatch --nodes=N --gpus-per-node=G …: the same number on each node, and one task",
         )
     if wanted > 1 and "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
         raise errors.LaunchError(
             f"node {socket.gethostname()}: {wanted} ranks on {wanted} slices of a GPU (MIG)",
             why="a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it",
-            way_out="sbatch --gpus-per-node=1 …, or whole GPUs",
+            help="sbatch --gpus-per-node=1 …, or whole GPUs",
         )
 
 

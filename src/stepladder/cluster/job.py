@@ -80,7 +80,7 @@ def _finished(run: Path) -> dict[str, Any]:
     try:
         return read_manifest(run, ("strategy", "totals.tokens_per_second", "totals.peak_memory_bytes.*"))
     except ValueError as error:
-        raise errors.RunError(f"{run / MANIFEST} cannot be used: {error}", way_out="a run that is finished") from None
+        raise errors.RunError(f"{run / MANIFEST} cannot be used: {error}", help="a run that is finished") from None
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
                 raise errors.DataError(
                     "the recipe holds out no rows, so its comparison could only be made on rows that are trained on",
                     where=recipe.where("eval_strategy"),
-                    way_out="--test_split_size 0.1, or --eval_dataset_name FILE with --eval_strategy epoch",
+                    help="--test_split_size 0.1, or --eval_dataset_name FILE with --eval_strategy epoch",
                 )
             print(rows)
         case ["speed", run]:

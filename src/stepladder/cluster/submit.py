@@ -83,7 +83,7 @@ def _ask(*command: str) -> str:
 def log_pattern(folder: Path, name: str) -> str:
     """A file name as sbatch takes it, which reads `%` and a backslash as its own."""
     if "\\" in str(folder) or any(ord(sign) < 32 for sign in str(folder)):
-        raise LaunchError(f"output_dir {str(folder)!r} cannot hold a job's log", way_out="another --output_dir")
+        raise LaunchError(f"output_dir {str(folder)!r} cannot hold a job's log", help="another --output_dir")
     return f"{str(folder).replace('%', '%%')}/{name}"
 
 
@@ -94,13 +94,13 @@ def sbatch(command: list[str]) -> str:
         LaunchError: there is no Slurm here, or it refuses, with its own words.
     """
     if not shutil.which("sbatch"):
-        raise LaunchError("there is no sbatch here", way_out="run it on your cluster's login node, or --dry_run")
+        raise LaunchError("there is no sbatch here", help="run it on your cluster's login node, or --dry_run")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise LaunchError(
             f"Slurm refuses the job: {' '.join(said.split())}",
             why=quoted(*command),
-            way_out="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
+            help="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
         )
     return (done.stdout + done.stderr).strip()

@@ -37,10 +37,10 @@ def elements(file: Path) -> list[list[str]]:
         raise errors.RecipeError(
             "a sweep has a recipe and a grid: a list of values for each key that varies",
             where=str(file),
-            way_out="recipe: lora\ngrid:\n  lora_r: [8, 16, 32, 64]",
+            help="recipe: lora\ngrid:\n  lora_r: [8, 16, 32, 64]",
         )
     if not isinstance(sweep.get("recipe"), str):
-        raise errors.RecipeError("a sweep names its recipe", where=str(file), way_out="recipe: lora")
+        raise errors.RecipeError("a sweep names its recipe", where=str(file), help="recipe: lora")
     if twice := set(grid) & set(sweep):
         raise errors.RecipeError(f"{', '.join(sorted(twice))} is in the grid and beside it", where=str(file))
     same = {key: value for key, value in sweep.items() if key not in ("grid", "output_dir")}
@@ -71,11 +71,11 @@ def main() -> None:
             found = elements(Path(file))
             if int(number) >= len(found):
                 raise errors.RecipeError(f"element {number} of a sweep of {len(found)}", where=file,
-                                         way_out=f"sbatch --array=0-{len(found) - 1} …")  # fmt: skip
+                                         help=f"sbatch --array=0-{len(found) - 1} …")  # fmt: skip
             # for sweep.sbatch; a value may hold any sign but NUL
             console.write_exactly("".join(f"{word}\0" for word in found[int(number)]))
         case _:
-            raise errors.RecipeError("sweep: FILE and the element's number", way_out=(__doc__ or "").split("\n")[-2])
+            raise errors.RecipeError("sweep: FILE and the element's number", help=(__doc__ or "").split("\n")[-2])
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ def parse_nested(text: Any, what: str) -> Any:
         if NUMPY_REPR.search(text):
             raise DataError(
                 f"{what} is an array as NumPy and pandas print it, without commas: {quote(text)}",
-                way_out="write the table as df.to_json(FILE, orient='records', lines=True, force_ascii=False)",
+                help="write the table as df.to_json(FILE, orient='records', lines=True, force_ascii=False)",
             )
     twice = f": {fault}" if "stands there twice" in str(fault) else ""
-    raise DataError(f"{what} is not JSON{twice}: {quote(text)}", way_out='a list or object: "[…]"')
+    raise DataError(f"{what} is not JSON{twice}: {quote(text)}", help='a list or object: "[…]"')
 
 
 def _literal(text: str) -> Any:
@@ -115,12 +115,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
-def bad_row(where: str, what: str, way_out: str) -> tuple[str, DataError]:
-    return where, DataError(what, where=where, way_out=way_out)
+def bad_row(where: str, what: str, help: str) -> tuple[str, DataError]:
+    return where, DataError(what, where=where, help=help)
 
 
 def refuse_utf16(stream: Any, name: str) -> None:
     """UTF-16 and UTF-32 by their mark, or by the zero byte that each holds beside a file's first ASCII character."""
     head = stream.peek(2)[:2]
     if head in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
-        raise DataError(f"{name} is UTF-16 or UTF-32", why="data files are UTF-8", way_out=SAVE_AS_UTF8)
+        raise DataError(f"{name} is UTF-16 or UTF-32", why="data files are UTF-8", help=SAVE_AS_UTF8)

@@ -75,26 +75,26 @@ def text(value: Any, role: str, column: str, may_be_empty: bool = False) -> str:
     """
     if isinstance(value, str):
         if (not value or value.isspace()) and not may_be_empty:
-            raise DataError(f"the {role}'s text ('{column}') is empty", way_out=FILL_IN)
+            raise DataError(f"the {role}'s text ('{column}') is empty", help=FILL_IN)
         if not is_unicode(value):
             raise DataError(
                 f"the {role}'s text ('{column}') holds half a character (a lone surrogate)",
                 why="such halves come of cutting a text in the middle of an emoji",
-                way_out="cut it elsewhere, or remove the row",
+                help="cut it elsewhere, or remove the row",
             )
         return value
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         raise DataError(
             f"the {role}'s text ('{column}') is a list of {len(value)} texts: {quote(value)}",
-            way_out="choose one of them, or make a row of each",
+            help="choose one of them, or make a row of each",
         )
     if isinstance(value, list):
         return text("".join(_part(part) for part in value), role, column, may_be_empty)
     if value is None:
-        raise DataError(f"the {role}'s text ('{column}') is missing", way_out=FILL_IN)
+        raise DataError(f"the {role}'s text ('{column}') is missing", help=FILL_IN)
     raise DataError(
         f"the {role}'s text ('{column}') is not text but {quote(value)}",
-        way_out='put it in quotes: "42"' if isinstance(value, int | float) else "a text in quotes",
+        help='put it in quotes: "42"' if isinstance(value, int | float) else "a text in quotes",
     )
 
 
@@ -106,14 +106,14 @@ def _part(part: Any) -> str:
         return part["text"]
     if isinstance(name, str) and any(media in name for media in MEDIA_PARTS):
         raise multimodal(f"a content part of the type '{name}'")
-    raise DataError(f"a content part is not text: {quote(part)}", way_out='{"type": "text", "text": "…"}')
+    raise DataError(f"a content part is not text: {quote(part)}", help='{"type": "text", "text": "…"}')
 
 
 def multimodal(what: str) -> DataError:
     return DataError(
         f"multimodal: {what}",
         why="Stepladder trains on text",
-        way_out="remove the row, or remove what is not text from it",
+        help="remove the row, or remove what is not text from it",
     )
 
 
@@ -127,16 +127,16 @@ def conversation(value: Any, role_map: RoleMap | None = None) -> list[Message]:
     """
     value = parse_nested(value, "the conversation")  # a text, as CSV must have it
     if not isinstance(value, list):
-        raise DataError(f"the conversation is not a list but {quote(value)}", way_out="a list of messages")
+        raise DataError(f"the conversation is not a list but {quote(value)}", help="a list of messages")
     if not value:
-        raise DataError("an empty conversation", way_out=FILL_IN)
+        raise DataError("an empty conversation", help=FILL_IN)
     return [_message(item, role_map) for item in value]
 
 
 def _message(item: Any, role_map: RoleMap | None) -> Message:
     name = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
     if name is None:
-        raise DataError(f"a message has no 'role': {quote(item)}", way_out='{"role": "user", "content": "…"}')
+        raise DataError(f"a message has no 'role': {quote(item)}", help='{"role": "user", "content": "…"}')
     if role_map:
         name = role_map.known(name)
     role = ROLES.get(name) if isinstance(name, str) else None
@@ -154,7 +154,7 @@ def _message(item: Any, role_map: RoleMap | None) -> Message:
         calls, content = content, ""
     calls = parse_nested(calls, f"the {name}" if name in CALL_ROLES else "'tool_calls'")
     if calls and role != "assistant":
-        raise DataError(f"the {role} calls tools", way_out="only the assistant has 'tool_calls'")
+        raise DataError(f"the {role} calls tools", help="only the assistant has 'tool_calls'")
     if calls and content is None:
         content = ""
     message: Message = {"role": role, "content": text(content, role, key, bool(calls) or role in MAY_BE_EMPTY)}
@@ -170,13 +170,13 @@ def _message(item: Any, role_map: RoleMap | None) -> Message:
 
 
 def _unknown_role(name: Any) -> DataError:
-    way_out = suggest(str(name), ROLES)
+    help = suggest(str(name), ROLES)
     if isinstance(name, str):
-        near = re.search("'(.+?)'", way_out)
+        near = re.search("'(.+?)'", help)
         likely = LIKELY_ROLES.get(name.strip().lower()) or (near[1] if near else "ROLE")
         rest = f", with one of {', '.join(dict.fromkeys(ROLES.values()))} for ROLE" * (likely == "ROLE")
-        way_out += f"{' ' * bool(way_out)}in the recipe: role_map: {{{yaml_name(name)}: {likely}}}{rest}"
-    return DataError(f"unknown role {quote(name)}", why=f"known: {', '.join(ROLES)}", way_out=way_out or "rename it")
+        help += f"{' ' * bool(help)}in the recipe: role_map: {{{yaml_name(name)}: {likely}}}{rest}"
+    return DataError(f"unknown role {quote(name)}", why=f"known: {', '.join(ROLES)}", help=help or "rename it")
 
 
 def _check_twins(item: Message) -> None:
@@ -185,7 +185,7 @@ def _check_twins(item: Message) -> None:
         if item.get(one) and item.get(other) and item[one] != item[other]:
             if one == "role" and ROLES.get(str(item[one])) == ROLES.get(str(item[other]), ""):
                 continue
-            raise DataError(f"a message has both '{one}' and '{other}', and they differ", way_out="remove one of them")
+            raise DataError(f"a message has both '{one}' and '{other}', and they differ", help="remove one of them")
 
 
 def _reasoning(item: Message, role: str) -> Message:
@@ -201,11 +201,11 @@ def _reasoning(item: Message, role: str) -> Message:
         return {}
     key, value = next(iter(found.items()))
     if other := next((name for name in found if found[name] != value), None):
-        raise DataError(f"a message has both '{key}' and '{other}', and they differ", way_out="remove one of them")
+        raise DataError(f"a message has both '{key}' and '{other}', and they differ", help="remove one of them")
     if "</think>" in str(item.get("content") or item.get("value") or ""):
-        raise DataError(f"a message has '{key}', and another thought in its text (</think>)", way_out="one of them")
+        raise DataError(f"a message has '{key}', and another thought in its text (</think>)", help="one of them")
     if role != "assistant":
-        raise DataError(f"the {role} has '{key}'", way_out="only the assistant's turns have reasoning")
+        raise DataError(f"the {role} has '{key}'", help="only the assistant's turns have reasoning")
     return {key: value}
 
 
@@ -224,27 +224,27 @@ def _is_trained(item: Message, role: str) -> bool:
             raise DataError(
                 f"a message has '{key}': {quote(item[key])}",
                 why="in some tools true leaves a turn out, in others it trains the turn",
-                way_out="train: false on the turns that are context only",
+                help="train: false on the turns that are context only",
             )
     found = {key: _mask(key, item[key]) for key in MASKS if item.get(key) is not None}
     if not found:
         return True
     if len(set(found.values())) > 1:
         said = ", ".join(f"{key}: {quote(item[key])}" for key in found)
-        raise DataError(f"a message's mask keys contradict each other ({said})", way_out="keep one")
+        raise DataError(f"a message's mask keys contradict each other ({said})", help="keep one")
     key, trained = next(iter(found.items()))
     if trained and role != "assistant":
         raise DataError(
             f"the {role}'s turn is to be trained ({key}: {quote(item[key])})",
             why="only the assistant's turns are trained",
-            way_out=f"remove '{key}' from it; train_on: everything trains every turn",
+            help=f"remove '{key}' from it; train_on: everything trains every turn",
         )
     return trained or role != "assistant"
 
 
 def _partial_mask(what: str) -> DataError:
     why = "a turn is trained whole or not at all"
-    return DataError(what, why=why, way_out="train: false on the whole message, or none")
+    return DataError(what, why=why, help="train: false on the whole message, or none")
 
 
 def _mask(key: str, value: Any) -> bool:
@@ -255,7 +255,7 @@ def _mask(key: str, value: Any) -> bool:
     raise DataError(
         f"a message's '{key}' is {quote(value)}",
         why="a turn is trained or not: weights other than 0 and 1 are not implemented",
-        way_out=f"{key}: true or false, 1 or 0",
+        help=f"{key}: true or false, 1 or 0",
     )
 
 
@@ -264,13 +264,13 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "arguments": {…}}}'
-        raise DataError(f"a tool call has no name: {quote(call)}", way_out=form)
+        raise DataError(f"a tool call has no name: {quote(call)}", help=form)
     arguments = function.get("arguments") or {}
     if not arguments and (other := next((key for key in ARGUMENTS if function.get(key)), None)):
-        raise DataError(f"a tool call has '{other}' and no 'arguments'", way_out="rename it: 'arguments'")
+        raise DataError(f"a tool call has '{other}' and no 'arguments'", help="rename it: 'arguments'")
     arguments = parse_nested(arguments, "a tool call's arguments")
     if not isinstance(arguments, dict):
-        raise DataError(f"a tool call's arguments are not an object but {quote(arguments)}", way_out='{"city": "Rome"}')
+        raise DataError(f"a tool call's arguments are not an object but {quote(arguments)}", help='{"city": "Rome"}')
     outer = call if "function" in call else {}
     return plain({**outer, "type": "function", "function": {**function, "arguments": arguments}}, "a tool call")
 
@@ -283,7 +283,7 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     """
     tools = parse_nested(value, "'tools'")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"'tools' is not a list of objects but {quote(tools)}", way_out="a JSON schema each")
+        raise DataError(f"'tools' is not a list of objects but {quote(tools)}", help="a JSON schema each")
     return [plain(_tool(tool), "'tools'") for tool in tools]
 
 
@@ -292,7 +292,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     kind = tool.get("type", "function") if "function" in tool else "function"
     if kind != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         form = '{"type": "function", "function": {"name": "…", "parameters": {…}}}'
-        raise DataError(f"a tool is not a function with a name: {quote(tool)}", way_out=form)
+        raise DataError(f"a tool is not a function with a name: {quote(tool)}", help=form)
     outer = tool if "function" in tool else {}
     if function is tool:  # `{"type": "function", "name": …}`, as OpenAI's Responses API has it
         function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
@@ -301,9 +301,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 def put_system(value: Any, messages: list[Message]) -> None:
     if messages[0]["role"] in ("system", "developer"):
-        raise DataError(
-            "two system prompts: the column 'system' and the conversation's own", way_out="remove one of them"
-        )
+        raise DataError("two system prompts: the column 'system' and the conversation's own", help="remove one of them")
     messages.insert(0, {"role": "system", "content": text(value, "system", "system")})
 
 
@@ -314,7 +312,7 @@ def plain(value: Any, what: str) -> Any:
         if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
             raise TypeError  # JSON would turn the key into text
     except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{what} holds what JSON cannot: {quote(value)}", way_out=FILL_IN) from None
+        raise DataError(f"{what} holds what JSON cannot: {quote(value)}", help=FILL_IN) from None
     return value
 
 

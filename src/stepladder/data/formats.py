@@ -61,7 +61,7 @@ def from_prompt_completion(row: Row, role_map: RoleMap | None) -> Example:
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
         for column in ("history", "reasoning_content"):
             if is_filled(row.get(column)):
-                raise DataError(f"'{column}' beside a prompt of messages", way_out="put it into them")
+                raise DataError(f"'{column}' beside a prompt of messages", help="put it into them")
         example: Example = {"messages": conversation(prompt + completion, role_map)}
         if any(message["role"] == "assistant" for message in example["messages"][: len(prompt)]):
             example["prompt_messages"] = len(prompt)  # whose answers are context, not training
@@ -69,7 +69,7 @@ def from_prompt_completion(row: Row, role_map: RoleMap | None) -> Example:
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "of prompt and completion, one is a list of messages and the other is not",
-            way_out="both as text, or both as lists of messages",
+            help="both as text, or both as lists of messages",
         )
     return pair(prompt, "prompt", completion, "completion")
 
@@ -115,7 +115,7 @@ def from_text(row: Row, role_map: RoleMap | None) -> Example:
         raise DataError(
             f"the row is one turn of a conversation ('{speaker}': {quote(row[speaker])})",
             why="its text would be trained as a document, whoever says it",
-            way_out='a row per conversation: {"messages": [{"role": "user", "content": "…"}, …]}; '
+            help='a row per conversation: {"messages": [{"role": "user", "content": "…"}, …]}; '
             "or documents without that column (columns: [text] of datasets)",
         )
     return {"text": text(row["text"], "row", "text")}
@@ -163,7 +163,7 @@ def shape_of(row: Row, where: str) -> Shape:
         raise DataError(
             f"columns {', '.join(map(quote, row)) or '(none)'} are of no known shape",
             why=f"known: {'; '.join(map(str, SHAPES))}",
-            way_out=hints.for_row(row),
+            help=hints.for_row(row),
         )
 
 
@@ -180,13 +180,13 @@ def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleM
         elif not shape.columns <= row.keys():
             raise DataError(
                 f"columns {', '.join(map(quote, row)) or '(none)'}, while the rows of this set have {shape}",
-                way_out="give all rows of a set the same columns, or make two sets of it (datasets: …)",
+                help="give all rows of a set the same columns, or make two sets of it (datasets: …)",
             )
         if column := bad_answer(row, shape):
             raise DataError(
                 f"the row's answer is marked as bad ('{column}' is {quote(row[column])})",
                 why="rows of KTO: such an answer is one that the model should not give",
-                way_out=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
+                help=f"remove the row; where '{column}' means something else, leave it out (columns: of datasets)",
             )
         example = _read(row, shape, role_map)
         if "messages" in example:
@@ -211,7 +211,7 @@ def question_shape(row: Row, where: str) -> Shape:
             for shape in SHAPES:
                 if shape.columns - {shape.answer} <= row.keys():
                     return shape
-        raise DataError("this row holds no prompt", way_out='{"prompt": "…"}, or the training rows\' columns')
+        raise DataError("this row holds no prompt", help='{"prompt": "…"}, or the training rows\' columns')
 
 
 def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
@@ -234,7 +234,7 @@ def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
             row = {**row, shape.answer: filler}
         question, answer = split_answer(_read(row, shape, None))
         if not question["messages"]:
-            raise DataError("this row holds no prompt", way_out="a user's turn before the answer")
+            raise DataError("this row holds no prompt", help="a user's turn before the answer")
         return question, "" if not is_answered or bad_answer(row, shape) else answer
 
 
@@ -318,13 +318,13 @@ def _check_answers(messages: list[Message], first: int) -> None:
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"the conversation ends with the {messages[-1]['role']}, so there is no answer to train",
-            way_out="remove its last turn or add an answer",
+            help="remove its last turn or add an answer",
         )
     if all(turn["role"] != "assistant" or turn.get("train") is False for turn in messages[first:]):
         raise DataError(
             "nothing of this row is trained",
             why="the data excludes each of its assistant turns (train: false, loss: false, weight: 0, …)",
-            way_out="remove the row",
+            help="remove the row",
         )
 
 
@@ -332,7 +332,7 @@ def _history(value: Any) -> list[Message]:
     """The turns before the question, from pairs of a question and its answer (LLaMA-Factory, ms-swift)."""
     pairs = parse_nested(value, "'history'")
     if not isinstance(pairs, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in pairs):
-        raise DataError(f"'history' is not a list of pairs but {quote(value)}", way_out='[["question", "answer"], …]')
+        raise DataError(f"'history' is not a list of pairs but {quote(value)}", help='[["question", "answer"], …]')
     return [turn for asked, answer in pairs for turn in pair(asked, "history", answer, "history")["messages"]]
 
 
@@ -341,13 +341,13 @@ def _kwargs(value: Any) -> dict[str, Any]:
     name = "'chat_template_kwargs'"
     kwargs = parse_nested(value, name)
     if not isinstance(kwargs, dict):
-        raise DataError(f"{name} is not an object but {quote(value)}", way_out='{"enable_thinking": false}')
+        raise DataError(f"{name} is not an object but {quote(value)}", help='{"enable_thinking": false}')
     plain(kwargs, name)
     if taken := sorted(RESERVED.intersection(kwargs)):
         raise DataError(
             f"{name} sets '{taken[0]}'",
             why="training itself sets it; these values are the chat template's own",
-            way_out="put the tools into the column 'tools'" if taken[0] == "tools" else f"remove '{taken[0]}'",
+            help="put the tools into the column 'tools'" if taken[0] == "tools" else f"remove '{taken[0]}'",
         )
     return {key: item for key, item in kwargs.items() if item is not None}
 

@@ -48,7 +48,7 @@ ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"mes
 
 
 def for_row(row: Row) -> str:
-    """The way out for a row of no known shape: a `column_map` that reads it rightly, or the form that it needs."""
+    """What helps for a row of no known shape: a `column_map` that reads it rightly, or the form that it needs."""
     names = {_normal(column): column for column in reversed(row)}
     if "input_ids" in names:
         return "rows of token ids are not read: give the texts, which are tokenized and masked here"

@@ -157,7 +157,7 @@ class _Text:
             return self.decoder.decode(content, final)
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n", self.counted) + error.object.count(b"\n", 0, error.start)
-            raise DataError("not UTF-8", where=f"{self.name}:{line}", way_out=SAVE_AS_UTF8) from None
+            raise DataError("not UTF-8", where=f"{self.name}:{line}", help=SAVE_AS_UTF8) from None
 
 
 def _list_items(text: _Text) -> Iterator[Found]:
@@ -216,14 +216,14 @@ def _of_object(value: Row, where: str, name: str, split: str) -> Iterator[Found]
             raise DataError(
                 f"'{key}' holds the rows, and {', '.join(map(quote, others))} beside it would not be read",
                 where=where,
-                way_out=f"{extraction}\nif the object is one row: put it in brackets, [{{…}}]",
+                help=f"{extraction}\nif the object is one row: put it in brackets, [{{…}}]",
             )
         yield from _number_rows(value[key], name, f" of '{key}'")
     elif {"columns", "data"} <= value.keys():
         raise DataError(
             "a table as pandas' to_json(orient='split') writes it",
             where=where,
-            way_out="write it as to_json(FILE, orient='records', lines=True, force_ascii=False)",
+            help="write it as to_json(FILE, orient='records', lines=True, force_ascii=False)",
         )
     elif columns := _columns(value):
         lengths = {column: len(cells) for column, cells in columns.items()}
@@ -232,7 +232,7 @@ def _of_object(value: Row, where: str, name: str, split: str) -> Iterator[Found]
             raise DataError(
                 f"lists of unequal lengths, so they are not columns of one table: {numbers}",
                 where=where,
-                way_out=JSON_FORM,
+                help=JSON_FORM,
             )
         rows = (dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
         yield from _number_rows(rows, name)
@@ -299,5 +299,5 @@ def _as_row(where: str, value: Any) -> Found:
 def _invalid_json(error: Exception, where: str) -> DataError:
     reason = getattr(error, "msg", "") or (str(error) if isinstance(error, ValueError) else "nested too deeply")
     in_text = reason.startswith("Invalid control character")
-    way_out = "in a text, a line break is written \\n and a tab \\t" if in_text else JSON_FORM
-    return DataError(f"invalid JSON: {reason}", where=where, way_out=way_out)
+    help = "in a text, a line break is written \\n and a tab \\t" if in_text else JSON_FORM
+    return DataError(f"invalid JSON: {reason}", where=where, help=help)

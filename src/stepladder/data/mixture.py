@@ -51,7 +51,7 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
         raise DataError(
             f"eval_strategy is '{settings.get('eval_strategy')}' and there is nothing to evaluate on",
             where=settings.where("eval_strategy"),
-            way_out='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
+            help='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
         )
     if streams(settings):
         train = stream(settings)
@@ -106,7 +106,7 @@ def stream(settings: Settings) -> Stream:
 
 def _uncountable(key: str, where: str, instead: str) -> DataError:
     why = "how many rows a stream has is not known before its end"
-    return DataError(f"{key} does not go with streaming", where=where, why=why, way_out=instead)
+    return DataError(f"{key} does not go with streaming", where=where, why=why, help=instead)
 
 
 def from_name(name: str, config: str | None = None, split: str = "train") -> Rows:
@@ -130,7 +130,7 @@ def entries(settings: Settings) -> list[Entry]:
         raise DataError(
             "the recipe names no data",
             where=settings.where("dataset_name"),
-            way_out="dataset_name: data/techco.jsonl, or datasets: …",
+            help="dataset_name: data/techco.jsonl, or datasets: …",
         )
     block = {"path": name, "name": settings.get("dataset_config"), "split": settings.get("dataset_train_split")}
     return [Entry(_source(block, "", settings, "dataset_name"))]
@@ -150,7 +150,7 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
                 f"column_map maps to '{column}', which no shape has",
                 where=settings.where(f"{place}column_map" if block.get("column_map") else "column_map"),
                 why=f"known: {'; '.join(map(str, formats.SHAPES))}",
-                way_out=suggest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
+                help=suggest(column, formats.COLUMNS) or "column_map: {input: COLUMN IN THE FILE, output: …}",
             )
     role_map = block.get("role_map") or settings.get("role_map")
     for role in (role_map or {}).values():
@@ -159,7 +159,7 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
                 f"role_map maps to '{role}', which is no role",
                 where=settings.where(f"{place}role_map" if block.get("role_map") else "role_map"),
                 why=f"known: {', '.join(ROLES)}",
-                way_out=suggest(str(role), ROLES) or "role_map: {NAME IN THE FILE: assistant}",
+                help=suggest(str(role), ROLES) or "role_map: {NAME IN THE FILE: assistant}",
             )
     return Source(
         path=block["path"],
@@ -220,12 +220,12 @@ def _shares(sets: list[Entry], key: str, settings: Settings) -> list[float] | No
                 f"'{key}' is missing for {entry.source.label}",
                 where=settings.where(f"datasets[{number}].path"),
                 why="other sets have it, and a share is one of a whole",
-                way_out=f"{key}: … for all sets or for none",
+                help=f"{key}: … for all sets or for none",
             )
         for other in {"fraction", "weight", "rows"} - {key}:
             if getattr(entry, other) is not None:
                 where = settings.where(f"datasets[{number}].{other}")
-                raise DataError(f"'{other}' beside '{key}'", where=where, way_out="one of them for all sets")
+                raise DataError(f"'{other}' beside '{key}'", where=where, help="one of them for all sets")
     return shares
 
 
@@ -245,7 +245,7 @@ def _taken(parts: list[Rows], sets: list[Entry], settings: Settings) -> list[Row
             raise DataError(
                 f"{count:,} rows of {part.name}, which has {len(part):,}",
                 where=settings.where(f"datasets[{number}].rows"),
-                way_out=f"from 1 to {len(part)}; none is repeated",
+                help=f"from 1 to {len(part)}; none is repeated",
             )
         if count < len(part):
             part.notes.append(f"{count:,} of the {len(part):,} rows of {part.name} are taken")
@@ -274,7 +274,7 @@ def _split(parts: list[Rows], size: float, settings: Settings) -> tuple[list[Row
         raise DataError(
             f"test_split_size {size} of {total} rows leaves one side empty",
             where=settings.where("test_split_size"),
-            way_out="a share between 0 and 1, or a number of rows",
+            help="a share between 0 and 1, or a number of rows",
         )
     held_out = set(_drawn(total, count, settings, "test"))
     train, apart, begin = [], [], 0
@@ -296,6 +296,6 @@ def _general(rows: int, share: float, settings: Settings) -> Rows:
             f"mix_general {share} of {rows:,} rows needs {count:,} general rows, and {GENERAL} has {len(general):,}",
             where=where,
             why="none is repeated",
-            way_out=f"mix_general: {largest} at most, or more rows in {GENERAL}",
+            help=f"mix_general: {largest} at most, or more rows in {GENERAL}",
         )
     return general.take(_drawn(len(general), count, settings, "general"))

@@ -78,7 +78,7 @@ def prepared(
         if not len(dataset):
             raise render.none_left(rows.name, remarks)
         if name == TRAIN and remarks.turns and not remarks.ends and render.mode(settings) != "everything":
-            raise DataError(NO_END[0], way_out=NO_END[1])
+            raise DataError(NO_END[0], help=NO_END[1])
         sets[name] = _pack(dataset, settings, is_packed)
         said[name] = {"notes": remarks.notes(len(rows)), "skipped": remarks.skipped}
     try:
@@ -92,7 +92,7 @@ def prepared(
                 "the prepared rows can be written nowhere",
                 where=f"{cached.parent}, {apart.parent}",
                 why=str(error),
-                way_out="XDG_CACHE_HOME=/a/folder/with/space",
+                help="XDG_CACHE_HOME=/a/folder/with/space",
             ) from None
 
 

@@ -91,16 +91,16 @@ def read(path: Path, split: str = "train") -> Iterator[Found]:
                 for where, row in found:
                     yield where, row
     except PermissionError:
-        raise DataError("the file may not be read", where=name, way_out=f"chmod u+r {quoted(path)}") from None
+        raise DataError("the file may not be read", where=name, help=f"chmod u+r {quoted(path)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the file cannot be read to its end: {error}",
             where=where or name,
             why="this is the last row before the fault" if where else "",
-            way_out="it is damaged or cut short: copy, download or pack it again",
+            help="it is damaged or cut short: copy, download or pack it again",
         ) from None
     if not where:
-        raise DataError(f"{name} holds no rows", way_out=JSON_FORM)
+        raise DataError(f"{name} holds no rows", help=JSON_FORM)
 
 
 def printable(path: Path) -> str:
@@ -112,30 +112,30 @@ def printable(path: Path) -> str:
 def _require_file(path: Path, name: str) -> None:
     """Raise DataError unless there is a file, or a folder of `save_to_disk`: a named pipe would wait for ever."""
     if fault := name_fault(str(path)):
-        raise DataError(f"{name[:60]}… cannot be read: {fault}", way_out="name a file that can")
+        raise DataError(f"{name[:60]}… cannot be read: {fault}", help="name a file that can")
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
             raise DataError(
                 f"{name} is a link to {os.readlink(path)!r}, which is not there",
-                way_out="a download that was cut short leaves such links: download the data set again",
+                help="a download that was cut short leaves such links: download the data set again",
             ) from None
-        way_out = near_file(str(path)) or "paths are relative to the folder you start from"
-        raise DataError(f"there is no data file {name}", way_out=way_out) from None
+        help = near_file(str(path)) or "paths are relative to the folder you start from"
+        raise DataError(f"there is no data file {name}", help=help) from None
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}", way_out="name a file that can") from None
+        raise DataError(f"{name} cannot be read: {error.strerror}", help="name a file that can") from None
     if stat.S_ISDIR(mode):
         if (path / "dataset_dict.json").is_file():
-            raise DataError(f"{name} holds several splits", way_out=f"name one of them: {name}/train")
+            raise DataError(f"{name} holds several splits", help=f"name one of them: {name}/train")
         if not is_saved(path):
-            raise DataError(f"{name} is a folder, though it has a file's name", way_out="name the file in it")
+            raise DataError(f"{name} is a folder, though it has a file's name", help="name the file in it")
     elif not stat.S_ISREG(mode):
         raise DataError(
             f"{name} is a pipe, socket or device, and no file",
             why="data is read more than once",
             # A device may never end.
-            way_out=f"cat {quoted(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
+            help=f"cat {quoted(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
         )
 
 
@@ -165,16 +165,16 @@ def other_kind(path: Path) -> DataError:
     suffix = kind(path)
     what, code = OTHER_KINDS.get(suffix, ("", ""))
     if path.is_file() and _looks_like_json(path):
-        what, way_out = "its content looks like JSON", f"mv {quoted(path)} {quoted(f'{path}.jsonl')}"
+        what, help = "its content looks like JSON", f"mv {quoted(path)} {quoted(f'{path}.jsonl')}"
     elif code:
         # Beside the file and under a new name.
         code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
-        way_out = f"python -c {quoted(code)}"
+        help = f"python -c {quoted(code)}"
     elif suffix in UNPACKERS:
-        way_out = f"{UNPACKERS[suffix]} {quoted(path)}"
+        help = f"{UNPACKERS[suffix]} {quoted(path)}"
     else:
-        way_out = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
-    return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, way_out=way_out)
+        help = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
+    return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, help=help)
 
 
 def _looks_like_json(path: Path) -> bool:
@@ -194,15 +194,15 @@ def refuse_other_content(path: Path) -> None:
         raise DataError(
             f"{name} is a pointer of git-lfs, and no data",
             why="the data set was cloned without git-lfs, which fetches the files",
-            way_out=f"git -C {quoted(path.parent)} lfs pull",
+            help=f"git -C {quoted(path.parent)} lfs pull",
         )
     if head.startswith((b"<!doctype html", b"<html")):
-        way_out = "download the file itself: on the hub its address holds /resolve/, not /blob/"
-        raise DataError(f"{name} is a web page, and no data", way_out=way_out)
+        help = "download the file itself: on the hub its address holds /resolve/, not /blob/"
+        raise DataError(f"{name} is a web page, and no data", help=help)
     for magic, right in MAGIC.items():
         if head.startswith(magic.lower()) and suffix != right:
-            way_out = f"mv {quoted(path)} {quoted(f'{path}{right}')}"
-            raise DataError(f"{name} is a {right} file by its content", way_out=way_out)
+            help = f"mv {quoted(path)} {quoted(f'{path}{right}')}"
+            raise DataError(f"{name} is a {right} file by its content", help=help)
 
 
 def refuse_metadata(path: Path) -> None:
@@ -213,7 +213,7 @@ def refuse_metadata(path: Path) -> None:
         raise _llama_factory(path, sets)
     raise DataError(
         f"{printable(path)} describes a data set and holds no rows",
-        way_out=f"name the folder: {printable(path.parent)}",
+        help=f"name the folder: {printable(path.parent)}",
     )
 
 
@@ -226,8 +226,8 @@ def llama_factory_sets(path: Path) -> dict[str, dict[str, Any]]:
     try:
         listed = read_json(path)
     except ValueError as error:
-        way_out = "mend it; or remove it, if the files beside it are one set"
-        raise DataError(f"it cannot be read: {error}", where=printable(path), way_out=way_out) from None
+        help = "mend it; or remove it, if the files beside it are one set"
+        raise DataError(f"it cannot be read: {error}", where=printable(path), help=help) from None
     places = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "om_hub_url"}
     if not isinstance(listed, dict):
         return {}
@@ -245,7 +245,7 @@ def _llama_factory(path: Path, sets: dict[str, dict[str, Any]]) -> DataError:
     return DataError(
         f"{printable(path.parent)} is a data folder of LLaMA-Factory",
         why=why,
-        way_out="in the recipe, one of them:\n" + "\n".join(shown) + more if shown else JSON_FORM,
+        help="in the recipe, one of them:\n" + "\n".join(shown) + more if shown else JSON_FORM,
     )
 
 
@@ -328,10 +328,10 @@ def _saved_rows(folder: Path, name: str) -> Iterator[Found]:
         raise DataError(
             f"the folder of save_to_disk cannot be loaded: {first_line(error)}",
             where=name,
-            way_out="copy it again, or write it again with save_to_disk",
+            help="copy it again, or write it again with save_to_disk",
         ) from None
     if not len(found):
-        raise DataError(f"{name} holds no rows", way_out="another split, or write it again with save_to_disk")
+        raise DataError(f"{name} holds no rows", help="another split, or write it again with save_to_disk")
     yield from dataset_rows(found, f"{name}: row", name)
 
 

@@ -71,9 +71,7 @@ def csv_rows(stream: Any, name: str) -> Iterator[Found]:
         elif not header:
             width, header = len(cells), cells[: max((at for at, cell in enumerate(cells, start=1) if cell), default=0)]
             if not header:
-                raise DataError(
-                    "the header's cells are empty", where=where, way_out="name the columns in the first line"
-                )
+                raise DataError("the header's cells are empty", where=where, help="name the columns in the first line")
             _refuse_duplicates(header, where)
         elif len(cells) == width and any(cells[len(header) :]):
             what = f"{quote(next(filter(None, cells[len(header) :])))} stands under an empty header"
@@ -132,7 +130,7 @@ def _arrow_faults(name: str, kind: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
         reason = first_line(error)
-        raise DataError(f"cannot be read as {kind}: {reason}", where=name, way_out="write the file again") from None
+        raise DataError(f"cannot be read as {kind}: {reason}", where=name, help="write the file again") from None
 
 
 def python_rows(stream: Any, name: str) -> Iterator[Found]:
@@ -144,7 +142,7 @@ def python_rows(stream: Any, name: str) -> Iterator[Found]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f"{name}:{getattr(error, 'lineno', None) or 1}"
         reason = getattr(error, "msg", "") or error
-        raise DataError(f"not valid Python: {reason}", where=where, way_out=f"data = [{ROW_FORM}, …]") from None
+        raise DataError(f"not valid Python: {reason}", where=where, help=f"data = [{ROW_FORM}, …]") from None
     lists = [
         node.value
         for node in tree.body
@@ -157,7 +155,7 @@ def python_rows(stream: Any, name: str) -> Iterator[Found]:
         raise DataError(
             f"{len(lists) or 'no'} lists of rows{places} in a Python file, where one is read",
             where=name,
-            way_out=f"one list at the top of the file: data = [{ROW_FORM}, …]",
+            help=f"one list at the top of the file: data = [{ROW_FORM}, …]",
         )
     for item in lists[0].elts:
         where = f"{name}:{item.lineno}"
@@ -190,4 +188,4 @@ READERS: dict[str, Callable[[Any, str], Iterator[Found]]] = {
 
 def _refuse_duplicates(columns: list[str], where: str) -> None:
     if twice := [name for name in columns if columns.count(name) > 1]:
-        raise DataError(f"two columns are named {twice[0]!r}", where=where, way_out="rename one of them")
+        raise DataError(f"two columns are named {twice[0]!r}", where=where, help="rename one of them")

@@ -74,7 +74,7 @@ TEXTS = {
     ),
 }
 
-# Of a set none of whose turns trains its end within max_length: what is wrong, and the way out.
+# Of a set none of whose turns trains its end within max_length: what is wrong, and what helps.
 NO_END = (
     "the end-of-turn token is trained in no turn, so the model would not learn to stop",
     "raise max_length where it cuts every answer; else use a chat template that ends the answer",
@@ -117,17 +117,17 @@ class Remarks:
         self.turns, self.ends = self.turns + other.turns, self.ends + other.ends
 
     def texts(self, total: int) -> list[tuple[str, str, str, list[str]]]:
-        """Kind, what is remarked, the way out and the rows, of a set of so many rows."""
+        """Kind, what is remarked, what helps and the rows, of a set of so many rows."""
         found = []
         for (kind, detail), places in self.rows.items():
-            text, way_out = TEXTS[kind]
+            text, help = TEXTS[kind]
             what = text.format(rows=share_of_rows(places, total), detail=repr(detail))
-            found.append((kind, what, way_out.format(), places))
+            found.append((kind, what, help.format(), places))
         return found
 
     def notes(self, total: int) -> list[str]:
         """What a run prints at its start: each remark with the first row that it concerns."""
-        notes = [f"{text}, the first at {places[0]}: {way_out}" for _, text, way_out, places in self.texts(total)]
+        notes = [f"{text}, the first at {places[0]}: {help}" for _, text, help, places in self.texts(total)]
         if self.skipped:
             notes.append(f"{len(self.skipped):,} rows are skipped, the first at {self.skipped[0]}")
         return notes

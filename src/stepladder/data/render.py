@@ -101,7 +101,7 @@ def _within_length(
                 "nothing of this row is trained",
                 where=rows.where[number],
                 why=f"its first {max_length} tokens hold no word of the assistant's" if max_length else "",
-                way_out="raise max_length, shorten the question, or remove the row; or on_bad_row: skip",
+                help="raise max_length, shorten the question, or remove the row; or on_bad_row: skip",
             )
         if not skips:
             raise row
@@ -133,7 +133,7 @@ def tokenize(
         raise ModelError(
             "the model has no chat template, so a conversation cannot be rendered",
             why="base models are trained on plain text",
-            way_out='prompt_template: "### User: {input}\\n### Assistant: ", or chat_template: chatml, or rows of text',
+            help='prompt_template: "### User: {input}\\n### Assistant: ", or chat_template: chatml, or rows of text',
         )
     renderer = RowRenderer(tokenizer, Remarks() if remarks is None else remarks)
     for start in range(0, len(rows), BATCH):

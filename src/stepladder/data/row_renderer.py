@@ -144,12 +144,12 @@ class RowRenderer:
             return DataError(
                 "the chat template renders a conversation differently each time",
                 why="it holds the time or a random choice, which the rows would be trained on",
-                way_out="another chat_template, or a fixed value in chat_template_kwargs",
+                help="another chat_template, or a fixed value in chat_template_kwargs",
             )
         return DataError(
             f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {_short(slot.text)}",
             why="what is trained must be what the row says",
-            way_out="another chat_template, or remove the row; or on_bad_row: skip",
+            help="another chat_template, or remove the row; or on_bad_row: skip",
         )
 
     def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]]) -> list[Span]:
@@ -166,7 +166,7 @@ class RowRenderer:
                 raise DataError(
                     "the template's {% generation %} blocks leave out an answer of this row",
                     why=f"outside of them: {_short(text[span.start : span.end])}",
-                    way_out="mark every assistant turn in the template, or train: false on the message",
+                    help="mark every assistant turn in the template, or train: false on the message",
                 )
             found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
             edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
@@ -229,7 +229,7 @@ class RowRenderer:
             raise DataError(
                 f"a text of this row is rendered already: {_short(slot.text)}",
                 why=f"the chat template would put {own[-1]} before it once more",
-                way_out="give the texts without the template's tokens, or the whole as a column 'text'",
+                help="give the texts without the template's tokens, or the whole as a column 'text'",
             )
         for turn in layout.turns:
             header = layout.literals[turn.start.literal][: turn.start.offset]
@@ -239,7 +239,7 @@ class RowRenderer:
                     raise DataError(
                         f"a text of this row opens an assistant's turn: {_short(slot.text)}",
                         why=f"it holds {opens!r}, with which the chat template begins an answer",
-                        way_out="write the token otherwise, or remove the row; or on_bad_row: skip",
+                        help="write the token otherwise, or remove the row; or on_bad_row: skip",
                     )
 
     # ---- tokens ----
@@ -300,7 +300,7 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
             raise DataError(
                 "the tools' results stand in another order than their calls",
                 why="the chat template renders no ids, so a result would be taken for that of another call",
-                way_out="results in the order of the calls",
+                help="results in the order of the calls",
             )
 
 
@@ -356,11 +356,11 @@ def refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
         raise DataError(
             f"the chat template does not render the {NAMES.get(kind, kind)}: {_short(text)}",
             why="it would be lost without a word",
-            way_out=_way_out(kind),
+            help=_help(kind),
         )
 
 
-def _way_out(kind: str) -> str:
+def _help(kind: str) -> str:
     if kind == "reasoning":
         return "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip"
     if kind == "content":
@@ -371,7 +371,7 @@ def _way_out(kind: str) -> str:
 def template_refusal(error: Refusal) -> DataError:
     return DataError(
         f"the chat template refuses this conversation: {error}",
-        way_out="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
+        help="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
     )
 
 

@@ -86,10 +86,10 @@ class Remark(NamedTuple):
 
     name: str  # for programs
     what: str
-    way_out: str = ""
+    help: str = ""
 
     def __str__(self) -> str:
-        return self.what + f"; {self.way_out}" * bool(self.way_out)
+        return self.what + f"; {self.help}" * bool(self.help)
 
 
 class Converter:
@@ -139,7 +139,7 @@ class Converter:
         found, place = [], f"{self.label}{of}"
         if self.columns:
             what = f"{place}: columns that are not used: {_names(self.columns, 'row')}"
-            found.append(Remark("unused_columns", what, self._way_out()))
+            found.append(Remark("unused_columns", what, self._help()))
         if self.keys:
             what = f"{place}: keys of messages that only the chat template may use: {_names(self.keys, 'message')}"
             found.append(Remark(UNKNOWN_KEYS, what))
@@ -149,7 +149,7 @@ class Converter:
             found.append(Remark("unused_roles", what))
         return found
 
-    def _way_out(self) -> str:
+    def _help(self) -> str:
         """The `column_map` that reads unused columns; it needs them in every row."""
         if not self.column_map:
             return ""
@@ -179,7 +179,7 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     pairs = list(examples(source, skip_bad_rows, skipped, remarks))
     if not pairs:
         why = f"all {len(skipped)} are bad: {skipped[0]}"
-        raise DataError(f"no row of {source.label} can be used", why=why, way_out=_way_out_of_first(source))
+        raise DataError(f"no row of {source.label} can be used", why=why, help=_help_of_first(source))
     rows = Rows.from_pairs(source.label, pairs)
     rows.skipped = skipped
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
@@ -193,11 +193,11 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     return rows
 
 
-def _way_out_of_first(source: Source) -> str:
+def _help_of_first(source: Source) -> str:
     try:
         next(examples(source, False, []))
     except DataError as error:
-        return error.way_out.removesuffix(SKIP).removesuffix("; or ")
+        return error.help.removesuffix(SKIP).removesuffix("; or ")
     return ""
 
 
@@ -240,7 +240,7 @@ def examples(
                 f"column_map reads '{old}' as '{new}', which rows of the shape {shape} have no use for",
                 where=source.where,
                 why=f"{source.label} has the columns {shape}, which come first",
-                way_out="another column_map, or columns: […] without those",
+                help="another column_map, or columns: […] without those",
             )
     converter = Converter(source.label, shape, source.role_map)
     for where, row in found:
@@ -294,5 +294,5 @@ def _with_those_that_follow(first: DataError, rest: Iterator[Found], converter: 
         number = f"at least {COUNTED}" if len(others) == COUNTED else str(len(others))
         rows = "row follows" if len(others) == 1 else "rows follow"
         why = f"{why}; " * bool(why) + f"{number} more bad {rows}, the next at {others[0]}"
-    way_out = f"{first.way_out}; or " * bool(first.way_out) + SKIP
-    return DataError(first.what, where=first.where, why=why, way_out=way_out)
+    help = f"{first.help}; or " * bool(first.help) + SKIP
+    return DataError(first.what, where=first.where, why=why, help=help)

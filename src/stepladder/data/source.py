@@ -111,8 +111,8 @@ class Source:
             if missing := [old for new, old in column_map.items() if old not in row and new not in row]:
                 what = f"column_map names the column '{missing[0]}', which is not there"
                 why = f"the columns are {', '.join(map(repr, row))}"
-                way_out = suggest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}"
-                yield where, DataError(what, where=where, why=why, way_out=way_out)
+                help = suggest(missing[0], row) or "column_map: {input: COLUMN IN THE FILE, output: …}"
+                yield where, DataError(what, where=where, why=why, help=help)
                 continue
             kept = [name for name in (row if self.columns is None else self.columns) if name in row]
             renamed = {new: row[old] for new, old in column_map.items() if old in row}
@@ -201,8 +201,8 @@ class Source:
                 why=first_line(error),
             ) from None
 
-    def _error(self, what: str, way_out: str, why: str = "") -> DataError:
-        return DataError(what, where=self.where, why=why, way_out=way_out)
+    def _error(self, what: str, help: str, why: str = "") -> DataError:
+        return DataError(what, where=self.where, why=why, help=help)
 
 
 def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
@@ -222,7 +222,7 @@ def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
         refuse_metadata(folder / LLAMA_FACTORY)
     if saved := _saved_splits(folder, inside):
         if split not in saved:
-            raise DataError(f"the folder {folder} has no split '{split}'", way_out=f"one of {', '.join(saved)}")
+            raise DataError(f"the folder {folder} has no split '{split}'", help=f"one of {', '.join(saved)}")
         return [saved[split]]
     if patterns := _card_patterns(folder, name, split):
         return _match(folder, patterns)
@@ -233,7 +233,7 @@ def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
             raise other_kind(folder / unread[0])
         seen = ", ".join(map(printable, inside[:5])) or "nothing"
         kinds = ", ".join(suffix for suffix in READERS if suffix != ".py")
-        raise DataError(f"the folder {folder} holds no data files", why=f"it holds {seen}", way_out=f"one of {kinds}")
+        raise DataError(f"the folder {folder} holds no data files", why=f"it holds {seen}", help=f"one of {kinds}")
     _refuse_unclear(folder, files, unread)
     by_file = {p: split_word(str(p)) or "train" for p in files}
     chosen = [p for p in files if split in (by_file[p], p.name.split(".")[0])]
@@ -251,7 +251,7 @@ def _files_in(folder: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}", way_out="chmod u+rx FOLDER")
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}", help="chmod u+rx FOLDER")
 
     root = os.path.realpath(folder)
     entered: set[str] = set()
@@ -260,7 +260,7 @@ def _files_in(folder: Path) -> list[Path]:
         real = os.path.realpath(base)
         if real != root and os.path.commonpath([real, root]) == real:
             raise DataError(
-                f"{printable(Path(base))} is a link to {real}, which holds {folder}", way_out="remove the link"
+                f"{printable(Path(base))} is a link to {real}, which holds {folder}", help="remove the link"
             )
         folders[:] = [] if real in entered else sorted(name for name in folders if not name.startswith("."))
         if real not in entered:
@@ -275,18 +275,18 @@ def _holds_rows(path: Path) -> bool:
 
 def _refuse_unclear(folder: Path, files: list[Path], unread: list[Path]) -> None:
     """Raise DataError where a folder's rows would be read in part, or twice."""
-    way_out = f'name the files that are meant: datasets: [{{path: {folder}, data_files: "{printable(files[0])}"}}]'
+    help = f'name the files that are meant: datasets: [{{path: {folder}, data_files: "{printable(files[0])}"}}]'
     if unread:
         raise DataError(
             f"the folder {folder} holds {printable(unread[0])}, which would not be read, beside {printable(files[0])}",
-            way_out=way_out,
+            help=help,
         )
     for first, second in itertools.pairwise(sorted(files, key=lambda p: (stem(p), p))):
         if stem(first) == stem(second):
             raise DataError(
                 f"the folder {folder} holds {printable(first)} and {printable(second)}",
                 why="one name and two kinds of file: their rows may be the same, and would be read twice",
-                way_out=way_out,
+                help=help,
             )
 
 
@@ -305,7 +305,7 @@ def _saved_splits(folder: Path, inside: list[Path]) -> dict[str, Path]:
             raise DataError(
                 f"the folder {folder} holds {printable(others[0])}, which would not be read",
                 why="a folder of save_to_disk is read by what it lists",
-                way_out="name the file, or move it elsewhere",
+                help="name the file, or move it elsewhere",
             )
     return saved
 
@@ -328,7 +328,7 @@ def _card_patterns(folder: Path, name: str | None, split: str) -> list[str]:
             f"the data set {folder} {what}",
             where=str(folder / CARD),
             why=f"its README lists {', '.join(names)}",
-            way_out=f"dataset_config: {names[0]}, or name: {names[0]} in an entry of datasets",
+            help=f"dataset_config: {names[0]}, or name: {names[0]} in an entry of datasets",
         )
     config = configs[names.index(chosen)]
     parts = config["data_files"]
@@ -342,7 +342,7 @@ def _card_patterns(folder: Path, name: str | None, split: str) -> list[str]:
         raise DataError(
             f"the data set {folder} has no split '{split}'",
             where=str(folder / CARD),
-            way_out=f"one of {', '.join(by_split)}",
+            help=f"one of {', '.join(by_split)}",
         )
     return [os.path.join(str(config.get("data_dir") or ""), pattern) for pattern in by_split[split]]
 
@@ -357,15 +357,15 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     try:
         text = read_text(card, CARD_BYTES, errors="replace") if card.is_file() else ""
     except ValueError as error:
-        raise DataError(f"it cannot be read: {error}", where=str(card), way_out="chmod u+r FILE") from None
+        raise DataError(f"it cannot be read: {error}", where=str(card), help="chmod u+r FILE") from None
     front = re.match(r"---[ \t]*\r?\n(.*?)\n---", text, re.DOTALL)
     if not front or "configs:" not in front[1]:
         return []
     try:
         found = parse_yaml(front[1])
     except ValueError:
-        way_out = f'datasets: [{{path: {folder}, data_files: "*.jsonl"}}]'
-        raise DataError("its front matter is not valid YAML", where=str(card), way_out=way_out) from None
+        help = f'datasets: [{{path: {folder}, data_files: "*.jsonl"}}]'
+        raise DataError("its front matter is not valid YAML", where=str(card), help=help) from None
     configs = found.get("configs") if isinstance(found, dict) else None
     listed = configs if isinstance(configs, list) else []
     return [config for config in listed if isinstance(config, dict) and config.get("data_files")]
@@ -383,7 +383,7 @@ def _match(folder: Path, patterns: list[str]) -> list[Path]:
         files = [path for path in map(Path, matched) if not path.is_dir() and path.name not in METADATA]
         if not files:
             why = "the pattern stands in its README"
-            raise DataError(f"no file of {folder} matches '{pattern}'", why=why, way_out="download the data set again")
+            raise DataError(f"no file of {folder} matches '{pattern}'", why=why, help="download the data set again")
         found |= dict.fromkeys(files)
     return list(found)
 

@@ -132,20 +132,20 @@ def read(path: Path = SUITE) -> list[Task]:
             raise row
         name = row.get("behaviour")
         if name not in CHECKS:
-            way_out = suggest(str(name), CHECKS) or "one of " + ", ".join(CHECKS)
-            raise DataError(f"'{name}' is no behaviour that can be checked", where=where, way_out=way_out)
+            help = suggest(str(name), CHECKS) or "one of " + ", ".join(CHECKS)
+            raise DataError(f"'{name}' is no behaviour that can be checked", where=where, help=help)
         asked: dict[str, Any] = {key: row[key] for key in ("prompt", "tools") if key in row}
         if unknown := row.keys() - asked.keys() - {"behaviour", "expected"}:
-            way_out = "behaviour, prompt, tools, expected"
-            raise DataError(f"unknown keys: {', '.join(sorted(unknown))}", where=where, way_out=way_out)
+            help = "behaviour, prompt, tools, expected"
+            raise DataError(f"unknown keys: {', '.join(sorted(unknown))}", where=where, help=help)
         if not CHECKS[name].fits(row.get("expected")) or (name == TOOL) != ("tools" in asked):
             what = f"'{name}' does not go with expected: {row.get('expected')!r}, tools: {row.get('tools')!r}"
-            raise DataError(what, where=where, way_out=f"as in the other rows of {SUITE}")
+            raise DataError(what, where=where, help=f"as in the other rows of {SUITE}")
         example, _ = formats.to_prompt(asked, where, formats.question_shape(asked, where))
         question = Question(example["messages"], tools=example.get("tools"))
         tasks.append(Task(str(name), question, row["expected"]))
     if not tasks:
-        raise DataError(f"{path} holds no task", way_out=f"rows as in {SUITE}")
+        raise DataError(f"{path} holds no task", help=f"rows as in {SUITE}")
     return sorted(tasks, key=lambda task: [*CHECKS].index(task.behaviour))
 
 
@@ -264,8 +264,8 @@ def verdict(metrics: list[dict[str, Any]], number: int) -> Verdict | None:
     evidence = "; ".join(moved(row, number) for row in [*lost, *(row for row in could if row not in lost)])
     evidence += "; " * bool(could) + f"the base could not: {', '.join(could_not)}" if could_not else ""
     if lost:
-        what, way_out = "It lost what its base could do.", "rows that show it among the training rows, mix_general: 0.1"
-        return Verdict(FAULT, "lost a behaviour", what, evidence, f"{way_out}, a lower learning_rate", figures)
+        what, help = "It lost what its base could do.", "rows that show it among the training rows, mix_general: 0.1"
+        return Verdict(FAULT, "lost a behaviour", what, evidence, f"{help}, a lower learning_rate", figures)
     if not statistics.can_differ(kept_by_base):
         what = f"The base keeps {kept_by_base} tasks of the suite: too few to show a loss."
         return Verdict(LOOK, "behaviours not judged", what, evidence, "compare with a base that was tuned to follow "

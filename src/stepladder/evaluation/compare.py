@@ -149,11 +149,11 @@ def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> I
             )
             figures[rule.name] = share
     if missed:
-        what, way_out = "Its answers keep a required rule too rarely.", "more rows that show it; facts from a lookup"
-        yield Verdict(FAULT, "requirement missed", what, "; ".join(missed), way_out, figures)
+        what, help = "Its answers keep a required rule too rarely.", "more rows that show it; facts from a lookup"
+        yield Verdict(FAULT, "requirement missed", what, "; ".join(missed), help, figures)
     if unknown:
-        what, way_out = "Nothing shows whether a required rule is kept.", "--data with answers that have it"
-        yield Verdict(LOOK, "requirement not judged", what, "; ".join(unknown), way_out)
+        what, help = "Nothing shows whether a required rule is kept.", "--data with answers that have it"
+        yield Verdict(LOOK, "requirement not judged", what, "; ".join(unknown), help)
 
 
 def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[Metric, Column]:

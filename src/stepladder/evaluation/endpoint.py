@@ -120,8 +120,8 @@ def answers(
     except ModelError as error:
         if not (kept.file and kept.file.is_file()):
             raise
-        way_out = f"{error.way_out}\nwhat it answered is kept in {kept.file}: the same command again goes on from there"
-        raise ModelError(error.what, why=error.why, way_out=way_out) from None
+        help = f"{error.help}\nwhat it answered is kept in {kept.file}: the same command again goes on from there"
+        raise ModelError(error.what, why=error.why, help=help) from None
     if notes is not None:
         notes += dict.fromkeys(note for _, note in found if note)
     return [answer for answer, _ in found]
@@ -138,7 +138,7 @@ async def _all(endpoint: Endpoint, conversations: list[list[Message]], kept: Kep
         client = httpx2.AsyncClient(headers=headers, timeout=None, follow_redirects=False)
     except (ImportError, ValueError) as error:  # of a proxy in the environment
         raise ModelError(
-            "the proxy of the environment cannot be used", why=str(error), way_out="unset HTTP_PROXY, ALL_PROXY, …"
+            "the proxy of the environment cannot be used", why=str(error), help="unset HTTP_PROXY, ALL_PROXY, …"
         ) from None
     async with client:
 
@@ -175,7 +175,7 @@ def _read(endpoint: Endpoint, said: bytes, mended: list[str]) -> Answer:
         raise ModelError(
             f"the endpoint {shown(endpoint.url)} answers what is no chat completion",
             why=f"it says: {_excerpt(said)!r}",
-            way_out="is this an OpenAI-compatible server? Ollama: http://localhost:11434, vLLM: http://localhost:8000",
+            help="is this an OpenAI-compatible server? Ollama: http://localhost:11434, vLLM: http://localhost:8000",
         ) from None
     if HALF.search(text):
         mended.append(f"{endpoint} answers with halves of characters (lone surrogates), which are compared as \ufffd")
@@ -200,10 +200,10 @@ def _address(endpoint: Endpoint) -> URL:
         raise ModelError(
             f"--endpoint {shown(endpoint.url)} holds more than an address",
             why="a password or a key in it would be kept in compare.json, with the command",
-            way_out=f"the server's address alone; a key goes into the environment: {KEY}",
+            help=f"the server's address alone; a key goes into the environment: {KEY}",
         )
     if not right:
-        raise ModelError(f"'{shown(endpoint.url)}' is no address", way_out="--endpoint http://localhost:11434")
+        raise ModelError(f"'{shown(endpoint.url)}' is no address", help="--endpoint http://localhost:11434")
     return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions")
 
 
@@ -212,7 +212,7 @@ def _headers() -> dict[str, str]:
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if key := os.environ.get(KEY, "").strip():
         if not (key.isascii() and key.isprintable()):
-            raise ModelError(f"{KEY} holds characters that no key has", way_out=f"set {KEY} again, or unset it")
+            raise ModelError(f"{KEY} holds characters that no key has", help=f"set {KEY} again, or unset it")
         headers["Authorization"] = f"Bearer {key}"
     return headers
 
@@ -225,7 +225,7 @@ async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dic
     """
     import httpx2
 
-    way_out = f"is it running, and does it have the model '{endpoint.model}'? --timeout SECONDS for a slow one"
+    help = f"is it running, and does it have the model '{endpoint.model}'? --timeout SECONDS for a slow one"
     said = json.dumps(body).encode()
     for number in range(TRIES):
         await asyncio.sleep(PAUSE * (2**number - 1))
@@ -237,7 +237,7 @@ async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dic
             if reply.is_redirect:
                 there = shown(reply.headers.get("location", "")).removesuffix("/v1/chat/completions")
                 why = f"HTTP {reply.status_code}: it sends us to {there!r}, where neither key nor questions are sent"
-                way_out = "--endpoint with the address that it moved to, if you trust that"
+                help = "--endpoint with the address that it moved to, if you trust that"
             if reply.status_code not in BUSY:
                 break
         except TimeoutError:
@@ -247,7 +247,7 @@ async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dic
     raise ModelError(
         f"the endpoint {shown(endpoint.url)} gives no answer",
         why=f"{why} (try {number + 1} of {TRIES}, {endpoint.timeout:g} s each)",
-        way_out=way_out,
+        help=help,
     )
 
 

@@ -65,11 +65,11 @@ def read(texts: Sequence[str], rules: Sequence[Rule]) -> list[Claim]:
                     f"{part.strip()[:60]!r} is nothing that can be required",
                     where="--require",
                     why=suggest(name, known),
-                    way_out=_listed(rules),
+                    help=_listed(rules),
                 )
             claims += [claim] if claim else []
     if texts and not claims:
-        raise StepladderError("it requires nothing", where="--require", way_out=_listed(rules))
+        raise StepladderError("it requires nothing", where="--require", help=_listed(rules))
     return [*dict.fromkeys(claims)]
 
 

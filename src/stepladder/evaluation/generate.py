@@ -90,7 +90,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
             return render.prompt_text(example, tokenizer)
         except DataError as error:
             asked = f"{tokenizer.name_or_path}, asked {str(example['messages'][-1]['content'])[:40]!r}"
-            raise DataError(error.what, where=asked, why=error.why, way_out=error.way_out) from None
+            raise DataError(error.what, where=asked, why=error.why, help=error.help) from None
     if len(example["messages"]) > 1 or "tools" in example:
         raise no_template(str(tokenizer.name_or_path))
     return str(example["messages"][-1]["content"])
@@ -100,7 +100,7 @@ def no_template(name: str) -> ModelError:
     return ModelError(
         f"'{name}' has no chat template",
         why="of a system prompt or a conversation it would see the last turn alone",
-        way_out="--prompt with all that it should see, or a model with a template (-Instruct)",
+        help="--prompt with all that it should see, or a model with a template (-Instruct)",
     )
 
 
@@ -116,7 +116,7 @@ def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     if count and prompt + new > count and any(table.num_embeddings in (count, count + 2) for table in tables):
         raise ModelError(
             f"the model has {count} positions: a prompt of {prompt} tokens and {new} new ones need {prompt + new}",
-            way_out=f"--max_new_tokens {count - prompt} at most" if prompt < count else "a shorter prompt",
+            help=f"--max_new_tokens {count - prompt} at most" if prompt < count else "a shorter prompt",
         )
 
 

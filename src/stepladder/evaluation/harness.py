@@ -40,8 +40,8 @@ def check_names(tasks: list[str | dict[str, Any]]) -> None:
     """Raise DataError where two tasks have one name: lm-eval would score one of them alone."""
     names = [task if isinstance(task, str) else task["task"] for task in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        why, way_out = "a file's task is named by the file, without its suffix", "rename a file, or ask one at a time"
-        raise DataError(f"two tasks are called '{twice}'", why=why, way_out=way_out)
+        why, help = "a file's task is named by the file, without its suffix", "rename a file, or ask one at a time"
+        raise DataError(f"two tasks are called '{twice}'", why=why, help=help)
 
 
 def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
         raise DataError(
             f"a question of {rows.name} has a system turn, earlier turns or tools",
             why="lm-eval asks a single text",
-            way_out="compare.py --data asks such questions in whole",
+            help="compare.py --data asks such questions in whole",
         )
     answers = list(dict.fromkeys(question.reference for question in asked))
     if len(answers) < CHOICES:
-        raise DataError(f"{rows.name} has {len(answers)} different answers", way_out=f"{CHOICES} or more")
+        raise DataError(f"{rows.name} has {len(answers)} different answers", help=f"{CHOICES} or more")
     made, lines = random.Random(SEED), []
     for question in asked:
         others = made.sample([text for text in answers if text != question.reference], CHOICES - 1)
@@ -105,13 +105,13 @@ def evaluate(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RunError("lm-eval is not installed", way_out='pip install -c constraints.txt -e ".[eval]"') from None
+        raise RunError("lm-eval is not installed", help='pip install -c constraints.txt -e ".[eval]"') from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
     unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]
     if unknown:
-        way_out = "lm-eval ls tasks lists them; a file of ours: data/techco_eval.jsonl"
-        raise RunError(f"lm-eval has no task '{unknown[0]}'", way_out=way_out)
+        help = "lm-eval ls tasks lists them; a file of ours: data/techco_eval.jsonl"
+        raise RunError(f"lm-eval has no task '{unknown[0]}'", help=help)
     model, tokenizer = load.for_inference(name, base, trust_remote_code)
     try:
         found = lm_eval.simple_evaluate(
@@ -124,8 +124,8 @@ def evaluate(
         )
     except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises without a hub
         said = str(error).splitlines()[0]
-        way_out = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
-        raise ModelError("the data of a task cannot be had", why=said, way_out=way_out) from None
+        help = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
+        raise ModelError("the data of a task cannot be had", why=said, help=help) from None
     return [score for task, figures in found["results"].items() for score in _scores(task, figures)]
 
 

@@ -101,13 +101,13 @@ class Runs:
         folder = self.of(source)[0]
         kept = row_keys.read(folder)
         if kept and not kept.rows:
-            raise DataError(f"{folder} held out no rows", way_out=f"{OTHER_ROWS}, or train with --test_split_size 0.1")
+            raise DataError(f"{folder} held out no rows", help=f"{OTHER_ROWS}, or train with --test_split_size 0.1")
         train, evaluation = self.rows(folder)
         if fault := self._faults.get(folder):
-            raise DataError(f"the rows that {folder} held out cannot be read again", why=fault, way_out=OTHER_ROWS)
+            raise DataError(f"the rows that {folder} held out cannot be read again", why=fault, help=OTHER_ROWS)
         if kept is None:
             if not evaluation:
-                raise DataError(f"{folder} does not say which rows it held out", way_out=OTHER_ROWS)
+                raise DataError(f"{folder} does not say which rows it held out", help=OTHER_ROWS)
             self.notes.append(f"{folder} keeps no {row_keys.FILE}: its evaluation rows are read again by its recipe")
             return evaluation
         if kept.foreign:
@@ -126,7 +126,7 @@ class Runs:
         pairs = [there[key] for key in kept.held_out if key in there]
         if not pairs:
             why = f"{kept.name} has other rows now; the first that was held out stood at {kept.where[0]}"
-            raise DataError(f"the rows that {folder} held out are gone", why=why, way_out=OTHER_ROWS)
+            raise DataError(f"the rows that {folder} held out are gone", why=why, help=OTHER_ROWS)
         if missing := len(kept.held_out) - len(pairs):
             self.notes.append(f"{missing:,} of the {len(kept.held_out):,} rows that {folder} held out are gone")
         if kept.rows > len(kept.held_out):
@@ -230,7 +230,7 @@ def prompts_apart(asked: list[Question], trained: dict[str, set[str]], notes: li
     known: set[str] = set().union(*trained.values())
     free = [question for question in asked if not question.reference or _answered(question) not in known]
     if not free:
-        raise DataError("each prompt was trained on, with its answer", way_out="other prompts")
+        raise DataError("each prompt was trained on, with its answer", help="other prompts")
     if count := len(asked) - len(free):
         notes.append(f"{count} of {len(asked)} prompts were trained on, with their answers: they are left out")
     return free

@@ -54,9 +54,9 @@ def diverged(losses: list[RowLoss], whose: str) -> Verdict | None:
     """The verdict on a model with a loss that is no number, beside which no other says anything."""
     bad = sum(not math.isfinite(row.nats) for row in losses)
     evidence = f"of {whose}, on {bad} of {len(losses)} rows"
-    way_out = "see where its weights became NaN: the run's curves; a third of learning_rate, max_grad_norm: 1.0"
+    help = "see where its weights became NaN: the run's curves; a third of learning_rate, max_grad_norm: 1.0"
     figures = {"rows": float(bad), "of": float(len(losses))}
-    return Verdict(FAULT, "diverged", "Its loss is no number.", evidence, way_out, figures) if bad else None
+    return Verdict(FAULT, "diverged", "Its loss is no number.", evidence, help, figures) if bad else None
 
 
 def memorized(
@@ -88,12 +88,12 @@ def memorized(
             f"; loss {on_training[1]:.3f} on training rows, {held_out[1]:.3f} held out, a gap {gap:+.3f} "
             "beyond the base's"
         )
-    way_out = "fewer epochs, a lower learning_rate, more and more varied rows, lora_dropout or weight_decay"
+    help = "fewer epochs, a lower learning_rate, more and more varied rows, lora_dropout or weight_decay"
     if known or share > usual + COPIES:
-        return Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, way_out, figures)
+        return Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, help, figures)
     if gap > GAP:
         what = "It does better on the rows that it was trained on."
-        return Verdict(LOOK, "gap", what, evidence, way_out, figures)
+        return Verdict(LOOK, "gap", what, evidence, help, figures)
     return Verdict(GOOD, "not memorized", "It answers in words of its own.", evidence, figures=figures)
 
 
@@ -103,17 +103,17 @@ def forgot(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     test = loss_test(base, tuned)
     rise, figures = after - before, {"before": before, "after": after, "p": test.p, "rows": float(len(base))}
     evidence = f"general knowledge: {before:.3f} before, {after:.3f} after ({rise:+.3f}, p = {test.p:.2g})"
-    way_out = "mix_general: 0.1, a lower learning_rate, fewer epochs, or LoRA where it was full fine-tuning"
+    help = "mix_general: 0.1, a lower learning_rate, fewer epochs, or LoRA where it was full fine-tuning"
     if rise > RISE and test.p < statistics.LEVEL:
         times = f"; perplexity {math.exp(min(rise, 50)):.2f} times as high"
         severity, name = (FAULT, "forgot") if rise > LOUD_RISE else (LOOK, "forgot a little")
-        return Verdict(severity, name, "It knows less than its base did.", evidence + times, way_out, figures)
+        return Verdict(severity, name, "It knows less than its base did.", evidence + times, help, figures)
     return Verdict(GOOD, "did not forget", "It knows what its base knew.", evidence, figures=figures)
 
 
 def not_held_out(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[Verdict]:
     """What a comparison on training rows alone shows: rows known by heart, and nothing of others."""
-    what, way_out = "Each row was trained on, so nothing shows what it does on others.", "--data with other rows"
+    what, help = "Each row was trained on, so nothing shows what it does on others.", "--data with other rows"
     evidence, figures = "no row was held out", {}
     if base and tuned:
         before, after = loss.mean(base), loss.mean(tuned, base)
@@ -122,7 +122,7 @@ def not_held_out(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[Verdict]
         if after < KNOWN:
             known = "fewer epochs, a lower learning_rate, more and more varied rows"
             yield Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, known, figures)
-    yield Verdict(LOOK, "not held out", what, evidence, way_out, figures)
+    yield Verdict(LOOK, "not held out", what, evidence, help, figures)
 
 
 def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
@@ -131,11 +131,11 @@ def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     figures = {"before": before, "after": after, "p": test.p}
     evidence = f"held-out loss {before:.3f} before, {after:.3f} after, on {len(base)} rows (p = {test.p:.2g})"
     if test.p >= statistics.LEVEL:
-        what, way_out = "The held-out loss shows no difference to the base.", "more held-out rows; train longer"
-        return Verdict(LOOK, "no difference shown", what, evidence, way_out, figures)
+        what, help = "The held-out loss shows no difference to the base.", "more held-out rows; train longer"
+        return Verdict(LOOK, "no difference shown", what, evidence, help, figures)
     if after > before:
-        what, way_out = "It predicts held-out answers worse than its base.", "see the verdicts on the run's curves"
-        return Verdict(FAULT, "worse than the base", what, evidence, way_out, figures)
+        what, help = "It predicts held-out answers worse than its base.", "see the verdicts on the run's curves"
+        return Verdict(FAULT, "worse than the base", what, evidence, help, figures)
     return Verdict(GOOD, "better than the base", "It predicts held-out answers better.", evidence, figures=figures)
 
 

@@ -93,9 +93,7 @@ def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
         try:
             lines = files.read_text(path, PROMPTS_BYTES, errors="replace").splitlines()
         except ValueError as error:
-            raise DataError(
-                f"the prompts {path} cannot be read: {error}", way_out="a text file of one a line"
-            ) from None
+            raise DataError(f"the prompts {path} cannot be read: {error}", help="a text file of one a line") from None
         found = [Question([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
     else:
         converter = Converter(str(path), None)
@@ -103,7 +101,7 @@ def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
         if notes is not None:
             notes += [remark.what for remark in converter.remarks()]
     if not found:
-        raise DataError(f"{path} holds no prompt", way_out='one a line, or JSONL rows: {"prompt": "…"}')
+        raise DataError(f"{path} holds no prompt", help='one a line, or JSONL rows: {"prompt": "…"}')
     return found
 
 

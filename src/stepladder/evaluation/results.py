@@ -100,8 +100,8 @@ def of_run(manifest: dict[str, Any]) -> str:
 
 
 def verdict_line(verdict: dict[str, Any]) -> str:
-    way_out = f" What to do: {verdict['way_out']}." if verdict["way_out"] else ""
-    return f"- {MARK[verdict['severity']]} **{verdict['name']}**: {verdict['what']} {verdict['evidence']}.{way_out}"
+    help = f" What to do: {verdict['help']}." if verdict["help"] else ""
+    return f"- {MARK[verdict['severity']]} **{verdict['name']}**: {verdict['what']} {verdict['evidence']}.{help}"
 
 
 def conclusion(facts: dict[str, Any]) -> list[str]:

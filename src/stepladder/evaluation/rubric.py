@@ -61,31 +61,31 @@ def read(path: Path) -> list[Rule]:
     try:
         found = files.parse_yaml(files.read_text(path, files.YAML_BYTES))
     except ValueError as error:
-        way_out = "see data/techco_rubric.yaml"
-        raise DataError(f"the rubric {path} cannot be read", why=str(error), way_out=way_out) from None
+        help = "see data/techco_rubric.yaml"
+        raise DataError(f"the rubric {path} cannot be read", why=str(error), help=help) from None
     if not isinstance(found, dict) or not found:
-        raise DataError(f"{path} holds no rules", way_out="NAME: {pattern: '…'}, as in data/techco_rubric.yaml")
+        raise DataError(f"{path} holds no rules", help="NAME: {pattern: '…'}, as in data/techco_rubric.yaml")
     return [_rule(str(name), keys, str(path)) for name, keys in found.items()]
 
 
 def _rule(name: str, keys: Any, where: str) -> Rule:
     known = {field.name: field.type for field in dataclasses.fields(Rule)}
     if not isinstance(keys, dict) or not isinstance(keys.get("pattern"), str):
-        raise DataError(f"the rule '{name}' has no pattern", where=where, way_out="pattern: 'a regular expression'")
+        raise DataError(f"the rule '{name}' has no pattern", where=where, help="pattern: 'a regular expression'")
     for key, value in keys.items():
         if key not in known or key == "name":
-            raise DataError(f"unknown key '{key}' in the rule '{name}'", where=where, way_out=suggest(key, known))
+            raise DataError(f"unknown key '{key}' in the rule '{name}'", where=where, help=suggest(key, known))
         if key in ("at_least", "at_most") and (type(value) is not int or value < 0):
-            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, way_out="a number of matches")
+            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, help="a number of matches")
         if key in ("in_reference", "facts") and type(value) is not bool:
-            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, way_out="true or false")
+            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, help="true or false")
         if key == "required" and (type(value) not in (int, float) or not 0 < value <= 1):
-            way_out = "a share of the answers above 0 and up to 1, such as 0.95"
-            raise DataError(f"required of the rule '{name}' is {value!r}", where=where, way_out=way_out)
+            help = "a share of the answers above 0 and up to 1, such as 0.95"
+            raise DataError(f"required of the rule '{name}' is {value!r}", where=where, help=help)
     if keys.get("facts") and not keys.get("required"):
         why = "a model that gets few facts right would be recommended all the same"
         raise DataError(f"the rule '{name}' judges facts and requires none", where=where, why=why,
-                        way_out="required: 0.95")  # fmt: skip
+                        help="required: 0.95")  # fmt: skip
     try:
         return Rule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
     except (re.error, OverflowError, RecursionError) as error:

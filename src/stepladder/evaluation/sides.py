@@ -70,7 +70,7 @@ def measure(
     if tokenizer.chat_template is None and on.held_out and any("messages" in row for row in on.held_out.examples):
         raise ModelError(
             f"'{source}' has no chat template, so it cannot be asked as the data asks",
-            way_out="compare it with a model that was tuned with one (chat_template or prompt_template in its recipe)",
+            help="compare it with a model that was tuned with one (chat_template or prompt_template in its recipe)",
         )
     conversations = [question.example for question in on.questions]
     side = Side(source, generate.answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
@@ -126,7 +126,7 @@ def _check_plain(question: Question, server: Endpoint) -> None:
         raise DataError(
             f"{server} cannot be asked '{question.text[:60]}'",
             why=f"the question has {', '.join(sorted(more))}, and a server is sent roles and texts alone",
-            way_out="compare model folders or transcripts, or leave such questions out",
+            help="compare model folders or transcripts, or leave such questions out",
         )
 
 
@@ -144,8 +144,8 @@ def length(sources: Sequence[str | Endpoint], asked: int | None, notes: list[str
             if cap is None:
                 notes.append(f"{source} does not say within how many tokens it answers")
             elif asked not in (None, cap):
-                way_out = f"--max_new_tokens {cap}, or keep the transcript anew with --max_new_tokens {asked}"
-                raise DataError(f"{source} answers within {cap} tokens, the others within {asked}", way_out=way_out)
+                help = f"--max_new_tokens {cap}, or keep the transcript anew with --max_new_tokens {asked}"
+                raise DataError(f"{source} answers within {cap} tokens, the others within {asked}", help=help)
             asked = cap or asked
     return asked or generate.MAX_NEW_TOKENS
 

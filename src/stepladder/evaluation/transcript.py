@@ -28,7 +28,7 @@ def conditions(path: Path) -> tuple[int | None, float]:
     found = {(row.get("max_new_tokens"), row.get("temperature", 0.0)) for _, row in read.read(path)
              if isinstance(row, dict)}  # fmt: skip
     if len(found) > 1:
-        raise DataError(f"the rows of {path} differ in max_new_tokens or temperature", way_out="keep them anew, alike")
+        raise DataError(f"the rows of {path} differ in max_new_tokens or temperature", help="keep them anew, alike")
     return found.pop() if found else (None, 0.0)
 
 
@@ -48,15 +48,15 @@ def answers(path: Path, questions: list[Question]) -> list[Answer]:
             known[_key(found | {"messages": before})] = Answer(str(said["content"]), bool(found["stopped"]))
             texts.add(before[-1]["content"])
         except (KeyError, IndexError, TypeError, ValueError):
-            way_out = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
-            raise DataError("this row is of no transcript", where=where, way_out=way_out) from None
+            help = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
+            raise DataError("this row is of no transcript", where=where, help=help) from None
     missing = [question.text for question in questions if _key(question.example) not in known]
     if missing:
         other = "; that text is answered in another conversation (a system prompt, tools, or turns before it)"
         raise DataError(
             f"{path} answers {len(questions) - len(missing)} of {len(questions)} questions",
             why=f"the first without an answer: {missing[0][:80]!r}" + other * (missing[0] in texts),
-            way_out="generate.py --prompts with the same file, or --limit with as many questions as it answers",
+            help="generate.py --prompts with the same file, or --limit with as many questions as it answers",
         )
     return [known[_key(question.example)] for question in questions]
 

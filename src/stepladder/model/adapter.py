@@ -53,7 +53,7 @@ def attach(
             f"the chat template adds {', '.join(new_tokens)} to the vocabulary, and an adapter cannot learn new tokens",
             where=recipe.where("chat_template"),
             why="their embeddings would stay as random as they begin",
-            way_out="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
+            help="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
     from peft import get_peft_model
 
@@ -152,7 +152,7 @@ def _misfit(source: start.Start, why: str) -> ModelError:
         f"the adapter does not fit its base {source.base}",
         where=str(source.adapter),
         why=why.strip().split("\n")[0],
-        way_out=f"the base that it was trained on: base_model_name_or_path in {CONFIG}",
+        help=f"the base that it was trained on: base_model_name_or_path in {CONFIG}",
     )
 
 
@@ -169,7 +169,7 @@ def _check_targets(model: PreTrainedModel, recipe: Settings, source: start.Start
             f"{key}: {', '.join(recipe.get(key))} are other modules than the adapter's: {', '.join(sorted(its))}",
             where=recipe.where(key),
             why=f"the adapter has none for {new[0]}" if new else f"the adapter has one for {less[0]} too",
-            way_out=f"remove {key}: an adapter that is trained on keeps its form",
+            help=f"remove {key}: an adapter that is trained on keeps its form",
         )
 
 
@@ -217,7 +217,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise ModelError(
                 f"the adapter holds numbers that are not finite, in {name}",
                 where=str(folder / ADAPTER),
-                way_out="train it again",
+                help="train it again",
             )
     return tensors
 
@@ -247,7 +247,7 @@ def _does_not_fit(recipe: Settings, fault: str, linear: list[str], names: list[s
         why=f"'{pattern}' is a regular expression that must match a whole module name, such as {layer}"
         if pattern
         else "",
-        way_out=f"lora_target_modules: all-linear, or some of {', '.join(linear)}",
+        help=f"lora_target_modules: all-linear, or some of {', '.join(linear)}",
     )
 
 
@@ -268,7 +268,7 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
                 f"{key}: the model has no {', '.join(missing)}",
                 where=recipe.where(key),
                 why="without them a smaller adapter would be trained than the recipe says",
-                way_out=suggest(missing[0], linear) or "remove it",
+                help=suggest(missing[0], linear) or "remove it",
             )
 
 
@@ -295,7 +295,7 @@ def wrong_base(adapter: Path, base: Path, what: str) -> ModelError:
         f"the adapter does not fit this base: {what}",
         where=str(adapter),
         why=f"it was trained on another model than {base}, or on another size of it",
-        way_out="name the base that it was trained on: --base",
+        help="name the base that it was trained on: --base",
     )
 
 
@@ -363,5 +363,5 @@ def check_saved(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
             "every B matrix of the saved adapter is zero: nothing was learned",
             where=str(file),
             why="B begins as zeros, and only a step with a learning rate above 0 changes it",
-            way_out="train more steps: under warmup_steps the first has a rate of 0 (`learning_rate` in metrics.jsonl)",
+            help="train more steps: under warmup_steps the first has a rate of 0 (`learning_rate` in metrics.jsonl)",
         )

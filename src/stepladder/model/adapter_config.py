@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_object(file)
     except ValueError as error:
-        raise ModelError(f"{file} cannot be read: {error}", way_out="copy or fetch the adapter again") from None
+        raise ModelError(f"{file} cannot be read: {error}", help="copy or fetch the adapter again") from None
     fields = {"peft_type": lambda value: isinstance(value, str)}
     for key, is_right in (fields | FIELDS if config.get("peft_type") == "LORA" else fields).items():
         if key in config and not is_right(config[key]):
@@ -73,7 +73,7 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
     found = []
     for folder in adapters:
         if not (folder / CONFIG).is_file():
-            raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", way_out="check the path")
+            raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", help="check the path")
         read_config(folder)
         try:
             config = PeftConfig.from_pretrained(str(folder))
@@ -83,14 +83,14 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
             raise ModelError(
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
                 why="it learned tokens that come before the prompt, not a change of the base's weights",
-                way_out="serve base and adapter together: "
+                help="serve base and adapter together: "
                 f'python scripts/generate.py --model {quoted(folder)} --prompt "…"',
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ModelError(
                 f"{folder} is an activated LoRA, which cannot be merged",
                 why="it applies to the tokens after its invocation only",
-                way_out="serve base and adapter together",
+                help="serve base and adapter together",
             )
         Weights(folder, single=ADAPTER)
         found.append(config)
@@ -98,4 +98,4 @@ def configs(adapters: list[Path]) -> list[PeftConfig]:
 
 
 def invalid_config(file: Path, what: str) -> ModelError:
-    return ModelError(f"{file} cannot be used: {what}", way_out="copy or fetch the adapter again")
+    return ModelError(f"{file} cannot be used: {what}", help="copy or fetch the adapter again")

@@ -73,7 +73,7 @@ def _check_base(begun: start.Start) -> None:
             f"the base of {begun.adapter} is an adapter too: {begun.base}",
             where=place,
             why="one adapter on one base is trained on",
-            way_out=f"{_merge(begun.base)}, then name merged/{Path(begun.base).name} as the base there",
+            help=f"{_merge(begun.base)}, then name merged/{Path(begun.base).name} as the base there",
         )
 
 
@@ -84,7 +84,7 @@ def _merge(name: str) -> str:
 
 
 def _instead(name: str) -> str:
-    """The way out where an adapter cannot be trained on: its merged model can."""
+    """What helps where an adapter cannot be trained on: its merged model can."""
     return f"{_merge(name)}, then --{KEY} merged/{Path(name).name}"
 
 
@@ -94,7 +94,7 @@ def _not_whole(recipe: Recipe, name: str) -> RecipeError:
         f"{said}, and {name} is an adapter",
         where=recipe.where("use_peft" if "use_peft" in recipe.values else KEY),
         why="full fine-tuning trains whole weights, and an adapter is a change of its base's",
-        way_out=f"use_peft: true trains the adapter on; for full fine-tuning merge it first:\n{_instead(name)}",
+        help=f"use_peft: true trains the adapter on; for full fine-tuning merge it first:\n{_instead(name)}",
     )
 
 
@@ -102,14 +102,14 @@ def _check_kind(begun: start.Start, name: str) -> None:
     """Raise ModelError for what an adapter is or does that cannot be trained on."""
     config, place = begun.config, begun.config_file
     kind, task = config.get("peft_type"), config.get("task_type")
-    what, way_out = "", _instead(name)
+    what, help = "", _instead(name)
     if kind != "LORA":
         what = f"the adapter is {kind}, and only LoRA (with DoRA and rsLoRA) is trained on"
         if "PROMPT" in str(kind) or "PREFIX" in str(kind) or kind == "P_TUNING":  # no change of weights
-            way_out = f"{KEY}: {begun.base}, and train it anew"
+            help = f"{KEY}: {begun.base}, and train it anew"
     elif task not in ("CAUSAL_LM", None):
         what = f"the adapter is for {task}, and causal language models are trained"
-        way_out = "an adapter of task_type CAUSAL_LM"
+        help = "an adapter of task_type CAUSAL_LM"
     elif config.get("bias", "none") != "none":
         what = f"bias: {config['bias']}: the adapter has trained the base's own biases, which is not trained on"
     elif str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
@@ -119,7 +119,7 @@ def _check_kind(begun: start.Start, name: str) -> None:
         if used := sorted(key for key in rest if config[key]):
             what = f"the adapter has {used[0]}: {json.dumps(config[used[0]])[:80]}, which is not trained on"
     if what:
-        raise ModelError(what, where=place, way_out=way_out)
+        raise ModelError(what, where=place, help=help)
 
 
 def _check_tensors(begun: start.Start, name: str) -> None:
@@ -132,7 +132,7 @@ def _check_tensors(begun: start.Start, name: str) -> None:
         raise ModelError(
             f"the adapter's matrices have rank {max(ranks)}, and its configuration says r: {rank}",
             where=begun.config_file,
-            way_out="copy or fetch the adapter again",
+            help="copy or fetch the adapter again",
         )
     names = [key for key in tensors if ".lora_" not in key]
     others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
@@ -141,7 +141,7 @@ def _check_tensors(begun: start.Start, name: str) -> None:
             f"the adapter holds weights of the base itself: {others[0]}{more(others)}",
             where=str(folder / ADAPTER),
             why="embeddings of added tokens, perhaps: they would not be trained on",
-            way_out=_instead(name),
+            help=_instead(name),
         )
 
 
@@ -166,14 +166,14 @@ def _values(begun: start.Start, name: str) -> dict[str, Any]:
             raise ModelError(
                 f"{its}: {json.dumps(value)[:80]} is no value of {key}",
                 where=begun.config_file,
-                way_out=_instead(name),
+                help=_instead(name),
             )
         found[key] = value
     if "lora_r" not in found or "lora_alpha" not in found:
         raise ModelError(
             "the adapter has no rank (r) or no lora_alpha",
             where=begun.config_file,
-            way_out="copy or fetch the adapter again",
+            help="copy or fetch the adapter again",
         )
     return found
 
@@ -197,21 +197,21 @@ def _contradictions(recipe: Recipe, begun: start.Start, values: dict[str, Any]) 
                 f"{key}: {_shown(asked)}, and the adapter in {name} has {_shown(has)}",
                 where=recipe.where(key),
                 why="an adapter that is trained on keeps its form",
-                way_out=f"{f'{key}: {_shown(has)}' if has else f'remove {key}'}; "
+                help=f"{f'{key}: {_shown(has)}' if has else f'remove {key}'}; "
                 f"or for a new adapter on top of this one:\n{_instead(name)}",
             )
     if recipe.get("peft_type") != "lora":
         yield RecipeError(
             f"peft_type: {recipe.get('peft_type')}, and the adapter in {name} is LoRA",
             where=recipe.where("peft_type"),
-            way_out="remove peft_type",
+            help="remove peft_type",
         )
     revision = begun.revision or known_keys()["model_revision"].default
     if "model_revision" in keys and Path(name).is_dir() and keys["model_revision"] != revision:
         yield RecipeError(
             f"model_revision: {keys['model_revision']}, and the adapter in {name} is on {begun.base} at {revision}",
             where=recipe.where("model_revision"),
-            way_out="remove model_revision",
+            help="remove model_revision",
         )
 
 

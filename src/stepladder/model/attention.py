@@ -90,14 +90,14 @@ def settle(
             _take(model, name)
     config = model.config.get_text_config()
     named, flash = config._attn_implementation, is_flash_attention_requested(config)
-    fault, way_out = "", "attn_implementation: auto"
+    fault, help = "", "attn_implementation: auto"
     if flash and precision == "fp32":
-        fault, way_out = f"{named} computes in bf16 or fp16 only, and this run in fp32", f"bf16: true, or {way_out}"
+        fault, help = f"{named} computes in bf16 or fp16 only, and this run in fp32", f"bf16: true, or {help}"
     elif named == "flex_attention" and device == "cpu":
-        fault, way_out = "flex_attention has no backward pass on a CPU", f"{way_out}, or sdpa"
+        fault, help = "flex_attention has no backward pass on a CPU", f"{help}, or sdpa"
     if fault:
         where = settings.where("attn_implementation")
-        raise RecipeError(f"attn_implementation: {fault}", where=where, way_out=way_out)
+        raise RecipeError(f"attn_implementation: {fault}", where=where, help=help)
     lengths = kept_apart(model, BY_LENGTH)
     virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)
@@ -116,7 +116,7 @@ def settle(
             "rows would see each other",
             where=settings.where(asked[0]),
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
-            way_out=f"{asked[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
+            help=f"{asked[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
     notes = [_cost(settings, named)] if flat and not exact and settings.get("per_device_train_batch_size") > 1 else []
     return Choice(named if flash or not exact else "sdpa", rows if flat and exact else _LAID[flat], flat, why), notes
@@ -188,7 +188,7 @@ def _take(model: PreTrainedModel, name: str) -> None:
         raise ModelError(
             f"rank 0 attends by {name}, and this rank cannot load it",
             why=str(error).strip().splitlines()[0],
-            way_out="the same packages on every node, or attn_implementation: sdpa",
+            help="the same packages on every node, or attn_implementation: sdpa",
             this_rank_only=True,
         ) from None
 
@@ -303,7 +303,7 @@ def _attend(
         raise ModelError(
             f"the rows of a batch lie end to end, and {kind} does not keep them apart",
             why="it makes its attention mask without their positions: each row would see those before it",
-            way_out="padding_free: false, and no packing",
+            help="padding_free: false, and no packing",
         )
     [[[lengths]]] = [[[[tokens]]]] if attention_mask is None else attention_mask.tolist()
     device = query.device.type

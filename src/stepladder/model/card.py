@@ -65,7 +65,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
         raise ModelError(
             f"{folder / MANIFEST} cannot be used: {error}",
             why="it says how the model was trained, which the result's card repeats",
-            way_out="put it back from a copy, or remove it: the card then says nothing of the training",
+            help="put it back from a copy, or remove it: the card then says nothing of the training",
         ) from None
     rows = [row for line in metrics_text(folder).splitlines() if (row := row_of(line))]
     losses = [row["loss"] for row in rows if isinstance(row.get("loss"), int | float)]

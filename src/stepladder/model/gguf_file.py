@@ -55,7 +55,7 @@ FAMILIES = {
 
 
 def _cannot(why: str) -> ModelError:
-    return ModelError("llama.cpp would compute another model than this", why=why, way_out="without --gguf")
+    return ModelError("llama.cpp would compute another model than this", why=why, help="without --gguf")
 
 
 class Rope:
@@ -147,7 +147,7 @@ class File:
             raise ModelError(
                 f"no GGUF file is written for {config.model_type}",
                 why=f"it is for {', '.join(FAMILIES)}",
-                way_out="without --gguf, then llama.cpp's own convert_hf_to_gguf.py, where it knows the architecture",
+                help="without --gguf, then llama.cpp's own convert_hf_to_gguf.py, where it knows the architecture",
             )
         self.family = known
         activation = "hidden_act" if hasattr(config, "hidden_act") else "activation_function"
@@ -336,5 +336,5 @@ class Tensor(NamedTuple):
             return self.values
         tensor = self.file.values(self.disk, self.key)
         if self.kind == gguf.GGMLQuantizationType.F16 and not tensor.abs().max() <= 65504:
-            raise ModelError(f"{self.key} is too large for float16", way_out="without --gguf")
+            raise ModelError(f"{self.key} is too large for float16", help="without --gguf")
         return gguf.quants.quantize(tensor.contiguous().numpy(), self.kind)

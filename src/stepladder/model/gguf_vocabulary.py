@@ -96,7 +96,7 @@ def _refused(why: str) -> ModelError:
     return ModelError(
         "this tokenizer cannot be written for llama.cpp",
         why=why,
-        way_out="without --gguf, then llama.cpp's own convert_hf_to_gguf.py on the merged folder",
+        help="without --gguf, then llama.cpp's own convert_hf_to_gguf.py on the merged folder",
     )
 
 

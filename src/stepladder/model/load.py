@@ -37,7 +37,7 @@ def precision(recipe: Settings) -> str:
         raise RecipeError(
             "fp16 training needs a GPU",
             where=recipe.where("fp16"),
-            way_out="bf16: auto, which is fp32 on this CPU",
+            help="bf16: auto, which is fp32 on this CPU",
         )
     if fp16:
         return "fp16"
@@ -75,11 +75,11 @@ def unquantized(name: str, revision: str | None = None) -> Path:
     """
     folder = folder_of(name, revision)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} is no base model: it has no config.json", way_out="--base")
+        raise ModelError(f"{name} is no base model: it has no config.json", help="--base")
     if "quantization_config" in files.read_object(folder / "config.json"):  # which `check_source` has read
         raise ModelError(
             f"{name} holds quantized weights, which an adapter cannot be folded into",
-            way_out="--base with the model that they were made from",
+            help="--base with the model that they were made from",
         )
     return folder
 
@@ -110,7 +110,7 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
                 f"the adapter's tokenizer has {len(tok):,} tokens, and its base {source.base} embeds {rows:,}",
                 where=str(source.adapter),
                 why="the adapter holds no embeddings for the others: they would stay as random as they begin",
-                way_out="the tokenizer that the adapter was trained with",
+                help="the tokenizer that the adapter was trained with",
             )
     return tok
 
@@ -137,7 +137,7 @@ def tokenizer_of(
         raise ModelError(
             f"the tokenizer of '{name}' is not a fast one",
             why="it does not tell which characters its tokens stand for",
-            way_out="a model with a tokenizer.json",
+            help="a model with a tokenizer.json",
         )
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token  # labels mark what is trained, so padding by the end token trains nothing
@@ -203,7 +203,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
         raise ModelError(
             f"'{name}' is an adapter, and its files were not here as the run began",
             where=recipe.where("model_name_or_path"),
-            way_out=f"hf download {name}, then the same command again",
+            help=f"hf download {name}, then the same command again",
         )
     model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
     for module in model.modules():
@@ -343,7 +343,7 @@ def needs_code(name: str, where: str = "") -> ModelError:
         f"'{name}' cannot be loaded without Python code that lies beside it",
         where=where,
         why="code that comes with a model could do all that you may do, so it is not run unless you say so",
-        way_out="read that code; if you trust it: trust_remote_code: true in the recipe, or --trust_remote_code of "
+        help="read that code; if you trust it: trust_remote_code: true in the recipe, or --trust_remote_code of "
         "generate.py, compare.py and evaluate.py. merge.py takes models that Transformers knows by itself",
     )
 
@@ -363,7 +363,7 @@ def _loading(name: str, of: str = "") -> Iterator[None]:
             raise ModelError(
                 "the package of that attn_implementation is not installed, or not in a version that Transformers take",
                 why=str(error).strip().splitlines()[0],
-                way_out=f"pip install '{taken}', and attn_implementation: kernels-community/flash-attn2; "
+                help=f"pip install '{taken}', and attn_implementation: kernels-community/flash-attn2; "
                 "or pip install flash-attn; or attn_implementation: sdpa",
             ) from None
         # A configuration that fits nothing can raise whatever its reader's expressions raise. A RuntimeError may be
@@ -377,7 +377,7 @@ def _loading(name: str, of: str = "") -> Iterator[None]:
             raise ModelError(
                 f"'{name}'" + f", the base of {of}," * bool(of) + " could not be loaded",
                 why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",
-                way_out="a local folder with config.json and safetensors, or a hub id (network or cache needed)"
+                help="a local folder with config.json and safetensors, or a hub id (network or cache needed)"
                 + "; --base names it where it is now" * bool(of),
             ) from None
         raise

@@ -88,7 +88,7 @@ def of(name: str, revision: str | None = None) -> Start:
         raise ModelError(
             f"the adapter in {folder} names no base model",
             where=str(folder / CONFIG),
-            way_out='write it there: "base_model_name_or_path": "a folder, or a hub id"',
+            help='write it there: "base_model_name_or_path": "a folder, or a hub id"',
         )
     revision = config.get("revision")
     return Start(_found(base, folder), revision if isinstance(revision, str) else None, folder, config)
@@ -127,7 +127,7 @@ def checked(name: str, base: str | None = None) -> Start:
     start = of(name)
     if start.adapter is None:
         if base:
-            raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", way_out="leave out --base")
+            raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", help="leave out --base")
         return start
     if base:
         check_source(base, "--base")
@@ -139,7 +139,7 @@ def checked(name: str, base: str | None = None) -> Start:
             f"the base of the adapter {name} cannot be used: {error.what}",
             where=start.config_file,
             why=error.why,
-            way_out="--base with the folder or hub id where it is now",
+            help="--base with the folder or hub id where it is now",
         ) from None
     return start
 
@@ -161,14 +161,14 @@ def check_source(name: str | None, where: str = "") -> None:
     The files of a folder are looked at before a library opens them: a pipe would be waited for until the job ends.
     """
     if not name:
-        raise ModelError("no model is named", where=where, way_out="model_name_or_path: a folder or a hub id")
+        raise ModelError("no model is named", where=where, help="model_name_or_path: a folder or a hub id")
     if fault := files.name_fault(name):
-        raise ModelError(f"'{name[:60]}…' names no model: {fault}", where=where, way_out="a folder or a hub id")
+        raise ModelError(f"'{name[:60]}…' names no model: {fault}", where=where, help="a folder or a hub id")
     folder = Path(name)
     if not folder.is_dir():
         if _looks_local(name):
             fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
-            raise ModelError(f"there is no model at '{name}'", where=where, way_out=fetch)
+            raise ModelError(f"there is no model at '{name}'", where=where, help=fetch)
         return
     check_files(folder, where)
     if (folder / CONFIG).is_file() or (folder / "config.json").is_file():
@@ -177,7 +177,7 @@ def check_source(name: str | None, where: str = "") -> None:
                 f"{folder} holds no safetensors file",
                 where=where,
                 why="weights are read from safetensors only: a pickled file can run code when it is opened",
-                way_out="convert the weights to safetensors, or fetch the model again",
+                help="convert the weights to safetensors, or fetch the model again",
             )
         return
     if (folder / MANIFEST).is_file():
@@ -185,16 +185,16 @@ def check_source(name: str | None, where: str = "") -> None:
             f"{folder} holds no model yet: the run has not finished",
             where=where,
             why=f"{MANIFEST} lies there, and no config.json",
-            way_out="the same sft.py command again goes on with it",
+            help="the same sft.py command again goes on with it",
         )
     if (folder / CHECKPOINT).is_file():
         raise ModelError(
             f"{folder} is a checkpoint, which resumes its own run and is no model",
             where=where,
             why="it holds the trained weights and the optimizer's state, without a configuration or a tokenizer",
-            way_out=f"the result of its run: {folder.parent}; or resume that run: --resume {folder}",
+            help=f"the result of its run: {folder.parent}; or resume that run: --resume {folder}",
         )
-    raise ModelError(f"{folder} is no model: it has no config.json", where=where, way_out="check the path")
+    raise ModelError(f"{folder} is no model: it has no config.json", where=where, help="check the path")
 
 
 def check_files(folder: Path, where: str = "") -> None:
@@ -203,7 +203,7 @@ def check_files(folder: Path, where: str = "") -> None:
         if folder.is_dir():
             files.check_model_folder(folder)
     except ValueError as error:
-        raise ModelError(str(error), where=where, way_out="fetch or copy the model again") from None
+        raise ModelError(str(error), where=where, help="fetch or copy the model again") from None
 
 
 def _looks_local(name: str) -> bool:
@@ -251,7 +251,7 @@ def check_finished(folder: Path, where: str = "") -> None:
             f"{folder} holds the result of no finished run: {MANIFEST} says {found}",
             where=where,
             why="what lies there may be half of a result, or one that was found wrong",
-            way_out="the same sft.py command again goes on with that run",
+            help="the same sft.py command again goes on with that run",
         )
 
 

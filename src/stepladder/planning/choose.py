@@ -60,7 +60,7 @@ class Plan:
     ):  # fmt: skip
         if nodes < 1 or gpus < 1:
             raise LaunchError(
-                f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", way_out="--nodes 1 --gpus 1"
+                f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", help="--nodes 1 --gpus 1"
             )
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.host = host
@@ -271,7 +271,7 @@ def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
         f"and one has {plan.device.memory:.1f}",
         why=f"{least.strategy}, micro-batch {least.micro}, checkpointing {'on' if least.checkpointing else 'off'}"
         + "; each GPU quantizes the whole base before a strategy shards it" * bool(least.memory.loading),
-        way_out="\n".join(ways_out),
+        help="\n".join(ways_out),
     )
 
 
@@ -284,7 +284,7 @@ def _no_host(plan: Plan, least: Way) -> LaunchError:
         f"no way fits into the host memory of a node: the least needs {least.memory.host / GIB:.1f} GiB, "
         f"and it has {(least.host_limit or 0) / GIB:.1f}",
         why=f"{least.strategy}, while the model loads or for what it offloads, {plan.ranks // plan.nodes} ranks a node",
-        way_out="\n".join(ways_out),
+        help="\n".join(ways_out),
     )
 
 

@@ -37,7 +37,7 @@ def device(name: str, memory: float | None = None) -> GPU:
         raise LaunchError(
             f"unknown GPU '{name}'",
             where="command line --gpu",
-            way_out=f"{suggest(name, known) or 'one of ' + ', '.join(known)}; or any with --gpu_memory GiB",
+            help=f"{suggest(name, known) or 'one of ' + ', '.join(known)}; or any with --gpu_memory GiB",
         )
     found = known[name.lower()]
     if memory is None:
@@ -105,5 +105,5 @@ def config(settings: Settings) -> Any:
             f"'{name}' has no config.json that can be read",
             where=settings.where("model_name_or_path"),
             why=" ".join(line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]),
-            way_out=suggest(name, shapes) or "a local folder with config.json, or a hub id (network or cache needed)",
+            help=suggest(name, shapes) or "a local folder with config.json, or a hub id (network or cache needed)",
         ) from None

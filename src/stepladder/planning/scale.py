@@ -43,11 +43,11 @@ def counts(text: str) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) for word in words):
-        raise LaunchError(f"--scale {text}: numbers of GPUs", where="command line", way_out="--scale 8,64,512")
+        raise LaunchError(f"--scale {text}: numbers of GPUs", where="command line", help="--scale 8,64,512")
     numbers = sorted({int(word) for word in words})
     if odd := [number for number in numbers if number > NODE and number % NODE]:
         raise LaunchError(
-            f"{odd[0]} GPUs are no whole nodes of {NODE}", where="command line --scale", way_out="--scale 8,64,512"
+            f"{odd[0]} GPUs are no whole nodes of {NODE}", where="command line --scale", help="--scale 8,64,512"
         )
     return numbers
 

@@ -87,7 +87,7 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
             "a base in 8 bits cannot be planned",
             where=settings.where("load_in_8bit"),
             why="bitsandbytes' 8-bit layers look at their values, and a plan has none",
-            way_out="load_in_4bit: true, which is planned and takes less",
+            help="load_in_4bit: true, which is planned and takes less",
         )
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)

@@ -53,7 +53,7 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
             raise ModelError(
                 f"the architecture {config.model_type} cannot be built from its configuration",
                 why=str(error).splitlines()[0],
-                way_out="a causal language model that the installed Transformers know",
+                help="a causal language model that the installed Transformers know",
             ) from None
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)

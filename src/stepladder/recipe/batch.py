@@ -55,7 +55,7 @@ def layout(global_batch_size: int, micro_batch_size: int, ranks: int, where: str
             f"global_batch_size {global_batch_size} is smaller than the {ranks} ranks",
             where=where,
             why="some of them would have nothing to train at any step",
-            way_out=f"global_batch_size: {ranks}, or --num_processes {global_batch_size}",
+            help=f"global_batch_size: {ranks}, or --num_processes {global_batch_size}",
         )
     accumulation = -(-global_batch_size // (micro_batch_size * ranks))
     micro = -(-global_batch_size // (accumulation * ranks))

@@ -54,7 +54,7 @@ def unknown_key(name: str, known: list[str], where: str, block: str = "") -> Rec
         where=where,
         why=f"{block or 'neither Stepladder nor the installed TRL and Transformers'} "
         f"{'has no such key' if block else 'know it'}, so it would change nothing",
-        way_out=suggest(name, known) or (f"one of {', '.join(known)}" if len(known) <= 12 else "remove it"),
+        help=suggest(name, known) or (f"one of {', '.join(known)}" if len(known) <= 12 else "remove it"),
     )
 
 
@@ -69,10 +69,10 @@ def mapping(node: yaml.Node | None, file: str, errors: list[RecipeError]) -> Pai
     for key_node, value_node in node.value:
         name, where = str(key_node.value), position(file, key_node)
         if not isinstance(key_node, yaml.ScalarNode):
-            errors.append(RecipeError("a key is one word", where=where, way_out="`key: value`"))
+            errors.append(RecipeError("a key is one word", where=where, help="`key: value`"))
         elif key_node.tag == "tag:yaml.org,2002:merge":
-            way_out = "write the keys out, or let the whole recipe start from another with `extends`"
-            errors.append(RecipeError("YAML's merge key << is not read", where=where, way_out=way_out))
+            help = "write the keys out, or let the whole recipe start from another with `extends`"
+            errors.append(RecipeError("YAML's merge key << is not read", where=where, help=help))
         elif name in pairs:
             mark = pairs[name][0].start_mark
             errors.append(
@@ -80,7 +80,7 @@ def mapping(node: yaml.Node | None, file: str, errors: list[RecipeError]) -> Pai
                     f"'{name}' stands twice" + (f", first on line {mark.line + 1}" if mark else ""),
                     where=where,
                     why="YAML would silently keep the last one",
-                    way_out="remove one",
+                    help="remove one",
                 )
             )
         else:
@@ -105,7 +105,7 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             raise RecipeError(
                 f"{key.name}: YAML reads {{…}} as a block, and this key takes text",
                 where=where,
-                way_out=f'put it in quotes: {key.name}: "…"',
+                help=f'put it in quotes: {key.name}: "…"',
             )
         raise _wrong_type(key, found, where)
     if key.nested and node.value.lstrip().startswith("{"):  # JSON in quotes: so TRL takes blocks from a shell
@@ -115,7 +115,7 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             f"{key.name} has no value",
             where=where,
             why="nothing stands between it and the end of the line; what follows a # is a comment",
-            way_out="remove the key, write null where that is meant, or put a text with a # in quotes",
+            help="remove the key, write null where that is meant, or put a text with a # in quotes",
         )
     result = _scalar(key, node, where, source)
     named = result if isinstance(result, list) else [result]  # one word may stand for a list of it
@@ -125,14 +125,14 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             f"{key.name}: '{name}' is not an allowed value",
             where=where,
             why=f"allowed: {', '.join([*others, *key.choices])}" if len(key.choices) <= 16 else "",
-            way_out=suggest(name, key.choices),
+            help=suggest(name, key.choices),
         )
     if result == "" and key.default != "" and key.types != ANYTHING:
         raise RecipeError(
             f"{key.name} is empty",
             where=where,
             why="an empty text names nothing; a shell variable that is not set leaves one",
-            way_out=f"remove {key.name}, or give it a text",
+            help=f"remove {key.name}, or give it a text",
         )
     if expected := ranges.outside(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
@@ -162,7 +162,7 @@ def _block(key: Key, node: yaml.MappingNode, where: str, source: Source) -> dict
             errors.extend(getattr(error, "errors", [error]))
             result[name] = None  # said, if wrongly: not missing
     for name in (name for name, nested in known.items() if nested.required and name not in result):
-        errors.append(RecipeError(f"{key.name} has no '{name}'", where=source.where(node), way_out=f"{name}: …"))
+        errors.append(RecipeError(f"{key.name} has no '{name}'", where=source.where(node), help=f"{name}: …"))
     if errors:
         raise RecipeErrors(errors)
     return result
@@ -218,12 +218,12 @@ def _scalar(key: Key, node: yaml.ScalarNode, where: str, source: Source) -> Any:
     try:
         plain = constructed(node)
     except ValueError as error:
-        raise RecipeError(f"{key.name}: {error}", where=where, way_out="write the value without a !tag") from None
+        raise RecipeError(f"{key.name}: {error}", where=where, help="write the value without a !tag") from None
     if plain is None:
         if "none" in types:
             return None
         raise RecipeError(
-            f"{key.name} cannot be null", where=where, way_out=f"remove it: the default is {_written(key.default)}"
+            f"{key.name} cannot be null", where=where, help=f"remove it: the default is {_written(key.default)}"
         )
     if isinstance(plain, bool):
         return _switch(key, plain, raw, where)
@@ -235,7 +235,7 @@ def _scalar(key: Key, node: yaml.ScalarNode, where: str, source: Source) -> Any:
                 f"{key.name}: YAML reads {raw} as {plain}",
                 where=where,
                 why="digits after a leading 0 are octal to it, and parts between colons are minutes and seconds",
-                way_out="write a plain decimal number",
+                help="write a plain decimal number",
             )
         return _number(key, plain, raw, where)
     if "str" in types and not key.choices:  # `run_name: 2024`, a revision of digits, a date
@@ -255,7 +255,7 @@ def _switch(key: Key, plain: bool, raw: str, where: str) -> Any:
         raise RecipeError(
             f"{key.name}: YAML reads {raw} as {str(plain).lower()}, and this key takes text",
             where=where,
-            way_out=f'put it in quotes: {key.name}: "{raw}"{allowed}',
+            help=f'put it in quotes: {key.name}: "{raw}"{allowed}',
         )
     raise _wrong_type(key, f"true or false ({raw})", where)
 
@@ -319,7 +319,7 @@ def _wrong_type(key: Key, found: str, where: str) -> RecipeError:
         examples = {"int": "1", "float": "0.1", "bool": "true", "list": "[a, b]", "dict": "{name: value}"}
         example = " " + next((examples.get(t, "some text") for t in types), "")
     return RecipeError(
-        f"{key.name} takes {wanted}, found {found}", where=where, way_out=f"for example {key.name}:{example}"
+        f"{key.name} takes {wanted}, found {found}", where=where, help=f"for example {key.name}:{example}"
     )
 
 

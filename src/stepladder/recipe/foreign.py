@@ -55,7 +55,7 @@ def refuse_script(text: str, path: Path) -> None:
             flags = [(flag.replace("-", "_"), value.strip("'\"")) for flag, value in FLAG.findall(text)]
             values = {flag: yaml.safe_load(value) if _is_plain(value) else value or True for flag, value in flags}
             raise _error(f"this is a shell script that starts {name}", f"it runs '{found[0]}'", name, values, path)
-    raise RecipeError("this is a shell script, and no recipe", where=str(path), way_out="--recipe FILE.yaml")
+    raise RecipeError("this is a shell script, and no recipe", where=str(path), help="--recipe FILE.yaml")
 
 
 def _is_plain(value: str) -> bool:
@@ -81,7 +81,7 @@ def _because(keys: list[str]) -> str:
 
 def _error(what: str, why: str, name: str, values: dict[str, Any], path: Path) -> RecipeError:
     hint = tools()[name].get("hint")
-    return RecipeError(what, where=str(path), why=why, way_out=hint.format(file=path) if hint else _begin(name, values))
+    return RecipeError(what, where=str(path), why=why, help=hint.format(file=path) if hint else _begin(name, values))
 
 
 def _begin(name: str, values: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ def load(name: str | None, overrides: list[str]) -> Recipe:
         raise RecipeError(
             "no recipe given",
             where=COMMAND_LINE,
-            way_out=f"--recipe NAME, for example --recipe {' or '.join(_shipped()[:3]) or 'path/to/recipe.yaml'}",
+            help=f"--recipe NAME, for example --recipe {' or '.join(_shipped()[:3]) or 'path/to/recipe.yaml'}",
         )
     path = find(name)
     reading = _Reading(Recipe(name=path.stem, path=path, values={}, origins={}))
@@ -75,7 +75,7 @@ def find(name: str) -> Path:
         f"there is no recipe '{name}'",
         where=COMMAND_LINE,
         why="looked for as given and under recipes/, with and without .yaml",
-        way_out=suggest(name, _shipped()) or "run from the folder that holds recipes/, or give a path",
+        help=suggest(name, _shipped()) or "run from the folder that holds recipes/, or give a path",
     )
 
 
@@ -93,24 +93,24 @@ def compose(path: Path) -> yaml.Node | None:
     try:
         text = files.read_text(path, files.YAML_BYTES)
     except ValueError as error:
-        raise RecipeError(f"cannot be read: {error}", where=str(path), way_out="a UTF-8 text file") from None
+        raise RecipeError(f"cannot be read: {error}", where=str(path), help="a UTF-8 text file") from None
     foreign.refuse_script(text, path)
     try:
         return files.compose(text)
     except files.Excess as error:
         mark = error.problem_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise RecipeError(str(error.problem), where=where, way_out="write the keys out, without * and &") from None
+        raise RecipeError(str(error.problem), where=where, help="write the keys out, without * and &") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         if "'\\t'" in str(error.problem):
-            raise RecipeError("a tab", where=where, why="YAML indents by spaces only", way_out="use spaces") from None
+            raise RecipeError("a tab", where=where, why="YAML indents by spaces only", help="use spaces") from None
         raise RecipeError(
             f"invalid YAML: {error.problem}",
             where=where,
             why=str(error.context or ""),
-            way_out="`key: value` lines; quote a value that holds ': ' or ' #', or begins with one of {[*&!|>%@`",
+            help="`key: value` lines; quote a value that holds ': ' or ' #', or begins with one of {[*&!|>%@`",
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"invalid YAML: {error}", where=str(path)) from None
@@ -154,7 +154,7 @@ class _Reading:
                     f"extends '{named}', which does not exist",
                     where=where,
                     why=f"looked for {given}" + ("" if given.suffix == ".yaml" else f" and {parent}"),
-                    way_out=suggest(f"{named.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
+                    help=suggest(f"{named.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
                 )
             )
             return None
@@ -165,7 +165,7 @@ class _Reading:
                 RecipeError(
                     f"recipes extend each other in a circle: {' → '.join(p.name for p in circle)}",
                     where=where,
-                    way_out="remove one of the `extends`",
+                    help="remove one of the `extends`",
                 )
             )
             return None
@@ -179,7 +179,7 @@ class _Reading:
             word, words = arguments[position], []
             position += 1
             if not word.startswith("--") or word == "--":
-                self._wrong(f"unexpected word '{word}'", way_out="--key value; a text with blanks in quotes")
+                self._wrong(f"unexpected word '{word}'", help="--key value; a text with blanks in quotes")
                 continue
             flag, equals, text = word[2:].partition("=")
             name = flag.replace("-", "_")
@@ -187,22 +187,22 @@ class _Reading:
                 words.append(arguments[position])
                 position += 1
             if fault := _fault(name, [text] if equals else words):
-                self._wrong(f"--{name} {fault[0]}", way_out=fault[1])
+                self._wrong(f"--{name} {fault[0]}", help=fault[1])
                 continue
             source = convert.Source(f"{COMMAND_LINE} --{name}", self.recipe.notes, self.recipe.origins)
             key_node = yaml.ScalarNode("tag:yaml.org,2002:str", name)
             value_node = _node(name, [text] if equals else words)
             for key, (_, node) in renamed.translate({name: (key_node, value_node)}, source, self.errors).items():
                 if key == "extends":
-                    self._wrong("--extends works in a file only", way_out="use --recipe")
+                    self._wrong("--extends works in a file only", help="use --recipe")
                 elif key in given:
-                    self._wrong(f"--{key} is given twice", way_out="remove one")
+                    self._wrong(f"--{key} is given twice", help="remove one")
                 else:
                     self._set(key, node, source.file, source)
                 given.add(key)
 
-    def _wrong(self, what: str, way_out: str) -> None:
-        self.errors.append(RecipeError(what, where=COMMAND_LINE, way_out=way_out))
+    def _wrong(self, what: str, help: str) -> None:
+        self.errors.append(RecipeError(what, where=COMMAND_LINE, help=help))
 
     def _set(self, name: str, node: yaml.Node, where: str, source: convert.Source) -> None:
         keys, recipe = known_keys(), self.recipe
@@ -224,7 +224,7 @@ class _Reading:
 
 
 def _fault(name: str, words: list[str]) -> tuple[str, str] | None:
-    """What is wrong with the number of words after a flag, and the way out."""
+    """What is wrong with the number of words after a flag, and what helps."""
     name = renamed.RENAMED.get(name, name)
     types = known_keys()[name].types if name in known_keys() else ("bool", "list")
     if not words and "bool" not in types:

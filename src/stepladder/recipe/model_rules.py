@@ -27,8 +27,8 @@ def attention_is_a_kernel_that_trains(recipe: Recipe) -> RuleBreak | None:
     named = recipe.get(key)
     if named is None or named in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", named):
         return None
-    way_out = suggest(named, ATTENTION) or f"one of {', '.join(ATTENTION)}"
-    return conflict(recipe, f"{key}: there is no '{named}' to train with", [key], way_out)
+    help = suggest(named, ATTENTION) or f"one of {', '.join(ATTENTION)}"
+    return conflict(recipe, f"{key}: there is no '{named}' to train with", [key], help)
 
 
 @rule
@@ -42,8 +42,8 @@ def adapter_keys_need_an_adapter(recipe: Recipe) -> RuleBreak | None:
 def each_adapter_has_its_own_keys(recipe: Recipe) -> RuleBreak | None:
     """LoRA has matrices of a rank, prefix and prompt tuning have virtual tokens."""
     lora = recipe.get("peft_type") == "lora"
-    way_out = "peft_type: prefix (or prompt)" if lora else "peft_type: lora"
-    return idle(recipe, "peft_type", VIRTUAL_TOKENS if lora else _of_lora(recipe), way_out)
+    help = "peft_type: prefix (or prompt)" if lora else "peft_type: lora"
+    return idle(recipe, "peft_type", VIRTUAL_TOKENS if lora else _of_lora(recipe), help)
 
 
 @rule
@@ -130,6 +130,6 @@ def model_init_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
     """What the recipe has a key of its own for is said there, once."""
     for name in (name for name in recipe.get("model_init_kwargs") or {} if name in OWN_KEY):
         at = f"model_init_kwargs.{name}"
-        way_out = f"{OWN_KEY[name]}: …" if OWN_KEY[name] else "remove it: weights are read from safetensors only"
-        return conflict(recipe, f"{at} cannot be used", ["model_init_kwargs"], way_out, at=at)
+        help = f"{OWN_KEY[name]}: …" if OWN_KEY[name] else "remove it: weights are read from safetensors only"
+        return conflict(recipe, f"{at} cannot be used", ["model_init_kwargs"], help, at=at)
     return None

@@ -35,11 +35,11 @@ def schedule_arguments_fit_the_schedule(recipe: Recipe) -> RuleBreak | None:
         return None
     at = f"lr_scheduler_kwargs.{wrong[0]}"
     taken = [name for name, schedules in takers.items() if schedule in schedules]
-    way_out = f"{wrong[0]} belongs to {', '.join(takers[wrong[0]])}; {schedule} takes {', '.join(taken) or 'none'}"
+    help = f"{wrong[0]} belongs to {', '.join(takers[wrong[0]])}; {schedule} takes {', '.join(taken) or 'none'}"
     if len(wrong) == len(given) and not idle(recipe, "lr_scheduler_type", ["lr_scheduler_kwargs"]):
         return None  # the schedule was overridden, and the whole block is left out
     what = f"{at} has no effect with lr_scheduler_type: {schedule}"
-    return conflict(recipe, what, ["lr_scheduler_type", "lr_scheduler_kwargs"], way_out, at=at)
+    return conflict(recipe, what, ["lr_scheduler_type", "lr_scheduler_kwargs"], help, at=at)
 
 
 @rule

@@ -48,7 +48,7 @@ class Gone:
 
     why: str
     harmless: tuple[Any, ...] | None = None
-    way_out: str = "remove it"
+    help: str = "remove it"
 
 
 OPEN_R1 = "it belongs to open-r1's own jobs on its own cluster"
@@ -154,7 +154,7 @@ class _Translation:
     def put(self, new: str, value: yaml.Node, old: str) -> None:
         """Set today's key, at the place of the old one."""
         if new in self.pairs or new in self.result:
-            self.error(old, f"{old} and {new} are both set", why=f"{old} is an old name for it", way_out=f"keep {new}")
+            self.error(old, f"{old} and {new} are both set", why=f"{old} is an old name for it", help=f"keep {new}")
         else:
             self.result[new] = (self.pairs[old][0], value)
 
@@ -163,7 +163,7 @@ class _Translation:
         if gone.harmless is None or any(value == good and type(value) is type(good) for good in gone.harmless):
             self.note(name, f"{name} is left out: {gone.why}")
         else:
-            self.error(name, f"{name}: {value} is not possible any more", why=gone.why, way_out=gone.way_out)
+            self.error(name, f"{name}: {value} is not possible any more", why=gone.why, help=gone.help)
 
     def plain(self, node: yaml.Node | None) -> Any:
         """The value of a node as Python has it; None where it has none."""
@@ -181,16 +181,16 @@ class _Translation:
     def note_at(self, where: str, text: str) -> None:
         self.source.notes.append(f"{where}: {text}")
 
-    def error(self, name: str, what: str, why: str = "", way_out: str = "") -> None:
+    def error(self, name: str, what: str, why: str = "", help: str = "") -> None:
         where = self.source.where(self.pairs[name][0])
-        self.errors.append(RecipeError(what, where=where, why=why, way_out=way_out))
+        self.errors.append(RecipeError(what, where=where, why=why, help=help))
 
 
 @_handles("warmup_ratio")
 def _warmup_ratio(t: _Translation, name: str) -> None:
     ratio = t.value(name)
     if isinstance(ratio, (int, float)) and not isinstance(ratio, bool) and ratio >= 1:
-        t.error(name, f"{name} is {ratio}; it must be below 1", way_out="warmup_steps takes a share or a count")
+        t.error(name, f"{name} is {ratio}; it must be below 1", help="warmup_steps takes a share or a count")
         return
     t.put("warmup_steps", t.pairs[name][1], old=name)
     t.note(name, "warmup_ratio is called warmup_steps today, which takes a share below 1 as well as a count")
@@ -290,7 +290,7 @@ def _mixer(t: _Translation, name: str) -> None:
     if not (
         isinstance(sets, dict) and isinstance(splits, list) and isinstance(configs, list) and len(configs) == len(sets)
     ):
-        t.error(name, f"{name} takes {{id: share}}, and as many dataset_configs", way_out="datasets:\n  - path: …")
+        t.error(name, f"{name} takes {{id: share}}, and as many dataset_configs", help="datasets:\n  - path: …")
         return
     train = [split for split in splits if "test" not in str(split)]
     entries = [
@@ -317,8 +317,8 @@ def _beside_mixer(t: _Translation, name: str) -> None:
         t.put("dataset_config", _node(value[0], t.pairs[name][1]), old=name)
         t.note(name, "dataset_configs is called dataset_config today")
         return
-    way_out = "dataset_config: …" if name == "dataset_configs" else "dataset_train_split and dataset_test_split"
-    t.error(name, f"{name} is not possible any more", why="it belongs to dataset_mixer", way_out=way_out)
+    help = "dataset_config: …" if name == "dataset_configs" else "dataset_train_split and dataset_test_split"
+    t.error(name, f"{name} is not possible any more", why="it belongs to dataset_mixer", help=help)
 
 
 def _node(value: Any, at: yaml.Node) -> yaml.Node:

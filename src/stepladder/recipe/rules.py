@@ -68,13 +68,13 @@ WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor")
 def check(recipe: Recipe) -> list[RuleBreak]:
     """All rules that the recipe breaks. Keys that an override made idle are taken out of it, with a note."""
     broken = [found for rule in RULES.values() if (found := rule(recipe))]
-    for key, (why, way_out) in REFUSED.items():
+    for key, (why, help) in REFUSED.items():
         accepted = ACCEPTED.get(key, known_keys()[key].default)
         if key in recipe.values and recipe.values[key] not in (accepted, None):
             # a token is not repeated: the message goes into a job's log
             what = f"{key if key == 'hub_token' else shown(recipe, key)} cannot be used"
-            out = way_out or "remove it"
-            broken.append(RuleBreak(what, keys=[key], why=why, way_out=out, where=recipe.where(key)))
+            out = help or "remove it"
+            broken.append(RuleBreak(what, keys=[key], why=why, help=out, where=recipe.where(key)))
     return broken
 
 
@@ -148,8 +148,8 @@ def accelerator_config_leaves_the_rows_alone(recipe: Recipe) -> RuleBreak | None
         "use_seedable_sampler": config.get("use_seedable_sampler") is False,
     }.items():
         if used:
-            at, way_out = f"accelerator_config.{name}", "remove it; global_batch_size sets the global batch"
-            return conflict(recipe, f"{at} cannot be used", ["accelerator_config"], way_out, at=at)
+            at, help = f"accelerator_config.{name}", "remove it; global_batch_size sets the global batch"
+            return conflict(recipe, f"{at} cannot be used", ["accelerator_config"], help, at=at)
     return None
 
 

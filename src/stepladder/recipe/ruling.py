@@ -11,9 +11,9 @@ from stepladder.recipe.recipe import Recipe
 class RuleBreak(RecipeError):
     """A rule that the recipe breaks; `keys` are all that have a part in it."""
 
-    def __init__(self, what: str, *, keys: Iterable[str], why: str = "", way_out: str = "", where: str = ""):
+    def __init__(self, what: str, *, keys: Iterable[str], why: str = "", help: str = "", where: str = ""):
         self.keys = tuple(keys)
-        super().__init__(what, why=why, way_out=way_out, where=where)
+        super().__init__(what, why=why, help=help, where=where)
 
 
 Rule = Callable[["Recipe"], "RuleBreak | None"]
@@ -28,15 +28,13 @@ def rule(function: Rule) -> Rule:
 
     def named(recipe: Recipe) -> RuleBreak | None:
         found = function(recipe)
-        return found and RuleBreak(found.what, keys=found.keys, why=why, way_out=found.way_out, where=found.where)
+        return found and RuleBreak(found.what, keys=found.keys, why=why, help=found.help, where=found.where)
 
     RULES[function.__name__] = named
     return named
 
 
-def idle(
-    recipe: Recipe, because: str, keys: Iterable[str], way_out: str = "", harmless: bool = False
-) -> RuleBreak | None:
+def idle(recipe: Recipe, because: str, keys: Iterable[str], help: str = "", harmless: bool = False) -> RuleBreak | None:
     """The break that some of `keys` are set although the value of the key `because` leaves them without effect.
 
     Args:
@@ -55,14 +53,14 @@ def idle(
         return None
     names = f"{', '.join(found[:-1])} and {found[-1]}" if len(found) > 1 else found[0]
     what = f"{names} {'have' if len(found) > 1 else 'has'} no effect with {reason}"
-    way_out = f"remove {'them' if len(found) > 1 else 'it'}" + (f", or {way_out}" if way_out else "")
-    return RuleBreak(what, keys=[because, *found], way_out=way_out, where=recipe.where(found[0]))
+    help = f"remove {'them' if len(found) > 1 else 'it'}" + (f", or {help}" if help else "")
+    return RuleBreak(what, keys=[because, *found], help=help, where=recipe.where(found[0]))
 
 
-def conflict(recipe: Recipe, what: str, keys: list[str], way_out: str, at: str = "") -> RuleBreak:
+def conflict(recipe: Recipe, what: str, keys: list[str], help: str, at: str = "") -> RuleBreak:
     """The break that `keys` contradict each other; it is reported where the last of them that is set stands."""
     place = at or next((key for key in reversed(keys) if key in recipe.values), keys[-1])
-    return RuleBreak(what, keys=[*keys, *([at] if at else [])], way_out=way_out, where=recipe.where(place))
+    return RuleBreak(what, keys=[*keys, *([at] if at else [])], help=help, where=recipe.where(place))
 
 
 def shown(recipe: Recipe, key: str) -> str:

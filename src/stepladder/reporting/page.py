@@ -58,7 +58,7 @@ def save(path: Path, text: str) -> None:
         write_whole(path, text)
     except (OSError, ValueError) as error:  # a ValueError where the path has no name: -o "$UNSET"
         why = getattr(error, "strerror", None) or str(error)
-        raise RunError(f"{path} cannot be written", why=why, way_out="another -o") from None
+        raise RunError(f"{path} cannot be written", why=why, help="another -o") from None
 
 
 def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -> str:

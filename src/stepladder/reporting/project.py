@@ -128,7 +128,7 @@ def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:
             "Would I deploy this? **To a trial with people reading along**: better than its base, and no fault found."
         ]
     lines += ["", "What would I improve?", ""]
-    wishes = [f"- {v.name}: {v.way_out}" for v in [*faults, *looks, *_facts_not_judged(run)] if v.way_out]
+    wishes = [f"- {v.name}: {v.help}" for v in [*faults, *looks, *_facts_not_judged(run)] if v.help]
     wishes += [f"- {rule}: more rows that show it; facts had better come from a lookup" for rule in weak]
     return lines + (wishes or ["- nothing that these figures show; read more answers than three"])
 
@@ -138,9 +138,9 @@ def _facts_not_judged(run: LoggedRun) -> list[Verdict]:
     rows = [row for row in run.comparison.get("metrics", []) if row.get("facts")]
     if not run.comparison or any(row["sides"][_side(run)] for row in rows):
         return []
-    way_out = "--rubric with a rule that has facts: true, as data/techco_rubric.yaml; read the answers"
+    help = "--rubric with a rule that has facts: true, as data/techco_rubric.yaml; read the answers"
     what, evidence = "Nothing looks whether the answers are true.", "no rule of a rubric looks whether answers are true"
-    return [Verdict(LOOK, "facts not judged", what, evidence, way_out)]
+    return [Verdict(LOOK, "facts not judged", what, evidence, help)]
 
 
 def _style(run: LoggedRun) -> list[tuple[str, float]]:

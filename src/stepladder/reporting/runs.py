@@ -87,7 +87,7 @@ def read(folder: Path) -> LoggedRun:
         raise RunError(
             f"{folder} {'is no run folder' if folder.exists() else 'does not exist'}",
             why=f"a run folder holds {MANIFEST} and {METRICS}",
-            way_out="give the output_dir of a training run, such as runs/lora",
+            help="give the output_dir of a training run, such as runs/lora",
         )
     run = LoggedRun(folder, folder.resolve().name)
     run.facts = _read_json(run, MANIFEST, needed=True)
@@ -122,7 +122,7 @@ def read_all(folders: list[Path]) -> list[LoggedRun]:
     places = [run.folder.resolve() for run in runs]
     for run, place in zip(runs, places, strict=True):
         if places.count(place) > 1:
-            raise RunError(f"{run.folder} is given twice", way_out="name each run once")
+            raise RunError(f"{run.folder} is given twice", help="name each run once")
         if sum(other.name == place.name for other in places) > 1:
             run.name = str(run.folder)
     return runs
@@ -158,7 +158,7 @@ def _has_figures(comparison: dict[str, Any]) -> bool:
     except (KeyError, TypeError, AttributeError):
         return False
     known = all(verdict.severity in (GOOD, LOOK, FAULT) for verdict in verdicts)
-    texts += [text for v in verdicts for text in (v.name, v.what, v.evidence, v.way_out)]
+    texts += [text for v in verdicts for text in (v.name, v.what, v.evidence, v.help)]
     numbers = all(mean is None or isinstance(mean, int | float) for mean in means)
     return whole and known and numbers and all(isinstance(text, str) for text in texts)
 

@@ -30,8 +30,8 @@ def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     found = [*_broken({"loss": train, "evaluation loss": evaluation, "gradient norm": grad_norm})]
     train, evaluation = finite(train), finite(evaluation)
     if len(train) < LEAST:
-        evidence, way_out = f"{len(train)} logged losses; {LEAST} are needed", "train on, or lower logging_steps"
-        found.append(Verdict(LOOK, "too short", "Too few losses to judge.", evidence, way_out))
+        evidence, help = f"{len(train)} logged losses; {LEAST} are needed", "train on, or lower logging_steps"
+        found.append(Verdict(LOOK, "too short", "Too few losses to judge.", evidence, help))
     else:
         shape = _Shape(train)
         course, bouncing = [*_course(shape)], [*_oscillation(shape)]
@@ -52,11 +52,11 @@ def of_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> list[
     found = []
     if trained_on:
         what, evidence = "Rows that it is evaluated on are trained on too.", f"{trained_on:,} of {rows:,} rows"
-        way_out = "remove the copies from one of the sets (check.py --audit names them), or test_split_size"
-        found.append(Verdict(LOOK, "not held out", what, evidence, way_out))
+        help = "remove the copies from one of the sets (check.py --audit names them), or test_split_size"
+        found.append(Verdict(LOOK, "not held out", what, evidence, help))
     if foreign:
-        what, way_out = "It is evaluated on rows that came with other data.", "eval_dataset_name, or test_split_size"
-        found.append(Verdict(LOOK, "foreign evaluation", what, f"evaluated on {foreign}", way_out))
+        what, help = "It is evaluated on rows that came with other data.", "eval_dataset_name, or test_split_size"
+        found.append(Verdict(LOOK, "foreign evaluation", what, f"evaluated on {foreign}", help))
     return found
 
 
@@ -104,8 +104,8 @@ def _broken(curves: dict[str, Curve]) -> Iterator[Verdict]:
         bad = [step for step, value in curve.items() if not math.isfinite(value)]
         if bad:
             what, evidence = f"The {name} is no number.", f"{name} {curve[bad[0]]} at step {bad[0]}"
-            way_out = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0; bf16 or fp32 in place of fp16"
-            yield Verdict(FAULT, "diverged", what, evidence, way_out, {"step": bad[0], "values": len(bad)})
+            help = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0; bf16 or fp32 in place of fp16"
+            yield Verdict(FAULT, "diverged", what, evidence, help, {"step": bad[0], "values": len(bad)})
             return
 
 
@@ -116,13 +116,13 @@ def _course(s: _Shape) -> Iterator[Verdict]:
     gained, lost = s.start - s.low, s.end - s.low
     if -s.drop > moved or (lost > gained / 2 and lost > 2 * s.wobble):
         evidence = f"{s.start:.3f} at the start, lowest {s.low:.3f} near step {s.steps[s.lowest]}, {s.end:.3f} last"
-        way_out = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0"
-        yield Verdict(FAULT, "diverged", "The loss grew.", evidence, way_out, figures)
+        help = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0"
+        yield Verdict(FAULT, "diverged", "The loss grew.", evidence, help, figures)
         return
     if s.drop <= moved:
         evidence = f"{s.start:.3f} at the start, {s.end:.3f} at the end; single steps vary by ±{s.wobble:.3f}"
-        way_out = "a higher learning_rate; see with check.py --show 3 whether the right tokens are trained"
-        yield Verdict(FAULT, "plateau", "The loss did not fall.", evidence, way_out, figures)
+        help = "a higher learning_rate; see with check.py --show 3 whether the right tokens are trained"
+        yield Verdict(FAULT, "plateau", "The loss did not fall.", evidence, help, figures)
         return
     flat = s.flat_from()
     knee = min(s.knee(), flat)
@@ -134,12 +134,12 @@ def _course(s: _Shape) -> Iterator[Verdict]:
         phases += f", stabilization to step {s.steps[flat]}" * (flat > knee) + f", level at {s.end:.3f} since"
     figures |= {"knee": s.steps[knee], "level_since": s.steps[flat], "level_share": share}
     if share < CONVERGED:
-        what, way_out = "The loss was still falling at the end.", "more steps may help; watch the evaluation loss"
-        yield Verdict(LOOK, "still falling", what, phases, way_out, figures)
+        what, help = "The loss was still falling at the end.", "more steps may help; watch the evaluation loss"
+        yield Verdict(LOOK, "still falling", what, phases, help, figures)
     elif share > PLATEAU:
         what = f"The last {share:.0%} of the run changed nothing."
-        way_out = "fewer steps do the same; for a lower loss a higher learning_rate or lora_r, or more data"
-        yield Verdict(LOOK, "plateau", what, phases, way_out, figures)
+        help = "fewer steps do the same; for a lower loss a higher learning_rate or lora_r, or more data"
+        yield Verdict(LOOK, "plateau", what, phases, help, figures)
     else:
         what = "The loss went through its three phases: sharp drop, stabilization, convergence."
         yield Verdict(GOOD, "converged", what, phases, figures=figures)
@@ -151,18 +151,18 @@ def _oscillation(s: _Shape) -> Iterator[Verdict]:
         late = s.values[len(s.values) // 2 :]
         leap = max(abs(b - a) for a, b in pairwise(late))
         evidence = f"±{s.wobble:.3f} about {s.level:.3f} in the second half, up to {leap:.3f} from step to step"
-        way_out = "a lower learning_rate, or a larger global_batch_size"
+        help = "a lower learning_rate, or a larger global_batch_size"
         figures = {"wobble": s.wobble, "level": s.level, "largest_leap": leap}
-        yield Verdict(LOOK, "oscillation", "The loss bounces up and down.", evidence, way_out, figures)
+        yield Verdict(LOOK, "oscillation", "The loss bounces up and down.", evidence, help, figures)
 
 
 def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdict]:
     """Train-to-zero, an evaluation loss that rises again, and the gap between the two losses."""
     if s.end < MEMORIZED:
         evidence = f"{s.end:.4f} nats a token: each is given a probability of {math.exp(-s.end):.1%}"
-        way_out = "fewer epochs, a lower learning_rate, more rows; ask it what is not in the data"
+        help = "fewer epochs, a lower learning_rate, more rows; ask it what is not in the data"
         what = "The training loss went to zero: the rows are known by heart."
-        yield Verdict(FAULT, "memorized", what, evidence, way_out, {"end": s.end})
+        yield Verdict(FAULT, "memorized", what, evidence, help, {"end": s.end})
     if not evaluation:
         what, evidence = "Nothing was held out, so nothing tells learning from memorizing.", "no evaluation loss"
         yield Verdict(LOOK, "not evaluated", what, evidence, "eval_dataset_name and eval_strategy: epoch")
@@ -173,12 +173,12 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdi
     figures = {"best": low, "best_step": best, "end": end, "gap": gap}
     if end - low > RISE * low:
         evidence = f"lowest at step {best} with {low:.3f}, {end:.3f} at step {last}"
-        way_out = f"stop near step {best}: fewer epochs; or lora_dropout, weight_decay, more rows"
-        yield Verdict(FAULT, "overfitting", "The evaluation loss rises again.", evidence, way_out, figures)
+        help = f"stop near step {best}: fewer epochs; or lora_dropout, weight_decay, more rows"
+        yield Verdict(FAULT, "overfitting", "The evaluation loss rises again.", evidence, help, figures)
     if gap > GAP:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: perplexity {math.exp(min(gap, 50)):.2f} times as high"
-        way_out = "fewer epochs, more or more varied rows; compare.py shows whether the answers are still good"
-        yield Verdict(LOOK, "gap", "The held-out loss lies far above the training loss.", evidence, way_out, figures)
+        help = "fewer epochs, more or more varied rows; compare.py shows whether the answers are still good"
+        yield Verdict(LOOK, "gap", "The held-out loss lies far above the training loss.", evidence, help, figures)
     elif learned and end - low <= RISE * low:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: {gap:+.3f}"
         yield Verdict(GOOD, "generalizes", "What was learned holds on rows not trained on.", evidence, figures=figures)

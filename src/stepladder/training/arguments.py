@@ -28,7 +28,7 @@ def check_streaming(recipe: Recipe) -> None:
                 f"{key} needs max_steps",
                 where=recipe.where(key),
                 why="how long an epoch is cannot be known before its end",
-                way_out="max_steps: 1000, say",
+                help="max_steps: 1000, say",
             )
 
 
@@ -106,6 +106,6 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
             f"gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} contradicts "
             f"global_batch_size {total}, from which {found.accumulation} follows on {ranks} rank{'s' * (ranks > 1)}",
             where=recipe.where("gradient_accumulation_steps"),
-            way_out="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
+            help="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
         )
     return found

@@ -23,14 +23,14 @@ def of(given: str | None) -> list[Any]:
     if given is None:
         return []
     file = Path(given)
-    way_out = "docs/prometheus.py is one"
+    help = "docs/prometheus.py is one"
     if not os.path.isfile(file):  # which a name that is too long does not raise at
-        raise LaunchError(f"--callback {file}: there is no such file", way_out=way_out)
+        raise LaunchError(f"--callback {file}: there is no such file", help=help)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise LaunchError(f"--callback {file} is no Python file", way_out=way_out)
+        raise LaunchError(f"--callback {file} is no Python file", help=help)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not isinstance(found := getattr(module, "Callback", None), type) or not issubclass(found, TrainerCallback):
-        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", way_out=way_out)
+        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", help=help)
     return [found()]

@@ -132,7 +132,7 @@ class Inputs:
                     f"the run in {self._folder} was begun with other evaluation rows",
                     where=self.recipe.where(keys[0]),
                     why=f"{what}\n{schedule} derives each rate from the evaluations so far",
-                    way_out="put back what it began with, or another --output_dir",
+                    help="put back what it began with, or another --output_dir",
                 )
             if by := self._allowed.intersection(keys):
                 self.notes.append(f"changed since the run began, which --allow_change {min(by)} allows: {what}")
@@ -147,7 +147,7 @@ class Inputs:
                 f"the run in {self._folder} was begun with another content of {' and '.join(refused)}",
                 where=self.recipe.where(next(iter(refused))),
                 why="\n".join([*refused.values(), reason]),
-                way_out="put back what it began with, or another --output_dir; or to go on with the change: "
+                help="put back what it began with, or another --output_dir; or to go on with the change: "
                 + " ".join(f"--allow_change {key}" for key in refused),
             )
 

@@ -41,7 +41,7 @@ def check(trainer: Any, folder: Path, precision: str) -> dict[str, float | int |
         raise ModelError(
             f"the saved weights are not the trained ones: loss {after:.6f} on {ROWS} rows, {before:.6f} before",
             where=str(folder),
-            way_out="resume from the last checkpoint under another strategy, which saves again",
+            help="resume from the last checkpoint under another strategy, which saves again",
         )
     return {"tensors": count, "loss": after}
 

@@ -56,7 +56,7 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
         raise TrainingError(
             f"the result could not be written: {error}",
             where=str(run.folder),
-            way_out="make room, then the same command again: it goes on from the newest whole checkpoint",
+            help="make room, then the same command again: it goes on from the newest whole checkpoint",
             this_rank_only=True,
         ) from None
 
@@ -100,5 +100,5 @@ def check_saved_model(folder: Path, parameters: int) -> None:
         raise ModelError(
             f"the saved model is not whole: {found:,} of {parameters:,} parameters",
             where=str(folder),
-            way_out="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
+            help="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
         )

@@ -234,7 +234,7 @@ class Trainer(SFTTrainer):
         if saved:
             return
         if self.agreement.preempted:
-            raise TrainingError("no checkpoint could be written before the stop", way_out="mend that, and start again")
+            raise TrainingError("no checkpoint could be written before the stop", help="mend that, and start again")
         if self.state.best_global_step == self.state.global_step:  # the best one is chosen among those that stand
             self.state.best_metric, self.state.best_global_step = self._best_before
 

@@ -79,7 +79,7 @@ class Finding:
     name: str
     what: str
     where: list[str] = field(default_factory=list)
-    way_out: str = ""
+    help: str = ""
     like: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +113,7 @@ def stop_on_errors(findings: Iterable[Finding]) -> None:
         first, others = errors[0], len(errors) - 1
         why = f"rows: {', '.join(first.where[:5])}{', …' * (len(first.where) > 5)}" if first.where else ""
         more = f"{others} more errors: scripts/check.py --recipe … --audit lists them"
-        raise DataError(first.what, why="; ".join([why] * bool(why) + [more] * bool(others)), way_out=first.way_out)
+        raise DataError(first.what, why="; ".join([why] * bool(why) + [more] * bool(others)), help=first.help)
 
 
 def of_name(name: str, limits: Limits) -> Audit:
@@ -182,11 +182,11 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
         skip_bad_rows = False
     severity = WARNING if skip_bad_rows and good else ERROR
     findings = [
-        Finding(severity, "bad_row", error.what + f" ({error.why})" * bool(error.why), [error.where], error.way_out)
+        Finding(severity, "bad_row", error.what + f" ({error.why})" * bool(error.why), [error.where], error.help)
         for error in bad
     ]
     if good:
-        findings += [Finding(WARNING, name, what, way_out=way_out) for name, what, way_out in converter.remarks()]
+        findings += [Finding(WARNING, name, what, help=help) for name, what, help in converter.remarks()]
     findings += itertools.chain.from_iterable(_classes(column, counts) for column, counts in classes.items())
     return Rows.from_pairs(source.label, good), findings
 
@@ -230,13 +230,13 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
     for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
         inside = [(i, j) for i, j in pairs if i < own]
         across = [(i, j) for i, j in pairs if i >= own]
-        for label, what, way_out, these in (
+        for label, what, help, these in (
             (name, f"{word} copies of other rows", "remove them, unless they are meant to weigh more", inside),
             (f"eval_{name}", f"{word} copies of trained rows in {apart.name}", "remove them from one set", across),
         ):
             if these:
                 where, like = [places[i] for i, _ in these], [places[j] for _, j in these]
-                yield Finding(WARNING, label, f"{what}: {len(these):,}", where, way_out, like)
+                yield Finding(WARNING, label, f"{what}: {len(these):,}", where, help, like)
 
 
 def _pairs(wholes: list[str], words: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -278,14 +278,14 @@ def _pieces(text: str) -> set[str]:
     return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
 
 
-def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, way_out: str) -> Iterator[Finding]:
+def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, help: str) -> Iterator[Finding]:
     places: dict[str, list[str]] = {}
     for example, where in zip(found.examples, found.where, strict=True):
         for kind in look(all_text(example)):
             places.setdefault(kind, []).append(where)
     for kind, where_all in places.items():
         what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
-        yield Finding(WARNING, name, what, where_all, way_out)
+        yield Finding(WARNING, name, what, where_all, help)
 
 
 def _private(text: str) -> list[str]:
@@ -334,4 +334,4 @@ def _classes(column: str, counts: Counter[str]) -> Iterator[Finding]:
     (most, many), (least, few) = ranked[0], ranked[-1]
     if many > IMBALANCE * few:
         what = f"{column} is out of balance: {many:,} rows of '{most}', {few:,} of '{least}'"
-        yield Finding(WARNING, "imbalance", what, way_out=f"more rows of '{least}', or fewer of '{most}'")
+        yield Finding(WARNING, "imbalance", what, help=f"more rows of '{least}', or fewer of '{most}'")

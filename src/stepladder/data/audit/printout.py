@@ -50,8 +50,8 @@ def write(audit: Audit, seen: list[Seen]) -> None:
                 say(f"    {place}")
             if (more := len(finding.where) - MOST_PLACES) > 0:
                 say(f"    … and {more:,} more; --json lists all")
-            if finding.way_out:
-                say(f"    way out: {finding.way_out}")
+            if finding.help:
+                say(f"    help: {finding.help}")
     if audit.train and not audit.errors:
         say(f"✅ Dataset valid! {len(audit.train)} examples ready for fine-tuning.", "green")
         return
@@ -59,8 +59,8 @@ def write(audit: Audit, seen: list[Seen]) -> None:
     issues = [(place, error) for error in audit.errors for place in _places(error) or [""]]
     for place, error in issues[:MOST_ISSUES]:
         say(f"  - {place}: {error.what}" if place else f"  - {error.what}")
-        if error.way_out:
-            say(f"    way out: {error.way_out}", "dim")
+        if error.help:
+            say(f"    help: {error.help}", "dim")
     if len(issues) > MOST_ISSUES:
         say(f"  … and {len(issues) - MOST_ISSUES:,} more; --json lists all")
 

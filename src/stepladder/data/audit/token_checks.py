@@ -87,10 +87,10 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
         figures = {"turns": turns, "trained": ended}
         findings.append(Finding(FIGURE, "end_of_turn", f"{of}end-of-turn token", figures=figures))
         if not ended and not of and train_on != "everything":  # evaluation rows teach nothing
-            findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], way_out=NO_END[1]))
+            findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
     if beheaded:
-        what, way_out = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, way_out))
+        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
+        findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, help))
     if idle:
         what = "nothing of the row is trained"
         findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, idle, "remove the row"))
@@ -99,8 +99,8 @@ def check(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, of
     if cut:
         what = f"{share_of_rows(cut, len(rows))} are cut by max_length {max_length}"
         findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
-    for name, what, way_out, places in remarks.texts(len(rows)):
-        findings.append(Finding(WARNING, name, what, places, way_out))
+    for name, what, help, places in remarks.texts(len(rows)):
+        findings.append(Finding(WARNING, name, what, places, help))
     return findings + list(_badly_tokenized(rows, tokenizer))
 
 
@@ -108,13 +108,13 @@ def _add_fault(findings: list[Finding], error: DataError, where: str, skips: boo
     """Add a row that cannot be rendered; skipped rows with the same fault share one finding."""
     if not skips:
         what = error.what + f" ({error.why})" * bool(error.why)
-        findings.append(Finding(ERROR, NOT_RENDERED, what, [where], error.way_out))
+        findings.append(Finding(ERROR, NOT_RENDERED, what, [where], error.help))
         return
     what = error.what.partition(": ")[0] + SKIPPED
     if same := next((finding for finding in findings if finding.what == what), None):
         same.where.append(where)
     else:
-        findings.append(Finding(WARNING, NOT_RENDERED, what, [where], error.way_out))
+        findings.append(Finding(WARNING, NOT_RENDERED, what, [where], error.help))
 
 
 def seen(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, count: int) -> Iterator[Seen]:
@@ -155,5 +155,5 @@ def _badly_tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator
         ("unknown_characters", unknown, "hold characters that the tokenizer does not know"),
     ):
         if places:
-            way_out = "a model whose tokenizer knows this script, or other rows"
-            yield Finding(WARNING, name, f"{share_of_rows(places, len(rows))} {what}", places, way_out)
+            help = "a model whose tokenizer knows this script, or other rows"
+            yield Finding(WARNING, name, f"{share_of_rows(places, len(rows))} {what}", places, help)

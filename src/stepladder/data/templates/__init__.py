@@ -49,12 +49,12 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         if token := settings.get(key):
             if token not in tokenizer.get_vocab():
                 raise RecipeError(
-                    f"{key} '{token}' is not in the model's vocabulary", where=settings.where(key), way_out="remove it"
+                    f"{key} '{token}' is not in the model's vocabulary", where=settings.where(key), help="remove it"
                 )
             setattr(tokenizer, key, token)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "the model's tokenizer has no end token, so no answer would end", way_out="eos_token: one of its tokens"
+            "the model's tokenizer has no end token, so no answer would end", help="eos_token: one of its tokens"
         )
     key = next((key for key in KEYS if settings.get(key)), "")
     if not key:
@@ -62,7 +62,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         if isinstance(own, dict) and "default" not in own:
             names = ", ".join(own)
             raise ModelError(
-                f"the model has chat templates ({names}), none of them its default", way_out="chat_template: NAME"
+                f"the model has chat templates ({names}), none of them its default", help="chat_template: NAME"
             )
         _check_syntax(source(tokenizer))
         return []
@@ -96,9 +96,9 @@ def load_template(name: str) -> str:
     """
     known = shipped()
     if name not in known:
-        way_out = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
-        way_out = way_out or f"one of {', '.join(sorted(known))}; or a template in Jinja"
-        raise RecipeError(f"there is no chat template '{name}'", way_out=way_out)
+        help = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
+        help = help or f"one of {', '.join(sorted(known))}; or a template in Jinja"
+        raise RecipeError(f"there is no chat template '{name}'", help=help)
     return known[name]
 
 
@@ -161,7 +161,7 @@ def _read_path(path: str) -> str | None:
     except ValueError as error:
         raise RecipeError(f"the chat template {path} cannot be read: {error}") from None
     if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
-        raise RecipeError(f"there is no file {path}", way_out="paths are relative to the folder you start from")
+        raise RecipeError(f"there is no file {path}", help="paths are relative to the folder you start from")
     return None
 
 
@@ -179,7 +179,7 @@ def from_prompt_template(template: str) -> str:
         raise RecipeError(
             "prompt_template needs {input} exactly once",
             why=f"found {template!r}",
-            way_out='"### User: {input}\\n### Assistant: "',
+            help='"### User: {input}\\n### Assistant: "',
         )
     before, after = template.split("{input}")
     prompt_end = after.rstrip()
@@ -215,7 +215,7 @@ def _check_syntax(template: str, name: str = "") -> None:
         reason = error.message if isinstance(error, TemplateError) else "nested too deeply"
         raise kind(
             f"{name or 'the chat template of the model'} is not valid Jinja{line}: {reason}",
-            way_out="correct it, or chat_template: chatml",
+            help="correct it, or chat_template: chatml",
         ) from None
 
 

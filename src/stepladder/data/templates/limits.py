@@ -28,7 +28,7 @@ class Exceeded(ModelError):
     """The template takes more than it may; no other row would fare better, so none is skipped for it."""
 
     def __init__(self, what: str, **rest: Any):
-        super().__init__(what, **{"way_out": "another one, such as chat_template: chatml", **rest})
+        super().__init__(what, **{"help": "another one, such as chat_template: chatml", **rest})
 
 
 class _Stop(BaseException):

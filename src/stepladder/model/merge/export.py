@@ -38,7 +38,7 @@ def check_ollama(architecture: str) -> None:
         raise ModelError(
             f"Ollama does not convert {architecture}",
             why=f"it converts {', '.join(sorted(OLLAMA))}",
-            way_out="--ollama --gguf q8_0, which it runs as it is, where llama.cpp knows the architecture",
+            help="--ollama --gguf q8_0, which it runs as it is, where llama.cpp knows the architecture",
         )
 
 
@@ -86,7 +86,7 @@ def _not_for_ollama(why: str) -> ModelError:
     return ModelError(
         "this chat template cannot be written for Ollama",
         why=why,
-        way_out="without --ollama; vLLM and transformers serve use the chat template itself",
+        help="without --ollama; vLLM and transformers serve use the chat template itself",
     )
 
 
@@ -96,7 +96,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     What stands around a turn's text is read off from conversations with and without that turn.
     """
     if tokenizer.chat_template is None:
-        raise ModelError("the tokenizer has no chat template", way_out="train with chat_template or prompt_template")
+        raise ModelError("the tokenizer has no chat template", help="train with chat_template or prompt_template")
     user, assistant, system = ("user", "\x01u\x02"), ("assistant", "\x01a\x02"), ("system", "\x01s\x02")
 
     def added(turn: tuple[str, str], *before: tuple[str, str]) -> tuple[str, str]:
@@ -163,6 +163,6 @@ def push(folder: Path, name: str) -> str:
         raise ModelError(
             f"{folder} is merged, and could not be pushed to {name}",
             why=str(error).strip().splitlines()[0],
-            way_out=f"hf auth login, then: {quoted('hf', 'upload', name, folder)}",
+            help=f"hf auth login, then: {quoted('hf', 'upload', name, folder)}",
         ) from None
     return address

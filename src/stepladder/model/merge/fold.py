@@ -57,7 +57,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
         raise ModelError(
             f"--output_dir {args.output_dir} holds {replaced}, which is merged",
             why="the result would take its place",
-            way_out="another --output_dir",
+            help="another --output_dir",
         )
     tokenizer = load.tokenizer_of(str(args.adapter[0] if begun.has_tokenizer else base))
     defaults = base / "generation_config.json"

@@ -24,7 +24,7 @@ class Whole:
 
     def __init__(self, base: Path, adapters: list[Path], scales: list[float], tokens: int = 0, device: str = "cpu"):
         if any(scale != 1 for scale in scales):
-            raise ModelError("only LoRA adapters that are streamed have a weight", way_out="remove --weights")
+            raise ModelError("only LoRA adapters that are streamed have a weight", help="remove --weights")
         self.base, self.adapters, self.tokens, self.device = base, adapters, tokens, device
         self.disk = Weights(base)
 
@@ -111,5 +111,5 @@ def open_merge(
         except NotStreamed as reason:
             because = str(reason)
     if quantize:
-        raise ModelError("only a streamed merge can use the dequantized base", why=because, way_out="original")
+        raise ModelError("only a streamed merge can use the dequantized base", why=because, help="original")
     return Whole(base, adapters, scales, tokens, device), because

@@ -45,7 +45,7 @@ class Proof:
             raise ModelError(
                 f"the merged model is not base and adapter: logits differ by {self.exact['max']:.1e} in fp32",
                 why=f"another order of summation moves them by less than {self.bound:.1e}; nothing was written",
-                way_out="serve base and adapter together, and report this with the versions installed",
+                help="serve base and adapter together, and report this with the versions installed",
             )
 
     def _answers(self, model: Any) -> Logits:
@@ -90,14 +90,14 @@ class Proof:
             "--gguf f16, or without --gguf",
         )
 
-    def _error(self, merged: Logits, what: str, way_out: str) -> dict[str, float]:
+    def _error(self, merged: Logits, what: str, help: str) -> dict[str, float]:
         """How far a merged model's logits are off; ModelError from half of what the adapter does."""
         off = difference(self.logits, merged)
         if not off["mean"] <= self.effect["mean"] / 2:
             raise ModelError(
                 f"{what} {off['mean']:.1e}",
                 why=f"the adapter itself moves them by {self.effect['mean']:.1e}; nothing was written",
-                way_out=way_out,
+                help=help,
             )
         return off
 
@@ -123,7 +123,7 @@ class Proof:
             if key not in changed and not torch.equal(exact, self.merge.read(name)):
                 raise ModelError(
                     f"{name_of(dtype)} cannot hold the change of {key}: it would stay the base's",
-                    way_out="--dtype fp32, or serve base and adapter together",
+                    help="--dtype fp32, or serve base and adapter together",
                 )
         return {"tensors": len(merged.tensors), "targeted": len(targeted), "changed": len(changed)}
 

@@ -61,7 +61,7 @@ def choose(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:
     if trained and not recipe.get("load_in_4bit"):
         if choice:
             raise ModelError(
-                "--quantized_base has no effect here: the adapter's base was not in 4 bits", way_out="remove it"
+                "--quantized_base has no effect here: the adapter's base was not in 4 bits", help="remove it"
             )
         return None
     if trained and not choice:
@@ -70,7 +70,7 @@ def choose(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:
             why="original: the base's own weights, which the adapter never saw; nearer to the base elsewhere.\n"
             "dequantized: the weights that it saw; answers as in training, with the rounding to 4 bits in all layers.\n"
             "docs/merge.md measures both",
-            way_out="--quantized_base original, or --quantized_base dequantized",
+            help="--quantized_base original, or --quantized_base dequantized",
         )
     if choice != "dequantized":
         return None

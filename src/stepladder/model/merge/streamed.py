@@ -100,7 +100,7 @@ class Merge:
                     f"the vocabularies differ: the base's {key} has {disk[0]:,} rows, the adapter's {shape[0]:,}",
                     where=str(self.disk.folder),
                     why="the adapter's tokenizer has tokens that neither the base nor the adapter has embeddings for",
-                    way_out="name the base that the adapter was trained on: --base",
+                    help="name the base that the adapter was trained on: --base",
                 )
 
     def _new_rows_trained(self, name: str, old: int, new: int) -> bool:
@@ -232,7 +232,7 @@ class Merge:
             tensor = self.merged(names[key])
             low, high = tensor.aminmax()
             if not max(-low, high) <= torch.finfo(dtype).max:  # NaN too
-                raise ModelError(f"{key} is too large for {weights.name_of(dtype)}", way_out="--dtype bf16 or fp32")
+                raise ModelError(f"{key} is too large for {weights.name_of(dtype)}", help="--dtype bf16 or fp32")
             return tensor.to(dtype)
 
         count = weights.write(folder, plan, produce, limit, progress)

@@ -47,7 +47,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         if far := [file for file in found.values() if file != Path(file).name]:
             raise ValueError(f"it names {far[0]!r}, which is no file beside it")
     except ValueError as error:
-        raise ModelError(f"{index} cannot be used: {error}", way_out="fetch or copy the folder again") from None
+        raise ModelError(f"{index} cannot be used: {error}", help="fetch or copy the folder again") from None
     return found
 
 
@@ -81,16 +81,14 @@ class Weights:
                 why=f"{pickles[0]} is a pickle, which can run code when it is opened, and is not read"
                 if pickles
                 else "the weights are not whole without it",
-                way_out="convert the weights to safetensors" if pickles else "fetch or copy the folder again",
+                help="convert the weights to safetensors" if pickles else "fetch or copy the folder again",
             )
         try:
             with safe_open(path, framework="np") as shard:  # the header alone is read, without torch
                 slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
                 return {n: Tensor(file, s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
         except SafetensorError as error:
-            raise ModelError(
-                f"{path} is truncated or damaged", why=str(error), way_out="fetch or copy it again"
-            ) from None
+            raise ModelError(f"{path} is truncated or damaged", why=str(error), help="fetch or copy it again") from None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file: opened anew each time, so that no page stays in memory for longer."""
@@ -198,7 +196,7 @@ def check_output(folder: Path, overwrite: bool = False) -> None:
         raise ModelError(
             f"{folder} exists" + (" and is no merge" if overwrite else ""),
             why="nothing that existed is overwritten",
-            way_out="another --output_dir" + (", or --overwrite to replace that merge" if is_merge else ""),
+            help="another --output_dir" + (", or --overwrite to replace that merge" if is_merge else ""),
         )
 
 
@@ -217,7 +215,7 @@ def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
     if os.path.lexists(part) and MARK not in names and names - {LOCK}:
-        raise ModelError(f"{part} exists, and the work is done there", way_out="remove it")
+        raise ModelError(f"{part} exists, and the work is done there", help="remove it")
     make_folder(part)
     with open_lock(part / LOCK) as lock:
         try:
@@ -225,7 +223,7 @@ def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]
             (part / LOCK).stat()  # not there: the other one has just ended
         except (BlockingIOError, FileNotFoundError):
             raise ModelError(
-                f"another process is merging into {folder}", way_out="wait for it or end it, or another --output_dir"
+                f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
             ) from None
         try:
             for file in part.iterdir():  # what a merge left that was killed
@@ -236,7 +234,7 @@ def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]
             if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
                 raise ModelError(
                     f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
-                    way_out="make room, another --output_dir, or --dtype bf16 where it is fp32",
+                    help="make room, another --output_dir, or --dtype bf16 where it is fp32",
                 )
             yield part
             (part / LOCK).unlink()

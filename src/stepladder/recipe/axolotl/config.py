@@ -63,7 +63,7 @@ class Config:
             raise RecipeError(
                 f"{key} takes a list of blocks",
                 where=self.where(key),
-                way_out=f"{key}:\n  - path: …\n    type: …",
+                help=f"{key}:\n  - path: …\n    type: …",
             )
         return value
 
@@ -79,11 +79,11 @@ def read(path: Path) -> Config:
         RecipeErrors: keys that stand twice.
     """
     if not path.is_file():
-        raise RecipeError(f"there is no file {path}", where=load.COMMAND_LINE, way_out="an Axolotl configuration")
+        raise RecipeError(f"there is no file {path}", where=load.COMMAND_LINE, help="an Axolotl configuration")
     root = load.compose(path)
     if not isinstance(root, yaml.MappingNode):
         what = "the file is empty" if root is None else "the file holds no block of `key: value` lines"
-        raise RecipeError(what, where=str(path), way_out="an Axolotl configuration (base_model: …)")
+        raise RecipeError(what, where=str(path), help="an Axolotl configuration (base_model: …)")
     if "base_model" not in (key.value for key, _ in root.value):
         foreign.refuse(root, path)
     errors: list[RecipeError] = []
@@ -105,7 +105,7 @@ def read(path: Path) -> Config:
             "no Axolotl configuration: it has no base_model",
             where=str(path),
             why="a recipe for TRL or Stepladder needs no import" if config.has("model_name_or_path") else "",
-            way_out=f"write base_model for {near[0]}" if near else "base_model: the model to train",
+            help=f"write base_model for {near[0]}" if near else "base_model: the model to train",
         )
     return config
 

@@ -114,11 +114,11 @@ def _rule(name: str) -> Rule | None:
 def check_output(config: Path, output: Path, overwrite: bool) -> None:
     """Refuse to write over the configuration, or over a file that `overwrite` does not give up."""
     if output.is_dir():
-        raise RecipeError(f"{output} is a folder", where=load.COMMAND_LINE, way_out=f"-o {output / 'recipe.yaml'}")
+        raise RecipeError(f"{output} is a folder", where=load.COMMAND_LINE, help=f"-o {output / 'recipe.yaml'}")
     if output.exists() and config.exists() and output.samefile(config):
-        raise RecipeError(f"{output} is the configuration itself", where=load.COMMAND_LINE, way_out="another -o")
+        raise RecipeError(f"{output} is the configuration itself", where=load.COMMAND_LINE, help="another -o")
     if output.exists() and not overwrite:
-        raise RecipeError(f"{output} exists", where=load.COMMAND_LINE, way_out="another -o, or --overwrite")
+        raise RecipeError(f"{output} exists", where=load.COMMAND_LINE, help="another -o, or --overwrite")
 
 
 def write(translation: Translation, output: Path) -> None:
@@ -138,7 +138,7 @@ def write(translation: Translation, output: Path) -> None:
     except RecipeError as error:
         faults = getattr(error, "errors", [error])
         source = str(translation.source)
-        raise RecipeErrors([RecipeError(f.what, where=source, why=f.why, way_out=f.way_out) for f in faults]) from None
+        raise RecipeErrors([RecipeError(f.what, where=source, why=f.why, help=f.help) for f in faults]) from None
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()

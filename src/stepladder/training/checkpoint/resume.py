@@ -90,7 +90,7 @@ def claim(
         resume, overwrite = "auto", False
     folder, where = run.folder, recipe.where("output_dir")
     if os.path.lexists(folder / METRICS) and not os.path.isfile(folder / METRICS) and not overwrite:
-        raise LaunchError(f"{folder / METRICS} is no file", where=where, way_out="remove it, or another --output_dir")
+        raise LaunchError(f"{folder / METRICS} is no file", where=where, help="remove it, or another --output_dir")
     chosen = None if resume in ("auto", "never") else Path(resume)
     if not overwrite:
         _rebuild_manifest(run)
@@ -109,7 +109,7 @@ def claim(
             f"output_dir {folder} holds a run ({status(folder)})",
             where=where,
             why="nothing that existed is overwritten",
-            way_out="another --output_dir, or --overwrite to replace that run"
+            help="another --output_dir, or --overwrite to replace that run"
             + ("; a larger --max_steps or --num_train_epochs trains it on" if finished else ""),
         )
     _check_recipe(recipe, before["recipe"], [*allowed, *(LENGTH if finished else [])], where)
@@ -132,7 +132,7 @@ def claim(
             f"the run in {folder} makes no progress: {STUCK_AFTER} starts in a row came no further than step {step}",
             where=where,
             why=f"the last of them ended with: {before.get('error') or 'nothing said (killed, perhaps)'}",
-            way_out=f"mend that, then --resume {of_step(folder, step)}" if found else "mend that, then --overwrite",
+            help=f"mend that, then --resume {of_step(folder, step)}" if found else "mend that, then --overwrite",
         )
     if found is None:
         say(f"the run in {folder} ended before its first checkpoint: it starts anew")
@@ -154,7 +154,7 @@ def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
             f"the run in {folder} is finished and kept no checkpoint to train on from",
             where=recipe.where("output_dir"),
             why="its save_strategy was no",
-            way_out=f"--model_name_or_path {folder} and another --output_dir train its result on, with a new optimizer",
+            help=f"--model_name_or_path {folder} and another --output_dir train its result on, with a new optimizer",
         )
     key = LENGTH[0] if recipe.get(LENGTH[0]) > 0 else LENGTH[1]
     state = read_object(last / TRAINER_STATE)
@@ -163,7 +163,7 @@ def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
         raise LaunchError(
             f"the run in {folder} is finished: {key}: {recipe.get(key):g} is not more than the {done:g} that it has",
             where=recipe.where(key),
-            way_out=f"a larger {key} trains it on; --overwrite replaces it",
+            help=f"a larger {key} trains it on; --overwrite replaces it",
         )
     say(f"the run in {folder} is finished: it is trained on from {last.name}")
 
@@ -179,7 +179,7 @@ def _check_reads(recipe: Recipe, replaced: Path) -> None:
                 raise LaunchError(
                     f"{key} {path} lies in {replaced}, whose run --overwrite replaces",
                     where=recipe.where(key),
-                    way_out="another --output_dir",
+                    help="another --output_dir",
                 )
 
 
@@ -228,7 +228,7 @@ def newest_whole(folder: Path) -> Path | None:
         raise CheckpointError(
             f"no checkpoint in {folder} is whole",
             why="\n".join(faults),
-            way_out="put the files back from a copy, or --overwrite to start anew",
+            help="put the files back from a copy, or --overwrite to start anew",
         )
     return None
 
@@ -323,7 +323,7 @@ def _check_best(checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint / TRAINER_STATE} cannot be used", why=str(error)) from None
     best = of_step(checkpoint.parent, step or 0)
     if step and best.name != checkpoint.name and (fault := damage(best, weights_only=True)):
-        raise CheckpointError(f"the best checkpoint so far, {best}, is not whole", why=fault, way_out=WITHOUT_BEST)
+        raise CheckpointError(f"the best checkpoint so far, {best}, is not whole", why=fault, help=WITHOUT_BEST)
 
 
 def digest(file: Path) -> str:
@@ -338,7 +338,7 @@ def _checked(chosen: Path, folder: Path) -> Path:
     if chosen.absolute().parent.resolve() != folder.resolve() or step_of(chosen) not in whole_steps(folder):
         raise _no_checkpoint_of(chosen, folder)
     if fault := damage(chosen):
-        raise CheckpointError(f"{chosen} cannot be resumed from", why=fault, way_out="--resume auto takes a whole one")
+        raise CheckpointError(f"{chosen} cannot be resumed from", why=fault, help="--resume auto takes a whole one")
     return chosen
 
 
@@ -346,7 +346,7 @@ def _no_checkpoint_of(chosen: Path, folder: Path) -> LaunchError:
     steps = whole_steps(folder)
     return LaunchError(
         f"--resume {chosen}: no checkpoint of the run in {folder}",
-        way_out=f"one of {', '.join(str(of_step(folder, step)) for step in steps)}" if steps else "--resume auto",
+        help=f"one of {', '.join(str(of_step(folder, step)) for step in steps)}" if steps else "--resume auto",
     )
 
 
@@ -358,7 +358,7 @@ def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], wh
             f"output_dir {recipe.output_dir} holds an unfinished run of another recipe",
             where=where,
             why="\n".join(f"{key}: {old} → {new}" for key, (old, new) in sorted(changes.items())),
-            way_out="another --output_dir; or to go on with the change: "
+            help="another --output_dir; or to go on with the change: "
             + " ".join(f"--allow_change {key}" for key in sorted(changes)),
         )
     by_metric = {before.get("lr_scheduler_type"), recipe.get("lr_scheduler_type")} & {*BY_METRIC}
@@ -367,7 +367,7 @@ def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], wh
             f"{' and '.join(sorted(keys))} cannot change as the run in {recipe.output_dir} is resumed",
             where=recipe.where(min(keys)),
             why=f"{min(by_metric)} derives each rate from the one before and the evaluations so far",
-            way_out="the values that it began with, or another --output_dir",
+            help="the values that it began with, or another --output_dir",
         )
 
 

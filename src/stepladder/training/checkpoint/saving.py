@@ -130,7 +130,7 @@ def load_weights(trainer: Any, folder: Path) -> None:
         CheckpointError: it is not whole, or of other parameters than those that are trained here.
     """
     if fault := from_first(damage(folder, weights_only=True) if trainer.args.process_index == 0 else ""):
-        raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, way_out=WITHOUT_BEST)
+        raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, help=WITHOUT_BEST)
     here = state.of(trainer)
     with torch.no_grad():
         for name, read in _weights(folder, here.parameters).items():
@@ -325,7 +325,7 @@ def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[],
         raise CheckpointError(
             f"{folder} holds other parameters than this run trains",
             why=f"missing: {missing[:3] or 'none'}; not known here: {extra[:3] or 'none'}",
-            way_out="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
+            help="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
         )
     return weights
 

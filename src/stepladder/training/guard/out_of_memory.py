@@ -33,7 +33,7 @@ def explained(recipe: Settings, launch: Launch, micro: int, planned: int | None 
         raise TrainingError(
             f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most{said}",
             why=str(error).splitlines()[0] if str(error) else "",
-            way_out="\n".join(ways_down(recipe, launch, micro)),
+            help="\n".join(ways_down(recipe, launch, micro)),
             this_rank_only=True,
         ) from None
 

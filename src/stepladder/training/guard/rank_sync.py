@@ -91,5 +91,5 @@ class Agreement(TrainerCallback):
         raise TrainingError(
             f"{place}{more}",
             why=named,
-            way_out="look at those rows; a lower learning_rate; bf16 instead of fp16; or on_nan: skip",
+            help="look at those rows; a lower learning_rate; bf16 instead of fp16; or on_nan: skip",
         )

@@ -56,7 +56,7 @@ class Watchdog(TrainerCallback):
         fault = errors.TrainingError(
             f"[rank {self.rank}] nothing has moved for {self.limit:g} s in step {self._step}",
             why=f"where it stands: {file}",
-            way_out="compare the files of all ranks: the one that waits in no collective is the cause",
+            help="compare the files of all ranks: the one that waits in no collective is the cause",
         )
         print(fault.render(), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -69,7 +69,7 @@ def launched() -> Launch:
             f"{' '.join(f'{name}={env[name]}' for name in OF_A_RANK if env.get(name))} is no rank of a launch",
             where="the environment",
             why="a launcher sets these for each rank; a shell or a profile has kept some",
-            way_out=f"unset {' '.join(OF_A_RANK)}",
+            help=f"unset {' '.join(OF_A_RANK)}",
             this_rank_only=True,
         )
     copies = next((name for name in COPIES if number(name, 1) > 1), None)
@@ -78,7 +78,7 @@ def launched() -> Launch:
             f"{env[copies]} copies of this were started, and no launcher joins them to one run",
             where=f"the environment, {copies}",
             why="srun and mpirun start processes; each of these would train by itself, as the only rank",
-            way_out="one copy a node, which starts accelerate launch, as slurm/sft.sbatch does; for runs of their own: "
+            help="one copy a node, which starts accelerate launch, as slurm/sft.sbatch does; for runs of their own: "
             f"env -u {copies} …, and an output_dir each",
             this_rank_only=True,
         )
@@ -97,14 +97,14 @@ def _strategy(ranks: int) -> str:
                 f"ZeRO stage {stage} is not one of the strategies here",
                 where=file or LAUNCHER,
                 why="no run's memory, checkpoints and curve are checked under it",
-                way_out="stage 2: it shards the gradients too, and sends no more",
+                help="stage 2: it shards the gradients too, and sends no more",
             )
         if file and stage == "3" and zero.get(GATHERS) is not True:
             raise LaunchError(
                 f"{GATHERS} is {json.dumps(zero.get(GATHERS, False))}",
                 where=file,
                 why="each rank would save its shards of the result, and none the model",
-                way_out=f'"{GATHERS}": true',
+                help=f'"{GATHERS}": true',
             )
         offloads = zero.get("offload_optimizer") or {"device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")}
         offload = isinstance(offloads, dict) and (offloads.get("device") or "none") != "none"
@@ -129,7 +129,7 @@ def _checked_config(file: str) -> dict:
         raise LaunchError(
             f"DeepSpeed's configuration {file} cannot be read: {error}",
             why="the accelerate config names it relative to the folder you start from",
-            way_out="start from the folder that holds ds_configs/",
+            help="start from the folder that holds ds_configs/",
         ) from None
     quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
     if others := [*(key for key in config if key in OTHER_CURVE), *quantized]:
@@ -137,7 +137,7 @@ def _checked_config(file: str) -> dict:
             f"{others[0]} would change what is trained",
             where=file,
             why="it comes before the recipe, which would then say one thing and the run do another",
-            way_out=f"remove it: {OTHER_CURVE.get(others[0], 'ds_configs/ has files without it')}",
+            help=f"remove it: {OTHER_CURVE.get(others[0], 'ds_configs/ has files without it')}",
         )
     return zero
 
@@ -176,7 +176,7 @@ def _check_launcher() -> None:
         if is_asked:
             raise LaunchError(
                 f"{what} cannot be trained with", where=LAUNCHER, why=why,
-                way_out="a file of accelerate_configs/: fsdp.yaml, zero3.yaml, zero2.yaml or ddp.yaml",
+                help="a file of accelerate_configs/: fsdp.yaml, zero3.yaml, zero2.yaml or ddp.yaml",
             )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def assert_no_mismatch(trainer: Any) -> None:
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and (found := dict.fromkeys(plugin.hf_ds_config.mismatches)):
         raise LaunchError(
-            "DeepSpeed's configuration contradicts the recipe", why="\n".join(found), way_out='"auto" in that file'
+            "DeepSpeed's configuration contradicts the recipe", why="\n".join(found), help='"auto" in that file'
         )
 
 
@@ -267,5 +267,5 @@ def assert_set_up(trainer: Any, recorded: dict[str, Any]) -> None:
         raise LaunchError(
             "Accelerate set up something else than the launch and the recipe ask for",
             why="\n".join(differ),
-            way_out='launch with a file of accelerate_configs/; in one of DeepSpeed\'s, "auto" leaves it to the recipe',
+            help='launch with a file of accelerate_configs/; in one of DeepSpeed\'s, "auto" leaves it to the recipe',
         )

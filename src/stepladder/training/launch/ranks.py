@@ -42,7 +42,7 @@ def assert_no_gpu_named() -> None:
             f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
             where="the environment",
             why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
-            way_out="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
+            help="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
         )
 
 
@@ -61,7 +61,7 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
             f"{kept[0]}=true, and no launcher has started this",
             where="the environment",
             why="accelerate launch sets it for its ranks; a shell or a profile has kept it",
-            way_out=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
+            help=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
         )
     if use_cpu:
         hide_gpus()
@@ -77,13 +77,13 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
             raise LaunchError(
                 f"{launch.local_ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}",
                 why="two ranks on one GPU share its memory and slow each other down",
-                way_out=f"--num_processes {gpus}",
+                help=f"--num_processes {gpus}",
             )
         if launch.ranks == 1 and gpus > 1:
             raise LaunchError(
                 f"one process sees {gpus} GPUs",
                 why="it uses one, and the libraries would split each batch among all (nn.DataParallel)",
-                way_out=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
+                help=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
             )
         return False
     if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
@@ -157,7 +157,7 @@ def meeting(launch: Launch) -> Iterator[None]:
             f"the {launch.ranks} ranks did not find each other: {str(error).strip().splitlines()[0]}",
             where=f"{socket.gethostname()}, rank {launch.rank}",
             why=f"all must reach {first}:{os.environ.get('MASTER_PORT', '')} and each other; interface: {through}",
-            way_out="the same command on every machine but for --machine_rank, --main_process_ip as all of them reach "
+            help="the same command on every machine but for --machine_rank, --main_process_ip as all of them reach "
             "it; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface (`ip address` lists them)",
         ) from None
 
@@ -169,7 +169,7 @@ def _check_meeting_place(launch: Launch) -> None:
             f"WORLD_SIZE={launch.ranks} without {', '.join(missing)}",
             where="the environment",
             why="a launcher sets all of them for each rank; a shell or a profile has kept some",
-            way_out=f"accelerate launch --num_processes {launch.ranks} …; for one process: unset {' '.join(OF_A_RANK)}",
+            help=f"accelerate launch --num_processes {launch.ranks} …; for one process: unset {' '.join(OF_A_RANK)}",
             this_rank_only=True,
         )
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -205,18 +205,18 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
         raise LaunchError(
             f"{launch.ranks} ranks were launched and {joined} joined",
             why="the run would silently train on fewer ranks than you pay for",
-            way_out="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
+            help="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
         )
     if joined != (asked := asked_for() or joined):
         raise LaunchError(
             f"{asked} ranks were asked for and {joined} joined",
             why="distributed_type: NO starts one process, and DeepSpeed's own launchers, without a hostfile, train on "
             "each machine by itself",
-            way_out="a file of accelerate_configs/, or --deepspeed_multinode_launcher standard",
+            help="a file of accelerate_configs/, or --deepspeed_multinode_launcher standard",
         )
     if torch.cuda.is_available() and len(set(devices)) < len(devices):
         twice = next(d for d in devices if devices.count(d) > 1)
-        raise LaunchError(f"two ranks run on {twice}", way_out="one process a GPU: --num_processes = GPUs")
+        raise LaunchError(f"two ranks run on {twice}", help="one process a GPU: --num_processes = GPUs")
     return devices
 
 

@@ -40,7 +40,7 @@ def named(asked: str | None, ranks: int) -> str:
     name = asked or ("ddp" if ranks > 1 else "single")
     if not Path(f"accelerate_configs/{name}.yaml").is_file():
         there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", way_out=there)
+        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
     return name
 
 
@@ -81,7 +81,7 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
             f"lora_modules_to_save: {inputs[0]} cannot be trained under {launch.strategy}",
             where=recipe.where("lora_modules_to_save"),
             why=why,
-            way_out="accelerate_configs/ddp.yaml or zero2.yaml",
+            help="accelerate_configs/ddp.yaml or zero2.yaml",
         )
 
 
@@ -100,7 +100,7 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             f"optim: {optimizer} cannot run under {launch.strategy}",
             where=where,
             why=why,
-            way_out="optim: adamw_torch_fused"
+            help="optim: adamw_torch_fused"
             + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
         )
     kind = recipe.get("peft_type")
@@ -109,7 +109,7 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             f"peft_type: {kind} cannot run under {launch.strategy}",
             where=recipe.where("peft_type"),
             why="PEFT runs the virtual tokens through their encoder as it saves, on one rank, which has a shard of it",
-            way_out="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
+            help="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
         )
     if recipe.get("use_peft"):
         _check_whole_modules(recipe, launch)
