@@ -212,7 +212,7 @@ def of_run(
     """
     device = hardware.here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
-        strategy = "fsdp"  # the shards lie in host memory anyhow (training/ranks.py)
+        strategy = "fsdp"  # the shards lie in host memory anyhow (training/launch/ranks.py)
     overhead = 0 if gpu else peak_resident_bytes()
     host = hardware.host_memory() if gpu else None
     plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
