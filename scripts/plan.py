@@ -9,10 +9,8 @@ far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the i
 """
 
 import argparse
-import json
 
 from stepladder import console, errors, flags
-from stepladder.data import mixture, stream
 from stepladder.model import adapter_recipe, start
 from stepladder.planning import hardware
 from stepladder.recipe import load
@@ -50,47 +48,9 @@ def main() -> None:
 
     console.quiet_libraries()
     with console.quick_imports():
-        from stepladder.planning import choose, report, scale
+        from stepladder.planning import report
 
-    if args.strategy not in (None, *choose.STRATEGIES):
-        raise errors.LaunchError(
-            f"unknown strategy '{args.strategy}'",
-            where="command line --strategy",
-            help=f"one of {', '.join(choose.STRATEGIES)}",
-        )
-    host = args.host_memory and args.host_memory * hardware.GIB
-    plan = choose.Plan(recipe, args.nodes, args.gpus, device, host=host)
-    if args.scale:
-        micro, checkpointing = plan.one_micro_batch()
-        points = scale.points(plan, scale.counts(args.scale), micro, checkpointing)
-        if args.json:
-            print(json.dumps({"scale": scale.as_json(points)}))
-        else:
-            scale.write(plan, points, micro, checkpointing, args.parts)
-        return
-    ways = plan.each(args.strategy) if args.strategy else plan.ways()
-    best = plan.best(ways)
-    steps = choose.steps(recipe, _rows(recipe), plan.rows)
-    if args.json:
-        rows = [choose.as_json(way) for way in ways]
-        commands = choose.command(args.recipe, plan, best) if best else None
-        chosen = choose.as_json(best) if best else None
-        print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
-    else:
-        report.write(plan, ways, best, steps, args.parts)
-    if best is None:
-        raise choose.nowhere(plan, ways)
-    if not args.json:
-        print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
-
-
-def _rows(recipe: load.Recipe) -> int | None:
-    """How many rows the recipe trains on; None where they are not here, or nobody knows."""
-    try:
-        train = mixture.load(recipe)[0]
-    except errors.DataError:
-        return None
-    return None if isinstance(train, stream.Stream) else len(train)
+    report.answer(args, recipe, device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 
 from conftest import ROOT, run, script
 from stepladder.errors import RecipeErrors
+from stepladder.model import start
 from stepladder.recipe import load, model_rules, optimizer_rules, outcome_rules, rules
 from stepladder.recipe.ruling import RULES, RuleBreak
 from stepladder.recipe.schema import known_keys
@@ -344,7 +345,8 @@ def test_no_key_is_silently_ignored() -> None:
     files = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "recipe"]
     files += [ROOT / "scripts/sft.py", package / "recipe/recipe.py", package / "recipe/load.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    read = set(re.findall(r"""(?:get\(|\[)["'](\w+)["']""", text))
+    assert "recipe.get(key) for key, field in start.FIELDS.items()" in text, "PEFT's fields, read by a table"
+    read = {*re.findall(r"""(?:get\(|\[)["'](\w+)["']""", text), *start.FIELDS}
     builder = ast.parse((ROOT / "src/stepladder/training/arguments.py").read_text(encoding="utf-8"))
     set_by_us = {
         key.value

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 from rich import box
 from rich.table import Table
 
-from stepladder.planning import speed
-from stepladder.planning.choose import Plan, Way
-from stepladder.planning.hardware import GIB
+from stepladder.data import mixture, stream
+from stepladder.errors import DataError, LaunchError
+from stepladder.planning import choose, speed
+from stepladder.planning.choose import STRATEGIES, Plan, Way
+from stepladder.planning.hardware import GIB, GPU
+from stepladder.recipe.recipe import Recipe
 from stepladder.screen import Screen
 
 PARTS = {
@@ -71,3 +77,55 @@ def table(*columns: str) -> Table:
 
 def hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f}" if seconds > 360 else f"{seconds / 3600:.2g}"
+
+
+def answer(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
+    """What plan.py prints: the strategies of a recipe on some GPUs, or how it scales.
+
+    Args:
+        args: plan.py's flags.
+
+    Raises:
+        LaunchError: no such strategy, or none fits.
+    """
+    from stepladder.planning import scale  # which prints by this module's tables
+
+    if args.strategy not in (None, *STRATEGIES):
+        raise LaunchError(
+            f"unknown strategy '{args.strategy}'",
+            where="command line --strategy",
+            help=f"one of {', '.join(STRATEGIES)}",
+        )
+    host = args.host_memory and args.host_memory * GIB
+    plan = Plan(recipe, args.nodes, args.gpus, device, host=host)
+    if args.scale:
+        micro, checkpointing = plan.one_micro_batch()
+        points = scale.points(plan, scale.counts(args.scale), micro, checkpointing)
+        if args.json:
+            print(json.dumps({"scale": scale.as_json(points)}))
+        else:
+            scale.write(plan, points, micro, checkpointing, args.parts)
+        return
+    ways = plan.each(args.strategy) if args.strategy else plan.ways()
+    best = plan.best(ways)
+    steps = choose.steps(recipe, _rows(recipe), plan.rows)
+    if args.json:
+        rows = [choose.as_json(way) for way in ways]
+        commands = choose.command(args.recipe, plan, best) if best else None
+        chosen = choose.as_json(best) if best else None
+        print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
+    else:
+        write(plan, ways, best, steps, args.parts)
+    if best is None:
+        raise choose.nowhere(plan, ways)
+    if not args.json:
+        print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
+
+
+def _rows(recipe: Recipe) -> int | None:
+    """How many rows the recipe trains on; None where they are not here, or nobody knows."""
+    try:
+        train = mixture.load(recipe)[0]
+    except DataError:
+        return None
+    return None if isinstance(train, stream.Stream) else len(train)
