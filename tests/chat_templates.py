@@ -167,30 +167,34 @@ def page(cells: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Chat templates",
         "",
-        "A chat template is the program, in Jinja, that turns a conversation into the text that a model reads: who "
-        "says what, and where a turn ends. An instruction-tuned model carries its own: set nothing. A base model needs "
-        "one: `chat_template: chatml`, or `qwen3` for rows with thoughts, `qwen2_5` for calls of tools; or "
-        '`prompt_template: "### User: {input}\\n### Assistant: "` for single questions. `chat_template` takes a name '
-        "of the table or a template itself, `chat_template_path` a Jinja file or another model. "
+        "A chat template is a Jinja program that turns a conversation into the text that a model reads. It marks who "
+        "says what, and where a turn ends.",
+        "",
+        "- An instruction-tuned model has its own template: set nothing.",
+        "- A base model needs one: `chat_template: chatml`, `qwen3` for rows with thoughts, `qwen2_5` for tool calls, "
+        'or `prompt_template: "### User: {input}\\n### Assistant: "` for single questions.',
+        "- `chat_template` takes a name from the table or a template, `chat_template_path` a Jinja file or "
+        "another model.",
+        "",
         "[6.1](workshop/6.1-chat-templates.md) shows three of them.",
         "",
-        "What each does with a row, found by `make templates`; no cell is made by hand. ✔ right: the assistant's "
-        "words, calls and thoughts and the end of each turn are trained, and nothing else is. ⚠ right, with a warning. "
-        "✘ refused: the template would lose a part of the row, so training stops there, or skips and lists the row "
-        "(`on_bad_row: skip`).",
+        "`make templates` tests how each renders each kind of row, and writes the table:",
         "",
-        "| column | a row of it |",
+        "- ✔ right: the assistant's text, calls and thoughts and the end of each turn have a loss, and nothing else.",
+        "- ⚠ right, with a warning. *thought*: the generation prompt opens a thought that the answer does not have. "
+        "*dropped*: the template drops the reasoning of earlier turns.",
+        "- ✘ refused: the template would lose a part of the row. Training stops there, or skips and lists the row "
+        "(`on_bad_row: skip`). *reasoning*, *calls*, *tools*, *a turn*: what it does not render. *turns*: it raises an "
+        "error of its own, for a system turn or for unknown roles.",
+        "",
+        "| column | row |",
         "| --- | --- |",
-        "| one turn, two turns | a question and its answer, and once more |",
+        "| one turn, two turns | one or two questions with answers |",
         "| system | two turns after a system turn |",
         "| inline thoughts | answers that begin with `<think>…</think>` |",
         "| reasoning | the same thoughts under `reasoning_content` |",
         "| tool call | a question, a call, the tool's result, the answer; and the list of `tools` |",
         "| reasoning, tool | the same with a thought before the call |",
-        "",
-        "⚠ *thought*: the generation prompt opens a thought that the answer does not have. ⚠ *dropped*: the template "
-        "drops the reasoning of earlier turns. ✘ *reasoning*, *calls*, *tools*, *a turn*: what it does not render. "
-        "✘ *turns*: it raises an error of its own, for a system turn or for roles that it does not know.",
         "",
         f"{len(cells)} templates, {sum(counts.values())} cells: {', '.join(f'{n} {k}' for k, n in counts.items())}. "
         f"{datetime.date.today()}, {versions}; the tokenizer is SmolLM2's with each template's tokens added.",
@@ -204,24 +208,28 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {title} | " + " | ".join(_short(row[kind]) for kind in CONVERSATIONS) + " |")
     lines += [
         "",
-        "Mistral 7B v0.3 carries another template than `mistral`: it writes the system prompt into the last user turn.",
+        "Mistral 7B v0.3 has another template than `mistral`: it writes the system prompt into the last user turn.",
         "",
-        "## How it is found out",
+        "## How rows are checked",
         "",
-        "A conversation is rendered once with marks in place of its texts. Which marks come out, "
-        "in which order and with what between them is the layout of all conversations of that form, and a row's own "
-        "text must be that layout filled with its texts. An answer begins where the generation prompt ends, and ends "
-        "with the last special token that closes the turn wherever it stands. Where an earlier turn is rendered "
-        "differently once more turns follow, TRL's version of the template for training stands in.",
+        "A conversation is rendered once with markers in place of its texts. The markers in the output, their order "
+        "and the text between them are the layout of all conversations of that form. A row must render to this layout, "
+        "filled with its texts. An answer begins where the generation prompt ends. It ends with the last special token "
+        "that closes the turn wherever it occurs. If a template renders an earlier turn differently when more turns "
+        "follow, TRL's version of the template for training is used.",
         "",
-        "## What a template may take",
+        "## Limits for templates",
         "",
-        "A template is a program, and a downloaded model's is a stranger's. Jinja's sandbox keeps it from files and "
-        f"from Python; Stepladder adds limits. A template has at most {limits.SOURCE:,} characters. Each rendering of "
-        f"a conversation takes at most {limits.SECONDS:g} s of processor time and, on Linux, {limits.MEMORY >> 20} MiB "
-        f"of memory, and makes at most {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row "
-        "where that is more. The first rendering that takes more ends the command with one message and exit code 2; "
-        "`on_bad_row: skip` does not skip it, since the next row would take as much.",
+        "A downloaded model's template is a program from a stranger. Jinja's sandbox denies it access to files and "
+        "Python; Stepladder adds limits:",
+        "",
+        f"- at most {limits.SOURCE:,} characters per template",
+        f"- for each rendering of a conversation, {limits.SECONDS:g} s of processor time and, on Linux, "
+        f"{limits.MEMORY >> 20} MiB of memory",
+        f"- for its output, {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row if that is more",
+        "",
+        "The first rendering that exceeds a limit ends the command with one message and exit code 2. `on_bad_row: "
+        "skip` does not skip it, since the next row would take as much.",
         "",
     ]
     return "\n".join(lines)
