@@ -8,7 +8,7 @@
 #   STEPLADDER_CONTAINER=/images/s.sif      an Apptainer image, instead: it must hold Stepladder's packages
 #   STEPLADDER_SCRATCH=/scratch/$USER       caches go there, off the small or slow home folder
 #
-# Afterwards ${inside[@]} comes before each command: empty, or the container's exec.
+# Sets ${inside[@]}, the prefix of each command: empty, or the container's exec.
 inside=()
 if [[ ${STEPLADDER_MODULES:-} ]]; then
     # `module` is a shell function that a batch shell may not have.
@@ -34,9 +34,9 @@ if [[ ${STEPLADDER_SCRATCH:-} ]]; then
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$STEPLADDER_SCRATCH/torch_extensions}
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$STEPLADDER_SCRATCH/triton}
 fi
-# Compute nodes rarely see the hub: fetch on the login node (docs/slurm.md), and do not wait for time-outs here.
+# Compute nodes rarely reach the hub: fetch on the login node (docs/slurm.md), and do not wait for time-outs here.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # `python scripts/x.py` finds Stepladder in this folder, whatever is installed elsewhere.
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
-# The tokenizer's threads: it counts the node's cores where Slurm does not confine the job to its own.
+# The tokenizer's threads: by default one per core of the node, even if the job has fewer.
 [[ ! ${SLURM_CPUS_ON_NODE:-} ]] || export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$SLURM_CPUS_ON_NODE}

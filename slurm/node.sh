@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The part of sft.sbatch that runs once on each node: look at the node, then start its ranks.
+# The part of sft.sbatch that runs once on each node: check the node, then start its ranks.
 set -euo pipefail
 # torchrun's agent would die of USR1 and leave its ranks behind; what is ignored here is ignored there too. The ranks
 # set a handler of their own.
@@ -10,21 +10,21 @@ source slurm/environment.sh
 read -ra nodes <<<"$STEPLADDER_NODES"
 log="$STEPLADDER_FOLDER/slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.out"
 
-# A sick node ends the job here, by name, before the others wait for it; a sound one names the interface to its peers.
+# A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interface to the others.
 if ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then exit 1; fi
 if [[ $interface ]]; then
-    # Else NCCL and gloo may choose one that leads nowhere (docker0, a management network).
+    # Else NCCL and gloo may choose an interface without a route (docker0, a management network).
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 fi
-# NCCL says what goes wrong, and nothing else.
+# NCCL logs warnings and errors only.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# The last collectives of each rank, written when one of them times out: which rank did not come.
+# The last collectives of each rank, written when one times out: they show which rank is missing.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 # The Python stack of a rank that dies of a signal.
 export PYTHONFAULTHANDLER=1
-# A node's cores are shared out among its ranks; the default would be one thread each.
+# A node's cores are divided among its ranks; the default would be one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > STEPLADDER_RANKS ? SLURM_CPUS_ON_NODE / STEPLADDER_RANKS : 1))}
 # How long torchrun waits after TERM before it kills its ranks: a step and a save (30 s by default).
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
@@ -33,7 +33,7 @@ export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
 launch=("${inside[@]}" accelerate launch --config_file "accelerate_configs/$STEPLADDER_STRATEGY.yaml"
     --num_machines "$SLURM_NNODES" --num_processes "$((STEPLADDER_RANKS * SLURM_NNODES))"
     --machine_rank "$SLURM_NODEID" --main_process_ip "${nodes[0]}" --main_process_port "$STEPLADDER_PORT"
-    # One address for all, and torchrun for DeepSpeed too: its own launchers want ssh between the nodes.
+    # One address for all, and torchrun for DeepSpeed too: its own launchers need ssh between the nodes.
     --same_network --deepspeed_multinode_launcher standard
     scripts/sft.py "$@")
 if [[ $SLURM_NODEID == 0 ]]; then

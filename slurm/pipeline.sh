@@ -3,8 +3,8 @@
 #
 #     bash slurm/pipeline.sh --nodes=2 --gpus-per-node=4 --cpus-per-gpu=8 -- --recipe qlora --strategy zero3
 #
-# Before the -- stand sbatch's options for the training, after it the recipe and its keys. A training that is
-# preempted keeps its number when it is queued again, so the others go on waiting for it. Prints the jobs' numbers.
+# Before the --: sbatch's options for the training; after it: the recipe and its keys. A training that is
+# preempted keeps its number when it is requeued, so the others keep waiting for it. Prints the jobs' numbers.
 # The comparison is on the rows that the run holds out; a recipe that holds out none is refused.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,11 +18,11 @@ shift
 folder=$("${inside[@]}" python -m stepladder.cluster.job folder "$@")
 base=$("${inside[@]}" python -m stepladder.cluster.job base "$@")
 "${inside[@]}" python -m stepladder.cluster.job held_out "$@" >/dev/null
-# What merges the adapter, in words; nothing after full fine-tuning.
+# The options that merge the adapter; none after full fine-tuning.
 merge_it=()
 eval "merge_it=($("${inside[@]}" python -m stepladder.cluster.job merge "$@"))"
 
-# A job whose predecessor failed would else wait in the queue for ever.
+# Otherwise a job whose predecessor failed would wait in the queue for ever.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 train=$(sbatch --parsable --job-name=train "${options[@]}" slurm/sft.sbatch "$@")
 tuned=$folder last=$train said="train $train"
