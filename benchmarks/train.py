@@ -43,12 +43,13 @@ RECIPE = {"lora": "lora", "full": "sft", "qlora": "qlora"}
 # Each row is the one above it with one change: what is left out by without.py, and flags.
 PLAIN = ("--bf16", "false", "--per_device_train_batch_size", "1")
 FOUR = ("--per_device_train_batch_size", "4")
-ALL = "malloc,held,sorted,loss,flat"
+ALL = "malloc,held,fused,sorted,loss,flat"
 LADDER = {
     "fp32, gradient checkpointing, micro-batch 1": (ALL, *PLAIN, "--gradient_checkpointing=true"),
     "no checkpointing": (ALL, *PLAIN),
-    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,sorted,loss,flat", *PLAIN[2:]),
-    "frozen weights are held in bf16": ("malloc,sorted,loss,flat", *PLAIN[2:]),
+    "bf16 (`bf16: auto`, where the CPU has units for it)": ("malloc,held,fused,sorted,loss,flat", *PLAIN[2:]),
+    "frozen weights are held in bf16": ("malloc,fused,sorted,loss,flat", *PLAIN[2:]),
+    "LoRA's layers are fused": ("malloc,sorted,loss,flat", *PLAIN[2:]),
     "micro-batch 4": ("malloc,sorted,loss,flat", *FOUR),
     "a step's rows are sorted by length": ("malloc,loss,flat", *FOUR),
     "trained tokens only are scored, each product once": ("malloc,flat", *FOUR),

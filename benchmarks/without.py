@@ -7,6 +7,7 @@ These have no keys in a recipe: they change nothing but the speed. `malloc` leav
 
 from __future__ import annotations
 
+import functools
 import runpy
 import sys
 
@@ -22,12 +23,17 @@ from stepladder.model.cpu import fused_loss, short_rows
 WITHOUT = {
     "malloc": lambda: None,  # above
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
+    "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
     "short": lambda: setattr(short_rows, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda *_: False),
     "loss": lambda: setattr(fused_loss, "attach", lambda model, ignored: None),
     "cached": lambda: setattr(fused_loss, "CACHED", fused_loss.TOKENS),  # a few tokens' scores in fp32 at a time
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
+
+
+def _plain(attach, *args, fused: bool):
+    return attach(*args, fused=False)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter
+from stepladder.model import adapter, load
 from stepladder.model.start import check_source
 
 A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"
@@ -132,3 +132,61 @@ def test_weights_held_as_they_are_computed_with_change_nothing(kind, dtype, low,
     (loss, gradients, size), (same, others, half) = step(held=False), step(held=True)
     assert torch.equal(loss, same) and all(map(torch.equal, gradients, others))
     assert half == size * low.itemsize / dtype.itemsize
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fused_layers_compute_what_pefts_compute(precision: str, tiny: Path, settings) -> None:
+    """Guards `fused_lora`: loss and gradients are PEFT's, and in bf16 no further from fp32's than PEFT's are.
+
+    1e-5 is what fp32 sums in another order differ by.
+    """
+    from transformers import AutoModelForCausalLM
+
+    def gradients(fused: bool, low: bool) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        keys = {"lora_r": 4, "lora_target_modules": ["all-linear"]}
+        model = adapter.attach(base, settings(use_peft=True, **keys), fused=fused)
+        assert fused == any(type(module).__name__ == "FusedLinear" for module in model.modules())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        if low:
+            adapter.hold_as_computed(model, "bf16")
+        ids = torch.arange(24).reshape(2, 12)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    def distance(gradient: torch.Tensor) -> float:
+        return ((gradient - exact).norm() / exact.norm()).item()
+
+    exact_loss, exact = gradients(fused=False, low=False)
+    loss, gradient = gradients(fused=True, low=precision == "bf16")
+    if precision == "fp32":
+        assert abs(loss - exact_loss) < 1e-5 and distance(gradient) < 1e-5
+    else:
+        _, theirs = gradients(fused=False, low=True)
+        assert distance(gradient) < 1.1 * distance(theirs)
+
+
+@pytest.mark.parametrize("keys", [{"lora_dropout": 0.5}, {"use_dora": True}, {"load_in_4bit": True}], ids=str)
+def test_what_is_not_fused_is_left_to_peft(keys: dict, tiny: Path, settings) -> None:
+    """Guards dropout, DoRA and quantized layers, which the fused formula does not have: the same loss."""
+    from transformers import AutoModelForCausalLM
+
+    def loss(fused: bool) -> float:
+        recipe = settings(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], **keys)
+        base = AutoModelForCausalLM.from_pretrained(
+            tiny, dtype=torch.float32, quantization_config=load.quantization_config(recipe, "fp32")
+        )
+        torch.manual_seed(0)
+        model = adapter.attach(base, recipe, fused=fused).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        ids = torch.arange(24).reshape(2, 12)
+        return model(input_ids=ids, labels=ids).loss.item()
+
+    assert loss(fused=True) == loss(fused=False)

@@ -254,7 +254,8 @@ def build(prepared: Prepared) -> Built:
     model = model_build.build(
         base, recipe, prepared.precision,
         lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
-        prepared.tokenizer, prepared.new_tokens, sharded=launch.strategy not in ("single", "ddp"),
+        prepared.tokenizer, prepared.new_tokens,
+        sharded=launch.strategy not in ("single", "ddp"), on_cpu=prepared.use_cpu,
     )  # fmt: skip
     if prepared.checkpoint:
         model.notes.extend(attention.changed(checked.record.manifest.get("attention") or {}, model.attention))

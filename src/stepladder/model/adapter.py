@@ -31,6 +31,7 @@ def attach(
     recipe: Settings,
     tokenizer: PreTrainedTokenizerBase | None = None,
     new_tokens: Sequence[str] = (),
+    fused: bool = False,
 ) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for, or that it starts from; without `use_peft` it stays.
 
@@ -40,6 +41,9 @@ def attach(
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow, and the
             weights of an adapter that is trained on are not read.
         new_tokens: tokens that a template added to the vocabulary.
+        fused: LoRA's linear layers are those of `cpu/fused_lora`, which read the adapter's weights past the
+            modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
+            PEFT's own, and cannot read these.
 
     Raises:
         ModelError: a module or parameter that the recipe names does not exist in this model, an adapter does not fit
@@ -66,6 +70,8 @@ def attach(
     config = _of_adapter(source, recipe, model) if source.adapter else _new_config(recipe)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
+    if fused:
+        _fuse(config, recipe)
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
@@ -124,6 +130,17 @@ def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
     if model.active_peft_config.peft_type.value == "PREFIX_TUNING":
         return {"input_ids": ids, "past_key_values": prompt}
     return {"inputs_embeds": torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)}
+
+
+def _fuse(config: LoraConfig, recipe: Settings) -> None:
+    """Let PEFT make `cpu/fused_lora`'s layers of linear ones, where those are not quantized or compiled."""
+    from torch.nn import Linear
+
+    from stepladder.model.cpu.fused_lora import FusedLinear
+
+    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
+    if not quantized and not recipe.get("torch_compile"):
+        config._register_custom_module({Linear: FusedLinear})
 
 
 def _new_config(recipe: Settings) -> LoraConfig:

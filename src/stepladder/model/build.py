@@ -33,6 +33,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase | None = None,
     new_tokens: Sequence[str] = (),
     sharded: bool = False,
+    on_cpu: bool = False,
 ) -> Built:
     """Make a loaded base the model that trains: embeddings, attention, adapter, and the precision of held weights.
 
@@ -46,6 +47,7 @@ def build(
         tokenizer: of the run; None in a plan, which knows neither added tokens nor an adapter's weights.
         new_tokens: tokens that a template added to the vocabulary.
         sharded: whether the strategy itself holds what is computed with (ZeRO, FSDP).
+        on_cpu: whether it computes there, where LoRA's layers are those of `cpu/fused_lora`.
 
     Raises:
         ModelError, RecipeError: as `attend` and `adapter.attach`.
@@ -54,7 +56,7 @@ def build(
     if tokenizer is not None and (ends := load.fit_embeddings(base, tokenizer)):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     choice, costs = attend(base)
-    model = adapter.attach(base, recipe, tokenizer, new_tokens)
+    model = adapter.attach(base, recipe, tokenizer, new_tokens, fused=on_cpu and not sharded)
     if not sharded:
         adapter.hold_as_computed(model, precision)
     return Built(model, choice, notes + costs)

@@ -58,7 +58,12 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
         if quantization := load.quantization_config(settings, work.precision):
             _quantize(base, quantization)
         model = build(
-            base, settings, work.precision, functools.partial(_attend, settings, work), sharded=work.cast
+            base,
+            settings,
+            work.precision,
+            functools.partial(_attend, settings, work),
+            sharded=work.cast,
+            on_cpu=not work.gpu,
         ).model
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer asks for it
         if not work.gpu:
