@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stepladder.model.cpu.short_rows import ShortRows
+from stepladder.model.cpu_kernels import ShortRows
 
 HEADS, GROUPS, SIZE, REPEAT = 9, 3, 64, 30
 LENGTHS = [175, 150, 140, 140, 137, 130, 120, 102]
@@ -61,7 +61,7 @@ def main() -> None:
         "padded, bf16": padded(),
         "by row, bf16": by_row(torch.bfloat16),
         "by row, fp32": by_row(torch.float32),
-        "by row, products in bf16 (`cpu/short_rows.py`)": products(),
+        "by row, products in bf16 (`cpu_kernels.py`)": products(),
     }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(REPEAT):

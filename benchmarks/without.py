@@ -17,17 +17,16 @@ if "malloc" not in sys.argv[1].split(","):
     allocator.use_tcmalloc()  # before the next imports bring PyTorch
 
 from stepladder.data import prepare
-from stepladder.model import adapter, attention
-from stepladder.model.cpu import fused_loss, short_rows
+from stepladder.model import adapter, attention, cpu_kernels
 
 WITHOUT = {
     "malloc": lambda: None,  # above
     "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
     "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
-    "short": lambda: setattr(short_rows, "SHORT", 0),  # products in bf16
+    "short": lambda: setattr(cpu_kernels, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda *_: False),
-    "loss": lambda: setattr(fused_loss, "attach", lambda model, ignored: None),
-    "cached": lambda: setattr(fused_loss, "CACHED", fused_loss.TOKENS),  # a few tokens' scores in fp32 at a time
+    "loss": lambda: setattr(cpu_kernels, "attach_loss", lambda model, ignored: None),
+    "cached": lambda: setattr(cpu_kernels, "CACHED", cpu_kernels.TOKENS),  # a few tokens' logits in fp32 at a time
     "sorted": lambda: setattr(prepare, "lengths", lambda rows: [0] * len(rows)),
 }
 

@@ -136,7 +136,7 @@ def test_weights_held_as_they_are_computed_with_change_nothing(kind, dtype, low,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fused_layers_compute_what_pefts_compute(precision: str, tiny: Path, settings) -> None:
-    """Guards `fused_lora`: loss and gradients are PEFT's, and in bf16 no further from fp32's than PEFT's are.
+    """Guards `FusedLinear`: loss and gradients are PEFT's, and in bf16 no further from fp32's than PEFT's are.
 
     1e-5 is what fp32 sums in another order differ by.
     """

@@ -21,8 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import manifest, run, script
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import attention, load
-from stepladder.model.cpu import short_rows
+from stepladder.model import attention, cpu_kernels, load
 from stepladder.planning import unloaded
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
@@ -296,7 +295,7 @@ def test_flash_attention_where_it_is_at_hand(tmp_path: Path) -> None:
 def test_a_plan_for_a_gpu_is_of_what_runs_there() -> None:
     """Guards the plan's memory: no mask of pairs, and nothing of the CPU's kernels."""
     values = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_r": 4, "padding_free": "auto"}
-    for gpu, name in ((True, attention.BY_ROW), (False, short_rows.BY_ROW_ON_CPU)):
+    for gpu, name in ((True, attention.BY_ROW), (False, cpu_kernels.BY_ROW_ON_CPU)):
         config = small("llama", "sdpa").config
         _, base = unloaded.on_meta(settings(**values), config, unloaded.Work(2, 8, "bf16", False, gpu=gpu))
         assert base.config._attn_implementation == name

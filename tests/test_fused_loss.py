@@ -12,7 +12,7 @@ from test_packing import gradients_of, model_of, two_rows
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
-from stepladder.model.cpu import fused_loss
+from stepladder.model import cpu_kernels
 
 
 @pytest.mark.parametrize("trains", ["all", "adapter"])
@@ -22,13 +22,13 @@ def test_the_fused_loss_is_trls_own(architecture, trains, monkeypatch) -> None:
 
     1e-6: sums of fp32 in another order, at gradients up to 1.
     """
-    monkeypatch.setattr(fused_loss, "TOKENS", 7)
+    monkeypatch.setattr(cpu_kernels, "TOKENS", 7)
 
     def trained(own: bool, inputs: dict[str, torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
         model = model_of(architecture)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if own:
-            fused_loss.attach(model, -100)
+            cpu_kernels.attach_loss(model, -100)
         model.get_output_embeddings().requires_grad_(trains == "all")
         output = model(**inputs, fused_lm_head=True)
         (-output.log_probs.exp().detach() * output.log_probs).sum().backward()  # as `loss_type: dft`, each its own
@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_of_plain_scores_stays_trls(architecture, changes) ->
     """Guards against scores without their scale or cap, and experts without the loss that balances them."""
     model = model_of(architecture, **changes)
     forward = model.forward
-    fused_loss.attach(model, -100)
+    cpu_kernels.attach_loss(model, -100)
     assert model.forward == forward
 
 
@@ -66,7 +66,7 @@ def test_what_changes_scores_is_known() -> None:
     source = inspect.getsource(add_fused_lm_head)
     read = set(re.findall(r'getattr\(text_config, "(\w+)"', source) + re.findall(r"text_config\.(\w+)", source))
     of_experts = {"output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok"}
-    assert read - of_experts - {"model_type"} == set(fused_loss.CHANGED)
+    assert read - of_experts - {"model_type"} == set(cpu_kernels.CHANGED)
 
 
 def test_the_fused_loss_in_bf16_drifts_less_than_trls() -> None:
@@ -82,7 +82,7 @@ def test_the_fused_loss_in_bf16_drifts_less_than_trls() -> None:
     targets[::2] = torch.randint(3000, (150,))  # half are likely, half are not
 
     def own(at: torch.Tensor) -> torch.Tensor:
-        return fused_loss.log_probs(at, head, targets)[0]
+        return cpu_kernels.log_probs(at, head, targets)[0]
 
     def theirs(at: torch.Tensor) -> torch.Tensor:
         return ChunkedLogProbFunction.apply(at, head.weight, None, targets, 1.0, 32768)[0]

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stepladder.model import attention
-from stepladder.model.cpu import short_rows
-from stepladder.model.cpu.short_rows import ShortRows
-from stepladder.model.cpu.speed_up import speed_up
+from stepladder.model import attention, cpu_kernels
+from stepladder.model.cpu_kernels import ShortRows, speed_up
 from stepladder.recipe.recipe import Recipe
 
 SMALL = {"vocab_size": 1000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -211,8 +209,8 @@ def test_short_rows_are_a_models(monkeypatch) -> None:
             lengths.append(rows)
             return ShortRows.forward(ctx, query, key, value, rows, scaling)
 
-    monkeypatch.setattr(short_rows, "ShortRows", Watched)
-    monkeypatch.setattr(short_rows, "SHORT", 20)
+    monkeypatch.setattr(cpu_kernels, "ShortRows", Watched)
+    monkeypatch.setattr(cpu_kernels, "SHORT", 20)
     model = model_of("llama")
     assert attention.by_row(model, recipe_of())
     speed_up(model, -100)

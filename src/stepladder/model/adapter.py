@@ -41,7 +41,7 @@ def attach(
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow, and the
             weights of an adapter that is trained on are not read.
         new_tokens: tokens that a template added to the vocabulary.
-        fused: LoRA's linear layers are those of `cpu/fused_lora`, which read the adapter's weights past the
+        fused: LoRA's linear layers are those of `cpu_kernels`, which read the adapter's weights past the
             modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
             PEFT's own, and cannot read these.
 
@@ -133,10 +133,10 @@ def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
 
 
 def _fuse(config: LoraConfig, recipe: Settings) -> None:
-    """Let PEFT make `cpu/fused_lora`'s layers of linear ones, where those are not quantized or compiled."""
+    """Let PEFT make `cpu_kernels`'s layers of linear ones, where those are not quantized or compiled."""
     from torch.nn import Linear
 
-    from stepladder.model.cpu.fused_lora import FusedLinear
+    from stepladder.model.cpu_kernels import FusedLinear
 
     quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
     if not quantized and not recipe.get("torch_compile"):

@@ -40,14 +40,14 @@ def build(
     Embeddings come before the adapter, which would wrap the smaller ones. Attention comes before it too, since it is
     chosen by the base's layers. Weights are held in the precision of the products last, since only then is known
     which of them are frozen. What is made for CPUs follows TRL's fused output layer, which the trainer adds
-    (`cpu.speed_up`).
+    (`cpu_kernels.speed_up`).
 
     Args:
         attend: `attention.settle` with all but the model.
         tokenizer: of the run; None in a plan, which knows neither added tokens nor an adapter's weights.
         new_tokens: tokens that a template added to the vocabulary.
         sharded: whether the strategy itself holds what is computed with (ZeRO, FSDP).
-        on_cpu: whether it computes there, where LoRA's layers are those of `cpu/fused_lora`.
+        on_cpu: whether it computes there, where LoRA's layers are those of `cpu_kernels`.
 
     Raises:
         ModelError, RecipeError: as `attend` and `adapter.attach`.

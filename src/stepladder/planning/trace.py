@@ -16,8 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError
-from stepladder.model import adapter, attention
-from stepladder.model.cpu import fused_loss
+from stepladder.model import adapter, attention, cpu_kernels
 from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
@@ -138,13 +137,13 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
                 given = adapter.virtual_inputs(model, ids) if virtual else {"input_ids": ids}
                 if config.model_type == "opt":  # which counts them from a mask of two dimensions
                     given["position_ids"] = torch.arange(shape[1]).expand(shape)
-                if work.gpu or fused_loss.fits(base):  # all tokens are trained, at worst
+                if work.gpu or cpu_kernels.has_plain_logits(base):  # all tokens are trained, at worst
                     hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
                     hidden, head = hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings()
                     if work.gpu:
                         loss = _TritonLoss.apply(hidden, head.weight)
                     else:
-                        loss = fused_loss.log_probs(hidden, head, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
+                        loss = cpu_kernels.log_probs(hidden, head, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
                 else:
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
                                  labels=ids).loss  # fmt: skip

@@ -16,7 +16,7 @@ from stepladder.errors import ModelError
 from stepladder.model import attention, load
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
-from stepladder.model.cpu.speed_up import speed_up
+from stepladder.model.cpu_kernels import speed_up
 from stepladder.settings import Settings
 
 

@@ -17,7 +17,7 @@ from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
-from stepladder.model.cpu.speed_up import speed_up
+from stepladder.model.cpu_kernels import speed_up
 from stepladder.recipe.batch import Layout
 from stepladder.training import gradients
 from stepladder.training.checkpoint import saving
