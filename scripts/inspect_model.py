@@ -11,7 +11,7 @@ import argparse
 import json
 
 from stepladder import console, errors
-from stepladder.model import description
+from stepladder.model import card
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
 
     console.quiet_libraries()
-    facts = description.describe(args.model)
+    facts = card.describe(args.model)
     if args.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return

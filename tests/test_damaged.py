@@ -251,9 +251,9 @@ def report(folder: Path) -> None:
 
 
 def model_card(folder: Path) -> None:
-    trained, losses = card.read(folder)
+    trained, losses = card.read_training(folder)
     card.front_matter(folder)
-    card.card(folder, "base", None, trained, losses, None)
+    card.render(folder, "base", None, trained, losses, None)
 
 
 def queue(folder: Path) -> None:

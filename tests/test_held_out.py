@@ -112,7 +112,7 @@ def test_the_card_says_what_its_held_out_loss_is_of(trained) -> None:
         ({"rows": 4, "trained_on": 3, "foreign": ""}, " (3 of its 4 rows are trained on too) |"),
         ({"rows": 4, "trained_on": None, "foreign": "b.jsonl"}, " on `b.jsonl`, which came with other data |"),
     ):
-        text = card.card(trained / "run", "base", None, facts | {"held_out": held}, [1.0], merged=None)
+        text = card.render(trained / "run", "base", None, facts | {"held_out": held}, [1.0], merged=None)
         assert f"| held-out loss | {facts['final']['eval_loss']:.4f}{said}" in text, text
 
 

@@ -445,7 +445,7 @@ def test_a_card_quotes_names(tmp_path: Path) -> None:
         "adapters": [str(folder)], "dtype": "float32", "proof": None, "quantized_base": None, "command": "scripts/m.py"
     }  # fmt: skip
     for made in (None, merged):
-        text = card.card(folder, base, "mit\n|x|", trained, [], made)
+        text = card.render(folder, base, "mit\n|x|", trained, [], made)
         body = text.split("\n---\n", 1)[1]
         code, cells = (
             re.findall(r"^(`{3,})(?:bash|yaml)\n(.*?)\n\1$", body, re.S | re.M),

@@ -1,7 +1,8 @@
-"""The model card (`README.md`): what a model is made of, under which licence, how to load, serve and repeat it."""
+"""What a model is: written as its card (`README.md`), and read back from a model's cards and configurations."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -12,11 +13,14 @@ import yaml
 from stepladder import files, hardware
 from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
-from stepladder.model import adapter, start
+from stepladder.model import start
+from stepladder.model.adapter import VIRTUAL
+from stepladder.model.merge.weights import Weights
 from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
 README_BYTES = 1 << 22
-
+UNNAMED = "none named"
+QUESTION = "How do I track my order?"  # of the example prompt
 LARGEST = 1e100  # of a loss: beyond it there is nothing to draw
 NEEDED = (
     *("recipe", "totals.steps", "parameters.all", "parameters.trainable", "datasets", "packages", "git_commit"),
@@ -30,24 +34,24 @@ def front_matter(folder: Path) -> dict[str, Any]:
     """What the YAML head of a folder's README.md says; empty without one, and for one that is no YAML."""
     try:
         text = files.read_text(folder / "README.md", README_BYTES, errors="replace")
-        found = files.parse_yaml(text[4:].split("\n---", 1)[0]) if text.startswith("---\n") else {}
+        front = files.parse_yaml(text[4:].split("\n---", 1)[0]) if text.startswith("---\n") else {}
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return front if isinstance(front, dict) else {}
 
 
-def method(trained: dict[str, Any]) -> str:
+def training_method(trained: dict[str, Any]) -> str:
     """How a run trained, from its manifest."""
     recipe = trained["recipe"]
     if not recipe.get("use_peft"):
         return "full fine-tuning"
     if (kind := recipe.get("peft_type") or "lora") != "lora":
-        return adapter.VIRTUAL.get(kind, kind)
+        return VIRTUAL.get(kind, kind)
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[float]]:
+def read_training(folder: Path) -> tuple[dict[str, Any], list[float]]:
     """A run's manifest and its losses; empty where the folder is no run.
 
     Raises:
@@ -79,7 +83,7 @@ def curve(losses: list[float], width: int = 32) -> str:
     return "".join(BARS[round((loss - low) / (high - low or 1) * (len(BARS) - 1))] for loss in picked)
 
 
-def card(
+def render(
     folder: Path,
     base: str,
     licence: str | None,
@@ -106,7 +110,7 @@ def card(
         "tags": ["stepladder", "sft"],
     }
     front |= {"license": licence} if licence else {}
-    how = method(trained) if trained else "An adapter"
+    how = training_method(trained) if trained else "An adapter"
     made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
     cells = {
         name: _line(value).replace("|", "\\|") for name, value in _facts(base, licence, trained, losses, merged).items()
@@ -147,11 +151,11 @@ def _facts(
         rows |= {
             "data": ", ".join(sets[:1]),
             **({"held out": f"{sets[1]}, not trained on"} if len(sets) > 1 else {}),
-            "method": f"{method(trained)}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
+            "method": f"{training_method(trained)}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
             "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
             f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
             "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
-            "held-out loss": f"{final['eval_loss']:.4f}{_of_rows(trained)}"
+            "held-out loss": f"{final['eval_loss']:.4f}{_held_out_note(trained)}"
             if "eval_loss" in final
             else "not evaluated",
         }
@@ -165,22 +169,22 @@ def _facts(
     return rows
 
 
-def _of_rows(trained: dict[str, Any]) -> str:
+def _held_out_note(trained: dict[str, Any]) -> str:
     """What a reader must know of the rows behind the held-out loss: trained on too, or of other data."""
     rows = trained.get("held_out", {})
     count = rows.get("trained_on")
-    told = f" ({count:,} of its {rows['rows']:,} rows are trained on too)" if count else ""
-    return told + (f" on `{rows['foreign']}`, which came with other data" if rows.get("foreign") else "")
+    note = f" ({count:,} of its {rows['rows']:,} rows are trained on too)" if count else ""
+    return note + (f" on `{rows['foreign']}`, which came with other data" if rows.get("foreign") else "")
 
 
 def _proof(merged: dict[str, Any]) -> str:
-    found = merged["proof"]
-    if not found:
+    proof = merged["proof"]
+    if not proof:
         return "**unverified**: nothing compared it with base and adapter"
     return (
-        f"proved: {found['changed']} of {found['tensors']} tensors changed, logits off by {found['exact']['max']:.1e} "
-        f"before rounding and {found['written']['mean']:.1e} in the mean after (the adapter moves them by "
-        f"{found['adapter_moves']['mean']:.1e})"
+        f"proved: {proof['changed']} of {proof['tensors']} tensors changed, logits off by {proof['exact']['max']:.1e} "
+        f"before rounding and {proof['written']['mean']:.1e} in the mean after (the adapter moves them by "
+        f"{proof['adapter_moves']['mean']:.1e})"
     )
 
 
@@ -248,10 +252,89 @@ def _vllm(folder: Path, base: str) -> str:
         "a rank or alpha of its own for some modules": config.get("rank_pattern") or config.get("alpha_pattern"),
         f"rank {rank}, above {VLLM_RANKS[-1]}": rank > VLLM_RANKS[-1],
     }
-    if reasons := [name for name, found in refused.items() if found]:
+    if reasons := [name for name, value in refused.items() if value]:
         return f"# vLLM does not serve this adapter beside its base ({', '.join(reasons)}); merged, it does"
     limit = next(limit for limit in VLLM_RANKS if limit >= rank)
     return (
         f"vllm serve {quoted(base)} --enable-lora --max-lora-rank {limit} "
         f"--lora-modules {quoted(f'{folder.name}={folder}')}"
     )
+
+
+# ---- read back ----
+
+
+def describe(name: str) -> dict[str, str]:
+    """Facts by their names, as inspect_model.py prints them; `none named` where no file has one.
+
+    Args:
+        name: a folder or a hub id.
+
+    Raises:
+        ModelError: there is no such model, or one of its files is damaged.
+    """
+    from stepladder.data import render, templates
+    from stepladder.model import load
+
+    folder = load.folder_of(name, small_files_only=True)
+    adapter, config = _read_object(folder / "adapter_config.json"), _read_object(folder / "config.json")
+    merged, (trained, _), front = _read_object(folder / "merge.json"), read_training(folder), front_matter(folder)
+    if merged and not trained:
+        adapters = merged.get("adapters")
+        if not (isinstance(adapters, list) and adapters and isinstance(adapters[0], str) and merged.get("status")):
+            raise ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", help="merge again")
+        trained, _ = read_training(Path(adapters[0]))
+    tokenizer = load.tokenizer_of(str(folder))
+    has_template = tokenizer.chat_template is not None
+    conversation = {"messages": [{"role": "user", "content": QUESTION}]}
+    return {
+        "name": name,
+        "base model": adapter.get("base_model_name_or_path") or front.get("base_model") or UNNAMED,
+        "task": front.get("pipeline_tag") or _task(adapter, config),
+        "data set": ", ".join(f"{d['name']} ({d['rows']} rows)" for d in trained.get("datasets", ())[:1])
+        or _join(front.get("datasets"))
+        or UNNAMED,
+        "method": _method(adapter, merged, trained, config),
+        "size": _size(folder, "adapter_model.safetensors" if adapter else "model.safetensors"),
+        "template": templates.name_of(tokenizer.chat_template),
+        "licence": front.get("license") or UNNAMED,
+        "example prompt": render.prompt_text(conversation, tokenizer) if has_template else QUESTION,
+    }
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        return files.read_object(file) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file} cannot be used: {error}") from None
+
+
+def _join(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def _task(adapter: dict[str, Any], config: dict[str, Any]) -> str:
+    architectures = config.get("architectures")
+    names = [adapter.get("task_type"), *(architectures if isinstance(architectures, list) else ())]
+    names = [name for name in names if isinstance(name, str)]
+    causal = any(name.endswith(("CausalLM", "LMHeadModel")) or name == "CAUSAL_LM" for name in names)
+    return "text-generation" if causal else _join(names) or UNNAMED
+
+
+def _method(adapter: dict[str, Any], merged: dict[str, Any], trained: dict[str, Any], config: dict[str, Any]) -> str:
+    method = training_method(trained) if trained else ""
+    if adapter:
+        kind = "DoRA" if adapter.get("use_dora") else adapter.get("peft_type", "an adapter")
+        rank = f", r {adapter.get('r')}, alpha {adapter['lora_alpha']}" if "lora_alpha" in adapter else ""
+        return f"{method or kind}{rank}"
+    if merged:
+        return f"{method or 'an adapter'}, merged ({merged['status']})"
+    return method or f"{config.get('model_type', 'unknown')}, nothing says how it was trained"
+
+
+def _size(folder: Path, single: str) -> str:
+    try:
+        tensors = Weights(folder, single).tensors.values()
+    except ModelError:
+        return "the weights are not here"
+    return f"{sum(math.prod(t.shape) for t in tensors):,} parameters, {sum(t.bytes for t in tensors) / 1e6:,.1f} MB"

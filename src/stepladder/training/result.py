@@ -79,9 +79,9 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
     for remark in portable.settle(run.folder, trainer.processing_class):
         console.say(f"  note: {remark}")
-    base, (_, losses) = run.manifest["starts_from"]["base"], card.read(run.folder)
+    base, (_, losses) = run.manifest["starts_from"]["base"], card.read_training(run.folder)
     licence = card.front_matter(Path(base)).get("license")
-    text = card.card(run.folder, base, licence, run.manifest, losses, merged=None)
+    text = card.render(run.folder, base, licence, run.manifest, losses, merged=None)
     (run.folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ class _Parts:
 
 def _parts(args: argparse.Namespace) -> _Parts:
     config = configs(args.adapter)[0]
-    made = [card.read(folder) for folder in args.adapter]
+    made = [card.read_training(folder) for folder in args.adapter]
     trained, losses = made[0]
     in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = quantized.choose(args.quantized_base, in_4_bits)
@@ -99,7 +99,7 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
         if parts.modelfile:
             run.write_whole(folder / "Modelfile", parts.modelfile)
         licence = card.front_matter(parts.base).get("license")
-        text = card.card(args.output_dir, parts.name, licence, parts.trained, parts.losses, facts)
+        text = card.render(args.output_dir, parts.name, licence, parts.trained, parts.losses, facts)
         run.write_whole(folder / "README.md", text)
     return facts
 
