@@ -43,7 +43,7 @@ def main() -> int:
     if args.audit:
         return _audit(recipe, limits, args.rows, args.json)
     if args.show or args.explain:
-        _keys(adapter_recipe.settle(recipe) if start.of_recipe(recipe).adapter else recipe, args)
+        _keys(adapter_recipe.settle(recipe) if start.find_for(recipe).adapter else recipe, args)
         return 0
     return _preflight(recipe, args)
 

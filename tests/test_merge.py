@@ -21,8 +21,8 @@ from conftest import ROOT, script
 from stepladder.errors import ModelError
 from stepladder.evaluation import sides
 from stepladder.model import fingerprint
-from stepladder.model.adapter_config import configs
 from stepladder.model.merge import export, full, weights
+from stepladder.model.merge.injection import read_configs
 from stepladder.model.merge.proof import Proof
 from stepladder.model.merge.quantized import RoundTrip, choose
 from stepladder.model.merge.streamed import Merge
@@ -652,7 +652,7 @@ def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:
     (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
     for folder, said in ((tmp_path / "prefix", "cannot be merged"), (pickled, "is a pickle"), (tmp_path, "no adapter")):
         with pytest.raises(ModelError, match=said):
-            configs([folder])
+            read_configs([folder])
     with pytest.raises(ModelError, match="has no effect here"):
         choose("dequantized", {"recipe": {"use_peft": True}})
 

@@ -88,7 +88,7 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """With the recipe as it is trained."""
     found = adapter_recipe.settle(recipe)
-    source = start.of_recipe(found)
+    source = start.find_for(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
     return f"{found.get('model_name_or_path')}{on}", found
 

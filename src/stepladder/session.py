@@ -274,7 +274,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
         "recipe_name": recipe.name,
         "recipe": recipe.values,
         "recipe_hash": recipe.hash(),
-        "starts_from": start.facts(recipe),
+        "starts_from": start.describe_start(recipe),
         "strategy": launch.strategy,
         "world_size": launch.ranks,
         "devices": prepared.devices,

@@ -103,14 +103,14 @@ def check(source: str | Endpoint, on: Measured) -> None:
     else:
         if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
             on.bases[source] = on.base
-            on.notes.append(f"{source} is put on {on.base}: its own base, {start.of(source).base}, is not there")
-        begun = start.checked(source, on.bases.get(source))
+            on.notes.append(f"{source} is put on {on.base}: its own base, {start.find(source).base}, is not there")
+        begun = start.find_checked(source, on.bases.get(source))
         if begun.adapter and (note := fingerprint.other_base(begun.adapter, begun.base, begun.revision)):
             on.notes.append(note)
 
 
 def _lacks_base(source: str) -> bool:
-    begun = start.of(source)
+    begun = start.find(source)
     try:
         start.check_source(begun.base)
     except ModelError:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from stepladder import hardware
 from stepladder.errors import ModelError
 from stepladder.model import start
-from stepladder.model.adapter_config import ADAPTER, CONFIG
 from stepladder.model.merge.weights import more
+from stepladder.model.start import ADAPTER, CONFIG
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -66,7 +66,7 @@ def attach(
         if tokenizer:
             _initialize(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
         return wrapped
-    source = start.of_recipe(recipe)
+    source = start.find_for(recipe)
     config = _of_adapter(source, recipe, model) if source.adapter else _new_config(recipe)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None

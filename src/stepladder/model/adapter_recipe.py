@@ -13,9 +13,8 @@ from typing import Any
 
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.model import start
-from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE
 from stepladder.model.merge.weights import Weights, more
-from stepladder.model.start import FIELDS, KEY
+from stepladder.model.start import ADAPTER, CHANGES_BASE, FIELDS, KEY
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.run import MANIFEST
@@ -44,7 +43,7 @@ def settle(recipe: Recipe) -> Recipe:
     """
     name, where = recipe.get(KEY), recipe.where(KEY)
     start.check_source(name, where)
-    begun = start.of(name, recipe.get("model_revision"))
+    begun = start.find(name, recipe.get("model_revision"))
     start.check_finished(Path(name), where)
     if begun.adapter is None:
         return recipe
@@ -68,7 +67,7 @@ def _check_base(begun: start.Start) -> None:
     place = begun.config_file
     start.check_source(begun.base, place)
     start.check_finished(Path(begun.base), place)
-    if start.of(begun.base, begun.revision).adapter:
+    if start.find(begun.base, begun.revision).adapter:
         raise ModelError(
             f"the base of {begun.adapter} is an adapter too: {begun.base}",
             where=place,
@@ -78,8 +77,8 @@ def _check_base(begun: start.Start) -> None:
 
 
 def _merge(name: str) -> str:
-    adapter = name if Path(name).is_dir() else start.of(name).adapter or name  # one of the hub lies in its cache
-    recipe = start.object_in(Path(adapter) / MANIFEST).get("recipe")
+    adapter = name if Path(name).is_dir() else start.find(name).adapter or name  # one of the hub lies in its cache
+    recipe = start.read_if_readable(Path(adapter) / MANIFEST).get("recipe")
     return start.merge_command(adapter, recipe if isinstance(recipe, dict) else {}, f"merged/{Path(name).name}")
 
 
@@ -179,7 +178,7 @@ def _values(begun: start.Start, name: str) -> dict[str, Any]:
 
 
 def _is_right(key: str, value: Any) -> bool:
-    """Whether training takes the value; its kind is that of its field (adapter_config.py)."""
+    """Whether training takes the value; its kind is that of its field (`start.FIELD_CHECKS`)."""
     if key == OF_THE_TRAINING:
         return bool(0 <= value < 1)
     if key in ("lora_r", "lora_alpha"):
@@ -232,7 +231,7 @@ def _notes(recipe: Recipe, begun: start.Start) -> Iterator[str]:
     """What holds without a key for it, and what differs from the adapter's own training."""
     if kept := [f"{key}: {json.dumps(begun.config[key])}" for key in KEPT if begun.config.get(key)]:
         yield f"{recipe.get(KEY)} keeps its {', '.join(kept)}"
-    before = start.object_in((begun.adapter or Path()) / MANIFEST).get("recipe")
+    before = start.read_if_readable((begun.adapter or Path()) / MANIFEST).get("recipe")
     if isinstance(before, dict):
         was, now = bool(before.get("load_in_4bit")), bool(recipe.get("load_in_4bit"))
         if was != now:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
 from stepladder.model import start
-from stepladder.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from stepladder.model.merge.weights import INDEX
+from stepladder.model.start import CONFIG as ADAPTER_CONFIG
 from stepladder.run import MANIFEST, read_object, write_whole
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def of_model(name: str, revision: str | None = None, with_code: bool = False) ->
     Raises:
         OSError: a file cannot be read.
     """
-    begun = start.of(name, revision)
+    begun = start.find(name, revision)
     parts = _of_base(begun, with_code)
     if begun.adapter:
         return of_folder(begun.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
@@ -61,7 +61,7 @@ def other_base(adapter: Path, base: str, revision: str | None = None) -> str:
 
     Files of a name that both have are compared: the same weights in other shards are not known to be the same.
     """
-    inputs = start.object_in(adapter / MANIFEST).get("inputs")
+    inputs = start.read_if_readable(adapter / MANIFEST).get("inputs")
     trained = inputs.get("model") if isinstance(inputs, dict) else None
     if not isinstance(trained, dict):
         return ""
@@ -82,7 +82,7 @@ def _of_base(begun: start.Start, with_code: bool) -> Parts:
 def of_folder(folder: Path, with_code: bool = False) -> Parts:
     """The hash of each file of a folder that its model or adapter is loaded from; see `of_model`."""
     remembered = cache.folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
-    known = start.object_in(remembered)
+    known = start.read_if_readable(remembered)
     files = _files(folder, with_code)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
         entries = list(pool.map(lambda file: _entry(file, known), files))

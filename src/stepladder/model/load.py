@@ -98,7 +98,7 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
     """
-    code, source = bool(recipe.get("trust_remote_code")), start.of_recipe(recipe)
+    code, source = bool(recipe.get("trust_remote_code")), start.find_for(recipe)
     tok = tokenizer_of(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
         from transformers import AutoConfig
@@ -128,7 +128,7 @@ def tokenizer_of(
     """
     from transformers import AutoTokenizer
 
-    source = start.of(name, revision)
+    source = start.find(name, revision)
     if source.adapter and not source.has_tokenizer:
         name, revision = source.base, source.revision
     with _loading(name):
@@ -185,7 +185,7 @@ def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    source = start.of_recipe(recipe)
+    source = start.find_for(recipe)
     name = source.base
     kwargs: dict[str, Any] = {**(recipe.get("model_init_kwargs") or {}), **_attention(recipe)}
     if quantization := quantization_config(recipe, mixed_precision):
@@ -234,7 +234,7 @@ def unread_model(recipe: Settings) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = start.of_recipe(recipe)
+    source = start.find_for(recipe)
     with _loading(source.base):
         config = AutoConfig.from_pretrained(source.base, revision=source.revision)
         with torch.device("meta"):
@@ -320,7 +320,7 @@ def for_inference(
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = start.checked(name, base)
+    source = start.find_checked(name, base)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     place = str(source.adapter) if source.has_tokenizer else source.base

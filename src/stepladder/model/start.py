@@ -1,4 +1,4 @@
-"""What training starts from: a model, or an adapter on its base that is trained on.
+"""What training starts from: a model, or an adapter on its base that is trained on, with its configuration.
 
 Files and JSON only: torch is not imported, so that a wrong start is reported at once.
 """
@@ -6,6 +6,9 @@ Files and JSON only: torch is not imported, so that a wrong start is reported at
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,6 @@ from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError
 from stepladder.files import read_object
-from stepladder.model.adapter_config import CONFIG, read_config
 from stepladder.run import MANIFEST, status
 from stepladder.settings import Settings
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "COMPLETE.json"
 KEY = "model_name_or_path"
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that PEFT must see the whole
+# model.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
 # PEFT's fields by the recipe's keys for them.
 FIELDS = {
     "lora_r": "r",
@@ -34,6 +40,28 @@ FIELDS = {
     "lora_modules_to_save": "modules_to_save",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+# What LoRA's fields may hold. PEFT checks none of them, and takes the text "false" for true.
+FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout"), _is_number),
+    **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), lambda value: isinstance(value, bool | None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _are_numbers),
+    **dict.fromkeys(("target_modules", "exclude_modules"), lambda value: isinstance(value, str) or _are_names(value)),
+    "modules_to_save": _are_names,
 }
 
 
@@ -73,7 +101,29 @@ class Start:
         })  # fmt: skip
 
 
-def of(name: str, revision: str | None = None) -> Start:
+def read_config(folder: Path) -> dict[str, Any]:
+    """An adapter's adapter_config.json.
+
+    Raises:
+        ModelError: it cannot be read, or a value is of another kind than its field.
+    """
+    file = folder / CONFIG
+    try:
+        config = read_object(file)
+    except ValueError as error:
+        raise ModelError(f"{file} cannot be read: {error}", help="copy or fetch the adapter again") from None
+    checks = {"peft_type": lambda value: isinstance(value, str)}
+    for key, is_right in (checks | FIELD_CHECKS if config.get("peft_type") == "LORA" else checks).items():
+        if key in config and not is_right(config[key]):
+            raise invalid_config(file, f"{key} cannot be {json.dumps(config[key])[:80]}")
+    return config
+
+
+def invalid_config(file: Path, what: str) -> ModelError:
+    return ModelError(f"{file} cannot be used: {what}", help="copy or fetch the adapter again")
+
+
+def find(name: str, revision: str | None = None) -> Start:
     """The model or adapter of a name: a folder, or a hub id; of a repository that is not in the cache, a model.
 
     Raises:
@@ -91,12 +141,12 @@ def of(name: str, revision: str | None = None) -> Start:
             help='write it there: "base_model_name_or_path": "a folder, or a hub id"',
         )
     revision = config.get("revision")
-    return Start(_found(base, folder), revision if isinstance(revision, str) else None, folder, config)
+    return Start(_find_base(base, folder), revision if isinstance(revision, str) else None, folder, config)
 
 
-def of_recipe(recipe: Settings) -> Start:
-    """What the recipe's `model_name_or_path` stands for; raises as `of`."""
-    return of(recipe.get(KEY) or "", recipe.get("model_revision"))
+def find_for(recipe: Settings) -> Start:
+    """What the recipe's `model_name_or_path` stands for; raises as `find`."""
+    return find(recipe.get(KEY) or "", recipe.get("model_revision"))
 
 
 def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
@@ -105,7 +155,7 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     Args:
         own: the template of the tokenizer as it was loaded, and `chosen` the one that rows are rendered by.
     """
-    if not own or own == chosen or not of_recipe(recipe).has_tokenizer:
+    if not own or own == chosen or not find_for(recipe).has_tokenizer:
         return []
     keys = [key for key in templates.KEYS if recipe.get(key)]
     return [
@@ -114,7 +164,7 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     ]
 
 
-def checked(name: str, base: str | None = None) -> Start:
+def find_checked(name: str, base: str | None = None) -> Start:
     """The model or adapter of a name, to be used as it is: it is there, and so is an adapter's base.
 
     Args:
@@ -124,7 +174,7 @@ def checked(name: str, base: str | None = None) -> Start:
         ModelError: one of them is not there; `base` is given for a model that is none on another one.
     """
     check_source(name)
-    start = of(name)
+    start = find(name)
     if start.adapter is None:
         if base:
             raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", help="leave out --base")
@@ -144,15 +194,15 @@ def checked(name: str, base: str | None = None) -> Start:
     return start
 
 
-def facts(recipe: Settings) -> dict[str, Any]:
+def describe_start(recipe: Settings) -> dict[str, Any]:
     """For run.json: the base, and the adapter that training starts from with the run that made it."""
-    start = of_recipe(recipe)
+    start = find_for(recipe)
     if start.adapter is None:
         return {"base": start.base}
-    found: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(KEY))}
-    if before := object_in(start.adapter / MANIFEST):
-        found |= {"recipe_hash": before.get("recipe_hash"), "step": before.get("result_step")}
-    return found
+    facts: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(KEY))}
+    if before := read_if_readable(start.adapter / MANIFEST):
+        facts |= {"recipe_hash": before.get("recipe_hash"), "step": before.get("result_step")}
+    return facts
 
 
 def check_source(name: str | None, where: str = "") -> None:
@@ -210,7 +260,7 @@ def _looks_local(name: str) -> bool:
     return Path(name).is_absolute() or name.startswith((".", "models/", "runs/")) or name.count("/") > 1
 
 
-def _found(base: str, folder: Path) -> str:
+def _find_base(base: str, folder: Path) -> str:
     """A base by the name that an adapter has for it.
 
     A relative path counts from where the training was started. Where it leads nowhere from here, it is looked for in
@@ -236,7 +286,7 @@ def _cached_adapter(name: str, revision: str | None) -> Path | None:
     return Path(place).parent if isinstance(place, str) else None
 
 
-def object_in(file: Path) -> dict[str, Any]:
+def read_if_readable(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none that can be read."""
     try:
         return read_object(file)
@@ -246,9 +296,9 @@ def object_in(file: Path) -> dict[str, Any]:
 
 def check_finished(folder: Path, where: str = "") -> None:
     """Raise ModelError for a run folder whose result is not there yet, or was found wrong."""
-    if (folder / MANIFEST).is_file() and (found := status(folder)) != "finished":
+    if (folder / MANIFEST).is_file() and (state := status(folder)) != "finished":
         raise ModelError(
-            f"{folder} holds the result of no finished run: {MANIFEST} says {found}",
+            f"{folder} holds the result of no finished run: {MANIFEST} says {state}",
             where=where,
             why="what lies there may be half of a result, or one that was found wrong",
             help="the same sft.py command again goes on with that run",

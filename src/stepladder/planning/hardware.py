@@ -88,7 +88,7 @@ def config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    source = start.of_recipe(settings)
+    source = start.find_for(settings)
     name = source.base
     shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
     if not Path(name).is_dir() and name in shapes:

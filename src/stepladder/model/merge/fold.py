@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from stepladder import console, files, hardware, run
 from stepladder.errors import ModelError
 from stepladder.model import card, fingerprint, gguf_file, load, portable, start
-from stepladder.model.adapter_config import configs
 from stepladder.model.merge import export, full, quantized, weights
+from stepladder.model.merge.injection import read_configs
 from stepladder.model.merge.proof import Proof
 from stepladder.model.merge.streamed import Merge
 
@@ -43,12 +43,12 @@ class _Parts:
 
 
 def _parts(args: argparse.Namespace) -> _Parts:
-    config = configs(args.adapter)[0]
+    config = read_configs(args.adapter)[0]
     made = [card.read_training(folder) for folder in args.adapter]
     trained, losses = made[0]
     in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = quantized.choose(args.quantized_base, in_4_bits)
-    begun = start.of(str(args.adapter[0]))
+    begun = start.find(str(args.adapter[0]))
     name = args.base or begun.base
     base = load.unquantized(name, None if args.base else config.revision)
     if replaced := next(

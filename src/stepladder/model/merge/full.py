@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from stepladder.errors import ModelError
 from stepladder.model.adapter import load_trained
-from stepladder.model.adapter_config import CHANGES_BASE, configs
+from stepladder.model.merge.injection import read_configs
 from stepladder.model.merge.quantized import RoundTrip
 from stepladder.model.merge.streamed import Merge, NotStreamed
 from stepladder.model.merge.weights import CODES, FLOATS, Tensor, Weights, name_of, share
+from stepladder.model.start import CHANGES_BASE
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def open_merge(
     base: Path, adapters: list[Path], scales: list[float], quantize: RoundTrip | None, tokens: int, device: str
 ) -> tuple[Merge | Whole, str | None]:
     """The merge of these adapters into this base, and why it is not streamed where it is not."""
-    because = _whole_because(configs(adapters))
+    because = _whole_because(read_configs(adapters))
     if not because:
         try:
             return Merge(base, adapters, scales, quantize, tokens, device), None

@@ -7,10 +7,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder.console import quoted
 from stepladder.errors import ModelError
 from stepladder.model.adapter import read_tensors, wrong_base
-from stepladder.model.adapter_config import ADAPTER, CONFIG, configs, invalid_config
 from stepladder.model.merge.weights import Weights, more
+from stepladder.model.start import ADAPTER, CONFIG, invalid_config, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."  # PEFT's, before each name of the base model
+
+
+def read_configs(adapters: list[Path]) -> list[PeftConfig]:
+    """The adapters' configurations.
+
+    Raises:
+        ModelError: no adapter, a pickled one, or a kind that cannot become weights.
+    """
+    from peft import PeftConfig
+
+    configs = []
+    for folder in adapters:
+        if not (folder / CONFIG).is_file():
+            raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", help="check the path")
+        read_config(folder)
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (ValueError, TypeError, KeyError) as error:  # KeyError: a peft_type that it does not know
+            raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ModelError(
+                f"{folder} is {config.peft_type.value}, which cannot be merged",
+                why="it learned tokens that come before the prompt, not a change of the base's weights",
+                help="serve base and adapter together: "
+                f'python scripts/generate.py --model {quoted(folder)} --prompt "…"',
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ModelError(
+                f"{folder} is an activated LoRA, which cannot be merged",
+                why="it applies to the tokens after its invocation only",
+                help="serve base and adapter together",
+            )
+        Weights(folder, single=ADAPTER)
+        configs.append(config)
+    return configs
 
 
 def vocabulary(model: PreTrainedModel, adapters: list[Path], tokens: int) -> int:
@@ -47,7 +83,7 @@ def inject(
     names = [f"adapter_{number}" for number in range(len(adapters))]
     given: dict[str, torch.Tensor] = {}
     wrapped: Any = None
-    for name, folder, config, scale in zip(names, adapters, configs(adapters), scales, strict=True):
+    for name, folder, config, scale in zip(names, adapters, read_configs(adapters), scales, strict=True):
         try:
             wrapped, table = _table(wrapped or model, config, name)
         except ValueError as error:

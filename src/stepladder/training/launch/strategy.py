@@ -73,7 +73,7 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     if inputs and launch.strategy.startswith("zero3"):
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
     elif launch.strategy.startswith("fsdp") and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
-        tied = start.object_in(Path(start.of_recipe(recipe).base) / "config.json").get("tie_word_embeddings")
+        tied = start.read_if_readable(Path(start.find_for(recipe).base) / "config.json").get("tie_word_embeddings")
         if tied:
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
     if why:
