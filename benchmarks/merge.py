@@ -23,9 +23,9 @@ OURS = """
 import sys, time; from pathlib import Path
 import torch
 from peft import PeftModel; from transformers import AutoModelForCausalLM
-from stepladder.model.merge.streamed import Merge
+from stepladder.model.merge.methods import StreamedMerge
 began = time.perf_counter(); out = Path(sys.argv[3]); out.mkdir()
-Merge(Path(sys.argv[1]), [Path(sys.argv[2])], [1.0]).write(out, torch.bfloat16, 5 * 10**9, lambda *_: None)
+StreamedMerge(Path(sys.argv[1]), [Path(sys.argv[2])], [1.0]).write(out, torch.bfloat16, 5 * 10**9, lambda *_: None)
 """
 THEIRS = """
 import sys, time
@@ -47,7 +47,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from stepladder.model.merge import streamed, weights
+    from stepladder.model.merge import meta_model, weights
 
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
@@ -55,7 +55,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
     )  # fmt: skip
     folder.mkdir()
     config.save_pretrained(folder)
-    model = streamed.skeleton(config)
+    model = meta_model.skeleton(config)
     tensors = {
         n: weights.Tensor("", "BF16", tuple(p.shape)) for n, p in model.named_parameters() if n != "lm_head.weight"
     }
@@ -70,11 +70,11 @@ def make_adapter(base: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from stepladder.model.merge import streamed
+    from stepladder.model.merge import meta_model
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(streamed.skeleton(AutoConfig.from_pretrained(base)), config, low_cpu_mem_usage=True)
+    model = get_peft_model(meta_model.skeleton(AutoConfig.from_pretrained(base)), config, low_cpu_mem_usage=True)
     learned = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     folder.mkdir()
     save_file({n: 0.05 * torch.randn(p.shape) for n, p in learned.items()}, folder / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ from stepladder.data import mixture
 from stepladder.data.source import Source
 from stepladder.evaluation import questions
 from stepladder.model import gguf_file, start
-from stepladder.model.merge import weights
+from stepladder.model.merge import fold
 from stepladder.recipe import load as recipe_load
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
     parser.add_argument("--json", action="store_true", help="print merge.json")
     args = parser.parse_args()
-    weights.check_output(args.output_dir, args.overwrite)
+    fold.check_output(args.output_dir, args.overwrite)
     args.weights = args.weights or [1.0] * len(args.adapter)
     if len(args.weights) != len(args.adapter):
         raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", help="one each")
@@ -52,12 +52,12 @@ def main() -> None:
     with console.quick_imports():
         import peft  # noqa: F401 - it comes with the proof, and is most of what is imported
 
-        from stepladder.model.merge import export, fold, proof
+        from stepladder.model.merge import proof
 
     console.quiet_progress_bars()
     facts = fold.merge(args, lambda tokenizer: questions.prompt_ids(_rows(args), tokenizer))
     if args.push_to_hub:
-        console.say(f"pushed to {export.push(args.output_dir, args.push_to_hub)}")
+        console.say(f"pushed to {fold.push(args.output_dir, args.push_to_hub)}")
     console.say(json.dumps(facts, indent=2) if args.json else proof.report(facts, args.output_dir))
 
 

@@ -21,11 +21,10 @@ from conftest import ROOT, script
 from stepladder.errors import ModelError
 from stepladder.evaluation import sides
 from stepladder.model import fingerprint
-from stepladder.model.merge import export, full, weights
-from stepladder.model.merge.injection import read_configs
+from stepladder.model.merge import export, fold, weights
+from stepladder.model.merge.meta_model import RoundTrip, read_configs
+from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
-from stepladder.model.merge.quantized import RoundTrip, choose
-from stepladder.model.merge.streamed import Merge
 
 ROWS = 64  # the vocabulary
 
@@ -111,7 +110,7 @@ def test_merges_what_peft_merges(case: str, tmp_path: Path) -> None:
     make, keys = CASES[case]
     base = saved(make(), tmp_path / "base")
     adapter = adapter_on(make(), base, tmp_path / "adapter", **keys)
-    Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 40_000, silent)
+    StreamedMerge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 40_000, silent)
 
     theirs = PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
     ours = load(tmp_path / "out").state_dict()
@@ -126,7 +125,7 @@ def test_unties_embeddings_that_parted(keys: dict[str, Any], tmp_path: Path) -> 
     """Guards against a merge that ties what the adapter trained apart: PEFT's writes both or drops one (peft#2777)."""
     base = saved(llama(tie_word_embeddings=True), tmp_path / "base")
     adapter = adapter_on(llama(tie_word_embeddings=True), base, tmp_path / "adapter", **keys)
-    Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
+    StreamedMerge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     merged = load(tmp_path / "out")
     assert not merged.config.tie_word_embeddings
     reference = PeftModel.from_pretrained(load(base), adapter)
@@ -143,7 +142,7 @@ def test_several_adapters_add_up(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
     first = adapter_on(llama(), base, tmp_path / "first")
     second = adapter_on(llama(), base, tmp_path / "second", seed=2, r=2, target_modules=["q_proj", "up_proj"])
-    Merge(base, [first, second], [0.75, -0.5]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
+    StreamedMerge(base, [first, second], [0.75, -0.5]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     peft = PeftModel.from_pretrained(load(base), first, "first")
     peft.load_adapter(second, "second")
     peft.base_model.set_adapter(["first", "second"])
@@ -161,7 +160,7 @@ def test_vocabulary_that_grew(tmp_path: Path) -> None:
     grown.config._name_or_path = str(base)
     grown.resize_token_embeddings(ROWS + 3)
     adapter = adapter_on(grown, base, tmp_path / "adapter", modules_to_save=["embed_tokens", "lm_head"])
-    Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
+    StreamedMerge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     merged, bigger = load(tmp_path / "out"), load(base)
     assert merged.config.vocab_size == ROWS + 3
     bigger.resize_token_embeddings(ROWS + 3)
@@ -172,7 +171,7 @@ def test_vocabulary_nobody_knows(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
     adapter = adapter_on(llama(), base, tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight has 64 rows, the adapter's 66"):
-        Merge(base, [adapter], [1.0], tokens=ROWS + 2)
+        StreamedMerge(base, [adapter], [1.0], tokens=ROWS + 2)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -187,7 +186,7 @@ def test_names_on_disk_stay(prefix: bool, tmp_path: Path) -> None:
         tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     adapter = adapter_on(gpt2(), base, tmp_path / "adapter", fan_in_fan_out=True)
-    Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
+    StreamedMerge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     theirs = PeftModel.from_pretrained(load(base), adapter)
     torch.testing.assert_close(logits(load(tmp_path / "out")), logits(theirs), atol=1e-4, rtol=0)
     assert weights.Weights(base).tensors.keys() == weights.Weights(tmp_path / "out").tensors.keys()
@@ -199,7 +198,7 @@ def test_reference_is_base_and_adapter(case: str, tmp_path: Path) -> None:
     make, keys = CASES[case]
     base = saved(make(), tmp_path / "base")
     adapter = adapter_on(make(), base, tmp_path / "adapter", **keys)
-    reference = Merge(base, [adapter], [1.0]).reference()
+    reference = StreamedMerge(base, [adapter], [1.0]).reference()
     assert torch.equal(logits(reference), logits(PeftModel.from_pretrained(load(base), adapter)))
     assert all(p.is_meta for n, p in reference.named_parameters() if "base_layer" in n)
 
@@ -221,7 +220,7 @@ def test_the_base_as_training_quantized_it(tmp_path: Path) -> None:
     off = {}
     for choice, quantize in (("dequantized", RoundTrip("nf4", True, torch.float32)), ("original", None)):
         out = make_dir(tmp_path / choice)
-        Merge(base, [adapter], [1.0], quantize).write(out, torch.float32, 10**9, silent)
+        StreamedMerge(base, [adapter], [1.0], quantize).write(out, torch.float32, 10**9, silent)
         off[choice] = float((logits(load(out)) - trained).abs().max())
     assert off["dequantized"] < 1e-4 < 0.1 < off["original"], off
 
@@ -229,9 +228,9 @@ def test_the_base_as_training_quantized_it(tmp_path: Path) -> None:
 # ---- what must not pass, below the command line ----
 
 
-def merge_of(tmp_path: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> Merge:
+def merge_of(tmp_path: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> StreamedMerge:
     base = saved(llama(), tmp_path / "base", dtype)
-    return Merge(base, [adapter_on(llama(), base, tmp_path / "adapter", **keys)], [1.0])
+    return StreamedMerge(base, [adapter_on(llama(), base, tmp_path / "adapter", **keys)], [1.0])
 
 
 PROMPTS = [[1, 5, 9, 3], [1, 7]]
@@ -295,8 +294,8 @@ def test_what_cannot_be_streamed_is_merged_whole(tmp_path: Path) -> None:
         if parameter.requires_grad:
             parameter.data = 0.3 * torch.randn_like(parameter)
     wrapped.save_pretrained(tmp_path / "adapter")
-    work, because = full.open_merge(base, [tmp_path / "adapter"], [1.0], None, 0, "cpu")
-    assert isinstance(work, full.Whole) and because == "LOHA is not merged module by module"
+    work, because = open_merge(base, [tmp_path / "adapter"], [1.0], None, 0, "cpu")
+    assert isinstance(work, WholeMerge) and because == "LOHA is not merged module by module"
     proof = Proof(work, PROMPTS)
     work.write(make_dir(tmp_path / "out"), torch.float32, 10**9, silent)
     assert proof.compare(tmp_path / "out", torch.float32)["changed"] == 2
@@ -314,7 +313,7 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
         ("gpt2", gpt2(), {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "c_attn.* not found"),
     ):
         with pytest.raises(ModelError, match=said):
-            Merge(base, [adapter_on(other, base, tmp_path / name, **keys)], [1.0])
+            StreamedMerge(base, [adapter_on(other, base, tmp_path / name, **keys)], [1.0])
     from safetensors.torch import load_file, save_file
 
     adapter = adapter_on(llama(), base, tmp_path / "adapter")
@@ -323,11 +322,11 @@ def test_mismatches_are_named(tmp_path: Path) -> None:
     name = next(iter(tensors))
     save_file({**tensors, name: tensors[name] * 1e30}, file)
     with pytest.raises(ModelError, match="too large for float16"):
-        Merge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float16, 10**9, silent)
+        StreamedMerge(base, [adapter], [1.0]).write(make_dir(tmp_path / "out"), torch.float16, 10**9, silent)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, file)
     with pytest.raises(ModelError, match="not finite"):
-        Merge(base, [adapter], [1.0])
+        StreamedMerge(base, [adapter], [1.0])
 
 
 def test_a_broken_base_is_named(tmp_path: Path) -> None:
@@ -347,32 +346,32 @@ def test_nothing_is_left_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     import shutil
 
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), weights.beside(out, 0) as part:
+    with pytest.raises(KeyboardInterrupt), fold.work_folder(out, 0) as part:
         (part / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
     assert not any(tmp_path.iterdir())
     mine = make_dir(tmp_path / "out.part")
     (mine / "thesis.txt").write_text("not a merge's")
-    with pytest.raises(ModelError, match=r"out.part exists"), weights.beside(out, 0):
+    with pytest.raises(ModelError, match=r"out.part exists"), fold.work_folder(out, 0):
         pass
     assert (mine / "thesis.txt").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9))
     with pytest.raises(ModelError, match=r"16.0 GB are needed in .*, and 1.0 GB are free"):
-        weights.beside(tmp_path / "other", 16 * 10**9).__enter__()
+        fold.work_folder(tmp_path / "other", 16 * 10**9).__enter__()
 
 
 def test_a_merge_replaces_another_only_when_asked(tmp_path: Path) -> None:
     """Guards --overwrite: nothing goes without it, nothing that is no merge goes with it, and nothing is left over."""
     out = tmp_path / "out"
-    with weights.beside(out, 0):
+    with fold.work_folder(out, 0):
         pass
-    with pytest.raises(ModelError, match=r"--overwrite to replace"), weights.beside(out, 0):
+    with pytest.raises(ModelError, match=r"--overwrite to replace"), fold.work_folder(out, 0):
         pass
-    with weights.beside(out, 0, overwrite=True) as part:
+    with fold.work_folder(out, 0, overwrite=True) as part:
         (part / "new").touch()
     assert (out / "new").exists() and [*tmp_path.iterdir()] == [out]
     (out / "merge.json").unlink()
-    with pytest.raises(ModelError, match="is no merge"), weights.beside(out, 0, overwrite=True):
+    with pytest.raises(ModelError, match="is no merge"), fold.work_folder(out, 0, overwrite=True):
         pass
 
 
@@ -499,7 +498,7 @@ def merged(trained: Path) -> Path:
 def test_two_merges_into_one_folder(trained: Path, tmp_path: Path) -> None:
     """Guards the work of a merge against a second one, which took it for what a killed one had left."""
     out = tmp_path / "out"
-    with weights.beside(out, 0) as part:
+    with fold.work_folder(out, 0) as part:
         (part / "model.safetensors").write_text("half")
         done = script("merge", "--adapter", trained, "--output_dir", out)
         assert done.code == 2 and f"another process is merging into {out}" in done.err, done
@@ -654,7 +653,7 @@ def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=said):
             read_configs([folder])
     with pytest.raises(ModelError, match="has no effect here"):
-        choose("dequantized", {"recipe": {"use_peft": True}})
+        fold.choose_base("dequantized", {"recipe": {"use_peft": True}})
 
 
 @pytest.mark.parametrize(
@@ -680,7 +679,7 @@ def test_a_configuration_of_other_kinds_is_named(changes: dict[str, Any], said: 
     file = adapter_on(llama(), base, tmp_path / "adapter") / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ModelError, match=f"adapter_config.json cannot be used: .*{said}"):
-        Merge(base, [file.parent], [1.0])
+        StreamedMerge(base, [file.parent], [1.0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"init_lora_weights": "pissa"}])
@@ -700,7 +699,7 @@ def test_an_adapter_that_lacks_a_tensor_is_not_used(changes: dict[str, Any], tra
     base = Path(json.loads(file.read_text())["base_model_name_or_path"])
     for use in (
         lambda: for_inference(str(half)),
-        lambda: full.open_merge(base, [half], [1.0], None, 0, "cpu")[0].exact(),
+        lambda: open_merge(base, [half], [1.0], None, 0, "cpu")[0].exact(),
     ):
         with pytest.raises(ModelError, match=f"lacks {re.escape(gone)}"):
             use()

@@ -14,7 +14,7 @@ from stepladder.data.stream import Stream
 from stepladder.errors import DataError, RecipeError
 from stepladder.evaluation import questions
 from stepladder.evaluation.questions import Question
-from stepladder.model.merge import weights
+from stepladder.model.start import MERGE
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import RECIPE, read_object
@@ -37,7 +37,7 @@ class Runs:
         """The run folders that trained a model: its own, that of a checkpoint, or those of what was merged."""
         folder = Path(source)
         try:
-            merged = read_object(folder / weights.MARK).get("adapters")
+            merged = read_object(folder / MERGE).get("adapters")
         except ValueError:
             return _run_of(folder)
         adapters = merged if isinstance(merged, list) else []

@@ -24,7 +24,7 @@ from stepladder.settings import Settings
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CHECKPOINT = "COMPLETE.json"
+CHECKPOINT, MERGE = "COMPLETE.json", "merge.json"  # what tells a checkpoint, and a merged model, from other folders
 KEY = "model_name_or_path"
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that PEFT must see the whole

@@ -1,15 +1,13 @@
-"""A merged model elsewhere: a Modelfile for Ollama whose template is proved, and the hub."""
+"""A merged model in Ollama: a Modelfile whose template is proved."""
 
 from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from stepladder.console import quoted
 from stepladder.data.templates import limits
 from stepladder.errors import ModelError
 from stepladder.model.load import SAMPLING
@@ -145,24 +143,3 @@ def execute(template: str, turns: list[tuple[str, str]]) -> str:
     branches = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', found[1])
     texts = dict(zip(branches[1::2], branches[2::2], strict=True))
     return "".join(texts[role].replace("{{ .Content }}", content) for role, content in turns) + found[2]
-
-
-def push(folder: Path, name: str) -> str:
-    """Upload the folder to the hub as a private model; returns its address.
-
-    Raises:
-        ModelError: no network, no token, or the hub refuses. The folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = str(api.create_repo(name, private=True, exist_ok=True))
-        api.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # the hub's client raises its own, httpx's and OSErrors
-        raise ModelError(
-            f"{folder} is merged, and could not be pushed to {name}",
-            why=str(error).strip().splitlines()[0],
-            help=f"hf auth login, then: {quoted('hf', 'upload', name, folder)}",
-        ) from None
-    return address

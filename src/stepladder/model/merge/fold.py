@@ -1,12 +1,16 @@
-"""A whole merge, as scripts/merge.py is told to do it: opened, proved, written beside its place, and described."""
+"""A merge as scripts/merge.py asks for it: opened, proved, written beside its place, described, and uploaded."""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from stepladder import console, files, hardware, run
 from stepladder.errors import ModelError
 from stepladder.model import card, fingerprint, gguf_file, load, portable, start
-from stepladder.model.merge import export, full, quantized, weights
-from stepladder.model.merge.injection import read_configs
+from stepladder.model.merge import export, weights
+from stepladder.model.merge.meta_model import RoundTrip, read_configs
+from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
-from stepladder.model.merge.streamed import Merge
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +39,7 @@ class _Parts:
     trained: dict[str, Any]  # run.json of the first adapter's run
     losses: list[float]
     tokenizer: PreTrainedTokenizerBase
-    work: Merge | full.Whole
+    work: StreamedMerge | WholeMerge
     because: str | None  # why it is not streamed
     modelfile: str  # Ollama's; empty where it is not asked for
     gguf: gguf_file.File | None
@@ -47,7 +51,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
     made = [card.read_training(folder) for folder in args.adapter]
     trained, losses = made[0]
     in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
-    quantize = quantized.choose(args.quantized_base, in_4_bits)
+    quantize = choose_base(args.quantized_base, in_4_bits)
     begun = start.find(str(args.adapter[0]))
     name = args.base or begun.base
     base = load.unquantized(name, None if args.base else config.revision)
@@ -65,7 +69,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
     generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
     gguf_name = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
     modelfile = export.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
-    work, because = full.open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
+    work, because = open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
     model = work.configuration()
@@ -90,12 +94,12 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
     dtype = hardware.dtype_of(args.dtype) if args.dtype else weights.dtype(work.disk)
     plan = work.plan(dtype)
     needed = _bytes(plan) + (parts.gguf.bytes(plan) if parts.gguf else 0)
-    with weights.beside(args.output_dir, needed, args.overwrite) as folder:
+    with work_folder(args.output_dir, needed, args.overwrite) as folder:
         check = None if args.no_verify else Proof(work, prompts(parts.tokenizer))
         facts = _write(args, parts, folder, dtype, check)
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = hardware.peak_resident_bytes()
-        run.write_whole(folder / "merge.json", json.dumps(facts, indent=2) + "\n")
+        run.write_whole(folder / start.MERGE, json.dumps(facts, indent=2) + "\n")
         if parts.modelfile:
             run.write_whole(folder / "Modelfile", parts.modelfile)
         licence = card.front_matter(parts.base).get("license")
@@ -143,3 +147,116 @@ def _bytes(plan: dict[str, weights.Tensor]) -> int:
 def _show_progress(done: int, total: int) -> None:
     if sys.stdout.isatty():
         console.redraw(f"  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB" + "\n" * (done == total))
+
+
+def choose_base(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:
+    """Which base the adapter goes onto: None for the base's own weights.
+
+    Args:
+        choice: `original`, `dequantized`, or None where nobody chose.
+        trained: the adapter's run.json; empty where the adapter was trained elsewhere.
+
+    Raises:
+        ModelError: the adapter was trained in 4 bits and nobody chose, or the choice has no effect.
+    """
+    recipe = trained.get("recipe", {})
+    if trained and not recipe.get("load_in_4bit"):
+        if choice:
+            raise ModelError(
+                "--quantized_base has no effect here: the adapter's base was not in 4 bits", help="remove it"
+            )
+        return None
+    if trained and not choice:
+        raise ModelError(
+            "the adapter was trained on a base in 4 bits: which one is it merged into?",
+            why="original: the base's own weights, which the adapter never saw; nearer to the base elsewhere.\n"
+            "dequantized: the weights that it saw; answers as in training, with the rounding to 4 bits in all layers.\n"
+            "docs/merge.md measures both",
+            help="--quantized_base original, or --quantized_base dequantized",
+        )
+    if choice != "dequantized":
+        return None
+    dtype = hardware.dtype_of(trained.get("precision", "bf16"))
+    return RoundTrip(recipe.get("bnb_4bit_quant_type", "nf4"), recipe.get("use_bnb_nested_quant", True), dtype)
+
+
+def check_output(folder: Path, overwrite: bool = False) -> None:
+    """Raise ModelError where the folder holds anything, but for a merge that may be overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        is_merge = (folder / start.MERGE).is_file()
+        if overwrite and is_merge:
+            return
+        raise ModelError(
+            f"{folder} exists" + (" and is no merge" if overwrite else ""),
+            why="nothing that existed is overwritten",
+            help="another --output_dir" + (", or --overwrite to replace that merge" if is_merge else ""),
+        )
+
+
+@contextmanager
+def work_folder(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
+
+    Args:
+        needed: bytes that will be written.
+        overwrite: whether it may take the place of another merge, which stands until then.
+
+    Raises:
+        ModelError: not enough space, a file of the user's where the work would be, or another merge is at work there.
+    """
+    check_output(folder, overwrite)
+    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
+    if os.path.lexists(part) and start.MERGE not in names and names - {run.LOCK}:
+        raise ModelError(f"{part} exists, and the work is done there", help="remove it")
+    run.make_folder(part)
+    with run.open_lock(part / run.LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (part / run.LOCK).stat()  # not there: the other one has just ended
+        except (BlockingIOError, FileNotFoundError):
+            raise ModelError(
+                f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
+            ) from None
+        try:
+            for file in part.iterdir():  # what a merge left that was killed
+                if file.name != run.LOCK:
+                    run.remove(file)
+            (part / start.MERGE).write_text('{"status": "merging"}\n')
+            free = shutil.disk_usage(folder.parent).free
+            if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
+                raise ModelError(
+                    f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
+                    help="make room, another --output_dir, or --dtype bf16 where it is fp32",
+                )
+            yield part
+            (part / run.LOCK).unlink()
+            check_output(folder, overwrite)  # something may lie there by now
+            if (folder / start.MERGE).is_file():
+                os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload the folder to the hub as a private model; returns its address.
+
+    Raises:
+        ModelError: no network, no token, or the hub refuses. The folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, private=True, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # the hub's client raises its own, httpx's and OSErrors
+        raise ModelError(
+            f"{folder} is merged, and could not be pushed to {name}",
+            why=str(error).strip().splitlines()[0],
+            help=f"hf auth login, then: {console.quoted('hf', 'upload', name, folder)}",
+        ) from None
+    return address

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model.merge.full import Whole
-from stepladder.model.merge.streamed import Merge
+from stepladder.model.merge.methods import StreamedMerge, WholeMerge
 from stepladder.model.merge.weights import FLOATS, Weights, name_of
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class Proof:
         ModelError: the merge is wrong.
     """
 
-    def __init__(self, merge: Merge | Whole, prompts: list[list[int]]):
+    def __init__(self, merge: StreamedMerge | WholeMerge, prompts: list[list[int]]):
         self.merge, self.prompts = merge, prompts
         model = merge.reference()
         self.sequences = greedy(model, prompts, merge.device)
@@ -111,7 +110,7 @@ class Proof:
         changed |= merged.tensors.keys() - common
         if not changed:
             raise ModelError("the merged weights are the base's: the adapter changes nothing in this dtype")
-        if isinstance(self.merge, Whole):
+        if isinstance(self.merge, WholeMerge):
             return {"tensors": len(merged.tensors), "changed": len(changed)}
         targeted = self.merge.targeted()
         if extra := sorted(changed - targeted.keys()):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
 from stepladder.files import read_object
-from stepladder.run import LOCK, make_folder, open_lock, remove
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name, torch's
-MARK = "merge.json"  # what tells a merge from other folders
 CODES = {name: code for code, name in FLOATS.items()}
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -185,64 +180,3 @@ def name_of(dtype: torch.dtype) -> str:
 
 def more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def check_output(folder: Path, overwrite: bool = False) -> None:
-    """Raise ModelError where the folder holds anything, but for a merge that may be overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        is_merge = (folder / MARK).is_file()
-        if overwrite and is_merge:
-            return
-        raise ModelError(
-            f"{folder} exists" + (" and is no merge" if overwrite else ""),
-            why="nothing that existed is overwritten",
-            help="another --output_dir" + (", or --overwrite to replace that merge" if is_merge else ""),
-        )
-
-
-@contextmanager
-def beside(folder: Path, needed: int, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the block ends well, and is removed when it does not.
-
-    Args:
-        needed: bytes that will be written.
-        overwrite: whether it may take the place of another merge, which stands until then.
-
-    Raises:
-        ModelError: not enough space, a file of the user's where the work would be, or another merge is at work there.
-    """
-    check_output(folder, overwrite)
-    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
-    if os.path.lexists(part) and MARK not in names and names - {LOCK}:
-        raise ModelError(f"{part} exists, and the work is done there", help="remove it")
-    make_folder(part)
-    with open_lock(part / LOCK) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (part / LOCK).stat()  # not there: the other one has just ended
-        except (BlockingIOError, FileNotFoundError):
-            raise ModelError(
-                f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
-            ) from None
-        try:
-            for file in part.iterdir():  # what a merge left that was killed
-                if file.name != LOCK:
-                    remove(file)
-            (part / MARK).write_text('{"status": "merging"}\n')
-            free = shutil.disk_usage(folder.parent).free
-            if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
-                raise ModelError(
-                    f"{needed / 1e9:.1f} GB are needed in {folder.parent}, and {free / 1e9:.1f} GB are free",
-                    help="make room, another --output_dir, or --dtype bf16 where it is fp32",
-                )
-            yield part
-            (part / LOCK).unlink()
-            check_output(folder, overwrite)  # something may lie there by now
-            if (folder / MARK).is_file():
-                os.replace(folder, old)
-            os.replace(part, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(part)
-            raise

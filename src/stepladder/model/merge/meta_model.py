@@ -1,9 +1,13 @@
-"""PEFT's layers, with an adapter's tensors in them, put into a model without weights."""
+"""A model without weights, which are read from disk as each module needs them, and an adapter's layers in it.
+
+Parameters are on the meta device; PEFT puts the adapters' layers into the model, with their tensors.
+"""
 
 from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,102 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+Read = Callable[[str], "torch.Tensor"]
+Held = list[tuple[str, "torch.nn.Module"]]  # modules with their names in the base model
 PREFIX = "base_model.model."  # PEFT's, before each name of the base model
+
+
+class NotStreamed(Exception):
+    """The tensors on disk are not the model's, one by one."""
+
+
+def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers on `device`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def map_keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
+    """Names on disk by the model's names; Transformers renames some as it loads.
+
+    Raises:
+        NotStreamed: it fuses some, too, as experts are.
+        ModelError: a tensor is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
+    state, tied, found = model.state_dict(), model.all_tied_weights_keys, {}
+    for key in disk.tensors:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if converted:
+            raise NotStreamed(f"{key} is fused with others as Transformers loads it")
+        if name in state:
+            found[name] = key
+    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if missing := [name for name in wanted if name not in found and tied.get(name) not in found]:
+        raise ModelError(
+            f"the base has no tensor {missing[0]}{more(missing)}",
+            where=str(disk.folder),
+            why="the folder is not whole, or config.json belongs to another model",
+        )
+    return found
+
+
+def load(held: Held, read: Read) -> None:
+    """Give modules on the meta device their own parameters."""
+    import torch
+
+    for name, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(read(f"{name}.{own}"), requires_grad=False))
+
+
+def unload(held: Held) -> None:
+    import torch
+
+    for _, module in held:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(module, own, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+
+def stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
+    """Let each module fetch its weights as it is called, and drop them when it has answered.
+
+    A tuner layer may read its base layer's weight without calling it, as DoRA's does, so the
+    base layer's weights come and go with the tuner layer.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    within: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if module in within:
+            continue
+        modules = [module]
+        if isinstance(module, BaseTunerLayer):
+            modules = [*module.get_base_layer().modules()]
+            within.update(modules)
+        held = [(names[m], m) for m in modules if m in names and m._parameters]
+        if held:
+            module.register_forward_pre_hook(lambda *_, held=held: load(held, read))
+            module.register_forward_hook(lambda *_, held=held: unload(held))
+
+
+# ---- adapters ----
 
 
 def read_configs(adapters: list[Path]) -> list[PeftConfig]:
@@ -56,7 +155,7 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
     return configs
 
 
-def vocabulary(model: PreTrainedModel, adapters: list[Path], tokens: int) -> int:
+def count_rows(model: PreTrainedModel, adapters: list[Path], tokens: int) -> int:
     """Rows of the embeddings: the base's, unless an adapter was trained on more (or fewer), or has more tokens."""
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     names = [name for name, module in model.named_modules() if module in ends]
@@ -81,7 +180,7 @@ def inject(
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     names = [f"adapter_{number}" for number in range(len(adapters))]
-    given: dict[str, torch.Tensor] = {}
+    replaced: dict[str, torch.Tensor] = {}
     wrapped: Any = None
     for name, folder, config, scale in zip(names, adapters, read_configs(adapters), scales, strict=True):
         try:
@@ -105,7 +204,7 @@ def inject(
             needed = shapes[in_base] if in_base in shapes else tuple(state[own].shape)
             if tensors[key].shape != needed:
                 raise wrong_base(folder, base, f"{key} is {_by(tensors[key].shape)}, and this base needs {_by(needed)}")
-            (given if in_base in shapes else loaded)[in_base if in_base in shapes else own] = tensors[key]
+            (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else own] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
         if scale != 1:
             _scale(wrapped, name, scale, folder)
@@ -114,7 +213,7 @@ def inject(
             wrapped.base_model.set_adapter(names, inference_mode=True)
         except ValueError as error:
             raise ModelError("these adapters cannot be merged together", why=str(error).splitlines()[0]) from None
-    return wrapped.eval(), given
+    return wrapped.eval(), replaced
 
 
 def _table(model: Any, config: PeftConfig, name: str) -> tuple[Any, dict[str, str]]:
@@ -142,3 +241,42 @@ def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
 
 def _by(shape: Any) -> str:
     return " x ".join(str(size) for size in shape)
+
+
+# ---- a base in 4 bits ----
+
+
+def quantized_weights(model: Any) -> dict[str, bool]:
+    """The weights that bitsandbytes quantizes, by Transformers' own rule, and whether it turns them first (Conv1D)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = get_keys_to_not_convert(model)
+    return {
+        f"{name}.weight": isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    }
+
+
+class RoundTrip:
+    """bitsandbytes' 4-bit quantization and its inverse, as in training (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Args:
+        quant_type: `nf4` or `fp4`.
+        nested: whether the constants are quantized too.
+        dtype: what the weights were loaded in before they were quantized, and computed in after.
+    """
+
+    def __init__(self, quant_type: str, nested: bool, dtype: torch.dtype):
+        self.quant_type, self.nested, self.dtype = quant_type, nested, dtype
+
+    def __call__(self, weight: torch.Tensor, turned: bool = False) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        weight = (weight.T if turned else weight).to(self.dtype).contiguous()
+        packed, state = quantize_4bit(weight, quant_type=self.quant_type, compress_statistics=self.nested)
+        back = dequantize_4bit(packed, state)
+        return back.T if turned else back

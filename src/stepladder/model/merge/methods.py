@@ -1,7 +1,8 @@
-"""An adapter folded into its base, one module at a time, by PEFT's own arithmetic.
+"""How an adapter is folded into its base: streamed, one module at a time, or by PEFT with the whole model in memory.
 
-The model is built on the meta device, PEFT puts the adapter's layers into it, and each module that the adapter changes
-gets its weights while PEFT's `merge` needs them. The arithmetic is in fp32, rounded once to the output's dtype.
+Streamed, the model is built on the meta device, PEFT puts the adapter's layers into it, and each module that the
+adapter changes gets its weights while PEFT's `merge` needs them. The arithmetic is in fp32, rounded once to the
+output's dtype.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
 from stepladder.model import load
-from stepladder.model.merge import injection, quantized, weights
-from stepladder.model.merge.weights import CODES, Tensor, Weights, more
+from stepladder.model.adapter import load_trained
+from stepladder.model.merge import meta_model, weights
+from stepladder.model.merge.meta_model import RoundTrip
+from stepladder.model.merge.weights import CODES, FLOATS, Tensor, Weights
+from stepladder.model.start import CHANGES_BASE
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-Read = Callable[[str], "torch.Tensor"]
-Held = list[tuple[str, "torch.nn.Module"]]  # modules with their names in the base model
 
-
-class Merge:
+class StreamedMerge:
     """Adapters on a base of which no more than one module is in memory.
 
     Args:
@@ -32,7 +33,7 @@ class Merge:
         adapters: the adapters' folders.
         scales: each adapter's weight; the change is the sum of their changes, each by its weight.
         quantize: takes a weight to 4 bits and back, where the adapter goes onto the weights that it saw in
-            training (merge/quantized.py); None leaves those of `base` as they are.
+            training (`meta_model.RoundTrip`); None leaves those of `base` as they are.
         tokens: the tokenizer's length; tokens beyond the base's vocabulary must come with the adapter.
 
     Raises:
@@ -44,7 +45,7 @@ class Merge:
         base: Path,
         adapters: list[Path],
         scales: list[float],
-        quantize: quantized.RoundTrip | None = None,
+        quantize: RoundTrip | None = None,
         tokens: int = 0,
         device: str = "cpu",
     ):
@@ -53,16 +54,16 @@ class Merge:
         self._last: dict[str, torch.Tensor] = {}
         self._streaming = False
         model = self._bare()
-        text, rows = self.config.get_text_config(), injection.vocabulary(model, adapters, tokens)
+        text, rows = self.config.get_text_config(), meta_model.count_rows(model, adapters, tokens)
         if text.vocab_size != rows:
             text.vocab_size = rows
             model = self._bare()
         self.names = {module: name for name, module in model.named_modules()}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self.keys = _keys(model, self.disk)
-        self.quantized = quantized.names(model) if quantize else {}
-        self.peft, self.given = injection.inject(model, base, adapters, scales, device)
+        self.keys = meta_model.map_keys(model, self.disk)
+        self.quantized = meta_model.quantized_weights(model) if quantize else {}
+        self.peft, self.replaced = meta_model.inject(model, base, adapters, scales, device)
         self.units = dict(self._units())
         self._check_shapes()
         self.untied = self._untied()
@@ -94,7 +95,7 @@ class Merge:
         for name, shape in self.shapes.items():
             key = self._key(name)
             disk = self.disk.tensors[key].shape
-            replaced = name in self.given or isinstance(self.units.get(name), ModulesToSaveWrapper)
+            replaced = name in self.replaced or isinstance(self.units.get(name), ModulesToSaveWrapper)
             if disk != shape and not replaced and not self._new_rows_trained(name, disk[0], shape[0]):
                 raise ModelError(
                     f"the vocabularies differ: the base's {key} has {disk[0]:,} rows, the adapter's {shape[0]:,}",
@@ -114,7 +115,7 @@ class Merge:
         def same(name: str, other: str) -> bool:
             return torch.equal(self.merged(name), self.merged(other))
 
-        changed = self.units.keys() | self.given.keys()
+        changed = self.units.keys() | self.replaced.keys()
         return any(not same(*pair) for pair in self.tied.items() if changed & {*pair})
 
     # ---- weights, in fp32 ----
@@ -127,8 +128,8 @@ class Merge:
         import torch
 
         tied = self.tied.get(name, name)
-        if name in self.given or tied in self.given:
-            return self.given[name if name in self.given else tied].clone()
+        if name in self.replaced or tied in self.replaced:
+            return self.replaced[name if name in self.replaced else tied].clone()
         tensor = self.disk.read(self._key(name)).to(self.device)
         if self.quantize and name in self.quantized:
             tensor = self.quantize(tensor, self.quantized[name])
@@ -153,7 +154,7 @@ class Merge:
                 self._last = {f"{place}.{own}": p.data for own, p in unit.modules_to_save[active].named_parameters()}
             else:
                 held = [(self.names[m], m) for m in unit.get_base_layer().modules()]
-                _load(held, self.read)
+                meta_model.load(held, self.read)
                 try:
                     unit.merge(adapter_names=list(unit.active_adapters))
                 except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -162,7 +163,7 @@ class Merge:
                     f"{place}.{own}": p.data for place, m in held for own, p in m._parameters.items() if p is not None
                 }
                 unit.merged_adapters.clear()
-                _unload(held)
+                meta_model.unload(held)
         return self._last[name]
 
     def configuration(self) -> PretrainedConfig:
@@ -172,7 +173,7 @@ class Merge:
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""
         if not self._streaming:
-            _stream(self.peft, self.names, self.read)
+            meta_model.stream(self.peft, self.names, self.read)
             self._streaming = True
         return self.peft
 
@@ -183,16 +184,16 @@ class Merge:
     def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written."""
         disk = Weights(folder)
-        keys = _keys(self._bare(), disk)
+        keys = meta_model.map_keys(self._bare(), disk)
         return self._streamed(lambda name: disk.read(keys.get(name) or keys[self.tied[name]]).to(self.device).float())
 
-    def _streamed(self, read: Read) -> PreTrainedModel:
+    def _streamed(self, read: meta_model.Read) -> PreTrainedModel:
         model = self._bare()
-        _stream(model, {module: name for name, module in model.named_modules()}, read)
+        meta_model.stream(model, {module: name for name, module in model.named_modules()}, read)
         return model
 
     def _bare(self) -> PreTrainedModel:
-        return skeleton(self.config, self.device)
+        return meta_model.skeleton(self.config, self.device)
 
     # ---- the result ----
 
@@ -210,7 +211,7 @@ class Merge:
 
     def targeted(self) -> dict[str, str]:
         """The tensors that may differ from the base's, by key, and their names in the model."""
-        changed = self.units.keys() | self.given.keys() | self.quantized.keys()
+        changed = self.units.keys() | self.replaced.keys() | self.quantized.keys()
         for pair in self.tied.items():
             if changed & {*pair}:
                 changed |= {*pair} if not self.untied else {*pair} - self.keys.keys()
@@ -241,91 +242,98 @@ class Merge:
         return count
 
 
-class NotStreamed(Exception):
-    """The tensors on disk are not the model's, one by one."""
+class WholeMerge:
+    """PEFT's own merge, for adapters that cannot be streamed; the same interface as `StreamedMerge`."""
 
+    def __init__(self, base: Path, adapters: list[Path], scales: list[float], tokens: int = 0, device: str = "cpu"):
+        if any(scale != 1 for scale in scales):
+            raise ModelError("only LoRA adapters that are streamed have a weight", help="remove --weights")
+        self.base, self.adapters, self.tokens, self.device = base, adapters, tokens, device
+        self.disk = Weights(base)
 
-def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
-    """The model without weights: parameters on the meta device, buffers on `device`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+    def configuration(self) -> PretrainedConfig:
+        """The merged model's, but for weights that the adapter may have untied."""
+        from transformers import AutoConfig
 
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
-    return model
+        config = AutoConfig.from_pretrained(self.base)
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, self.tokens)
+        return config
 
+    def reference(self) -> PeftModel:
+        """Base and adapter side by side, in fp32."""
+        model = self.reopen(self.base)
+        if self.tokens > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(self.tokens, mean_resizing=False)
+        try:
+            peft = load_trained(model, self.adapters[0], "adapter_0")
+            for number, folder in enumerate(self.adapters[1:], 1):
+                peft.load_adapter(folder, f"adapter_{number}")
+            peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                "the adapter does not fit this base", where=str(self.adapters[0]), why=str(error).splitlines()[0]
+            ) from None
+        return peft.eval()
 
-def _keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
-    """Names on disk by the model's names; Transformers renames some as it loads.
+    def exact(self) -> PreTrainedModel:
+        """The merged model before it is rounded and written."""
+        try:
+            return self.reference().merge_and_unload(safe_merge=True)
+        except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+            raise ModelError("PEFT cannot merge this adapter", why=str(error).splitlines()[0]) from None
 
-    Raises:
-        NotStreamed: it fuses some, too, as experts are.
-        ModelError: a tensor is missing.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    def reopen(self, folder: Path) -> PreTrainedModel:
+        """The merged model as it was written, or the base."""
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    mapping = get_model_conversion_mapping(model)
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
-    state, tied, found = model.state_dict(), model.all_tied_weights_keys, {}
-    for key in disk.tensors:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if converted:
-            raise NotStreamed(f"{key} is fused with others as Transformers loads it")
-        if name in state:
-            found[name] = key
-    wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    if missing := [name for name in wanted if name not in found and tied.get(name) not in found]:
-        raise ModelError(
-            f"the base has no tensor {missing[0]}{more(missing)}",
-            where=str(disk.folder),
-            why="the folder is not whole, or config.json belongs to another model",
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
-    return found
+        return model.to(self.device).eval()
+
+    def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        code = CODES[weights.name_of(dtype)]
+        return {
+            name: Tensor("", code if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
+            for name, tensor in self.disk.tensors.items()
+        }
+
+    def write(self, folder: Path, dtype: torch.dtype, limit: int, progress: Callable[[int, int], None]) -> int:
+        model = self.exact()
+        model.to(dtype).save_pretrained(folder, max_shard_size=limit)
+        weights.share(folder)
+        return len(list(folder.glob("*.safetensors")))
 
 
-def _load(held: Held, read: Read) -> None:
-    """Give modules on the meta device their own parameters."""
-    import torch
-
-    for name, module in held:
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(module, own, torch.nn.Parameter(read(f"{name}.{own}"), requires_grad=False))
-
-
-def _unload(held: Held) -> None:
-    import torch
-
-    for _, module in held:
-        for own, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(module, own, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+def _why_whole(configs: list[PeftConfig]) -> str | None:
+    """Why these adapters need the whole model in memory; None where they can be streamed."""
+    for config in configs:
+        if config.peft_type.value != "LORA":
+            return f"{config.peft_type.value} is not merged module by module"
+        if str(config.init_lora_weights).startswith(CHANGES_BASE):
+            return f"init_lora_weights: {config.init_lora_weights} changes the base's own weights"
+        if config.target_parameters or config.layer_replication:
+            return "target_parameters and layer_replication change more than single modules"
+    return None
 
 
-def _stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
-    """Let each module fetch its weights as it is called, and drop them when it has answered.
-
-    A tuner layer may read its base layer's weight without calling it, as DoRA's does, so the
-    base layer's weights come and go with the tuner layer.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    within: set[torch.nn.Module] = set()
-    for module in model.modules():
-        if module in within:
-            continue
-        modules = [module]
-        if isinstance(module, BaseTunerLayer):
-            modules = [*module.get_base_layer().modules()]
-            within.update(modules)
-        held = [(names[m], m) for m in modules if m in names and m._parameters]
-        if held:
-            module.register_forward_pre_hook(lambda *_, held=held: _load(held, read))
-            module.register_forward_hook(lambda *_, held=held: _unload(held))
+def open_merge(
+    base: Path,
+    adapters: list[Path],
+    scales: list[float],
+    quantize: RoundTrip | None,
+    tokens: int,
+    device: str,
+) -> tuple[StreamedMerge | WholeMerge, str | None]:
+    """The merge of these adapters into this base, and why it is not streamed where it is not."""
+    because = _why_whole(meta_model.read_configs(adapters))
+    if not because:
+        try:
+            return StreamedMerge(base, adapters, scales, quantize, tokens, device), None
+        except meta_model.NotStreamed as reason:
+            because = str(reason)
+    if quantize:
+        raise ModelError("only a streamed merge can use the dequantized base", why=because, help="original")
+    return WholeMerge(base, adapters, scales, tokens, device), because
