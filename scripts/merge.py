@@ -15,8 +15,8 @@ from stepladder import console, errors, flags, hardware, run
 from stepladder.data import mixture
 from stepladder.data.source import Source
 from stepladder.evaluation import questions
-from stepladder.model import gguf_file, start
-from stepladder.model.merge import fold
+from stepladder.model import start
+from stepladder.model.merge import fold, gguf_file
 from stepladder.recipe import load as recipe_load
 
 

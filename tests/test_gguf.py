@@ -29,9 +29,8 @@ from transformers import (
 
 from conftest import ROOT, installed, script
 from stepladder.errors import ModelError
-from stepladder.model import gguf_file
-from stepladder.model.gguf_vocabulary import REST, WORDS
-from stepladder.model.merge import export
+from stepladder.model.merge import gguf_file, llama_cpp_text
+from stepladder.model.merge.llama_cpp_text import REST, WORDS
 from tiny import make_tiny
 
 IDS = [[(37 * n) % 890 + 5 for n in range(100)]]  # longer than the scaled models' first length
@@ -186,7 +185,7 @@ MODELS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, folder: Path) -> tuple[Any, Any, gguf_file.File]:
+def made(name: str, folder: Path) -> tuple[Any, Any, gguf_file.GGUFFile]:
     """A random model with its tokenizer, saved; and what its GGUF file will be."""
     config_class, tokenizer_class, kind, keys = MODELS[name]
     tokenizer = tokenizer_class(kind)
@@ -200,7 +199,7 @@ def made(name: str, folder: Path) -> tuple[Any, Any, gguf_file.File]:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    return model, tokenizer, gguf_file.File(AutoConfig.from_pretrained(folder), tokenizer, ends, "f16")
+    return model, tokenizer, gguf_file.GGUFFile(AutoConfig.from_pretrained(folder), tokenizer, ends, "f16")
 
 
 def test_llama_cpp_reads_each_architecture(llama_cpp: Any, tmp_path: Path) -> None:
@@ -211,7 +210,8 @@ def test_llama_cpp_reads_each_architecture(llama_cpp: Any, tmp_path: Path) -> No
         file.write(tmp_path / name, "model.gguf")
         with torch.no_grad():
             ours, theirs = (
-                one(input_ids=torch.tensor(IDS)).logits for one in (model, file.model(tmp_path / name, "model.gguf"))
+                one(input_ids=torch.tensor(IDS)).logits
+                for one in (model, file.load_model(tmp_path / name, "model.gguf"))
             )
         torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0, msg=name)
         asked.append((tmp_path / name / "model.gguf", requests(tokenizer)))
@@ -239,7 +239,7 @@ def test_what_llama_cpp_would_compute_otherwise(name: str, changes: dict[str, An
     tokenizer = tokenizer_class(kind)
     config = config_class(vocab_size=len(tokenizer), **{**keys, **changes})
     with pytest.raises(ModelError, match="would compute another model") as error:
-        gguf_file.File(config, tokenizer, 2, "f16")
+        gguf_file.GGUFFile(config, tokenizer, 2, "f16")
     assert said in error.value.why
 
 
@@ -247,22 +247,23 @@ def test_what_llama_cpp_does_not_know() -> None:
     """An architecture or tokenizer that this module does not write is refused with the reason, before any work."""
     tokenizer = byte_level("gpt-2")
     with pytest.raises(ModelError, match="no GGUF file is written for opt"):
-        gguf_file.File(OPTConfig(vocab_size=1000), tokenizer, 2, "f16")
+        gguf_file.GGUFFile(OPTConfig(vocab_size=1000), tokenizer, 2, "f16")
     config = LlamaConfig(**sizes(vocab_size=1000))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ModelError) as error:
-        gguf_file.File(config, tokenizer, 2, "f16")
+        gguf_file.GGUFFile(config, tokenizer, 2, "f16")
     assert "it splits text by none of the ways of gpt-2, smollm" in error.value.why
     words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     with pytest.raises(ModelError) as error:
-        gguf_file.File(config, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), 1, "f16")
+        gguf_file.GGUFFile(config, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), 1, "f16")
     assert "WordLevel" in error.value.why
 
 
 def test_what_differs_is_said(tmp_path: Path) -> None:
     """Guards the places where llama.cpp treats spaces otherwise, which it cannot be told."""
     remarks = {
-        kind: gguf_file.vocabulary(sentencepiece(kind), 1000, [2]).remarks for kind in ("always", "first", "never")
+        kind: llama_cpp_text.build_vocabulary(sentencepiece(kind), 1000, [2]).remarks
+        for kind in ("always", "first", "never")
     }
     assert remarks["always"] == ["a text that begins with a space begins with two"]
     assert "a prompt without the chat template begins without the space" in remarks["first"][0]
@@ -338,18 +339,18 @@ def test_a_wrong_file_is_found(merged: Path, tmp_path: Path) -> None:
             proof.read_back(model, name)
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    file = gguf_file.File(AutoConfig.from_pretrained(merged), tokenizer, 2, "f16")
+    file = gguf_file.GGUFFile(AutoConfig.from_pretrained(merged), tokenizer, 2, "f16")
     for source in merged.iterdir():
         if source.suffix in (".json", ".safetensors"):
             (tmp_path / source.name).symlink_to(source)
-    file.written(tmp_path, "right.gguf", Effect())  # type: ignore[arg-type]
+    file.write_and_compare(tmp_path, "right.gguf", Effect())  # type: ignore[arg-type]
     file.values = lambda disk, key: disk.read(key).float()  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="is not the merged model"):
-        file.written(tmp_path, "wrong.gguf", Effect())  # type: ignore[arg-type]
+        file.write_and_compare(tmp_path, "wrong.gguf", Effect())  # type: ignore[arg-type]
 
 
 def test_ollama_refuses_what_it_cannot_convert() -> None:
     """Guards against a Modelfile that `ollama create` fails at: it converts some architectures only."""
     with pytest.raises(ModelError, match="Ollama does not convert GPT2LMHeadModel"):
-        export.check_ollama("GPT2LMHeadModel")
-    export.check_ollama("LlamaForCausalLM")
+        llama_cpp_text.check_ollama("GPT2LMHeadModel")
+    llama_cpp_text.check_ollama("LlamaForCausalLM")

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, files, hardware, run
 from stepladder.errors import ModelError
-from stepladder.model import card, fingerprint, gguf_file, load, portable, start
-from stepladder.model.merge import export, weights
+from stepladder.model import card, fingerprint, load, portable, start
+from stepladder.model.merge import gguf_file, llama_cpp_text, weights
 from stepladder.model.merge.meta_model import RoundTrip, read_configs
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
@@ -42,7 +42,7 @@ class _Parts:
     work: StreamedMerge | WholeMerge
     because: str | None  # why it is not streamed
     modelfile: str  # Ollama's; empty where it is not asked for
-    gguf: gguf_file.File | None
+    gguf: gguf_file.GGUFFile | None
     gguf_name: str
 
 
@@ -68,14 +68,14 @@ def _parts(args: argparse.Namespace) -> _Parts:
     generation = files.read_object(defaults) if defaults.is_file() else {}  # `load.unquantized` has looked at it
     generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
     gguf_name = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
-    modelfile = export.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
+    modelfile = llama_cpp_text.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
     work, because = open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
     model = work.configuration()
     if args.ollama and not args.gguf:
-        export.check_ollama((model.architectures or ["this model"])[0])
-    gguf = gguf_file.File(model, tokenizer, generation["eos_token_id"], args.gguf) if args.gguf else None
+        llama_cpp_text.check_ollama((model.architectures or ["this model"])[0])
+    gguf = gguf_file.GGUFFile(model, tokenizer, generation["eos_token_id"], args.gguf) if args.gguf else None
     return _Parts(name, base, trained, losses, tokenizer, work, because, modelfile, gguf, gguf_name)
 
 
@@ -93,7 +93,7 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
     work = parts.work
     dtype = hardware.dtype_of(args.dtype) if args.dtype else weights.dtype(work.disk)
     plan = work.plan(dtype)
-    needed = _bytes(plan) + (parts.gguf.bytes(plan) if parts.gguf else 0)
+    needed = _bytes(plan) + (parts.gguf.max_bytes(plan) if parts.gguf else 0)
     with work_folder(args.output_dir, needed, args.overwrite) as folder:
         check = None if args.no_verify else Proof(work, prompts(parts.tokenizer))
         facts = _write(args, parts, folder, dtype, check)
@@ -133,7 +133,7 @@ def _write(
         "merge_seconds": round(seconds, 1),
         "proof": check.compare(folder, dtype) if check else None,
         "remarks": remarks,
-        "gguf": parts.gguf.written(folder, parts.gguf_name, check) if parts.gguf else None,
+        "gguf": parts.gguf.write_and_compare(folder, parts.gguf_name, check) if parts.gguf else None,
         "ollama": bool(parts.modelfile),
         "packages": run.package_versions(),
         "command": console.quoted(*sys.argv),

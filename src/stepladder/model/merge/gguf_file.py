@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.errors import ModelError
-from stepladder.model.gguf_vocabulary import Vocabulary, vocabulary
+from stepladder.model.merge.llama_cpp_text import build_vocabulary
 from stepladder.model.merge.weights import Tensor as Stored
 from stepladder.model.merge.weights import Weights
 
@@ -54,7 +55,7 @@ FAMILIES = {
 }
 
 
-def _cannot(why: str) -> ModelError:
+def _another_model(why: str) -> ModelError:
     return ModelError("llama.cpp would compute another model than this", why=why, help="without --gguf")
 
 
@@ -69,10 +70,11 @@ class Rope:
     """
 
     def __init__(self, config: PretrainedConfig, arch: str):
+        import torch
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         self.config, self.remarks = config, []
-        self.tensors: dict[str, numpy.ndarray] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         self.parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
         if arch == "gpt2":
             return  # it learns its positions
@@ -82,29 +84,24 @@ class Rope:
         self.kind = kind = self.parameters.get("rope_type", "default")
         known = {"default", "linear", "yarn", "llama3", "longrope"}
         if kind not in known or any(isinstance(value, dict) for value in self.parameters.values()):
-            raise _cannot(f"its rope_type is {kind}, and one of {', '.join(sorted(known))} can be written")
+            raise _another_model(f"its rope_type is {kind}, and one of {', '.join(sorted(known))} can be written")
         if part != 1 and arch != "phi3":
-            raise _cannot(f"it rotates {part:g} of each head")
+            raise _another_model(f"it rotates {part:g} of each head")
         odd = {key: self.parameters.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim", "truncate")}
         odd |= {"beta_fast": self.parameters.get("beta_fast") or 32, "beta_slow": self.parameters.get("beta_slow") or 1}
         usual = {"truncate": (None, True), "beta_fast": (32,), "beta_slow": (1,)}
         if kind == "yarn" and (wrong := {k: v for k, v in odd.items() if v not in usual.get(k, (None,))}):
-            raise _cannot(f"its rope_parameters say {json.dumps(wrong)}")
+            raise _another_model(f"its rope_parameters say {json.dumps(wrong)}")
         self.attention = 1.0
         if kind in ("llama3", "longrope"):
             scaled, self.attention = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         if kind == "llama3":
-            import torch
-
             steps = torch.arange(0, self.dimensions, 2, dtype=torch.float32) / self.dimensions
-            self.tensors["rope_freqs.weight"] = (1 / self.parameters["rope_theta"] ** steps / scaled).numpy()
+            self.tensors["rope_freqs.weight"] = 1 / self.parameters["rope_theta"] ** steps / scaled
         if kind == "longrope":
-            import numpy
-
             for name in ("long", "short"):
-                self.tensors[f"rope_factors_{name}.weight"] = numpy.array(
-                    self.parameters[f"{name}_factor"], numpy.float32
-                )
+                factors = torch.tensor(self.parameters[f"{name}_factor"], dtype=torch.float32)
+                self.tensors[f"rope_factors_{name}.weight"] = factors
             first = self.parameters["original_max_position_embeddings"]
             self.remarks.append(f"the long factors are used where its context (-c) is above {first:,} tokens")
         window = getattr(config, "sliding_window", None)
@@ -127,7 +124,7 @@ class Rope:
             writer.add_rope_scaling_attn_factors(self.attention)
 
 
-class File:
+class GGUFFile:
     """What will be written, checked before anything is.
 
     Args:
@@ -152,14 +149,14 @@ class File:
         self.family = known
         activation = "hidden_act" if hasattr(config, "hidden_act") else "activation_function"
         for key, value in {activation: known.activation, **known.must}.items():
-            if (found := getattr(config, key, value)) != value:
-                raise _cannot(f"its configuration says {key}: {found}, and llama.cpp knows {value} only")
+            if (has := getattr(config, key, value)) != value:
+                raise _another_model(f"its configuration says {key}: {has}, and llama.cpp knows {value} only")
         self.rope = Rope(config, known.arch)
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.vocabulary: Vocabulary = vocabulary(tokenizer, config.vocab_size, listed)
+        self.vocabulary = build_vocabulary(tokenizer, config.vocab_size, listed)
         self.remarks = [f"in llama.cpp, {remark}" for remark in self.vocabulary.remarks + self.rope.remarks]
 
-    def bytes(self, tensors: dict[str, Stored]) -> int:
+    def max_bytes(self, tensors: dict[str, Stored]) -> int:
         """The most that the file of these tensors takes."""
 
         def each(shape: tuple[int, ...]) -> float:
@@ -167,7 +164,7 @@ class File:
 
         return ROOM + int(sum(math.prod(tensor.shape) * each(tensor.shape) for tensor in tensors.values()))
 
-    def written(self, folder: Path, name: str, proof: Proof | None) -> dict[str, Any]:
+    def write_and_compare(self, folder: Path, name: str, proof: Proof | None) -> dict[str, Any]:
         """Write the file and compare what Transformers, whose reader of such files is not ours, makes of it.
 
         Returns:
@@ -186,7 +183,7 @@ class File:
             return {**facts, "why": "not verified, as you asked"}
         if needed > free:
             return {**facts, "why": f"{needed / 1e9:.1f} GB of memory are needed, and {free / 1e9:.1f} GB are free"}
-        return {**facts, "read_back": proof.read_back(self.model(folder, name), name)}
+        return {**facts, "read_back": proof.read_back(self.load_model(folder, name), name)}
 
     def write(self, folder: Path, name: str) -> None:
         """Write the file into a merged model's folder, from the weights that lie there."""
@@ -264,11 +261,11 @@ class File:
             bare = self.family.arch == "gpt2" and not key.startswith(("transformer.", "lm_head"))
             name = names.get_name(f"transformer.{key}" if bare else key, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise _cannot(f"its tensor {key} has no place there")
-            shape = tensor.shape[::-1] if self._is_turned(key) else tensor.shape
-            yield Tensor(name, self._kind(name, shape), shape, disk, key, self)
-        for name, values in self.rope.tensors.items():
-            yield Tensor(name, gguf.GGMLQuantizationType.F32, values.shape, None, "", self, values)
+                raise _another_model(f"its tensor {key} has no place there")
+            shape = tensor.shape[::-1] if self._is_transposed(key) else tensor.shape
+            yield Tensor(name, key, self._kind(name, shape), shape, functools.partial(self.values, disk, key))
+        for name, factors in self.rope.tensors.items():
+            yield Tensor(name, name, gguf.GGMLQuantizationType.F32, tuple(factors.shape), factors.clone)
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> Any:
         import gguf
@@ -279,14 +276,14 @@ class File:
             return gguf.GGMLQuantizationType.Q8_0
         return gguf.GGMLQuantizationType.F16
 
-    def _is_turned(self, key: str) -> bool:
+    def _is_transposed(self, key: str) -> bool:
         """GPT-2's Conv1D holds its matrices the other way round."""
         return self.family.arch == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
     def values(self, disk: Weights, key: str) -> torch.Tensor:
         """A tensor in fp32 as llama.cpp expects it."""
         tensor = disk.read(key).float()
-        if self._is_turned(key):
+        if self._is_transposed(key):
             return tensor.T
         if self.family.arch == "llama" and (".q_proj." in key or ".k_proj." in key):
             # llama.cpp turns neighbouring pairs of a head, Transformers the first half against the second.
@@ -295,7 +292,7 @@ class File:
             return halves.transpose(1, 2).reshape(tensor.shape)
         return tensor
 
-    def model(self, folder: Path, name: str) -> Any:
+    def load_model(self, folder: Path, name: str) -> Any:
         """What Transformers makes of the file, in fp32 and in memory."""
         import torch
         from transformers import AutoModelForCausalLM, LlamaConfig
@@ -311,15 +308,13 @@ class File:
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: its name, type and shape there, and where its values come from."""
+    """A tensor of the file: its name there and here, type and shape there, and how its values are read, in fp32."""
 
     name: str
+    key: str
     kind: Any
     shape: tuple[int, ...]
-    disk: Weights | None
-    key: str
-    file: File
-    values: numpy.ndarray | None = None
+    read: Callable[[], torch.Tensor]
 
     @property
     def bytes(self) -> int:
@@ -331,10 +326,7 @@ class Tensor(NamedTuple):
     def data(self) -> numpy.ndarray:
         import gguf
 
-        if self.disk is None:
-            assert self.values is not None
-            return self.values
-        tensor = self.file.values(self.disk, self.key)
+        tensor = self.read()
         if self.kind == gguf.GGMLQuantizationType.F16 and not tensor.abs().max() <= 65504:
             raise ModelError(f"{self.key} is too large for float16", help="without --gguf")
         return gguf.quants.quantize(tensor.contiguous().numpy(), self.kind)
