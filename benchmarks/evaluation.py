@@ -56,12 +56,12 @@ def play(contender: str, name: str) -> tuple[float, Any]:
     """Seconds, and the answers or the mean loss."""
     from stepladder.data import mixture
     from stepladder.evaluation import generate, loss, questions
-    from stepladder.model import load
+    from stepladder.model import pretrained
 
     rows = mixture.from_name(str(ROWS))
     asked = questions.of_rows(rows)
     conversations, references = [question.messages for question in asked], [question.reference for question in asked]
-    model, tokenizer = load.for_inference(name)
+    model, tokenizer = pretrained.load_for_inference(name)
     work: dict[str, Callable[[], Any]] = {
         ANSWERS[0]: lambda: [
             answer.text

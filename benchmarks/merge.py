@@ -47,7 +47,8 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
     import torch
     from transformers import LlamaConfig
 
-    from stepladder.model.merge import meta_model, weights
+    from stepladder.model import weights
+    from stepladder.model.merge import meta_model
 
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
@@ -85,7 +86,7 @@ def make_adapter(base: Path, folder: Path) -> None:
 def same(ours: Path, theirs: Path) -> str:
     import torch
 
-    from stepladder.model.merge.weights import Weights
+    from stepladder.model.weights import Weights
 
     a, b = Weights(ours), Weights(theirs)
     alike = sum(torch.equal(a.read(name), b.read(name)) for name in a.tensors)

@@ -17,12 +17,12 @@ if "malloc" not in sys.argv[1].split(","):
     allocator.use_tcmalloc()  # before the next imports bring PyTorch
 
 from stepladder.data import prepare
-from stepladder.model import adapter, attention, cpu_kernels
+from stepladder.model import attention, build, cpu_kernels
 
 WITHOUT = {
     "malloc": lambda: None,  # above
-    "held": lambda: setattr(adapter, "hold_as_computed", lambda model, precision: None),
-    "fused": lambda: setattr(adapter, "attach", functools.partial(_plain, adapter.attach)),
+    "held": lambda: setattr(build, "hold_as_computed", lambda model, precision: None),
+    "fused": lambda: setattr(build, "attach_adapter", functools.partial(_plain, build.attach_adapter)),
     "short": lambda: setattr(cpu_kernels, "SHORT", 0),  # products in bf16
     "flat": lambda: setattr(attention, "by_row", lambda *_: False),
     "loss": lambda: setattr(cpu_kernels, "attach_loss", lambda model, ignored: None),

@@ -101,10 +101,10 @@ def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool)
         console.quiet_libraries()
         from stepladder.data import templates
         from stepladder.data.audit import token_checks
-        from stepladder.model import load as model_load
+        from stepladder.model import pretrained
 
         recipe = adapter_recipe.settle(recipe)
-        tokenizer = model_load.tokenizer(recipe)
+        tokenizer = pretrained.load_tokenizer_for(recipe)
         templates.prepare(tokenizer, recipe)
         of_tokens = token_checks.check(found.train, tokenizer, recipe)
         found.findings += of_tokens

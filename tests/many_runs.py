@@ -54,7 +54,7 @@ def import_all() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from stepladder.data import prepare, templates  # noqa: F401
-    from stepladder.model import adapter, load  # noqa: F401
+    from stepladder.model import build, pretrained  # noqa: F401
     from stepladder.training import arguments, result, trainer  # noqa: F401
 
 

@@ -224,10 +224,10 @@ def answer_of(run: Path) -> tuple[Any, str]:
     import torch
 
     from stepladder.evaluation.generate import answers
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
     if run not in _answers:
-        model, tokenizer = for_inference(str(run))
+        model, tokenizer = load_for_inference(str(run))
         text = tokenizer("How can I track my order, and what if it is late?", return_tensors="pt")
         with torch.inference_mode():
             logits = model(**text).logits

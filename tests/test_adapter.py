@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from stepladder.errors import ModelError
-from stepladder.model import adapter, load
+from stepladder.model import build, pretrained, weights
 from stepladder.model.start import check_source
 
 A, B = "base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"
@@ -20,7 +20,7 @@ GOOD = {A: torch.ones(2, 8), B: torch.ones(8, 2)}
 
 def test_a_good_adapter_passes(tmp_path) -> None:
     save_file(GOOD, tmp_path / "adapter_model.safetensors")
-    adapter.check_saved(tmp_path, EXPECTED)
+    weights.check_saved_adapter(tmp_path, EXPECTED)
 
 
 @pytest.mark.parametrize(
@@ -38,12 +38,12 @@ def test_a_wrong_adapter_is_refused(tensors, said, tmp_path) -> None:
     """Guards against the empty adapters that sharded strategies have saved without a word (trl#4416)."""
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=said):
-        adapter.check_saved(tmp_path, EXPECTED)
+        weights.check_saved_adapter(tmp_path, EXPECTED)
 
 
 def test_no_file_at_all(tmp_path) -> None:
     with pytest.raises(ModelError, match="no adapter was saved"):
-        adapter.check_saved(tmp_path, EXPECTED)
+        weights.check_saved_adapter(tmp_path, EXPECTED)
 
 
 def test_weights_of_another_user_that_may_not_be_read_are_named(tiny: Path, monkeypatch) -> None:
@@ -69,7 +69,7 @@ def test_target_modules_are_those_that_are_named(modules: list[str], adapted: in
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    model = adapter.attach(base, settings(use_peft=True, lora_target_modules=modules))
+    model = build.attach_adapter(base, settings(use_peft=True, lora_target_modules=modules))
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == adapted
 
 
@@ -92,7 +92,7 @@ def test_a_name_that_matches_nothing_is_named(keys: dict, parts: list[str], tiny
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(ModelError) as caught:
-        adapter.attach(AutoModelForCausalLM.from_pretrained(tiny), settings(use_peft=True, **keys))
+        build.attach_adapter(AutoModelForCausalLM.from_pretrained(tiny), settings(use_peft=True, **keys))
     assert all(part in caught.value.render() for part in parts), caught.value
 
 
@@ -112,12 +112,12 @@ def test_weights_held_as_they_are_computed_with_change_nothing(kind, dtype, low,
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
         keys = {"lora_r": 4, "lora_target_modules": ["all-linear"]} if kind == "lora" else {}
-        model = adapter.attach(base, settings(use_peft=True, peft_type=kind, **keys))
+        model = build.attach_adapter(base, settings(use_peft=True, peft_type=kind, **keys))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
         if held:
-            adapter.hold_as_computed(model, {torch.bfloat16: "bf16", torch.float16: "fp16"}[low])
+            build.hold_as_computed(model, {torch.bfloat16: "bf16", torch.float16: "fp16"}[low])
         ids = torch.arange(24).reshape(2, 12)
         with torch.autocast("cpu", low):
             loss = model(input_ids=ids, labels=ids).loss
@@ -146,13 +146,13 @@ def test_fused_layers_compute_what_pefts_compute(precision: str, tiny: Path, set
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
         keys = {"lora_r": 4, "lora_target_modules": ["all-linear"]}
-        model = adapter.attach(base, settings(use_peft=True, **keys), fused=fused)
+        model = build.attach_adapter(base, settings(use_peft=True, **keys), fused=fused)
         assert fused == any(type(module).__name__ == "FusedLinear" for module in model.modules())
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         if low:
-            adapter.hold_as_computed(model, "bf16")
+            build.hold_as_computed(model, "bf16")
         ids = torch.arange(24).reshape(2, 12)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = model(input_ids=ids, labels=ids).loss
@@ -179,10 +179,10 @@ def test_what_is_not_fused_is_left_to_peft(keys: dict, tiny: Path, settings) -> 
     def loss(fused: bool) -> float:
         recipe = settings(use_peft=True, lora_r=4, lora_target_modules=["all-linear"], **keys)
         base = AutoModelForCausalLM.from_pretrained(
-            tiny, dtype=torch.float32, quantization_config=load.quantization_config(recipe, "fp32")
+            tiny, dtype=torch.float32, quantization_config=pretrained.quantization_config(recipe, "fp32")
         )
         torch.manual_seed(0)
-        model = adapter.attach(base, recipe, fused=fused).train()
+        model = build.attach_adapter(base, recipe, fused=fused).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

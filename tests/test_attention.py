@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conftest import manifest, run, script
 from stepladder.errors import ModelError, RecipeError
-from stepladder.model import attention, cpu_kernels, load
+from stepladder.model import attention, cpu_kernels, pretrained
 from stepladder.planning import unloaded
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
@@ -222,7 +222,7 @@ def test_attention_that_cannot_train_here_is_refused(tiny, write_recipe) -> None
         attention.settle(model, settings(attn_implementation="flex_attention"), "fp32", "cpu")
     recipe = write_recipe(model_name_or_path=str(tiny), attn_implementation="kernels-community/flash-attn2")
     with pytest.raises(ModelError, match="package of that attn_implementation is not installed") as caught:
-        load.base_model(recipe_load.load(str(recipe), []), "fp32")
+        pretrained.load_base(recipe_load.load(str(recipe), []), "fp32")
     assert "pip install 'kernels>=" in caught.value.help
 
 

@@ -187,11 +187,11 @@ def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path
     import torch
 
     from stepladder.data.render import IGNORED, render
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
     texts = [{"text": line.strip()} for line in (ROOT / "docs/workshop/questions.txt").read_text().splitlines()[:3]]
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    model, tokenizer = for_inference(str(tiny))
+    model, tokenizer = load_for_inference(str(tiny))
     if not keeps:
         forward = model.forward
         model.forward = lambda ids: forward(ids)
@@ -238,9 +238,9 @@ def train(source: Path, target: Path, rows, steps: int, rate: float) -> str:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     from stepladder.data.render import render
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = for_inference(str(source))
+    model, tokenizer = load_for_inference(str(source))
     items = render(rows, tokenizer).remove_columns("rows").to_list()
     batch = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)(items)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
@@ -348,9 +348,9 @@ def test_a_model_whose_loss_is_no_number_is_not_better(tiny, tmp_path: Path) -> 
 
     compare.json and what --json prints hold no NaN, which is no JSON.
     """
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = for_inference(str(tiny))
+    model, tokenizer = load_for_inference(str(tiny))
     for weights in model.parameters():
         weights.data.fill_(math.nan)
     model.save_pretrained(tmp_path / "nan")
@@ -487,9 +487,9 @@ def test_a_comparison_that_cannot_be_is_refused_at_once(words: list[str], said: 
 
 def test_a_model_without_a_template_borrows_the_tuned_ones_or_is_refused(tiny, tmp_path: Path) -> None:
     """Guards base models (GPT-2, SmolLM2 without -Instruct), which have none, against a wrong or empty prompt."""
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = for_inference(str(tiny))
+    model, tokenizer = load_for_inference(str(tiny))
     template, tokenizer.chat_template = tokenizer.chat_template, None
     model.save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")

@@ -26,8 +26,7 @@ from stepladder.data import read
 from stepladder.data.templates import check_path
 from stepladder.errors import DataError, ModelError, RecipeError, StepladderError
 from stepladder.evaluation import results, rubric
-from stepladder.model import card
-from stepladder.model import load as model_load
+from stepladder.model import card, pretrained
 from stepladder.recipe import load
 from stepladder.reporting import page, project, runs, watch
 from stepladder.training.checkpoint import resume
@@ -164,7 +163,7 @@ def test_a_model_whose_files_are_none_is_refused(name: str, tiny: Path, tmp_path
         else:
             continue
         with pytest.raises(ModelError, match=f"{name} cannot be used"):
-            model_load.check_source(str(folder))
+            pretrained.check_source(str(folder))
 
 
 def test_the_commands_say_it(tiny: Path, tmp_path: Path) -> None:

@@ -67,11 +67,11 @@ def test_the_row_on_the_page_of_data(smollm2: Path) -> None:
     """Guards the first lines of docs/data.md: the row as it is shown is the row as it is rendered."""
     from stepladder.data import render
     from stepladder.data.rows import Rows
-    from stepladder.model import load
+    from stepladder.model import pretrained
 
     shown = (ROOT / "docs/data.md").read_text().split("```")[1]
     example = formats.to_example({"input": "Where is my order?", "output": "Look under Orders. 📦"}, "my.jsonl:1")
-    (row,) = render.tokenize(Rows("my.jsonl", [example], ["my.jsonl:1"]), load.tokenizer_of(str(smollm2)))
+    (row,) = render.tokenize(Rows("my.jsonl", [example], ["my.jsonl:1"]), pretrained.load_tokenizer(str(smollm2)))
     assert isinstance(row, render.Rendered)
     trained = sum(label != render.IGNORED for label in row.labels)
     assert f"my.jsonl:1 · {len(row.ids)} tokens, {trained} trained" in shown

@@ -51,14 +51,14 @@ def test_no_end_is_lost(ends: int | list[int], tiny, tmp_path) -> None:
     """Guards the model's own list of ends, which its tokenizer's single one once replaced."""
     from transformers import AutoModelForCausalLM
 
-    from stepladder.model import load
+    from stepladder.model import pretrained
 
     base = with_ends(tiny, tmp_path / "base", ends)
-    tokenizer, model = load.tokenizer_of(str(base)), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer, model = pretrained.load_tokenizer(str(base)), AutoModelForCausalLM.from_pretrained(base)
     own = set(ends if isinstance(ends, list) else [ends])
-    assert load.fit_embeddings(model, tokenizer) == (["<|im_end|>"] if 2 not in own else [])
+    assert pretrained.fit_embeddings(model, tokenizer) == (["<|im_end|>"] if 2 not in own else [])
     assert set(model.generation_config.eos_token_id) == set(model.config.eos_token_id) == own | {2}
     model.save_pretrained(tmp_path / "full")
     assert saved_ends(tmp_path / "full") == sorted(own | {2})
-    asked, _ = load.for_inference(str(base))
+    asked, _ = pretrained.load_for_inference(str(base))
     assert set(asked.generation_config.eos_token_id) == own | {2}

@@ -161,11 +161,11 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
 
     And weights that are no number, from which nothing can be drawn, end in no traceback.
     """
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
     suite = behaviours.read(ROOT / behaviours.SUITE)
     tasks = [next(task for task in suite if task.behaviour == name) for name in behaviours.CHECKS]
-    model, tokenizer = for_inference(str(tiny))
+    model, tokenizer = load_for_inference(str(tiny))
     first, again = (behaviours.ask(model, tokenizer, tasks, 2) for _ in range(2))
     assert first == again and len(first.repeated) == 2
     assert [answer is None for answer in first.answers] == [name == behaviours.TOOL for name in behaviours.CHECKS]

@@ -146,9 +146,9 @@ def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monk
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from stepladder.evaluation.generate import answers
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    _, tokenizer = for_inference(str(tiny))
+    _, tokenizer = load_for_inference(str(tiny))
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2))
     said = [{"role": "user", "content": "Hello"}]
@@ -229,7 +229,7 @@ def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path:
     import shutil
 
     from stepladder.data import templates
-    from stepladder.model import load
+    from stepladder.model import pretrained
     from stepladder.planning import hardware
 
     folder, marker = tmp_path / "own", tmp_path / "ran"
@@ -239,9 +239,9 @@ def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
     readers = [
-        lambda: load.for_inference(str(folder)), lambda: load.config_of(folder),
+        lambda: pretrained.load_for_inference(str(folder)), lambda: pretrained.load_config(folder),
         lambda: hardware.config(settings(model_name_or_path=str(folder))),
-        lambda: load.base_model(settings(model_name_or_path=str(folder)), "fp32"),
+        lambda: pretrained.load_base(settings(model_name_or_path=str(folder)), "fp32"),
     ]  # fmt: skip
     for read in readers:
         with pytest.raises(ModelError, match=r"Python code(.|\n)*--trust_remote_code"):
@@ -250,7 +250,7 @@ def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path:
     tokenizer |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     monkeypatch.chdir(tmp_path)
-    for read in (lambda: load.tokenizer_of(str(folder)), lambda: templates.from_path("own")):
+    for read in (lambda: pretrained.load_tokenizer(str(folder)), lambda: templates.from_path("own")):
         with contextlib.suppress(ModelError):  # a tokenizer's file may do without its code
             read()
     assert not marker.exists()

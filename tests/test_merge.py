@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from conftest import ROOT, script
 from stepladder.errors import ModelError
 from stepladder.evaluation import sides
-from stepladder.model import fingerprint
-from stepladder.model.merge import fold, llama_cpp_text, weights
+from stepladder.model import fingerprint, weights
+from stepladder.model.merge import fold, llama_cpp_text
 from stepladder.model.merge.meta_model import RoundTrip, read_configs
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
@@ -215,7 +215,7 @@ def test_the_base_as_training_quantized_it(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits, dtype=torch.float32)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as training does: model/load.py says why
+            module.support_avx512bf16_for_cpu = False  # as training does: model/pretrained.py says why
     trained = logits(PeftModel.from_pretrained(model, adapter).eval())
     off = {}
     for choice, quantize in (("dequantized", RoundTrip("nf4", True, torch.float32)), ("original", None)):
@@ -694,11 +694,11 @@ def test_an_adapter_that_lacks_a_tensor_is_not_used(changes: dict[str, Any], tra
     save_file(tensors, half / "adapter_model.safetensors", metadata={"format": "pt"})
     file = half / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
     base = Path(json.loads(file.read_text())["base_model_name_or_path"])
     for use in (
-        lambda: for_inference(str(half)),
+        lambda: load_for_inference(str(half)),
         lambda: open_merge(base, [half], [1.0], None, 0, "cpu")[0].exact(),
     ):
         with pytest.raises(ModelError, match=f"lacks {re.escape(gone)}"):

@@ -142,9 +142,9 @@ def test_tools_and_kwargs_reach_the_template(tiny: Path) -> None:
 
 def test_samples_are_of_questions_that_the_template_renders(tiny: Path) -> None:
     """Guards a run with `on_bad_row: skip` against dying of a row that it has left out."""
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = for_inference(str(tiny))
+    model, tokenizer = load_for_inference(str(tiny))
     examples = [
         {"messages": [{"role": "user", "content": "Oslo?"}, ANSWER], "tools": TOOLS},
         {"messages": [USER, ANSWER]},

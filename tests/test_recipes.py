@@ -125,14 +125,14 @@ def test_the_target_modules_exist_in_the_architecture(path: Path) -> None:
     """Guards against a list copied from Llama: every module it names must be adapted, and nothing must be left out."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from stepladder.model import adapter
+    from stepladder.model import build
 
     recipe = load.load(str(path), [])
     kind, extra = FAMILIES[path.parent.name]
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     sizes |= {} if kind in ("gpt2", "opt") else {"intermediate_size": 32, "num_key_value_heads": 1}
     config = AutoConfig.for_model(kind, **({"vocab_size": 32} if kind == "gpt2" else sizes), **extra)
-    model = adapter.attach(AutoModelForCausalLM.from_config(config), recipe)
+    model = build.attach_adapter(AutoModelForCausalLM.from_config(config), recipe)
     adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
     named = recipe.get("lora_target_modules")
     if named != ["all-linear"]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, manifest, metrics, run, script
 from stepladder.errors import ModelError, StepladderError
-from stepladder.model import adapter, adapter_recipe, load, start
+from stepladder.model import adapter_recipe, build, pretrained, start
 from stepladder.recipe import explain
 from stepladder.recipe import load as recipe_load
 
@@ -177,7 +177,7 @@ def test_what_comes_out_is_one_adapter_on_the_base(runs: Path, tiny: Path, learn
     """Guards generate.py, compare.py and merge.py on a second generation: it stands on the base, not on the first."""
     last = evaluations(runs / "second")[-1]
     assert reference(tiny, runs / "second", learnable) == pytest.approx(last, abs=2e-5)
-    model, _ = load.for_inference(str(runs / "second"))
+    model, _ = pretrained.load_for_inference(str(runs / "second"))
     assert model.peft_config["default"].base_model_name_or_path == str(tiny)
     done = script("merge", "--adapter", runs / "second", "--output_dir", tmp_path / "merged")
     assert done.code == 0 and json.loads((tmp_path / "merged/merge.json").read_text())["base"] == str(tiny), done
@@ -412,7 +412,7 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(
     save_file(tensors, file)
     recipe = settings(model_name_or_path=str(folder), use_peft=True, **keys)
     with pytest.raises(ModelError) as caught:
-        adapter.attach(AutoModelForCausalLM.from_pretrained(tiny), recipe, AutoTokenizer.from_pretrained(tiny))
+        build.attach_adapter(AutoModelForCausalLM.from_pretrained(tiny), recipe, AutoTokenizer.from_pretrained(tiny))
     assert part in caught.value.render(), caught.value.render()
 
 
@@ -424,11 +424,11 @@ def test_a_tokenizer_with_tokens_that_the_base_lacks_is_refused(made, tiny: Path
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
-    assert load.tokenizer(settle(folder)).chat_template == tokenizer.chat_template
+    assert pretrained.load_tokenizer_for(settle(folder)).chat_template == tokenizer.chat_template
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="tokenizer has 1,025 tokens"):
-        load.tokenizer(settle(folder))
+        pretrained.load_tokenizer_for(settle(folder))
 
 
 def test_the_base_of_an_adapter_is_not_overwritten(made, tiny: Path, learnable: Path, tmp_path: Path) -> None:

@@ -210,9 +210,9 @@ def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe
     done = script("sft", "--recipe", full, "--output_dir", folder)
     assert done.code == 0, done
     assert losses(folder)[-1] < losses(folder)[0]
-    from stepladder.model.load import for_inference
+    from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = for_inference(str(folder))
+    model, tokenizer = load_for_inference(str(folder))
     assert tokenizer.eos_token == "<|eot_id|>"
     assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 1024
     done = script("generate", "--model", folder, "--prompt", "What is the password?", "--max_new_tokens", 4)

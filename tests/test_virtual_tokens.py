@@ -13,7 +13,7 @@ from conftest import launch, losses, manifest, script
 from stepladder.data import mixture
 from stepladder.evaluation import curves, loss
 from stepladder.evaluation.generate import answers
-from stepladder.model import load
+from stepladder.model import pretrained
 
 KINDS = ("prefix", "prompt")
 
@@ -53,7 +53,7 @@ def test_it_learns_and_is_saved_whole(kind: str, trained: dict[str, Path], tiny:
     facts, curve = manifest(run), losses(run)
     assert facts["parameters"]["trainable"] == expected[kind]
     assert curve[-1] < curve[0] - 0.05
-    model, tokenizer = load.for_inference(str(run))
+    model, tokenizer = pretrained.load_for_inference(str(run))
     rows = mixture.from_name(facts["recipe"]["dataset_name"]).take(range(8))
     assert loss.mean(loss.of_rows(model, tokenizer, rows)) == pytest.approx(facts["saved"]["loss"], abs=1e-5)
 
@@ -67,7 +67,7 @@ def test_it_begins_as_the_base_after_real_words(trained: dict[str, Path]) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_answered_like_one(kind: str, trained: dict[str, Path]) -> None:
     """Guards virtual tokens before padded prompts: an answer does not depend on what else is asked."""
-    model, tokenizer = load.for_inference(str(trained[kind]))
+    model, tokenizer = pretrained.load_for_inference(str(trained[kind]))
     asked = [[{"role": "user", "content": text}] for text in ("Hi", "Where is my order? It was due last week.")]
     together = answers(model, tokenizer, asked, max_new_tokens=8)
     alone = [answers(model, tokenizer, [messages], max_new_tokens=8)[0] for messages in asked]
@@ -135,10 +135,10 @@ def test_begins_in_fp32_on_a_bf16_base(settings, tiny: Path) -> None:
     """Guards small updates, which bf16 would round away."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from stepladder.model import adapter
+    from stepladder.model import build
 
     for kind in KINDS:
         base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
         recipe = settings(use_peft=True, peft_type=kind, num_virtual_tokens=4, virtual_tokens_text="Answer well.")
-        model = adapter.attach(base, recipe, AutoTokenizer.from_pretrained(tiny))
+        model = build.attach_adapter(base, recipe, AutoTokenizer.from_pretrained(tiny))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

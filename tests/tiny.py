@@ -35,7 +35,7 @@ def _make_tiny(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from stepladder.model.merge import weights
+    from stepladder.model import weights
 
     texts = (ROOT / "data/techco.jsonl").read_text().splitlines()
     if SMOLLM2.is_dir():

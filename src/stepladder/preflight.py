@@ -14,7 +14,7 @@ from stepladder import requirements
 from stepladder.data import audit, templates
 from stepladder.data.audit import token_checks
 from stepladder.errors import LaunchError, StepladderError
-from stepladder.model import adapter_recipe, load, start
+from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
@@ -106,7 +106,7 @@ def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
 def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     """With the tokens of the longest row."""
     assert rows.train is not None
-    tokenizer = load.tokenizer(recipe)
+    tokenizer = pretrained.load_tokenizer_for(recipe)
     templates.prepare(tokenizer, recipe)
     found = token_checks.check(rows.train, tokenizer, recipe)
     audit.stop_on_errors(found)
@@ -140,7 +140,7 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
         plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
         way = plan.of_recipe(launch.strategy)
     else:
-        precision, gpu = load.precision(recipe), bool(hardware.gpus_here())
+        precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
         plan, way = choose.of_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
     said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
     said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"

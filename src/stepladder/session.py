@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
 from stepladder.data import mixture, row_keys, stream, templates
-from stepladder.model import adapter_recipe, start
-from stepladder.model import load as model_load
+from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
@@ -144,7 +143,7 @@ def prepare(checked: Checked) -> Prepared:
         use_cpu = ranks.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         import_libraries()
     console.quiet_progress_bars()
-    precision = model_load.precision(recipe)
+    precision = pretrained.precision(recipe)
     notes = checked.notes + [
         f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)
     ]
@@ -185,7 +184,7 @@ def import_libraries() -> None:
 
 def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer with the recipe's template, and the tokens that it adds; both are held against a resumed run's."""
-    tokenizer = model_load.tokenizer(checked.recipe)
+    tokenizer = pretrained.load_tokenizer_for(checked.recipe)
     own_template = tokenizer.chat_template
     checked.inputs.add_tokenizer(tokenizer)
     new_tokens = templates.prepare(tokenizer, checked.recipe)

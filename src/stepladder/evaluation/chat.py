@@ -10,7 +10,7 @@ from stepladder.errors import DataError
 from stepladder.evaluation import questions, transcript
 from stepladder.evaluation.generate import Message, answers, no_template, prompt_text
 from stepladder.evaluation.questions import Question
-from stepladder.model import load, start
+from stepladder.model import pretrained, start
 
 HELP = "Ask away. /reset begins anew, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
 
@@ -42,7 +42,7 @@ def answer(args: argparse.Namespace, system: list[Message], listed: list[Questio
     sampling = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(args.temperature)}
     keys = ("temperature", "top_p", "top_k", "repetition_penalty")
     sampling |= {name: value for name in keys if (value := getattr(args, name))}
-    model, tokenizer = load.for_inference(args.model, args.base, args.trust_remote_code)
+    model, tokenizer = pretrained.load_for_inference(args.model, args.base, args.trust_remote_code)
     if tokenizer.chat_template is None and (args.chat or system):
         raise no_template(args.model)
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -17,7 +17,7 @@ from stepladder.data.readers import READERS
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, RunError
 from stepladder.evaluation.questions import of_rows
-from stepladder.model import load
+from stepladder.model import pretrained
 
 CHOICES, SEED = 4, 42
 
@@ -112,7 +112,7 @@ def evaluate(
     if unknown:
         help = "lm-eval ls tasks lists them; a file of ours: data/techco_eval.jsonl"
         raise RunError(f"lm-eval has no task '{unknown[0]}'", help=help)
-    model, tokenizer = load.for_inference(name, base, trust_remote_code)
+    model, tokenizer = pretrained.load_for_inference(name, base, trust_remote_code)
     try:
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),

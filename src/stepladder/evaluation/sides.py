@@ -16,7 +16,7 @@ from stepladder.evaluation import behaviours, endpoint, generate, held_out, loss
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
-from stepladder.model import fingerprint, load, start
+from stepladder.model import fingerprint, pretrained, start
 
 FOR_TEMPLATES = {"tool_calls", "tool_call_id", *REASONING}  # keys of a turn that not every server understands
 SAMPLE = 24  # rows of the training data and of general knowledge that losses are measured on
@@ -63,7 +63,7 @@ def measure(
         return Side(str(source), endpoint.answers(source, talks, max_new_tokens, kept, on.notes))
     if is_transcript(source):
         return Side(source, transcript.answers(Path(source), on.questions))
-    model, tokenizer = load.for_inference(source, on.bases.get(source), trust_remote_code)
+    model, tokenizer = pretrained.load_for_inference(source, on.bases.get(source), trust_remote_code)
     if tokenizer.chat_template is None and template:
         tokenizer.chat_template = template
         on.notes.append(f"{source} has no chat template and is asked by the tuned model's")
@@ -168,7 +168,7 @@ def not_measured(sources: Sequence[str | Endpoint], on: Measured) -> list[str]:
 def template_of(tuned: list[str], trust_remote_code: bool = False) -> str | None:
     """The chat template of the first tuned model that has one."""
     models = (name for name in tuned if not is_transcript(name))
-    templates = (load.tokenizer_of(name, trust_remote_code=trust_remote_code).chat_template for name in models)
+    templates = (pretrained.load_tokenizer(name, trust_remote_code=trust_remote_code).chat_template for name in models)
     return next(filter(None, templates), None)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.model import start
-from stepladder.model.merge.weights import Weights, more
 from stepladder.model.start import ADAPTER, CHANGES_BASE, FIELDS, KEY
+from stepladder.model.weights import Weights, more
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.run import MANIFEST
@@ -215,7 +215,7 @@ def _contradictions(recipe: Recipe, begun: start.Start, values: dict[str, Any]) 
 
 
 def _agree(key: str, value: Any, its: Any) -> bool:
-    """Whether a key says what the adapter has; patterns of target modules are compared in the model (adapter.py)."""
+    """Whether a key says what the adapter has; patterns of target modules are compared in the model (build.py)."""
     if key != "lora_target_modules" or value is None or its is None:
         same = [sorted(v) if isinstance(v, list) else v for v in (value, its)]
         return (same[0] or None) == (same[1] or None)

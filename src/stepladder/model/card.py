@@ -14,8 +14,8 @@ from stepladder import files, hardware
 from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
 from stepladder.model import start
-from stepladder.model.adapter import VIRTUAL
-from stepladder.model.merge.weights import Weights
+from stepladder.model.build import VIRTUAL
+from stepladder.model.weights import Weights
 from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
 README_BYTES = 1 << 22
@@ -274,9 +274,9 @@ def describe(name: str) -> dict[str, str]:
         ModelError: there is no such model, or one of its files is damaged.
     """
     from stepladder.data import render, templates
-    from stepladder.model import load
+    from stepladder.model import pretrained
 
-    folder = load.folder_of(name, small_files_only=True)
+    folder = pretrained.find_folder(name, small_files_only=True)
     adapter, config = _read_object(folder / "adapter_config.json"), _read_object(folder / "config.json")
     merged, (trained, _), front = _read_object(folder / "merge.json"), read_training(folder), front_matter(folder)
     if merged and not trained:
@@ -284,7 +284,7 @@ def describe(name: str) -> dict[str, str]:
         if not (isinstance(adapters, list) and adapters and isinstance(adapters[0], str) and merged.get("status")):
             raise ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", help="merge again")
         trained, _ = read_training(Path(adapters[0]))
-    tokenizer = load.tokenizer_of(str(folder))
+    tokenizer = pretrained.load_tokenizer(str(folder))
     has_template = tokenizer.chat_template is not None
     conversation = {"messages": [{"role": "user", "content": QUESTION}]}
     return {

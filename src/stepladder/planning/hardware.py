@@ -13,7 +13,7 @@ import yaml
 from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError
 from stepladder.hardware import GPU, GPUS
-from stepladder.model import load, start
+from stepladder.model import pretrained, start
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -100,7 +100,7 @@ def config(settings: Settings) -> Any:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=code)
     except Exception as error:  # values of another kind raise whatever the expressions that read them raise
         if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-            raise load.needs_code(name, settings.where("model_name_or_path")) from None
+            raise pretrained.needs_code(name, settings.where("model_name_or_path")) from None
         raise ModelError(
             f"'{name}' has no config.json that can be read",
             where=settings.where("model_name_or_path"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepladder.model import load
+from stepladder.model import pretrained
 from stepladder.planning.trace import PHASES, Traced
 from stepladder.recipe import batch
 from stepladder.settings import Settings
@@ -76,7 +76,7 @@ def loading(
         return Loading(0.0, held * local_ranks) if on_cpu else Loading(held, 0.0)
     if strategy.startswith("zero3") and ranks > 1:
         return Loading(0.0, 0.0)
-    dtype = load.weights_dtype(settings, traced.work.precision)
+    dtype = pretrained.weights_dtype(settings, traced.work.precision)
     saved = getattr(config, "dtype", None) or torch.bfloat16  # what most models of today are saved in
     copied = dtype not in ("auto", saved)
     size = torch.float32.itemsize if dtype == "auto" else getattr(dtype, "itemsize", 4)
@@ -84,7 +84,7 @@ def loading(
     if sharded and full and traced.work.precision != "fp32" and dtype != torch.float32:
         copied, size = True, torch.float32.itemsize  # Accelerate makes fp32 ones of what is trained
     copy = size * (whole.parameters - (0 if full else whole.trainable)) if copied else 0.0
-    readers = 1 if sharded and load.can_be_sent(settings) else local_ranks
+    readers = 1 if sharded and pretrained.can_be_sent(settings) else local_ranks
     if not on_gpu:  # the host's memory is the device's; only one that is sharded is smaller later
         return Loading(copy if sharded else 0.0, 0.0)
     shards = whole.held / ranks * local_ranks if strategy == "fsdp_offload" else 0.0  # beside what they are cut from

@@ -16,7 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError
-from stepladder.model import adapter, attention, cpu_kernels
+from stepladder.model import attention, build, cpu_kernels
 from stepladder.planning import unloaded
 from stepladder.planning.live import LiveBytes
 from stepladder.planning.optimizer_states import state_bytes
@@ -134,7 +134,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         low = hardware.dtype_of(work.precision)
         with moments:
             with torch.autocast("cpu", low, enabled=low != torch.float32 and not work.cast):
-                given = adapter.virtual_inputs(model, ids) if virtual else {"input_ids": ids}
+                given = build.virtual_inputs(model, ids) if virtual else {"input_ids": ids}
                 if config.model_type == "opt":  # which counts them from a mask of two dimensions
                     given["position_ids"] = torch.arange(shape[1]).expand(shape)
                 if work.gpu or cpu_kernels.has_plain_logits(base):  # all tokens are trained, at worst

@@ -13,7 +13,7 @@ import torch
 
 from stepladder.data.render import IGNORED
 from stepladder.errors import ModelError
-from stepladder.model import attention, load
+from stepladder.model import attention, pretrained
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
@@ -55,7 +55,7 @@ def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
                 why=str(error).splitlines()[0],
                 help="a causal language model that the installed Transformers know",
             ) from None
-        if quantization := load.quantization_config(settings, work.precision):
+        if quantization := pretrained.quantization_config(settings, work.precision):
             _quantize(base, quantization)
         model = build(
             base,
@@ -125,7 +125,7 @@ def materialize(model: Any, dtype: torch.dtype | None) -> None:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as model/load.py has it
+            module.support_avx512bf16_for_cpu = False  # as model/pretrained.py has it
 
 
 def constants(model: Any) -> list[torch.Tensor]:
@@ -155,7 +155,7 @@ def parameters(model: Any) -> int:
 
 
 def _dtype(settings: Settings, precision: str) -> Any:
-    dtype = load.weights_dtype(settings, precision)
+    dtype = pretrained.weights_dtype(settings, precision)
     return torch.bfloat16 if dtype == "auto" else dtype  # what the models of today are saved in
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from stepladder import console
 from stepladder.errors import ModelError, TrainingError
-from stepladder.model import adapter, card, portable
-from stepladder.model.merge import weights
+from stepladder.model import card, portable, weights
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training import reloaded
@@ -72,7 +71,7 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
     (run.folder / "training_args.bin").unlink(missing_ok=True)
     weights.share(run.folder)
     if shapes:
-        adapter.check_saved(run.folder, shapes)
+        weights.check_saved_adapter(run.folder, shapes)
         # Where an answer ends, which the base may not say.
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, files, hardware, run
 from stepladder.errors import ModelError
-from stepladder.model import card, fingerprint, load, portable, start
-from stepladder.model.merge import gguf_file, llama_cpp_text, weights
+from stepladder.model import card, fingerprint, portable, pretrained, start, weights
+from stepladder.model.merge import gguf_file, llama_cpp_text
 from stepladder.model.merge.meta_model import RoundTrip, read_configs
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
@@ -54,7 +54,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
     quantize = choose_base(args.quantized_base, in_4_bits)
     begun = start.find(str(args.adapter[0]))
     name = args.base or begun.base
-    base = load.unquantized(name, None if args.base else config.revision)
+    base = _find_base(name, None if args.base else config.revision)
     if replaced := next(
         (f for f in (base, *args.adapter) if f.resolve().is_relative_to(args.output_dir.resolve())), None
     ):
@@ -63,10 +63,10 @@ def _parts(args: argparse.Namespace) -> _Parts:
             why="the result would take its place",
             help="another --output_dir",
         )
-    tokenizer = load.tokenizer_of(str(args.adapter[0] if begun.has_tokenizer else base))
+    tokenizer = pretrained.load_tokenizer(str(args.adapter[0] if begun.has_tokenizer else base))
     defaults = base / "generation_config.json"
-    generation = files.read_object(defaults) if defaults.is_file() else {}  # `load.unquantized` has looked at it
-    generation["eos_token_id"] = load.end_tokens(tokenizer, generation.get("eos_token_id"))
+    generation = files.read_object(defaults) if defaults.is_file() else {}  # `_find_base` has looked at it
+    generation["eos_token_id"] = pretrained.end_tokens(tokenizer, generation.get("eos_token_id"))
     gguf_name = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
     modelfile = llama_cpp_text.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
     work, because = open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
@@ -115,7 +115,7 @@ def _write(
     writing = time.perf_counter()
     shards = parts.work.write(folder, dtype, args.max_shard_size, _show_progress)
     seconds = time.perf_counter() - writing
-    load.save_tokenizer(parts.tokenizer, parts.base, folder)
+    _save_tokenizer(parts.tokenizer, parts.base, folder)
     remarks = [note for path in args.adapter if (note := fingerprint.other_base(path, str(parts.base)))]
     remarks += portable.settle(folder, parts.tokenizer) + (parts.gguf.remarks if parts.gguf else [])
     for remark in remarks:
@@ -147,6 +147,41 @@ def _bytes(plan: dict[str, weights.Tensor]) -> int:
 def _show_progress(done: int, total: int) -> None:
     if sys.stdout.isatty():
         console.redraw(f"  merging {done / 1e9:.2f} of {total / 1e9:.2f} GB" + "\n" * (done == total))
+
+
+def _find_base(name: str, revision: str | None = None) -> Path:
+    """The folder of a base whose weights an adapter can be folded into.
+
+    Raises:
+        ModelError: as `pretrained.find_folder`, or it is an adapter itself, or quantized already.
+    """
+    folder = pretrained.find_folder(name, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} is no base model: it has no config.json", help="--base")
+    if "quantization_config" in files.read_object(folder / "config.json"):  # which `check_source` has read
+        raise ModelError(
+            f"{name} holds quantized weights, which an adapter cannot be folded into",
+            help="--base with the model that they were made from",
+        )
+    return folder
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
+    """Put the tokenizer beside a merged model, and let the model stop where the tokenizer's template ends a turn."""
+    from transformers import GenerationConfig
+
+    tokenizer.save_pretrained(folder)
+    own = (base / "generation_config.json").is_file()
+    config = pretrained.load_config(folder)
+    generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
+    pretrained.clear_sampling(generation)
+    generation.eos_token_id = config.eos_token_id = pretrained.end_tokens(
+        tokenizer, generation.eos_token_id, config.eos_token_id
+    )
+    for saved in (config, generation):
+        if saved.pad_token_id is None:
+            saved.pad_token_id = tokenizer.pad_token_id
+        saved.save_pretrained(folder)
 
 
 def choose_base(choice: str | None, trained: dict[str, Any]) -> RoundTrip | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.errors import ModelError
 from stepladder.model.merge.llama_cpp_text import build_vocabulary
-from stepladder.model.merge.weights import Tensor as Stored
-from stepladder.model.merge.weights import Weights
+from stepladder.model.weights import Tensor as Stored
+from stepladder.model.weights import Weights
 
 if TYPE_CHECKING:
     import numpy

@@ -11,7 +11,7 @@ import jinja2
 
 from stepladder.data.templates import limits
 from stepladder.errors import ModelError
-from stepladder.model.load import SAMPLING
+from stepladder.model.pretrained import SAMPLING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.console import quoted
 from stepladder.errors import ModelError
-from stepladder.model.adapter import read_tensors, wrong_base
-from stepladder.model.merge.weights import Weights, more
+from stepladder.model.pretrained import wrong_base
 from stepladder.model.start import ADAPTER, CONFIG, invalid_config, read_config
+from stepladder.model.weights import Weights, more, read_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +189,7 @@ def inject(
             raise wrong_base(folder, base, str(error).splitlines()[0]) from None
         except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
             raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
-        tensors = {key: tensor.to(device).float() for key, tensor in read_tensors(folder).items()}
+        tensors = {key: tensor.to(device).float() for key, tensor in read_adapter(folder).items()}
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
         for key in sorted(tensors.keys() | table.keys()):

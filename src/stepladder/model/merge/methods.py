@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model import load
-from stepladder.model.adapter import load_trained
-from stepladder.model.merge import meta_model, weights
+from stepladder.model import pretrained, weights
+from stepladder.model.merge import meta_model
 from stepladder.model.merge.meta_model import RoundTrip
-from stepladder.model.merge.weights import CODES, FLOATS, Tensor, Weights
 from stepladder.model.start import CHANGES_BASE
+from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +49,7 @@ class StreamedMerge:
         device: str = "cpu",
     ):
         self.disk, self.quantize, self.device = Weights(base), quantize, device
-        self.config = load.config_of(base)
+        self.config = pretrained.load_config(base)
         self._last: dict[str, torch.Tensor] = {}
         self._streaming = False
         model = self._bare()
@@ -266,7 +265,7 @@ class WholeMerge:
         if self.tokens > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(self.tokens, mean_resizing=False)
         try:
-            peft = load_trained(model, self.adapters[0], "adapter_0")
+            peft = pretrained.load_trained(model, self.adapters[0], "adapter_0")
             for number, folder in enumerate(self.adapters[1:], 1):
                 peft.load_adapter(folder, f"adapter_{number}")
             peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)

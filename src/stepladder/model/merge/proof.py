@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge
-from stepladder.model.merge.weights import FLOATS, Weights, name_of
+from stepladder.model.weights import FLOATS, Weights, name_of
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from stepladder.console import say
-from stepladder.model import load
+from stepladder.model import pretrained
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Launch
 from stepladder.training.launch.ranks import from_first
@@ -19,15 +19,15 @@ def base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     node's first rank has read, and what the others have not.
     """
     if not launch.strategy.startswith("fsdp") or launch.ranks == 1:
-        return load.base_model(recipe, precision)
-    asked, reads = load.can_be_sent(recipe), launch.local_rank == 0
-    model = load.base_model(recipe, precision) if reads or not asked else None
+        return pretrained.load_base(recipe, precision)
+    asked, reads = pretrained.can_be_sent(recipe), launch.local_rank == 0
+    model = pretrained.load_base(recipe, precision) if reads or not asked else None
     sent = asked and from_first(model is not None and can_be_sent(model))
     if model is not None and asked and not sent and launch.rank == 0:
         say("note: each rank reads all weights, since this model has more than Accelerate could send from rank 0")
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(sent).lower()  # read as the Trainer makes its Accelerator
     if model is None:
-        model = load.unread_model(recipe) if sent else load.base_model(recipe, precision)
+        model = pretrained.make_unread_model(recipe) if sent else pretrained.load_base(recipe, precision)
     return model
 
 

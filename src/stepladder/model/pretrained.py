@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import files, hardware
+from stepladder import hardware
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError
 from stepladder.model import start
-from stepladder.model.adapter import load_trained
 from stepladder.model.start import check_files, check_source
+from stepladder.model.weights import more
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Of no use unless it samples. Transformers refuses to save them then, and vLLM samples by them all the same.
@@ -48,7 +50,7 @@ def precision(recipe: Settings) -> str:
     return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def folder_of(name: str, revision: str | None = None, small_files_only: bool = False) -> Path:
+def find_folder(name: str, revision: str | None = None, small_files_only: bool = False) -> Path:
     """The folder that holds a model or adapter: `name` itself, or what the hub's cache holds or fetches of it.
 
     Raises:
@@ -67,24 +69,7 @@ def folder_of(name: str, revision: str | None = None, small_files_only: bool = F
     return folder
 
 
-def unquantized(name: str, revision: str | None = None) -> Path:
-    """The folder of a base whose weights an adapter can be folded into.
-
-    Raises:
-        ModelError: as `folder_of`, or it is an adapter itself, or quantized already.
-    """
-    folder = folder_of(name, revision)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{name} is no base model: it has no config.json", help="--base")
-    if "quantization_config" in files.read_object(folder / "config.json"):  # which `check_source` has read
-        raise ModelError(
-            f"{name} holds quantized weights, which an adapter cannot be folded into",
-            help="--base with the model that they were made from",
-        )
-    return folder
-
-
-def config_of(folder: Path) -> PreTrainedConfig:
+def load_config(folder: Path) -> PreTrainedConfig:
     """The configuration of a model in a folder, whose architecture Transformers knows by itself."""
     from transformers import AutoConfig
 
@@ -92,14 +77,14 @@ def config_of(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
+def load_tokenizer_for(recipe: Settings) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe's model or adapter, with a padding token.
 
     Raises:
         ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
     """
     code, source = bool(recipe.get("trust_remote_code")), start.find_for(recipe)
-    tok = tokenizer_of(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
+    tok = load_tokenizer(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
         from transformers import AutoConfig
 
@@ -115,7 +100,7 @@ def tokenizer(recipe: Settings) -> PreTrainedTokenizerBase:
     return tok
 
 
-def tokenizer_of(
+def load_tokenizer(
     name: str, revision: str | None = None, trust_remote_code: bool | None = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model or adapter folder, or of a hub id, with a padding token.
@@ -144,23 +129,7 @@ def tokenizer_of(
     return tok
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path) -> None:
-    """Put the tokenizer beside a merged model, and let the model stop where the tokenizer's template ends a turn."""
-    from transformers import GenerationConfig
-
-    tokenizer.save_pretrained(folder)
-    own = (base / "generation_config.json").is_file()
-    config = config_of(folder)
-    generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
-    _without_sampling(generation)
-    generation.eos_token_id = config.eos_token_id = end_tokens(tokenizer, generation.eos_token_id, config.eos_token_id)
-    for saved in (config, generation):
-        if saved.pad_token_id is None:
-            saved.pad_token_id = tokenizer.pad_token_id
-        saved.save_pretrained(folder)
-
-
-def _without_sampling(generation: GenerationConfig) -> None:
+def clear_sampling(generation: GenerationConfig) -> None:
     """Leave the keys of sampling out of a generation config that does not sample."""
     for key in SAMPLING:
         if not generation.do_sample and getattr(generation, key, None) is not None:
@@ -177,7 +146,7 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase, *known: int | list[int] | Non
     return ends if len(ends) > 1 else ends[0] if ends else None
 
 
-def base_model(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
+def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     """The model to train, quantized where the recipe says so.
 
     Call it after the training arguments exist: under ZeRO-3 they tell Transformers to shard
@@ -225,8 +194,8 @@ def can_be_sent(recipe: Settings) -> bool:
     return not any(recipe.get(key) for key in changed) and (recipe.get("dtype") or "float32") == "float32"
 
 
-def unread_model(recipe: Settings) -> PreTrainedModel:
-    """The model that `base_model` reads, with weights that take no memory until they are written, and true buffers.
+def make_unread_model(recipe: Settings) -> PreTrainedModel:
+    """The model that `load_base` reads, with weights that take no memory until they are written, and true buffers.
 
     As Transformers makes it on a local rank above 0 under `FSDP_CPU_RAM_EFFICIENT_LOADING`, but that 5.23 reads all
     weights there too. Accelerate tells parameters apart by their addresses, which meta tensors do not have.
@@ -266,7 +235,7 @@ def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _without_sampling(model.generation_config)
+    clear_sampling(model.generation_config)
     known = model.generation_config.eos_token_id
     ends = end_tokens(tokenizer, known, model.config.eos_token_id)
     model.config.eos_token_id = model.generation_config.eos_token_id = ends
@@ -305,7 +274,7 @@ def quantization_config(recipe: Settings, mixed_precision: str) -> Any:
     )
 
 
-def for_inference(
+def load_for_inference(
     name: str, base: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base model, a merged folder, or an adapter on its base, ready to generate, on the best device.
@@ -324,7 +293,7 @@ def for_inference(
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     place = str(source.adapter) if source.has_tokenizer else source.base
-    tok = tokenizer_of(place, source.revision, trust_remote_code)
+    tok = load_tokenizer(place, source.revision, trust_remote_code)
     with _loading(source.base, of=str(source.adapter or "")):
         model = AutoModelForCausalLM.from_pretrained(
             source.base, revision=source.revision, dtype=dtype, use_safetensors=True,
@@ -335,6 +304,33 @@ def for_inference(
         if source.adapter:
             model = load_trained(model, source.adapter)
     return model.to(device).eval(), tok
+
+
+def load_trained(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """An adapter on a whole model, as PEFT loads it.
+
+    Raises:
+        ModelError: a tensor is missing, which PEFT would leave as random as it begins, with a warning.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, folder, name)
+        except UserWarning as warning:
+            missing = re.findall(r"'([^']+)'", str(warning)) or [str(warning)]
+            what = f"the adapter lacks {missing[0].replace(f'.{name}.', '.')}{more(missing)}"
+            raise wrong_base(folder, Path(model.name_or_path), what) from None
+
+
+def wrong_base(adapter: Path, base: Path, what: str) -> ModelError:
+    return ModelError(
+        f"the adapter does not fit this base: {what}",
+        where=str(adapter),
+        why=f"it was trained on another model than {base}, or on another size of it",
+        help="name the base that it was trained on: --base",
+    )
 
 
 def needs_code(name: str, where: str = "") -> ModelError:

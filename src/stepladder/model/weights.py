@@ -1,4 +1,4 @@
-"""A model's tensors on disk: checked, read one at a time, written one at a time."""
+"""A model's or adapter's tensors on disk: checked, read and written one at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
 from stepladder.files import read_object
+from stepladder.model.start import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -180,3 +181,59 @@ def name_of(dtype: torch.dtype) -> str:
 
 def more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+# ---- an adapter's ----
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by their names in its file; ModelError where a number is not finite."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / ADAPTER)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"the adapter holds numbers that are not finite, in {name}",
+                where=str(folder / ADAPTER),
+                help="train it again",
+            )
+    return tensors
+
+
+def check_saved_adapter(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ModelError unless the adapter in `folder` holds exactly the trained tensors, finite and learned.
+
+    Args:
+        folder: where it was saved.
+        expected: the shape of each tensor by its name in the file.
+
+    Sharded strategies have saved empty adapters without a word (trl#4416, peft#2450).
+    """
+    file = folder / ADAPTER
+    if not file.is_file():
+        raise ModelError(f"no adapter was saved in {folder}")
+    tensors = read_adapter(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise ModelError(
+            f"the saved adapter is not the one that was trained: {len(shapes)} tensors, expected {len(expected)}",
+            where=str(file),
+            why=differences(shapes, expected),
+        )
+    matrices = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    if matrices and not any(tensor.any() for tensor in matrices):
+        raise ModelError(
+            "every B matrix of the saved adapter is zero: nothing was learned",
+            where=str(file),
+            why="B begins as zeros, and only a step with a learning rate above 0 changes it",
+            help="train more steps: under warmup_steps the first has a rate of 0 (`learning_rate` in metrics.jsonl)",
+        )
+
+
+def differences(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+    """Which tensors are missing, unexpected or of another shape; empty where none is."""
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    wrong = sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n])
+    found = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+    return "; ".join(f"{label}: {names[0]}{more(names)}" for label, names in found if names)
