@@ -598,7 +598,7 @@ def test_another_base_than_that_of_training_is_told(trained: Path, tiny: Path, t
     done = script("merge", "--adapter", trained, "--base", other, "--output_dir", out, "--dtype", "fp32")
     assert done.code == 0 and f"note: {note}" in done.err, done
     assert note in json.loads((out / "merge.json").read_text())["remarks"] and note in (out / "README.md").read_text()
-    assert fingerprint.other_base(trained, str(tiny)) == "" == fingerprint.other_base(other, str(tiny))
+    assert fingerprint.note_other_base(trained, str(tiny)) == "" == fingerprint.note_other_base(other, str(tiny))
     moved = shutil.copytree(trained, tmp_path / "moved")
     file = moved / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(other)}))

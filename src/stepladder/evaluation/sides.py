@@ -105,7 +105,7 @@ def check(source: str | Endpoint, on: Measured) -> None:
             on.bases[source] = on.base
             on.notes.append(f"{source} is put on {on.base}: its own base, {start.find(source).base}, is not there")
         begun = start.find_checked(source, on.bases.get(source))
-        if begun.adapter and (note := fingerprint.other_base(begun.adapter, begun.base, begun.revision)):
+        if begun.adapter and (note := fingerprint.note_other_base(begun.adapter, begun.base, begun.revision)):
             on.notes.append(note)
 
 

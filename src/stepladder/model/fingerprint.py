@@ -2,8 +2,7 @@
 
 Files up to 16 MiB are read whole. Of a larger one the hash covers its size, its first MiB (in it the safetensors
 header: names, shapes and dtypes) and 256 blocks of 4 KiB, evenly spaced up to its end: about 2 MiB, however large the
-file is. Another training run changes whole tensors: it is noticed. A few edited bytes of a large file are not. Its hash
-is remembered in the cache by path, size, mtime and ctime.
+file is. Another training run changes whole tensors: it is noticed. A few edited bytes of a large file are not.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stepladder import cache, console
+from stepladder import console
 from stepladder.model import start
 from stepladder.model.start import CONFIG as ADAPTER_CONFIG
 from stepladder.model.weights import INDEX
-from stepladder.run import MANIFEST, read_object, write_whole
+from stepladder.run import MANIFEST, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,13 +27,12 @@ if TYPE_CHECKING:
 Parts = dict[str, str]  # the hash of each part of a thing: a file of a model, a property of a tokenizer
 WHOLE = 16 << 20  # bytes up to which a file is read whole
 HEAD, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
-SETTLED = 2  # seconds: a file that was written later than that could change again within one tick of its mtime
 CONFIG, SINGLE = "config.json", "model.safetensors"
 # Which library saved a model, from where, and how it generates: no training step depends on them.
 NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
 
 
-def of_model(name: str, revision: str | None = None, with_code: bool = False) -> Parts:
+def hash_model(name: str, revision: str | None = None, with_code: bool = False) -> Parts:
     """The files that a model is loaded from, without torch: its configuration and weights; an adapter's base too.
 
     Args:
@@ -49,14 +46,14 @@ def of_model(name: str, revision: str | None = None, with_code: bool = False) ->
     Raises:
         OSError: a file cannot be read.
     """
-    begun = start.find(name, revision)
-    parts = _of_base(begun, with_code)
-    if begun.adapter:
-        return of_folder(begun.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
+    source = start.find(name, revision)
+    parts = _hash_base(source, with_code)
+    if source.adapter:
+        return hash_folder(source.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
     return parts
 
 
-def other_base(adapter: Path, base: str, revision: str | None = None) -> str:
+def note_other_base(adapter: Path, base: str, revision: str | None = None) -> str:
     """A note that an adapter's run was trained on other weights than those of `base`; empty where none is known.
 
     Files of a name that both have are compared: the same weights in other shards are not known to be the same.
@@ -65,36 +62,28 @@ def other_base(adapter: Path, base: str, revision: str | None = None) -> str:
     trained = inputs.get("model") if isinstance(inputs, dict) else None
     if not isinstance(trained, dict):
         return ""
-    ours = _of_base(start.Start(base, revision), False)
+    ours = _hash_base(start.Start(base, revision), False)
     before = {file.removeprefix("base/"): digest for file, digest in trained.items() if "adapter" not in file}
     names = sorted(n for n in ours.keys() & before.keys() if n.endswith(".safetensors") and ours[n] != before[n])
     return f"{adapter} was trained on other weights than those of {base}: {names[0]} differs" if names else ""
 
 
-def _of_base(begun: start.Start, with_code: bool) -> Parts:
-    folder = Path(begun.base)
+def _hash_base(source: start.Start, with_code: bool) -> Parts:
+    folder = Path(source.base)
     if folder.is_dir():
-        return of_folder(folder, with_code)
-    snapshot = _hub_snapshot(begun.base, begun.revision)
+        return hash_folder(folder, with_code)
+    snapshot = _hub_snapshot(source.base, source.revision)
     return {"commit": snapshot.name} if snapshot else {}
 
 
-def of_folder(folder: Path, with_code: bool = False) -> Parts:
-    """The hash of each file of a folder that its model or adapter is loaded from; see `of_model`."""
-    remembered = cache.folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
-    known = start.read_if_readable(remembered)
+def hash_folder(folder: Path, with_code: bool = False) -> Parts:
+    """The hash of each file of a folder that its model or adapter is loaded from; see `hash_model`."""
     files = _files(folder, with_code)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once
-        entries = list(pool.map(lambda file: _entry(file, known), files))
-    kept = {file.name: entry for file, entry in zip(files, entries, strict=True) if entry[0]}
-    if kept != known and kept:
-        with contextlib.suppress(OSError):  # without a cache the next start reads its 2 MiB again
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(remembered, json.dumps(kept))
-    return {file.name: digest for file, (_, digest) in zip(files, entries, strict=True)}
+        return {file.name: digest for file, digest in zip(files, pool.map(_hash_file, files), strict=True)}
 
 
-def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Parts:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Parts:
     """A tokenizer as it was loaded: what turns a text into token ids, but neither padding, truncation nor template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -114,7 +103,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Parts:
     return {name: _short(json.dumps(value, sort_keys=name != "vocabulary").encode()) for name, value in parts.items()}
 
 
-def of_text(text: str) -> str:
+def hash_text(text: str) -> str:
     """The hash of a text: 16 hexadecimal digits of its SHA-256, as all hashes here."""
     return _short(text.encode("utf-8", "surrogatepass"))
 
@@ -137,34 +126,27 @@ def _files(folder: Path, with_code: bool) -> list[Path]:
     return [file for file in (folder / config, *weights, *code) if file.is_file()]
 
 
-def _entry(file: Path, known: dict[str, Any]) -> list[str]:
-    """What a file's hash is remembered by, "" where it is not to be, and the hash, from `known` where it is there."""
-    facts = file.stat()
-    if facts.st_size > WHOLE:
-        times = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
-        before = known.get(file.name)
-        if isinstance(before, list) and len(before) == 2 and before[0] == times and isinstance(before[1], str):
-            return before
-        settled = facts.st_ctime < time.time() - SETTLED
-        return [times if settled else "", _sampled(file, facts.st_size)]
+def _hash_file(file: Path) -> str:
+    if (size := file.stat().st_size) > WHOLE:
+        return _hash_samples(file, size)
     content = file.read_bytes()
     if file.name in (CONFIG, ADAPTER_CONFIG):
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
             config = {key: value for key, value in json.loads(content).items() if key not in NOT_OF_THE_MODEL}
             content = json.dumps(config, sort_keys=True).encode()
-    return ["", _short(content)]
+    return _short(content)
 
 
-def _sampled(file: Path, size: int) -> str:
-    found = hashlib.sha256(str(size).encode())
+def _hash_samples(file: Path, size: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
     with file.open("rb", buffering=0) as stream:
         handle = stream.fileno()
-        found.update(os.pread(handle, HEAD, 0))
+        digest.update(os.pread(handle, HEAD, 0))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # else each block brings 128 KiB of its neighbours
         for number in range(1, BLOCKS + 1):
-            found.update(os.pread(handle, BLOCK, size * number // BLOCKS - BLOCK))
-    return found.hexdigest()[:16]
+            digest.update(os.pread(handle, BLOCK, size * number // BLOCKS - BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def _short(content: bytes) -> str:

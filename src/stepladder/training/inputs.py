@@ -62,7 +62,7 @@ class Inputs:
         apart = ELSEWHERE & {*(recipe.get("model_init_kwargs") or {})}
         try:
             code = bool(recipe.get("trust_remote_code"))
-            self.found[MODEL] = {} if apart else fingerprint.of_model(name, recipe.get("model_revision"), code)
+            self.found[MODEL] = {} if apart else fingerprint.hash_model(name, recipe.get("model_revision"), code)
         except OSError as error:
             what, why = f"{error.filename or name} cannot be read", error.strerror or str(error)
             raise ModelError(what, why=why, where=recipe.where("model_name_or_path")) from None
@@ -102,13 +102,13 @@ class Inputs:
     def add_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Call it before `templates.prepare`, which adds tokens. Raises LaunchError as `resume` does."""
         if self.reads:
-            self.found[TOKENIZER] = fingerprint.of_tokenizer(tokenizer)
+            self.found[TOKENIZER] = fingerprint.hash_tokenizer(tokenizer)
             self._compare(TOKENIZER)
 
     def add_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Call it after `templates.prepare`. Raises LaunchError as `resume` does."""
         if self.reads:
-            self.found[TEMPLATE] = {"text": fingerprint.of_text(templates.source(tokenizer))}
+            self.found[TEMPLATE] = {"text": fingerprint.hash_text(templates.source(tokenizer))}
             self._compare(TEMPLATE)
 
     def _compare(self, *names: str) -> None:
