@@ -1,9 +1,9 @@
-"""What it costs to survive: how long saves keep the steps waiting, and from the command to the first step.
+"""The cost of reliability: how long saves block training, and the time from the command to the first step.
 
     python benchmarks/survive.py --report docs/reliability.md
 
-SmolLM2-135M on TechCo's rows, the recipe as it is but for a save at every fourth step: a run of 12 steps from its
-beginning, which is then resumed for 12 more, in one process.
+SmolLM2-135M on TechCo's rows by the shipped recipe, with a save every four steps: 12 steps, then 12 more after
+resuming, in one process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS, SAVE_STEPS = 12, 4
 
 
 def totals(method: str, folder: Path, steps: int) -> dict[str, Any]:
-    """The totals of a run that is begun, or trained on to these steps; with the bytes of a checkpoint."""
+    """The totals of a run that is started or resumed up to `steps`, with the bytes of a checkpoint."""
     words = f"""--recipe {RECIPES[method]} --output_dir {folder} --max_steps {steps} --eval_strategy no
         --lr_scheduler_type constant --save_strategy steps --save_steps {SAVE_STEPS}""".split()
     done = subprocess.run([sys.executable, "scripts/sft.py", *words], cwd=ROOT, stdout=subprocess.PIPE,
@@ -58,10 +58,10 @@ def main() -> None:
     table = "\n".join(
         (
             f"`python benchmarks/survive.py`, {datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), "
-            f"torch {torch.__version__.split('+')[0]}; SmolLM2-135M, {STEPS} steps and {STEPS} after a resumption, "
-            f"a save every {SAVE_STEPS}.",
+            f"torch {torch.__version__.split('+')[0]}; SmolLM2-135M, {STEPS} steps, then resumed for "
+            f"{STEPS} more; a save every {SAVE_STEPS} steps.",
             "",
-            "| method | checkpoint | a save | first step after | resumed, after | goodput of both |",
+            "| method | checkpoint | time of a save | time to first step | when resumed | goodput of both starts |",
             "| --- | --- | --- | --- | --- | --- |",
             *lines,
             "",

@@ -209,6 +209,14 @@ FAULT_KINDS = (
     "killed", "killed while saving", "killed while starting", "launcher killed", "two starts", "signal", "hangup",
     "disk full", *GOES_ON, *DAMAGES, *ADDED, *EDITED,
 )  # fmt: skip
+LABELS = {  # of the page, where the name alone is unclear
+    "two starts": "started twice at once",
+    "signal": "SIGTERM or SIGUSR1",
+    "hangup": "SIGHUP",
+    "reader gone": "the reader of its output exits, then killed",
+    "full log": "the log's disk is full, then killed",
+    "stopped for a while": f"a rank stopped for {HALT} s, then killed",
+}
 WITHOUT_PROGRESS = {"killed while starting", "disk full", "killed while saving"}  # three in a row would be `stuck`
 
 
@@ -280,17 +288,17 @@ def main() -> int:
 
 
 def report(counts: Counter[str], lost: int, broken: list[str], args: argparse.Namespace) -> str:
-    lines = [f"| {name} | {counts[name]} |" for name in FAULT_KINDS if counts[name]]
+    lines = [f"| {LABELS.get(name, name)} | {counts[name]} |" for name in FAULT_KINDS if counts[name]]
     when = datetime.date.today().isoformat()
     return "\n".join(
         (
             f"`python tests/chaos.py --runs {counts.total()} --seed {args.seed}`, {when}, "
-            f"under {', '.join(args.strategies)}; a checkpoint every {SAVE_STEPS} steps.",
+            f"strategies {', '.join(args.strategies)}; a checkpoint every {SAVE_STEPS} steps.",
             "",
-            "| fault | times |",
+            "| fault | count |",
             "| --- | --- |",
             *lines,
-            f"| **steps lost at most** | {lost} |",
+            f"| **most steps lost to one fault** | {lost} |",
             f"| **runs whose rows or losses differ from the uninterrupted run's** | {len(broken)} |",
             "",
         )

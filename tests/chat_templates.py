@@ -167,6 +167,10 @@ def page(cells: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Chat templates",
         "",
+        "```bash",
+        "python scripts/check.py --recipe lora --chat_template chatml --show 1   # prints a rendered row",
+        "```",
+        "",
         "A chat template is a Jinja program that turns a conversation into the text that a model reads. It marks who "
         "says what, and where a turn ends.",
         "",
@@ -176,16 +180,19 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         "- `chat_template` takes a name from the table or a template, `chat_template_path` a Jinja file or "
         "another model.",
         "",
-        "[6.1](workshop/6.1-chat-templates.md) shows three of them.",
+        "Workshop page [6.1](workshop/6.1-chat-templates.md) shows three of them.",
         "",
-        "`make templates` tests how each renders each kind of row, and writes the table:",
+        "## What each template renders",
         "",
-        "- ✔ right: the assistant's text, calls and thoughts and the end of each turn have a loss, and nothing else.",
+        "`make templates` renders each kind of row by each template, and writes this page:",
+        "",
+        "- ✔ right: the assistant's text, calls and thoughts and the end of each of its turns have a loss, and nothing "
+        "else has.",
         "- ⚠ right, with a warning. *thought*: the generation prompt opens a thought that the answer does not have. "
         "*dropped*: the template drops the reasoning of earlier turns.",
         "- ✘ refused: the template would lose a part of the row. Training stops there, or skips and lists the row "
-        "(`on_bad_row: skip`). *reasoning*, *calls*, *tools*, *a turn*: what it does not render. *turns*: it raises an "
-        "error of its own, for a system turn or for unknown roles.",
+        "(`on_bad_row: skip`). *reasoning*, *calls*, *tools*, *a turn*: what it does not render. *turns*: the "
+        "template itself raises an error, for a system turn or for unknown roles.",
         "",
         "| column | row |",
         "| --- | --- |",
@@ -208,7 +215,7 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         lines.append(f"| {title} | " + " | ".join(_short(row[kind]) for kind in CONVERSATIONS) + " |")
     lines += [
         "",
-        "Mistral 7B v0.3 has another template than `mistral`: it writes the system prompt into the last user turn.",
+        "The template of Mistral 7B v0.3 differs from `mistral`: it writes the system prompt into the last user turn.",
         "",
         "## How rows are checked",
         "",
@@ -220,7 +227,7 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         "",
         "## Limits for templates",
         "",
-        "A downloaded model's template is a program from a stranger. Jinja's sandbox denies it access to files and "
+        "The template of a downloaded model is code from a third party. Jinja's sandbox denies it access to files and "
         "Python; Stepladder adds limits:",
         "",
         f"- at most {limits.SOURCE:,} characters per template",

@@ -1,6 +1,6 @@
 """Every method under every strategy, world size, micro-batch and packing, against one plain process.
 
-    python tests/same_curve.py                                # 284 runs, writes docs/compatibility.md
+    python tests/same_curve.py                                # 284 runs, writes the tables of docs/compatibility.md
     python tests/same_curve.py --only qlora --only zero3      # a part of them, printed
     python tests/same_curve.py --gpu                          # this machine's GPU against its CPU, printed
 
@@ -30,6 +30,7 @@ import yaml
 from tiny import ROOT, SMOLLM2, make_tiny
 
 PAGE = ROOT / "docs/compatibility.md"
+BEGIN, END = "<!-- same-curve -->", "<!-- /same-curve -->"  # of the page's generated part
 ADAPTER = {"use_peft": True, "lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": "all-linear"}
 QUANTIZED = {"load_in_4bit": True, "use_bnb_nested_quant": True}
 METHODS: dict[str, dict[str, Any]] = {
@@ -242,8 +243,8 @@ def logits_apart(reference: Path, run: Path) -> float:
     return float((theirs - ours).abs().max()) if said == says else float("inf")
 
 
-def page(results: dict[Cell, dict[str, Any]]) -> str:
-    """docs/compatibility.md, from what was measured."""
+def measured(results: dict[Cell, dict[str, Any]]) -> str:
+    """The generated part of docs/compatibility.md: counts, versions and tables."""
     import importlib.metadata
 
     packages = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
@@ -258,35 +259,26 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         for key in ("loss", "loss_residual", "grad_norm", "grad_norm_residual", "eval_loss", "logits")
     }
     lines = [
-        "# What is equal to what",
-        "",
-        "Written by `make same-curve`; no cell is written by hand. "
         f"{len(results)} runs, of which {count} are equal to one plain process (`python scripts/sft.py`) "
-        "with the same recipe. Each went through the real `accelerate launch` with the config that is named.",
-        "",
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU; {versions}.",
-        "",
-        f"Each run: {STEPS} steps of 8 sequences on {ROWS} rows, so that no epoch ends with a full batch, dropout 0, "
-        "a cosine schedule with warm-up, evaluation at each epoch's end with a batch that does not divide the rows. "
-        "Equal means: every logged loss and evaluation loss within 1e-5, every gradient norm within 1e-3 of its size, "
-        "the mean residuals ten times smaller, and the saved result, loaded in one process, has the same logits "
-        f"(within {LOGITS:g}) and gives the same answer.",
+        f"with the same recipe. {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"no GPU; {versions}.",
         "",
         "## fp32",
         "",
-        "The largest difference of a loss over the six runs of a cell: micro-batch 1, 2 and 4, unpacked and packed.",
+        "Each cell covers six runs (micro-batch 1, 2 and 4, unpacked and packed) "
+        "and shows the largest loss difference.",
         "",
         *table(fp32, len(MICRO) * len(PACKED)),
         "",
-        "The largest of all cells: "
+        "Largest differences over all cells: "
         + ", ".join(f"{key.replace('_', ' ')} {value:.1e}" for key, value in largest.items())
         + ".",
         "",
         "## bf16",
         "",
-        f"Micro-batch 2, unpacked, within {LOW_PRECISION:g}: bf16 keeps 8 bits of a value, so a sum in another order "
-        "differs by 2e-3 of it, and Adam moves every weight by the learning rate whatever the size of its gradient. "
-        "Here the largest difference of a loss:",
+        f"Micro-batch 2, unpacked, tolerance {LOW_PRECISION:g}. bf16 has 8 significant bits, so summing in another "
+        "order changes a value by up to 2e-3 of itself, and Adam's update has the size of the learning rate however "
+        "small the gradient is. Each cell shows the largest loss difference.",
         "",
         *table(low, 1),
         "",
@@ -295,13 +287,13 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         lines += [
             "## SmolLM2-135M",
             "",
-            f"LoRA in fp32, {REAL_STEPS} steps, on two ranks. Each against one plain process:",
+            f"LoRA in fp32, {REAL_STEPS} steps, two ranks, compared with one plain process:",
             "",
             *(f"- {cell.config}: {found['outcome']} ({figures(found)})" for cell, found in real.items()),
             "",
-            "![Five curves that lie on each other](img/same_curve.png)",
+            "![Five loss curves that coincide](img/same_curve.png)",
             "",
-            "The page is `python scripts/report.py` over the five run folders.",
+            "The picture is from `python scripts/report.py` with the five run folders.",
             "",
         ]
     odd = [(cell, found) for cell, found in results.items() if found["outcome"] != "equal"]
@@ -309,8 +301,7 @@ def page(results: dict[Cell, dict[str, Any]]) -> str:
         lines += ["## Not equal", ""]
         lines += [f"- {cell.name}: {found['outcome']} {found.get('message') or figures(found)}" for cell, found in odd]
         lines.append("")
-    lines += WHY
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def table(results: dict[Cell, dict[str, Any]], runs: int) -> list[str]:
@@ -337,36 +328,12 @@ def figures(found: dict[str, Any]) -> str:
     return ", ".join(f"{key} {found[key]:.1e}" for key in keys if found.get(key) is not None)
 
 
-WHY = """## What makes them equal
-
-- **Rows** (`training/order.py`): a permutation by seed and epoch alone. An epoch's last batch, and a global batch that
-  the micro-batches do not divide, are filled up with rows of one token that trains nothing; Accelerate would repeat
-  rows to even out the ranks.
-- **Loss**: normalized by the trained tokens of all ranks and all micro-batches of a step (TRL, transformers#34191).
-- **Evaluation loss**: the mean over tokens; Transformers averages the means of batches, and repeats rows.
-- **Adapters in fp32** on any base: TRL casts those of a quantized model to bf16, of which ZeRO keeps an fp32 copy and
-  DDP and FSDP do not; the curves parted by 1e-3.
-- **Gradient norm** (`training/gradients.py`): PyTorch's fp32 norm on CPU is off by 1e-3 for a large tensor
-  (pytorch#151761), differently for its shards; clipping would carry that into the curve.
-- **FSDP in bf16** (`training/gradients.py`): Accelerate sums gradients over the ranks in bf16 and rounds the loss to
-  bf16 where it leaves the model, to steps of 3e-2 above 4. Both are kept in fp32 here; the curves parted by 1.6e-2.
-
-On CPU, `fsdp` shards as on GPUs (`ranks.shard_on_cpu`; Accelerate alone would run DDP), and `fsdp_offload` is the same
-there, since the shards lie in host memory anyhow. NCCL, pinned memory and real offloading were not at hand, nor was a
-GPU for `make curve-gpu`, which holds each method's curve on it against the CPU's.
-
-What no strategy changes: `max_steps`, epochs, the schedule and its warm-up, and when a run logs, evaluates and saves
-count optimizer steps, which hold the same rows on any number of ranks. Mixture-of-experts' auxiliary loss is a mean
-over each micro-batch, and is the one thing that does depend on how a batch is cut.
-""".splitlines()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="a method, config, packing, precision or model")
     parser.add_argument("--gpu", action="store_true", help="one process on the GPU against one on the CPU")
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
-    parser.add_argument("--page", action="store_true", help="write the page from all runs in --folder, whole or not")
+    parser.add_argument("--page", action="store_true", help="write the tables from the finished runs in --folder")
     args = parser.parse_args()
     import tempfile
 
@@ -385,7 +352,9 @@ def main() -> int:
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.name:45} {found.get('message') or figures(found)}")
     if args.page or not (args.only or args.gpu):
-        PAGE.write_text(page(results), encoding="utf-8")
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
+        after = rest.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{measured(results)}\n{END}{after}", encoding="utf-8")
         print(f"written: {PAGE.relative_to(ROOT)}; the runs lie in {folder}")
     return int(any(found["outcome"] in ("differs", "broken") for found in results.values()))
 
