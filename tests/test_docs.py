@@ -10,7 +10,7 @@ import yaml
 
 from conftest import ROOT, run
 from stepladder.data import conversation, formats
-from stepladder.data.readers import READERS
+from stepladder.data.read import READERS
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bars

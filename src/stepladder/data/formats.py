@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from stepladder.data import hints
-from stepladder.data.cells import Row, parse_nested, quote
 from stepladder.data.conversation import (
     Message,
     RoleMap,
@@ -21,6 +20,7 @@ from stepladder.data.conversation import (
     text,
     tools_of,
 )
+from stepladder.data.readers import Row, parse_nested, quote
 from stepladder.errors import DataError, locate_errors
 
 # {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}

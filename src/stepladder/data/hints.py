@@ -6,8 +6,8 @@ import difflib
 import json
 from typing import Any
 
-from stepladder.data.cells import Row
 from stepladder.data.conversation import yaml_name
+from stepladder.data.readers import Row
 
 # What an answer's column is called elsewhere.
 ANSWERS = (

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stepladder.data import formats, hints
-from stepladder.data.cells import Found, quote
 from stepladder.data.conversation import KNOWN_KEYS, RoleMap
+from stepladder.data.readers import Found, quote
 from stepladder.data.source import HEAD, Source
 from stepladder.errors import DataError
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepladder.data import mixture, rows
-from stepladder.data.cells import quote
 from stepladder.data.formats import Example
+from stepladder.data.readers import quote
 from stepladder.data.row_keys import WIDE, all_text, normal_text, own_text, role_text, width
 from stepladder.data.rows import Rows
 from stepladder.data.source import HEAD, Source
