@@ -12,8 +12,7 @@ import pytest
 
 from conftest import script
 from stepladder.data import audit, mixture
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.rows import SHUFFLE_BUFFER, Rows, Stream
 from stepladder.errors import DataError
 from stepladder.recipe.load import load as load_recipe
 
@@ -305,10 +304,8 @@ def test_a_stream_mixes_by_weight(load: Load, make: Callable[..., str]) -> None:
 
 def test_a_stream_is_read_lazily(load: Load, tmp_path: Path) -> None:
     """Guards against a stream that reads its file to the end before it gives the first row."""
-    from stepladder.data import stream as stream_module
-
     file = tmp_path / "a.jsonl"
-    file.write_text(GOOD * (stream_module.SHUFFLE_BUFFER + 200) + "broken\n")
+    file.write_text(GOOD * (SHUFFLE_BUFFER + 200) + "broken\n")
     stream, _ = load(dataset_name=str(file), dataset_streaming=True)
     rows = iter(stream)
     for _ in range(150):

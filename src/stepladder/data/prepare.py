@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder import cache, console, hardware
 from stepladder.data import render
 from stepladder.data.remarks import NO_END, Remarks
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.rows import Rows, Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 

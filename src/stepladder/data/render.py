@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.data.remarks import Remarks
 from stepladder.data.row_renderer import IGNORED, Rendered, RowRenderer, refuse_losses, template_refusal
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.rows import Rows, Stream
 from stepladder.data.templates.chat_template import Refusal
 from stepladder.data.templates.layout import ChatTemplate
 from stepladder.data.templates.marks import Example, mark

@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data import mixture, rows
+from stepladder.data import columns, mixture
 from stepladder.data.formats import Example
 from stepladder.data.readers import quote
-from stepladder.data.row_keys import WIDE, all_text, normal_text, own_text, role_text, width
-from stepladder.data.rows import Rows
+from stepladder.data.rows import WIDE, Rows, Stream, all_text, normal_text, own_text, role_text, width
 from stepladder.data.source import HEAD, Source
-from stepladder.data.stream import Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -137,7 +135,8 @@ def of_recipe(settings: Settings, limits: Limits) -> Audit:
     if not any(entry.source.streaming for entry in sets):
         for entry in sets:
             found = read(entry.source, settings.get("on_bad_row") == "skip")[1]
-            findings += [finding for finding in found if finding.name != rows.UNKNOWN_KEYS]  # token_checks knows more
+            # The keys of messages are looked at with the template, by token_checks.
+            findings += [finding for finding in found if finding.name != columns.UNKNOWN_KEYS]
         if any(finding.severity == ERROR for finding in findings):
             return Audit(name, None, None, findings)
     train, evaluation = mixture.load(settings)
@@ -163,10 +162,10 @@ def read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findin
     found = source.rows()
     head = list(itertools.islice(found, HEAD))
     try:
-        shape = rows.usual_shape(head)
+        shape = columns.usual_shape(head)
     except DataError:  # of no row; each row then says so itself
         shape = None
-    converter = rows.Converter(source.label, shape, source.role_map)
+    converter = columns.Converter(source.label, shape, source.role_map)
     try:
         for where, row in itertools.chain(head, found):
             try:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from stepladder.data import render
 from stepladder.data.audit import ERROR, FIGURE, WARNING, Finding, spread
 from stepladder.data.remarks import NO_END, Remarks, share_of_rows
-from stepladder.data.row_keys import all_text
-from stepladder.data.rows import Rows
+from stepladder.data.rows import Rows, all_text
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
