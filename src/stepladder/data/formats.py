@@ -27,7 +27,8 @@ Example = dict[str, Any]
 
 MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 BAD = ("false", "0", "0.0")  # KTO's mark of a bad answer, as text
-FOR_TEMPLATE = frozenset({"system", "tools", "chat_template_kwargs"})
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+FOR_TEMPLATE = frozenset({"system", *BESIDE_MESSAGES})
 FOR_ANSWER = FOR_TEMPLATE | {"history", "reasoning_content"}
 # What a row's chat_template_kwargs may not set: the arguments that decide what is rendered, and in which form.
 RESERVED = frozenset({
@@ -204,10 +205,7 @@ def split_answer(example: Example) -> tuple[Example, str]:
     """
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in example["messages"]]
     answer = str(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else ""
-    return {
-        "messages": turns,
-        **{key: example[key] for key in ("tools", "chat_template_kwargs") if key in example},
-    }, answer
+    return {"messages": turns, **{key: example[key] for key in BESIDE_MESSAGES if key in example}}, answer
 
 
 def unused_columns(row: Row, shape: Shape) -> list[str]:

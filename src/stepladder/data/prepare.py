@@ -39,7 +39,7 @@ FILES = "files"  # in the notes: the SHA-256 of each file of the sets
 # What prepared rows follow from, beside their content.
 CODE = (
     *("prepare.py", "render.py", "row_renderer.py", "remarks.py"),
-    *("templates/chat_template.py", "templates/layout.py", "templates/marks.py"),
+    *("templates/chat_template.py", "templates/layout.py"),
 )
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.

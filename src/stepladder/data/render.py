@@ -11,12 +11,12 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from stepladder.data.formats import Example
 from stepladder.data.remarks import Remarks
 from stepladder.data.row_renderer import IGNORED, Rendered, RowRenderer, refuse_losses, template_refusal
 from stepladder.data.rows import Rows, Stream
-from stepladder.data.templates.chat_template import Refusal
+from stepladder.data.templates.chat_template import Refusal, mark
 from stepladder.data.templates.layout import ChatTemplate
-from stepladder.data.templates.marks import Example, mark
 from stepladder.errors import DataError, ModelError
 from stepladder.settings import Settings
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stepladder.data.formats import Example
 from stepladder.data.remarks import Remarks
-from stepladder.data.templates.chat_template import READ, Refusal, beginning
+from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
 from stepladder.data.templates.layout import ChatTemplate, Layout, Point, Turn
-from stepladder.data.templates.marks import THOUGHT_END, Example, Slot
 from stepladder.errors import DataError, locate_errors
 
 if TYPE_CHECKING:

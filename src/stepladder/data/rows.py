@@ -305,7 +305,7 @@ def width(text: str) -> int:
 
 def normal_text(example: formats.Example) -> str:
     """All that a row gives to the model, case and blanks apart."""
-    beside = [example.get(key) for key in ("tools", "chat_template_kwargs")]
+    beside = [example.get(key) for key in formats.BESIDE_MESSAGES]
     return _plain(all_text(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
 
 
