@@ -392,7 +392,7 @@ def test_what_is_not_used_is_named_once_with_counts(name: str, load: Load, tmp_p
     file = write(tmp_path, rows)
     train, _ = load(dataset_name=file)
     assert train.notes == [f"{file}: {note}" for note in notes]
-    findings = audit.of_name(file, audit.Limits(0, 0)).findings
+    findings = audit.audit_source(file, audit.Limits(0, 0)).findings
     said = [f.what + f"; {f.help}" * bool(f.help) for f in findings if f.what.startswith(file)]
     assert said == train.notes
 
@@ -405,7 +405,7 @@ def test_keys_of_messages_are_named(load: Load, tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "b", "mood": "calm", "weight": 1}
     file = write(tmp_path, [{"messages": [asked, answer]}])
     assert load(dataset_name=file)[0].notes == []
-    said = [finding.what for finding in audit.of_name(file, audit.Limits(0, 0)).findings]
+    said = [finding.what for finding in audit.audit_source(file, audit.Limits(0, 0)).findings]
     assert f"{file}: keys of messages that only the chat template may use: mood (1 message)" in said
 
 
