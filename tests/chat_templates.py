@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data import mixture, render, templates
-from stepladder.data.remarks import Remarks
+from stepladder.data.row_renderer import Remarks
 from stepladder.data.templates import chat_template
 from stepladder.errors import DataError
 from tiny import SMOLLM2

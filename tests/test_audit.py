@@ -293,7 +293,7 @@ def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any])
     try:
         found = check_tokens(rows, tokenizer, settings())
         with pytest.raises(DataError, match="trained in no turn"):
-            prepare.prepared(rows, None, tokenizer, settings())
+            prepare.prepare_rows(rows, None, tokenizer, settings())
     finally:
         tokenizer.chat_template = before
     assert [finding.name for finding in found if finding.severity == "error"] == ["no_end_of_turn"]

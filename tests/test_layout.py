@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import chat_templates
 from conftest import ROOT
 from stepladder.data import mixture, render, templates
-from stepladder.data.remarks import Remarks
+from stepladder.data.row_renderer import Remarks
 from stepladder.data.templates import chat_template
 from stepladder.errors import DataError, ModelError, RecipeError
 

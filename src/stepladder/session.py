@@ -199,14 +199,14 @@ def _prepare_rows(checked: Checked, tokenizer: PreTrainedTokenizerBase, notes: l
     from stepladder.data import prepare
 
     launch, train_rows, eval_rows = checked.launch, checked.train_rows, checked.eval_rows
-    folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, checked.recipe))
-    train_set, eval_set = prepare.opened(folder)
+    folder = ranks.one_a_node(launch, lambda: prepare.prepare_rows(train_rows, eval_rows, tokenizer, checked.recipe))
+    train_set, eval_set = prepare.open_prepared(folder)
     if launch.rank == 0:
         notes += checked.inputs.notes
-        notes += prepare.remarked(folder, train_rows, eval_rows)
+        notes += prepare.read_notes(folder, train_rows, eval_rows)
     if isinstance(train_rows, Stream):  # each rank reads it for itself
         notes += prepare.stream_notes(train_rows, tokenizer, checked.recipe) if launch.rank == 0 else []
-        train_set = prepare.streamed(train_rows, tokenizer, checked.recipe)
+        train_set = prepare.prepare_stream(train_rows, tokenizer, checked.recipe)
     return train_set, eval_set
 
 

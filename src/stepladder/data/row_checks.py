@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.data import render
 from stepladder.data.readers import quote
-from stepladder.data.remarks import NO_END, Remarks, share_of_rows
+from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
 from stepladder.data.rows import WIDE, Rows, all_text, normal_text, own_text, role_text, width
 from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text

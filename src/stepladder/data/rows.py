@@ -105,7 +105,7 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
     if skipped:
         rows.notes.append(f"{len(skipped)} bad rows of {source.label} are skipped, the first at {skipped[0]}")
-    # Message keys that the chat template does not read are reported as it renders (remarks.py).
+    # Message keys that the chat template does not read are reported as it renders (row_renderer.py).
     rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS]
     for example, where in pairs:
         if (length := _length(example)) > LONG:
