@@ -50,8 +50,8 @@ def ours(file: Path, tokenizer) -> tuple[float, float, int]:
     took = []
     for _ in range(2):
         began = time.perf_counter()
-        folder = prepare.prepared(mixture.from_name(str(file)), None, tokenizer, recipe)
-        dataset, _ = prepare.opened(folder)
+        folder = prepare.prepare_rows(mixture.from_name(str(file)), None, tokenizer, recipe)
+        dataset, _ = prepare.open_prepared(folder)
         took.append(time.perf_counter() - began)
     shutil.rmtree(folder)
     return took[0], took[1], trained(dataset)

@@ -23,7 +23,7 @@ import json
 
 from stepladder import console, errors, flags
 from stepladder.data import audit
-from stepladder.data.audit import printout
+from stepladder.data.row_checks import UNUSABLE, WARNING, Finding, Limits, check_tokens
 from stepladder.model import adapter_recipe, start
 from stepladder.recipe import explain, load, rules
 
@@ -33,9 +33,9 @@ KEYS = "keys"  # what --show prints where no number follows it
 def main() -> int:
     args, name, overrides = _arguments()
     given = {"input": args.min_input, "output": args.min_output}
-    limits = audit.Limits(**{key: least for key, least in given.items() if least is not None})
+    limits = Limits(**{key: least for key, least in given.items() if least is not None})
     if args.data:
-        return _report(audit.of_name(args.data, limits), [], args.json)
+        return _report(audit.audit_source(args.data, limits), [], args.json)
     if name and explain.is_axolotl(load.find(name)):
         _axolotl(name, args, overrides)
         return 0
@@ -90,37 +90,36 @@ def _arguments() -> tuple[argparse.Namespace, str | None, list[str]]:
     return args, name, overrides
 
 
-def _audit(recipe: load.Recipe, limits: audit.Limits, count: int, as_json: bool) -> int:
+def _audit(recipe: load.Recipe, limits: Limits, count: int, as_json: bool) -> int:
     """What the recipe's rows are as text and, where all can be used, as tokens; the first `count` are shown."""
-    found, seen = audit.of_recipe(recipe, limits), []
+    found, seen = audit.audit_recipe(recipe, limits), []
     if recipe.foreign_evaluation():
         what = f"{recipe.foreign_evaluation()} is evaluated on, and came with other training data"
         where = [recipe.where("eval_dataset_name")]
-        found.findings.append(audit.Finding(audit.WARNING, "foreign_evaluation", what, where, rules.OWN_ROWS))
+        found.findings.append(Finding(WARNING, "foreign_evaluation", what, where, rules.OWN_ROWS))
     if found.train:
         console.quiet_libraries()
         from stepladder.data import templates
-        from stepladder.data.audit import token_checks
         from stepladder.model import pretrained
 
         recipe = adapter_recipe.settle(recipe)
         tokenizer = pretrained.load_tokenizer_for(recipe)
         templates.prepare(tokenizer, recipe)
-        of_tokens = token_checks.check(found.train, tokenizer, recipe)
+        of_tokens = check_tokens(found.train, tokenizer, recipe)
         found.findings += of_tokens
         if found.evaluation:
-            found.findings += token_checks.check(found.evaluation, tokenizer, recipe, of="evaluation ")
-        seen = list(token_checks.seen(found.train, tokenizer, recipe, count))
-        left_out = {place for finding in of_tokens if finding.name in token_checks.UNUSABLE for place in finding.where}
+            found.findings += check_tokens(found.evaluation, tokenizer, recipe, prefix="evaluation ")
+        seen = list(audit.view_rows(found.train, tokenizer, recipe, count))
+        left_out = {place for finding in of_tokens if finding.name in UNUSABLE for place in finding.where}
         found.train = found.train.take(n for n, where in enumerate(found.train.where) if where not in left_out)
     return _report(found, seen, as_json)
 
 
 def _report(found: audit.Audit, seen: list, as_json: bool) -> int:
     if as_json:
-        print(json.dumps(printout.as_json(found, seen), ensure_ascii=False))
+        print(json.dumps(audit.as_json(found, seen), ensure_ascii=False))
     else:
-        printout.write(found, seen)
+        audit.print_audit(found, seen)
     return errors.EXIT_BAD_INPUT if found.errors else 0
 
 

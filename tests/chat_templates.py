@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data import mixture, render, templates
-from stepladder.data.remarks import Remarks
-from stepladder.data.templates import limits
+from stepladder.data.row_renderer import Remarks
+from stepladder.data.templates import chat_template
 from stepladder.errors import DataError
 from tiny import SMOLLM2
 
@@ -230,10 +230,11 @@ def page(cells: dict[str, dict[str, str]]) -> str:
         "The template of a downloaded model is code from a third party. Jinja's sandbox denies it access to files and "
         "Python; Stepladder adds limits:",
         "",
-        f"- at most {limits.SOURCE:,} characters per template",
-        f"- for each rendering of a conversation, {limits.SECONDS:g} s of processor time and, on Linux, "
-        f"{limits.MEMORY >> 20} MiB of memory",
-        f"- for its output, {limits.CHARACTERS:,} characters, or {limits.TIMES} times those of the row if that is more",
+        f"- at most {chat_template.MAX_SOURCE:,} characters per template",
+        f"- for each rendering of a conversation, {chat_template.MAX_SECONDS:g} s of processor time and, on Linux, "
+        f"{chat_template.MAX_MEMORY >> 20} MiB of memory",
+        f"- for its output, {chat_template.MAX_CHARACTERS:,} characters, or {chat_template.MAX_GROWTH} times those of "
+        "the row if that is more",
         "",
         "The first rendering that exceeds a limit ends the command with one message and exit code 2. `on_bad_row: "
         "skip` does not skip it, since the next row would take as much.",

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import Done, run, script
 from stepladder.data import audit, mixture, prepare
-from stepladder.data.audit import token_checks
+from stepladder.data.row_checks import Limits, check_texts, check_tokens
 from stepladder.errors import DataError
 
 THINGS = [
@@ -139,7 +139,7 @@ def test_a_copy_is_alike_in_all_that_is_trained(
     one: dict[str, Any], other: dict[str, Any], found: list[str], write: Callable[..., Path]
 ) -> None:
     """Guards against rows called copies that differ in reasoning, or share nothing but a long system prompt."""
-    findings = audit.of_name(str(write([one, other])), audit.Limits(0, 0)).findings
+    findings = audit.audit_source(str(write([one, other])), Limits(0, 0)).findings
     assert [finding.name for finding in findings if "duplicates" in finding.name] == found
 
 
@@ -147,8 +147,8 @@ def test_a_copy_is_alike_in_all_that_is_trained(
 def test_a_short_question_in_wide_characters_is_long_enough(question: str, write: Callable[..., Path]) -> None:
     """Guards Chinese, Korean and Japanese, where four characters say what ten letters do."""
     rows = [{"input": question, "output": "猫是一种小型的食肉动物，常与人同住。"}]
-    assert not audit.of_name(str(write(rows)), audit.Limits()).errors
-    (error,) = audit.of_name(str(write([{**rows[0], "input": "猫？"}])), audit.Limits()).errors
+    assert not audit.audit_source(str(write(rows)), Limits()).errors
+    (error,) = audit.audit_source(str(write([{**rows[0], "input": "猫？"}])), Limits()).errors
     assert error.what == "input too short: '猫？' has 2 characters (6, wide ones counted as 3), at least 10"
 
 
@@ -176,7 +176,7 @@ def test_private_data_is_found_and_not_repeated(kind: str, write: Callable[..., 
 @pytest.mark.parametrize("token", ["sk-" + "aB3" * 8, "ghp_" + "aB3" * 12, "AKIA" + "A1B2" * 4, "hf_" + "aBc" * 11])
 def test_usual_keys_are_known(token: str) -> None:
     rows = mixture.Rows("r", [{"text": f"Use {token} for it."}], ["r:1"])
-    assert [f.name for f in audit.check(rows, audit.Limits())].count("private") == 1
+    assert [f.name for f in check_texts(rows, Limits())].count("private") == 1
 
 
 @pytest.mark.parametrize("text", ["lost \ufffd here", "a bell\x07", "zero\u200bwidth", "cafÃ© au lait", "itâ€™s"])
@@ -213,23 +213,23 @@ def test_evaluation_rows_that_are_trained_on(write: Callable[..., Path], setting
     other = {"input": "Do you have a shop in Rome?", "output": "Not yet, but two in Milan are open daily."}
     held = write([other, GOOD[4], GOOD[4]], "eval.jsonl")
     recipe = settings(dataset_name=str(train), eval_dataset_name=str(held), eval_strategy="epoch")
-    (finding,) = [f for f in audit.of_recipe(recipe, audit.Limits()).findings if f.name == "eval_duplicates"]
+    (finding,) = [f for f in audit.audit_recipe(recipe, Limits()).findings if f.name == "eval_duplicates"]
     assert finding.where == [f"{held}:2", f"{held}:3"] and finding.like == [f"{train}:5"] * 2
 
 
 def test_a_recipe_that_skips_bad_rows(write: Callable[..., Path], settings: Callable[..., Any]) -> None:
     """Guards the difference: what training skips is a warning, what stops it an error; both list all rows."""
     file = write(["{", *GOOD, "["])
-    stops = audit.of_recipe(settings(dataset_name=str(file)), audit.Limits())
+    stops = audit.audit_recipe(settings(dataset_name=str(file)), Limits())
     assert [finding.where for finding in stops.errors] == [[f"{file}:1:2"], [f"{file}:22:2"]] and not stops.train
-    skips = audit.of_recipe(settings(dataset_name=str(file), on_bad_row="skip"), audit.Limits())
+    skips = audit.audit_recipe(settings(dataset_name=str(file), on_bad_row="skip"), Limits())
     assert not skips.errors and [f.severity for f in skips.findings if f.name == "bad_row"] == ["warning"] * 2
     assert len(skips.train or []) == 20
 
 
 def test_a_streamed_recipe(write: Callable[..., Path], settings: Callable[..., Any]) -> None:
     recipe = settings(dataset_name=str(write(GOOD)), streaming=True)
-    assert len(audit.of_recipe(recipe, audit.Limits()).train or []) == 20
+    assert len(audit.audit_recipe(recipe, Limits()).train or []) == 20
 
 
 COUNTING = {
@@ -287,13 +287,13 @@ def tokenizer(smollm2: Path) -> Any:
 def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any]) -> None:
     """Guards against a model that never stops: nothing that ends an answer is trained."""
     rows = mixture.Rows("r", [COUNTING], ["r:1"])
-    assert not [f for f in token_checks.check(rows, tokenizer, settings()) if f.severity == "error"]
+    assert not [f for f in check_tokens(rows, tokenizer, settings()) if f.severity == "error"]
     before = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     try:
-        found = token_checks.check(rows, tokenizer, settings())
+        found = check_tokens(rows, tokenizer, settings())
         with pytest.raises(DataError, match="trained in no turn"):
-            prepare.prepared(rows, None, tokenizer, settings())
+            prepare.prepare_rows(rows, None, tokenizer, settings())
     finally:
         tokenizer.chat_template = before
     assert [finding.name for finding in found if finding.severity == "error"] == ["no_end_of_turn"]
@@ -304,7 +304,7 @@ def test_a_template_without_an_end(tokenizer: Any, settings: Callable[..., Any])
 
 def test_a_script_that_the_tokenizer_hardly_knows(tokenizer: Any, settings: Callable[..., Any]) -> None:
     rows = mixture.Rows("r", [{"text": "ᚠᚢᚦᚨᚱᚲᚷᚹᚺᚾᛁᛃ" * 3}, {"text": "Plain English text is fine."}], ["r:1", "r:2"])
-    found = {f.name: f for f in token_checks.check(rows, tokenizer, settings())}
+    found = {f.name: f for f in check_tokens(rows, tokenizer, settings())}
     assert found["more_tokens_than_characters"].where == ["r:1"]
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data_read import CONTENTS
 
+from stepladder.data.columns import find_shape
 from stepladder.data.conversation import ROLES
 from stepladder.data.formats import COLUMNS, MEDIA_COLUMNS, Example, to_example
 from stepladder.data.rows import collect
@@ -166,6 +167,6 @@ ROWS = st.dictionaries(st.one_of(NAMES, TEXTS), st.one_of(TEXTS, MESSAGES, VALUE
 def test_arbitrary_rows(row: dict[str, Any]) -> None:
     """Guards against a row whose types nobody thought of."""
     try:
-        assert_sound(to_example(row, "rows.jsonl:1"))
+        assert_sound(to_example(row, "rows.jsonl:1", find_shape(row, "rows.jsonl:1")))
     except DataError as error:
         assert "rows.jsonl:1" in str(error)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from conftest import script
-from stepladder.data import cells, json_documents, read
+from stepladder.data import json_documents, read, readers
 from stepladder.data.source import Source, has_split
 from stepladder.errors import DataError, locate_errors
 
@@ -187,7 +187,7 @@ NUMPY = "[{'role': 'user', 'content': 'a'}\n {'role': 'assistant', 'content': 'b
 @pytest.mark.parametrize("dump", [json.dumps, repr])
 def test_lists_in_a_cell(value: Any, dump: Callable[[Any], str]) -> None:
     """Guards against a conversation that pandas wrote as Python prints it."""
-    assert cells.parse_nested(f" {dump(value)}\n", "the conversation") == value
+    assert readers.parse_nested(f" {dump(value)}\n", "the conversation") == value
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_lists_in_a_cell(value: Any, dump: Callable[[Any], str]) -> None:
 def test_a_cell_that_holds_no_list(text: str, part: str) -> None:
     """Guards against code that runs, a parser that is led into the ground, and pandas' arrays read in part."""
     with pytest.raises(DataError) as caught, locate_errors("a.csv:2"):
-        cells.parse_nested(text, "the conversation")
+        readers.parse_nested(text, "the conversation")
     assert part in str(caught.value) and "a.csv:2" in str(caught.value)
 
 

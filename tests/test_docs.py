@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from conftest import ROOT, run
-from stepladder.data import conversation, formats
-from stepladder.data.readers import READERS
+from stepladder.data import columns, conversation, formats
+from stepladder.data.read import READERS
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bars
@@ -70,8 +70,9 @@ def test_the_row_on_the_page_of_data(smollm2: Path) -> None:
     from stepladder.model import pretrained
 
     shown = (ROOT / "docs/data.md").read_text().split("```")[1]
-    example = formats.to_example({"input": "Where is my order?", "output": "Look under Orders. 📦"}, "my.jsonl:1")
-    (row,) = render.tokenize(Rows("my.jsonl", [example], ["my.jsonl:1"]), pretrained.load_tokenizer(str(smollm2)))
-    assert isinstance(row, render.Rendered)
-    trained = sum(label != render.IGNORED for label in row.labels)
-    assert f"my.jsonl:1 · {len(row.ids)} tokens, {trained} trained" in shown
+    row = {"input": "Where is my order?", "output": "Look under Orders. 📦"}
+    example = formats.to_example(row, "my.jsonl:1", columns.find_shape(row, "my.jsonl:1"))
+    (rendered,) = render.tokenize(Rows("my.jsonl", [example], ["my.jsonl:1"]), pretrained.load_tokenizer(str(smollm2)))
+    assert isinstance(rendered, render.Rendered)
+    trained = sum(label != render.IGNORED for label in rendered.labels)
+    assert f"my.jsonl:1 · {len(rendered.ids)} tokens, {trained} trained" in shown

@@ -15,10 +15,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepladder.data import hints, mixture
+from stepladder.data import formats, mixture
+from stepladder.data.columns import ASKED, Converter, find_question_shape, find_shape
 from stepladder.data.conversation import MASKS, REASONING
-from stepladder.data.formats import COLUMNS, question_shape, to_example, to_prompt
-from stepladder.data.rows import Converter
+from stepladder.data.formats import COLUMNS, to_prompt
 from stepladder.errors import DataError
 from stepladder.recipe.load import load as load_recipe
 
@@ -28,6 +28,10 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 RESULT = {"role": "tool", "content": "26 °C", "name": "weather", "tool_call_id": "c1"}
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def to_example(row: dict[str, Any], where: str) -> dict[str, Any]:
+    return formats.to_example(row, where, find_shape(row, where))
 
 
 MASKED = set(MASKS) - {"train"}
@@ -233,7 +237,7 @@ def test_odd_values_are_read_or_refused(shape: dict[str, Any], columns: dict[str
     except DataError as error:
         assert error.where == "rows.jsonl:1"
     try:
-        question, answer = to_prompt(row, "rows.jsonl:1", question_shape(row, "rows.jsonl:1"))
+        question, answer = to_prompt(row, "rows.jsonl:1", find_question_shape(row, "rows.jsonl:1"))
         assert question["messages"] and isinstance(answer, str)
     except DataError as error:
         assert error.where == "rows.jsonl:1"
@@ -461,7 +465,7 @@ def test_a_hint_that_is_followed_gives_the_right_rows(name: str, follow: Callabl
 
 def test_every_pair_of_names_that_is_recognized_is_read_rightly(follow: Callable[..., Any]) -> None:
     """Guards the tables behind the hints: whichever two names are recognized, question and answer keep their parts."""
-    for asked, answered in ((asked, answered) for asked, (_, answers) in hints.ASKED.items() for answered in answers):
+    for asked, answered in ((asked, answered) for asked, (_, answers) in ASKED.items() for answered in answers):
         row = {answered: "Sunny.", asked: "Rome?"}
         summary = "Summarize:\n\n" * (asked in ("article", "document"))
         try:

@@ -13,8 +13,8 @@ import pytest
 
 from conftest import ROOT, manifest, run, script
 from stepladder import run as run_folder
-from stepladder.data import mixture, row_keys
-from stepladder.data.rows import Rows
+from stepladder.data import mixture
+from stepladder.data.rows import Rows, row_key, row_keys
 from stepladder.errors import DataError
 from stepladder.evaluation import held_out, questions
 from stepladder.model import card
@@ -132,7 +132,7 @@ def test_a_merged_model_and_a_checkpoint_are_known_by_their_run(trained, tmp_pat
         "dataset_name": str(write(tmp_path / "n.jsonl", PAIRS[:1])),
     }
     (further / "recipe.yaml").write_text(json.dumps(recipe))
-    assert found.trained(str(further)) == found.trained(str(trained / "run")) | row_keys.keys(
+    assert found.trained(str(further)) == found.trained(str(trained / "run")) | row_keys(
         mixture.from_name(recipe["dataset_name"]).examples
     )
 
@@ -141,7 +141,7 @@ def test_a_row_is_known_in_another_shape() -> None:
     """Guards against rows that pass for new ones by case, blanks, another format or another system prompt."""
 
     def key(*turns: tuple[str, str], **more: Any) -> str:
-        return row_keys.key({"messages": [{"role": role, "content": text} for role, text in turns], **more})
+        return row_key({"messages": [{"role": role, "content": text} for role, text in turns], **more})
 
     question, answer = ("user", "Which word opens it?"), ("assistant", "The word that the owl said, and no other one.")
     known = key(question, answer)
@@ -151,7 +151,7 @@ def test_a_row_is_known_in_another_shape() -> None:
     # A short answer is no row's own: the system prompt may hold what is asked about.
     yes = ("assistant", "Yes.")
     assert key(("system", "It rains."), question, yes) != key(("system", "It snows."), question, yes)
-    assert row_keys.key({"text": "\ud800"}) != row_keys.key({"text": "a"})  # half a character, which JSON can hold
+    assert row_key({"text": "\ud800"}) != row_key({"text": "a"})  # half a character, which JSON can hold
 
 
 def made_run(folder: Path, keys: dict[str, Any], kept: Any = None) -> str:
@@ -167,8 +167,8 @@ def test_rows_that_are_gone_are_told(tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", PAIRS)
     examples = mixture.from_name(str(rows)).examples
     kept = {
-        "name": "rows", "rows": 3, "held_out": [row_keys.key(example) for example in examples[:3]],
-        "where": ["rows:1", "rows:2", "rows:3"], "foreign": "b", "trained": sorted(row_keys.keys(examples[3:])),
+        "name": "rows", "rows": 3, "held_out": [row_key(example) for example in examples[:3]],
+        "where": ["rows:1", "rows:2", "rows:3"], "foreign": "b", "trained": sorted(row_keys(examples[3:])),
     }  # fmt: skip
     name = made_run(tmp_path / "run", {"model_name_or_path": "m", "dataset_name": str(rows)}, kept)
     write(rows, [*PAIRS[4:], ("A new one?", "It was written after the run, and it is long enough."), *PAIRS[1:3]])
@@ -217,10 +217,10 @@ def test_prompts_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text(f"{PAIRS[0][0]}\nWhat else?\n")
     rows = mixture.from_name(str(file))
     notes: list[str] = []
-    one = {"run": row_keys.keys(rows.examples[:1])}
+    one = {"run": row_keys(rows.examples[:1])}
     assert len(held_out.prompts_apart(questions.from_file(file), one, notes)) == 2 and "1 of 3 prompts" in notes[0]
     with pytest.raises(DataError, match="each prompt was trained on"):
-        held_out.prompts_apart(questions.from_file(file), {"run": row_keys.keys(rows.examples)}, notes)
+        held_out.prompts_apart(questions.from_file(file), {"run": row_keys(rows.examples)}, notes)
     plain = questions.from_file(tmp_path / "p.txt")
     assert held_out.prompts_apart(plain, one, notes) == plain
     assert held_out.asked_before(plain, {"run": rows}) == ["1 of 2 questions were asked in the training of run too"]
@@ -231,7 +231,7 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     rows = mixture.from_name(str(write(tmp_path / "rows.jsonl", PAIRS)))
     record = run_folder.Run(tmp_path, is_writer=True)
     record.manifest = {"resumed": [], "status": "running"}
-    (note,) = row_keys.keep(record, rows, rows.take(range(3)), "other.jsonl")
+    (note,) = mixture.write_held_out(record, rows, rows.take(range(3)), "other.jsonl")
     assert "3 of the 3 evaluation rows are trained on too" in note
     facts = manifest(tmp_path)
     assert facts["held_out"] == {"rows": 3, "trained_on": 3, "foreign": "other.jsonl"}
@@ -242,29 +242,29 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     # Trained on with other rows after a resume: it knows both. A stream's rows are not kept.
     record.manifest["resumed"] = [{"step": 2}]
     more = write(tmp_path / "more.jsonl", [("Another?", "Another one, and a long answer to it, too.")])
-    row_keys.keep(record, mixture.from_name(str(more)), None, "")
-    kept = row_keys.read(tmp_path)
+    mixture.write_held_out(record, mixture.from_name(str(more)), None, "")
+    kept = mixture.read_held_out(tmp_path)
     assert kept and kept.trained and len(kept.trained) == len(PAIRS) + 1 and kept.rows == 0
-    (note,) = row_keys.keep(record, None, rows, "")
-    kept = row_keys.read(tmp_path)
+    (note,) = mixture.write_held_out(record, None, rows, "")
+    kept = mixture.read_held_out(tmp_path)
     assert kept and kept.trained is None and "not known of a stream" in note
     logged.facts = manifest(tmp_path)
     assert "not held out" not in {verdict.name for verdict in page.judge(logged)}
     other = run_folder.Run(tmp_path / "other", is_writer=False)
-    assert row_keys.keep(other, rows, rows, "") == [] and not other.folder.exists()
+    assert mixture.write_held_out(other, rows, rows, "") == [] and not other.folder.exists()
 
 
 def test_very_many_rows_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the size of held_out.json; what it leaves out is read again, and said."""
-    monkeypatch.setattr(row_keys, "MOST_TRAINED", 10)
-    monkeypatch.setattr(row_keys, "MOST_HELD_OUT", 2)
+    monkeypatch.setattr(mixture, "MOST_TRAINED", 10)
+    monkeypatch.setattr(mixture, "MOST_HELD_OUT", 2)
     file = write(tmp_path / "rows.jsonl", PAIRS)
     rows = mixture.from_name(str(file))
     folder = made_run(tmp_path / "run", {"model_name_or_path": "m", "dataset_name": str(file)})
     record = run_folder.Run(Path(folder), is_writer=True)
     record.manifest = {"resumed": [], "status": "running"}
-    row_keys.keep(record, rows.take(range(20)), rows.take(range(20, 28)), "")
-    kept = row_keys.read(Path(folder))
+    mixture.write_held_out(record, rows.take(range(20)), rows.take(range(20, 28)), "")
+    kept = mixture.read_held_out(Path(folder))
     assert kept and (kept.trained, kept.rows, len(kept.held_out)) == (None, 8, 2)
     notes: list[str] = []
     found = held_out.Runs(notes)

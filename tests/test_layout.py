@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import chat_templates
 from conftest import ROOT
 from stepladder.data import mixture, render, templates
-from stepladder.data.remarks import Remarks
-from stepladder.data.templates import limits
+from stepladder.data.row_renderer import Remarks
+from stepladder.data.templates import chat_template
 from stepladder.errors import DataError, ModelError, RecipeError
 
 USER, ANSWER = {"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "Follow the river."}
@@ -601,7 +601,7 @@ EXCESSIVE = {
 @pytest.mark.parametrize("name", EXCESSIVE)
 def test_a_template_that_does_not_end_is_refused(name: str, tokenizer, settings, monkeypatch) -> None:
     """Guards against a stranger's template that computes for ever or fills the memory; and the limits end with it."""
-    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
     tokenizer.chat_template, said = EXCESSIVE[name]
     began = time.perf_counter()
     with pytest.raises(ModelError, match=said):

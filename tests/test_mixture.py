@@ -12,8 +12,7 @@ import pytest
 
 from conftest import script
 from stepladder.data import audit, mixture
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.rows import SHUFFLE_BUFFER, Rows, Stream
 from stepladder.errors import DataError
 from stepladder.recipe.load import load as load_recipe
 
@@ -305,10 +304,8 @@ def test_a_stream_mixes_by_weight(load: Load, make: Callable[..., str]) -> None:
 
 def test_a_stream_is_read_lazily(load: Load, tmp_path: Path) -> None:
     """Guards against a stream that reads its file to the end before it gives the first row."""
-    from stepladder.data import stream as stream_module
-
     file = tmp_path / "a.jsonl"
-    file.write_text(GOOD * (stream_module.SHUFFLE_BUFFER + 200) + "broken\n")
+    file.write_text(GOOD * (SHUFFLE_BUFFER + 200) + "broken\n")
     stream, _ = load(dataset_name=str(file), dataset_streaming=True)
     rows = iter(stream)
     for _ in range(150):
@@ -395,7 +392,7 @@ def test_what_is_not_used_is_named_once_with_counts(name: str, load: Load, tmp_p
     file = write(tmp_path, rows)
     train, _ = load(dataset_name=file)
     assert train.notes == [f"{file}: {note}" for note in notes]
-    findings = audit.of_name(file, audit.Limits(0, 0)).findings
+    findings = audit.audit_source(file, audit.Limits(0, 0)).findings
     said = [f.what + f"; {f.help}" * bool(f.help) for f in findings if f.what.startswith(file)]
     assert said == train.notes
 
@@ -408,7 +405,7 @@ def test_keys_of_messages_are_named(load: Load, tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "b", "mood": "calm", "weight": 1}
     file = write(tmp_path, [{"messages": [asked, answer]}])
     assert load(dataset_name=file)[0].notes == []
-    said = [finding.what for finding in audit.of_name(file, audit.Limits(0, 0)).findings]
+    said = [finding.what for finding in audit.audit_source(file, audit.Limits(0, 0)).findings]
     assert f"{file}: keys of messages that only the chat template may use: mood (1 message)" in said
 
 

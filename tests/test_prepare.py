@@ -41,20 +41,20 @@ def made(monkeypatch) -> list[int]:
 def test_the_same_content_is_prepared_once(learnable, tokenizer, settings, cached, made, tmp_path) -> None:
     """Guards the cache's key: it holds what the result follows from, and not where the file lies."""
     rows = mixture.from_name(str(learnable))
-    folder = prepare.prepared(rows, None, tokenizer, settings(max_length=160))
-    train, evaluation = prepare.opened(folder)
+    folder = prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160))
+    train, evaluation = prepare.open_prepared(folder)
     assert len(train) == 8 and evaluation is None and made == [8]
     assert train[3]["rows"] == [3] and len(train[3]["input_ids"]) == len(train[3]["labels"])
 
     copy = shutil.copy(learnable, tmp_path / "copy.jsonl")
-    assert prepare.prepared(mixture.from_name(str(copy)), None, tokenizer, settings(max_length=160)) == folder
+    assert prepare.prepare_rows(mixture.from_name(str(copy)), None, tokenizer, settings(max_length=160)) == folder
     assert made == [8], "found by its content"
-    assert prepare.prepared(rows, rows, tokenizer, settings(max_length=160)) != folder
-    assert prepare.prepared(rows, None, tokenizer, settings(max_length=161)) != folder
+    assert prepare.prepare_rows(rows, rows, tokenizer, settings(max_length=160)) != folder
+    assert prepare.prepare_rows(rows, None, tokenizer, settings(max_length=161)) != folder
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")
-    assert prepare.prepared(rows, None, tokenizer, settings(max_length=160)) != folder
+    assert prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160)) != folder
     Path(copy).write_text(Path(copy).read_text().replace("owl", "cat"))
-    assert prepare.prepared(mixture.from_name(str(copy)), None, tokenizer, settings(max_length=160)) != folder
+    assert prepare.prepare_rows(mixture.from_name(str(copy)), None, tokenizer, settings(max_length=160)) != folder
     assert made == [8] * 6 and len(list(cached.iterdir())) == 5
 
 
@@ -70,15 +70,15 @@ CUTS = {
 def test_a_damaged_set_is_prepared_again(name, learnable, tokenizer, settings, cached, made, capsys) -> None:
     """Guards later runs against what a power cut left: a traceback in each of them, or other tokens."""
     rows = mixture.from_name(str(learnable))
-    folder = prepare.prepared(rows, None, tokenizer, settings(max_length=160))
-    before = prepare.opened(folder)[0].to_list()
+    folder = prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160))
+    before = prepare.open_prepared(folder)[0].to_list()
     file, cut = CUTS[name]
     content = (folder / file).read_bytes()
     (folder / file).unlink()  # the set above has it mapped
     (folder / file).write_bytes(cut(content))
     for said in ("prepared again", ""):
-        assert prepare.prepared(rows, None, tokenizer, settings(max_length=160)) == folder
-        assert made == [8, 8] and prepare.opened(folder)[0].to_list() == before
+        assert prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160)) == folder
+        assert made == [8, 8] and prepare.open_prepared(folder)[0].to_list() == before
         assert said in (out := capsys.readouterr().out) and bool(out) == bool(said)
     assert [path.name for path in cached.iterdir()] == [folder.name]
 
@@ -86,8 +86,8 @@ def test_a_damaged_set_is_prepared_again(name, learnable, tokenizer, settings, c
 def test_several_processes_prepare_what_one_does(tokenizer, settings) -> None:
     """Guards the order and the numbers of the rows where processes share them."""
     rows = mixture.from_name("data/techco.jsonl")
-    one, _ = prepare.rendered(rows, tokenizer, settings(max_length=512))
-    three, _ = prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
+    one, _ = prepare.render_parallel(rows, tokenizer, settings(max_length=512))
+    three, _ = prepare.render_parallel(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
     assert one.to_list() == three.to_list() and [row["rows"] for row in three] == [[n] for n in range(72)]
 
 
@@ -108,12 +108,12 @@ def test_processes_follow_the_jobs_cores(tokenizer, settings, monkeypatch) -> No
     for confined_to, of_job, expected in ((2, "", (2, 1)), (128, "2", (2, 1)), (128, "6", (6, 1)), (2, "6", (2, 1))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=confined_to: set(range(cores)))
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_job)
-        prepare.rendered(rows, tokenizer, settings(max_length=512))
+        prepare.render_parallel(rows, tokenizer, settings(max_length=512))
         assert started.pop() == expected
-    prepare.rendered(rows, tokenizer, settings(max_length=512, dataset_num_proc=2))
+    prepare.render_parallel(rows, tokenizer, settings(max_length=512, dataset_num_proc=2))
     assert started.pop() == (2, 1)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
-    prepare.rendered(rows, tokenizer, settings(max_length=512))
+    prepare.render_parallel(rows, tokenizer, settings(max_length=512))
     assert not started, "one core, and no other process"
 
 
@@ -123,7 +123,7 @@ def test_a_bad_row_in_a_worker_is_told_as_elsewhere(tokenizer, settings, tmp_pat
     long = {"input": "why? " * 200, "output": "because."}
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"input": "hello", "output": "world"}] * 9 + [long]))
     with pytest.raises(DataError, match="nothing of this row is trained") as caught:
-        prepare.rendered(mixture.from_name(str(file)), tokenizer, settings(max_length=160, dataset_num_proc=2))
+        prepare.render_parallel(mixture.from_name(str(file)), tokenizer, settings(max_length=160, dataset_num_proc=2))
     assert caught.value.where == f"{file}:10" and "raise max_length" in caught.value.help
     assert "first 160 tokens" in caught.value.why and caught.value.kind == "data"
 
@@ -133,18 +133,18 @@ def test_without_a_place_to_write_it_says_so(learnable, tokenizer, settings, tmp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     rows = mixture.from_name(str(learnable))
-    folder = prepare.prepared(rows, None, tokenizer, settings(max_length=160))
-    assert "stepladder-" in str(folder) and len(prepare.opened(folder)[0]) == 8
+    folder = prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160))
+    assert "stepladder-" in str(folder) and len(prepare.open_prepared(folder)[0]) == 8
     monkeypatch.setattr(prepare, "_write", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
     with pytest.raises(DataError, match="written nowhere") as caught:
-        prepare.prepared(rows, None, tokenizer, settings(max_length=160))
+        prepare.prepare_rows(rows, None, tokenizer, settings(max_length=160))
     assert "No space left" in caught.value.why and "XDG_CACHE_HOME" in caught.value.help
 
 
 def test_nothing_is_cached_of_rows_that_cannot_be_used(learnable, tokenizer, settings, cached) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ModelError):
-        prepare.prepared(mixture.from_name(str(learnable)), None, tokenizer, settings(max_length=160))
+        prepare.prepare_rows(mixture.from_name(str(learnable)), None, tokenizer, settings(max_length=160))
     assert not cached.exists()
 
 
@@ -152,7 +152,7 @@ def test_packed_rows_know_what_is_in_them(learnable, tokenizer, settings, cached
     """Guards the way back from a step to its rows, and `eval_packing` apart from `packing`."""
     rows = mixture.from_name(str(learnable))
     keys = {"max_length": 256, "packing": True, "eval_packing": False}
-    train, evaluation = prepare.opened(prepare.prepared(rows, rows, tokenizer, settings(**keys)))
+    train, evaluation = prepare.open_prepared(prepare.prepare_rows(rows, rows, tokenizer, settings(**keys)))
     assert len(train) < 8 == len(evaluation)
     assert sorted(number for row in train for number in row["rows"]) == list(range(8))
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) for row in train)

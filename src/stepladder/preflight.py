@@ -12,7 +12,7 @@ from typing import Any
 
 from stepladder import requirements
 from stepladder.data import audit, templates
-from stepladder.data.audit import token_checks
+from stepladder.data.row_checks import WARNING, check_tokens
 from stepladder.errors import LaunchError, StepladderError
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.planning import choose, hardware
@@ -95,10 +95,10 @@ def _model(recipe: Recipe) -> tuple[str, Recipe]:
 
 def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
     arguments.check_streaming(recipe)
-    found = audit.of_recipe(recipe, audit.Limits(0, 0))  # training refuses no row for being short
+    found = audit.audit_recipe(recipe, audit.Limits(0, 0))  # training refuses no row for being short
 
     audit.stop_on_errors(found.findings)
-    warned = sum(finding.severity == audit.WARNING for finding in found.findings)
+    warned = sum(finding.severity == WARNING for finding in found.findings)
     held = f", {len(found.evaluation)} held out" if found.evaluation else ""
     return f"{found.name}: {len(found.train or [])} rows{held}, {warned} warnings (--audit shows all)", found
 
@@ -108,14 +108,14 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     assert rows.train is not None
     tokenizer = pretrained.load_tokenizer_for(recipe)
     templates.prepare(tokenizer, recipe)
-    found = token_checks.check(rows.train, tokenizer, recipe)
+    found = check_tokens(rows.train, tokenizer, recipe)
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
     said = f"{most} tokens in the longest row; {share:.0%} of all are trained"
     if ends := templates.turn_ends(tokenizer):
         said += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
-    warned = [finding for finding in found if finding.severity == audit.WARNING]
+    warned = [finding for finding in found if finding.severity == WARNING]
     return said + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
 
 

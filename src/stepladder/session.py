@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
-from stepladder.data import mixture, row_keys, stream, templates
+from stepladder.data import mixture, templates
+from stepladder.data.rows import Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.batch import Layout
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from stepladder.data.rows import Rows
     from stepladder.model.build import Built as BuiltModel
     from stepladder.training.trainer import Trainer
 
@@ -198,14 +198,14 @@ def _prepare_rows(checked: Checked, tokenizer: PreTrainedTokenizerBase, notes: l
     from stepladder.data import prepare
 
     launch, train_rows, eval_rows = checked.launch, checked.train_rows, checked.eval_rows
-    folder = ranks.one_a_node(launch, lambda: prepare.prepared(train_rows, eval_rows, tokenizer, checked.recipe))
-    train_set, eval_set = prepare.opened(folder)
+    folder = ranks.one_a_node(launch, lambda: prepare.prepare_rows(train_rows, eval_rows, tokenizer, checked.recipe))
+    train_set, eval_set = prepare.open_prepared(folder)
     if launch.rank == 0:
         notes += checked.inputs.notes
-        notes += prepare.remarked(folder, train_rows, eval_rows)
-    if isinstance(train_rows, stream.Stream):  # each rank reads it for itself
+        notes += prepare.read_notes(folder, train_rows, eval_rows)
+    if isinstance(train_rows, Stream):  # each rank reads it for itself
         notes += prepare.stream_notes(train_rows, tokenizer, checked.recipe) if launch.rank == 0 else []
-        train_set = prepare.streamed(train_rows, tokenizer, checked.recipe)
+        train_set = prepare.prepare_stream(train_rows, tokenizer, checked.recipe)
     return train_set, eval_set
 
 
@@ -338,7 +338,7 @@ def _announce(built: Built) -> None:
     prepared, checked = built.prepared, built.prepared.checked
     train_set, train_rows, eval_rows = prepared.train_set, checked.train_rows, checked.eval_rows
     notes = prepared.notes + built.model.notes
-    notes += row_keys.keep(checked.record, train_rows, eval_rows, checked.recipe.foreign_evaluation())
+    notes += mixture.write_held_out(checked.record, train_rows, eval_rows, checked.recipe.foreign_evaluation())
     notes += [prepared.planned["reason"]] if checked.recipe.plans() else []
     notes += train_rows.notes if train_rows else []
     notes += eval_rows.notes if eval_rows and not checked.recipe.get("test_split_size") else []  # else the train set's
@@ -391,7 +391,7 @@ def finish(trained: Trained) -> int | None:
         return errors.EXIT_PREEMPTED
     checked = trained.built.prepared.checked
     record, rows = checked.record, checked.train_rows
-    if record.is_writer and isinstance(rows, stream.Stream) and rows.left_out:
+    if record.is_writer and isinstance(rows, Stream) and rows.left_out:
         left_out = list(rows.left_out)
         record.update(rows_left_out=left_out)
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")

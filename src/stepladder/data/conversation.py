@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.data.cells import is_unicode, parse_nested, quote
+from stepladder.data.readers import is_unicode, parse_nested, quote
 from stepladder.errors import DataError
 from stepladder.suggest import suggest
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stepladder.data import hints
-from stepladder.data.cells import Row, parse_nested, quote
 from stepladder.data.conversation import (
     Message,
     RoleMap,
@@ -21,6 +19,7 @@ from stepladder.data.conversation import (
     text,
     tools_of,
 )
+from stepladder.data.readers import Row, parse_nested, quote
 from stepladder.errors import DataError, locate_errors
 
 # {"messages": [...], maybe "tools", "chat_template_kwargs", "prompt_messages"} for a chat template, or {"text": "..."}
@@ -28,8 +27,8 @@ Example = dict[str, Any]
 
 MEDIA_COLUMNS = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 BAD = ("false", "0", "0.0")  # KTO's mark of a bad answer, as text
-ANSWERS = ("response", "answer", "output", "completion", "reply", "target")  # what an answer's column may be called
-FOR_TEMPLATE = frozenset({"system", "tools", "chat_template_kwargs"})
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+FOR_TEMPLATE = frozenset({"system", *BESIDE_MESSAGES})
 FOR_ANSWER = FOR_TEMPLATE | {"history", "reasoning_content"}
 # What a row's chat_template_kwargs may not set: the arguments that decide what is rendered, and in which form.
 RESERVED = frozenset({
@@ -150,34 +149,15 @@ SHAPES = [  # in the order in which they are looked for
 COLUMNS = frozenset().union(*(shape.used for shape in SHAPES))
 
 
-def shape_of(row: Row, where: str) -> Shape:
-    """The shape that a row's columns show.
-
-    Raises:
-        DataError: none; the message lists what was seen, what is known, and how to map one to the other.
-    """
-    with locate_errors(where):
-        for shape in SHAPES:
-            if shape.columns <= row.keys():
-                return shape
-        raise DataError(
-            f"columns {', '.join(map(quote, row)) or '(none)'} are of no known shape",
-            why=f"known: {'; '.join(map(str, SHAPES))}",
-            help=hints.for_row(row),
-        )
-
-
-def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleMap | None = None) -> Example:
+def to_example(row: Row, where: str, shape: Shape, role_map: RoleMap | None = None) -> Example:
     """Turn a row into messages or text; `shape` is the one that the set's other rows have.
 
     Raises:
-        DataError: another shape or none; a text that is missing, empty or not text; an unknown
+        DataError: another shape; a text that is missing, empty or not text; an unknown
             role; a conversation that trains nothing; an answer marked as bad (KTO); pictures, sound or video.
     """
     with locate_errors(where):
-        if shape is None:
-            shape = shape_of(row, where)
-        elif not shape.columns <= row.keys():
+        if not shape.columns <= row.keys():
             raise DataError(
                 f"columns {', '.join(map(quote, row)) or '(none)'}, while the rows of this set have {shape}",
                 help="give all rows of a set the same columns, or make two sets of it (datasets: …)",
@@ -194,31 +174,11 @@ def to_example(row: Row, where: str, shape: Shape | None = None, role_map: RoleM
         return example
 
 
-def question_shape(row: Row, where: str) -> Shape:
-    """The shape of a row that need not have an answer.
-
-    Raises:
-        DataError: no column holds a question, or an answer's column stands beside none that is known.
-    """
-    with locate_errors(where):
-        for shape in SHAPES:
-            if shape.columns <= row.keys() and shape.name != "text":
-                return shape
-        if any(is_filled(row.get(column)) for column in ANSWERS):
-            if (shape := shape_of(row, where)).name != "text":
-                return shape
-        else:
-            for shape in SHAPES:
-                if shape.columns - {shape.answer} <= row.keys():
-                    return shape
-        raise DataError("this row holds no prompt", help='{"prompt": "…"}, or the training rows\' columns')
-
-
 def to_prompt(row: Row, where: str, shape: Shape) -> tuple[Example, str]:
     """What a row asks, as training rows of its shape are read, and its answer, empty where it has none.
 
     Args:
-        shape: as `question_shape` finds it.
+        shape: as `columns.find_question_shape` finds it.
 
     Raises:
         DataError: as `to_example`, but for the answer; a row that asks nothing.
@@ -245,10 +205,7 @@ def split_answer(example: Example) -> tuple[Example, str]:
     """
     turns = [{key: value for key, value in turn.items() if key != "train"} for turn in example["messages"]]
     answer = str(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else ""
-    return {
-        "messages": turns,
-        **{key: example[key] for key in ("tools", "chat_template_kwargs") if key in example},
-    }, answer
+    return {"messages": turns, **{key: example[key] for key in BESIDE_MESSAGES if key in example}}, answer
 
 
 def unused_columns(row: Row, shape: Shape) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.data.cells import DECODER, JSON_FORM, SAVE_AS_UTF8, Found, Row, bad_row, quote, refuse_utf16
+from stepladder.data.readers import DECODER, JSON_FORM, SAVE_AS_UTF8, Found, Row, bad_row, quote, refuse_utf16
 from stepladder.errors import DataError
 
 JSON_SPACE = re.compile(r"[ \t\r\n]*")

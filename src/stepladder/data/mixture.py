@@ -1,26 +1,31 @@
-"""The rows that a recipe asks for: sets mixed, general knowledge added, a part held out.
+"""The rows that a recipe asks for: sets mixed, general knowledge added, a part held out; and the record of that part.
 
 Everything is decided by the rows and the seed: no world size, process or order of arrival changes it.
+held_out.json in a run folder says which rows a run was trained on and which it held out, known by their content.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepladder import run
 from stepladder.data import formats
 from stepladder.data.conversation import ROLES
-from stepladder.data.rows import Rows, collect, head_notes
+from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key, row_keys
 from stepladder.data.source import Source, has_split, is_local
-from stepladder.data.stream import Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
 GENERAL = Path("data/general.jsonl")
+HELD_OUT = "held_out.json"
+MOST_TRAINED = 100_000  # trained rows whose keys held_out.json holds, in 1.5 MB; of more, their data is read again
+MOST_HELD_OUT = 10_000  # held-out rows whose keys and places it holds: the first of them
 
 
 @dataclass
@@ -299,3 +304,80 @@ def _general(rows: int, share: float, settings: Settings) -> Rows:
             help=f"mix_general: {largest} at most, or more rows in {GENERAL}",
         )
     return general.take(_drawn(len(general), count, settings, "general"))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held_out.json holds: keys and places of the held-out rows, and the keys of all trained rows.
+
+    `rows` are all that were held out, more than `held_out` where they are very many. `trained` is None where
+    the file does not hold the keys: a stream, or too many rows. `foreign` names the evaluation set where it came
+    with other training data.
+    """
+
+    name: str
+    rows: int
+    held_out: list[str]
+    where: list[str]
+    foreign: str
+    trained: set[str] | None
+
+
+def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, foreign: str) -> list[str]:
+    """Write held_out.json and, in run.json, how many rows were held out; called by each rank, done by the writer.
+
+    A run that is resumed with other training rows (`--allow_change`) was trained on both: the keys are added.
+
+    Args:
+        foreign: the evaluation set, where it came with other training data (`Recipe.foreign_evaluation`).
+
+    Returns:
+        What a person should know: evaluation rows that are trained on too, a file that cannot be written.
+    """
+    if not record.is_writer:
+        return []
+    is_needed = isinstance(train, Rows) and (evaluation or len(train) <= MOST_TRAINED)  # 20 s of a million rows
+    trained = row_keys(train.examples) if isinstance(train, Rows) and is_needed else None
+    held_out = [row_key(example) for example in evaluation.examples] if evaluation else []
+    count = sum(one in trained for one in held_out) if trained is not None else None
+    known = trained if trained is not None and len(trained) <= MOST_TRAINED else None
+    if record.manifest["resumed"] and known is not None:
+        before = read_held_out(record.folder)
+        known = known | before.trained if before and before.trained is not None else None
+    content = {
+        "name": evaluation.name if evaluation else "",
+        "rows": len(held_out),
+        "held_out": held_out[:MOST_HELD_OUT],
+        "where": evaluation.where[:MOST_HELD_OUT] if evaluation else [],
+        "foreign": foreign,
+        "trained": None if known is None else sorted(known),
+    }
+    record.update(held_out={"rows": len(held_out), "trained_on": count, "foreign": foreign})
+    notes = []
+    if held_out and count is None:
+        notes.append("whether evaluation rows are trained on too is not known of a stream; compare.py looks for them")
+    if count:
+        notes.append(
+            f"⚠ {count:,} of the {len(held_out):,} evaluation rows are trained on too: what is measured on them is "
+            "not held out; check.py --audit names them"
+        )
+    try:
+        run.write_whole(record.folder / HELD_OUT, json.dumps(content) + "\n")
+    except OSError as error:
+        notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): compare.py will read the data again instead")
+    return notes
+
+
+def read_held_out(folder: Path) -> HeldOut | None:
+    """The record of a run folder; None where it is missing or damaged."""
+    try:
+        found: dict[str, Any] = run.read_object(folder / HELD_OUT)
+        kept = HeldOut(**{name: found[name] for name in HeldOut.__dataclass_fields__ if name != "trained"},
+                    trained=None if found["trained"] is None else {*found["trained"]})  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        return None
+    named = isinstance(kept.name, str) and isinstance(kept.foreign, str)
+    lists = (kept.held_out, kept.where, list(kept.trained or ()))
+    texts = all(isinstance(part, list) and all(isinstance(one, str) for one in part) for part in lists)
+    fits = isinstance(kept.rows, int) and len(kept.held_out) == len(kept.where) and bool(kept.rows) == bool(kept.where)
+    return kept if named and texts and fits else None

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import cache, console, hardware
 from stepladder.data import render
-from stepladder.data.remarks import NO_END, Remarks
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.row_renderer import NO_END, Remarks
+from stepladder.data.rows import Rows, Stream
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -39,20 +38,20 @@ STREAMED = 200  # rows of a stream that are looked at before it is trained on
 FILES = "files"  # in the notes: the SHA-256 of each file of the sets
 # What prepared rows follow from, beside their content.
 CODE = (
-    *("prepare.py", "render.py", "row_renderer.py", "remarks.py"),
-    *("templates/chat_template.py", "templates/layout.py", "templates/marks.py"),
+    *("prepare.py", "render.py", "row_renderer.py", "remarks.yaml"),
+    *("templates/chat_template.py", "templates/layout.py"),
 )
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
 ROWS_A_PROCESS = 20_000
 
 
-def prepared(
+def prepare_rows(
     train: Rows | Stream | None, evaluation: Rows | None, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Path:
     """The folder that holds the training and the evaluation set, made now unless the cache has it.
 
-    A stream is not in it: see `streamed`.
+    A stream is not in it: see `prepare_stream`.
 
     Raises:
         DataError: a row that cannot be rendered or trains nothing; rows without any end of turn;
@@ -74,7 +73,7 @@ def prepared(
     ):
         if rows is None:
             continue
-        dataset, remarks = rendered(rows, tokenizer, settings)
+        dataset, remarks = render_parallel(rows, tokenizer, settings)
         if not len(dataset):
             raise render.none_left(rows.name, remarks)
         if name == TRAIN and remarks.turns and not remarks.ends and render.mode(settings) != "everything":
@@ -96,7 +95,7 @@ def prepared(
             ) from None
 
 
-def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
+def open_prepared(folder: Path) -> tuple[Dataset | None, Dataset | None]:
     """The training and the evaluation set of a prepared folder, mapped into memory rather than read."""
     from datasets import load_from_disk
 
@@ -106,7 +105,7 @@ def opened(folder: Path) -> tuple[Dataset | None, Dataset | None]:
     return train, evaluation
 
 
-def remarked(folder: Path, train: Rows | Stream | None, evaluation: Rows | None) -> list[str]:
+def read_notes(folder: Path, train: Rows | Stream | None, evaluation: Rows | None) -> list[str]:
     """What was remarked of the rows as they were rendered; those left out then are added to the sets' `skipped`."""
     notes: list[str] = []
     said = json.loads((folder / NOTES).read_text(encoding="utf-8"))
@@ -130,7 +129,7 @@ def lengths(dataset: Dataset) -> list[int]:
     return list(pc.list_value_length(table.column("input_ids")).to_pylist())
 
 
-def streamed(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
+def prepare_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
     """The training set of a stream, which each rank renders and packs as it reads."""
     return _pack(render.render_stream(stream, tokenizer, settings), settings, settings.get("packing"))
 
@@ -147,7 +146,7 @@ def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: S
     return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(len(rows))]
 
 
-def rendered(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> tuple[Dataset, Remarks]:
+def render_parallel(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> tuple[Dataset, Remarks]:
     """As `render.render`, in `dataset_num_proc` processes, or in as many as pay; with what was remarked."""
     from datasets import concatenate_datasets
 

@@ -10,17 +10,37 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.data.cells import JSON_FORM, Found, first_line, without_nulls
 from stepladder.data.json_documents import is_split_object, json_rows, split_word
-from stepladder.data.readers import READERS, arrow_rows, parquet_rows
+from stepladder.data.readers import (
+    JSON_FORM,
+    Found,
+    arrow_rows,
+    csv_rows,
+    first_line,
+    parquet_rows,
+    python_rows,
+    without_nulls,
+)
 from stepladder.errors import DataError
-from stepladder.files import name_fault, read_json
+from stepladder.files import name_fault, parse_yaml, read_json, read_text
 
+READERS: dict[str, Callable[[Any, str], Iterator[Found]]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".ndjson": json_rows,
+    ".jsonlines": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
+    ".feather": arrow_rows,
+    ".py": python_rows,
+}
 COMPRESSED = (".gz", ".zst")
 LFS_POINTER = b"version https://git-lfs"
 # What files of these kinds begin with.
@@ -28,38 +48,11 @@ MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets` and of LLaMA-Factory
 SAVED = ("state.json", "dataset_info.json")  # stand in each folder that `Dataset.save_to_disk` writes
 LISTED = 5  # sets of LLaMA-Factory's that a message lists
-TO_JSONL = '.to_json(OUT, orient="records", lines=True, force_ascii=False, double_precision=15)'
-TO_LINES = 'sep="\\n", file=open(OUT, "w"))'  # of the texts that a print() begun before it is given
-WORKBOOK = (
-    "a spreadsheet (the command writes its first sheet; .xlsx needs the package openpyxl)",
-    f"import pandas; pandas.read_excel(FILE, dtype=str, keep_default_na=False){TO_JSONL}",
-)
-PICKLE = (
-    "a pickle, which runs code when it is opened: only for files that you trust",
-    f"import pandas; pandas.DataFrame(pandas.read_pickle(FILE), dtype=object){TO_JSONL}",
-)
-LINES = (
-    "plain text (the command makes each line a row)",
-    'import json; print(*(json.dumps({"text": line.rstrip("\\n")}) for line in open(FILE, encoding="utf-8-sig") '
-    f"if line.strip()), {TO_LINES}",
-)
-YAML = ("YAML", f'import json, yaml; print(*map(json.dumps, yaml.safe_load(open(FILE, encoding="utf-8"))), {TO_LINES}')
-ARRAY = (
-    "a NumPy array",
-    f"import json, numpy; print(*map(json.dumps, numpy.load(FILE, allow_pickle=True).tolist()), {TO_LINES}",
-)
-ARCHIVE = (
-    "an archive (when it is unpacked, name the folder)",
-    'import shutil; shutil.unpack_archive(FILE, FILE + "_unpacked")',
-)
-# What other files are, and the Python that makes JSONL of FILE under the name OUT, or unpacks it.
+# What a message calls the files of other kinds, and the Python that makes JSONL of FILE, or unpacks it.
 OTHER_KINDS = {
-    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), WORKBOOK),
-    **dict.fromkeys((".pkl", ".pickle"), PICKLE),
-    **dict.fromkeys((".yaml", ".yml"), YAML),
-    **dict.fromkeys((".zip", ".tar", ".tgz"), ARCHIVE),
-    ".txt": LINES,
-    ".npy": ARRAY,
+    suffix: (kind["name"], kind["code"])
+    for kind in parse_yaml(read_text(Path(__file__).with_name("other_kinds.yaml")))
+    for suffix in kind["suffixes"]
 }
 UNPACKERS = {".bz2": "bunzip2 -k", ".xz": "unxz -k"}  # which leave a file alone that is there already
 

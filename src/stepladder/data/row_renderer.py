@@ -1,40 +1,28 @@
-"""One conversation to its text and trained characters by the layout of its template, and these to tokens and labels."""
+"""One conversation to its text and trained characters, by the layout of its template; and what is remarked of it."""
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import operator
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.data.remarks import Remarks
-from stepladder.data.templates.chat_template import READ, Refusal, beginning
+from stepladder.data.formats import Example
+from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
 from stepladder.data.templates.layout import ChatTemplate, Layout, Point, Turn
-from stepladder.data.templates.marks import THOUGHT_END, Example, Slot
-from stepladder.errors import DataError, locate_errors
+from stepladder.errors import DataError
+from stepladder.files import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of a token that trains nothing
 # How the answers of other models' training data end.
 FOREIGN_END = re.compile(r"(</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|<eos>)\s*\Z")
-# What opens a question in the formats that chats are published in.
-RENDERED_CHAT = re.compile(
-    r"<\|im_start\|>user|<\|start_header_id\|>user|<start_of_turn>user|<\|user\|>|\[INST\]"
-    r"|^### (?:Human|User|Instruction)\b|^(?:Human|User|USER): .*\n+(?:Assistant|ASSISTANT): ",
-    re.MULTILINE,
-)
 # The keys of a message that have a meaning here, whether or not a template reads them.
 HANDLED = READ | {"train", "tool_call_id"}
-START, END = operator.itemgetter(0), operator.itemgetter(1)  # of a token's characters
 NAMES = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
-LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
-ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
-Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each
+REMARKS: dict[str, dict[str, Any]] = parse_yaml(read_text(Path(__file__).with_name("remarks.yaml")))
 
 
 @dataclass(frozen=True)
@@ -46,18 +34,68 @@ class Span:
     ends: bool
 
 
-@dataclass
-class Rendered:
-    """A row as tokens: `input_ids` and `labels`, equally long; `turns` are trained, and end at the tokens `ends`."""
+# Of a set none of whose turns trains its end within max_length: what is wrong, and what helps.
+NO_END = (
+    "the end-of-turn token is trained in no turn, so the model would not learn to stop",
+    "raise max_length where it cuts every answer; else use a chat template that ends the answer",
+)
 
-    ids: list[int]
-    labels: list[int]
+
+def share_of_rows(places: list[str], total: int) -> str:
+    return f"{len(places):,} of {total:,} rows ({len(places) / total:.1%})"
+
+
+@dataclass
+class Remarks:
+    """Rows by what is remarked of them, and the rows that were left out (`file:line: what`).
+
+    `turns` are trained, and `ends` of them train their end of turn within `max_length`.
+    """
+
+    rows: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
     turns: int = 0
-    ends: list[int] = field(default_factory=list)
+    ends: int = 0
+
+    def add(self, kind: str, where: str, detail: str = "") -> None:
+        """Remark a row once under each kind; the detail of the first stands for most kinds."""
+        key = (kind, detail)
+        if not REMARKS[kind].get("each"):
+            key = next((known for known in self.rows if known[0] == kind), key)
+        places = self.rows.setdefault(key, [])
+        if not places or places[-1] != where:
+            places.append(where)
+
+    def skip(self, error: DataError) -> None:
+        self.skipped.append(f"{error.where}: {error.what}")
+
+    def join(self, other: Remarks) -> None:
+        """Add what was remarked of the rows that follow."""
+        for (kind, detail), places in other.rows.items():
+            for where in places:
+                self.add(kind, where, detail)
+        self.skipped += other.skipped
+        self.turns, self.ends = self.turns + other.turns, self.ends + other.ends
+
+    def texts(self, total: int) -> list[tuple[str, str, str, list[str]]]:
+        """Kind, what is remarked, what helps and the rows, of a set of so many rows."""
+        found = []
+        for (kind, detail), places in self.rows.items():
+            what, help = REMARKS[kind]["what"], REMARKS[kind]["help"]
+            what = what.format(rows=share_of_rows(places, total), detail=repr(detail))
+            found.append((kind, what, help.format(), places))
+        return found
+
+    def notes(self, total: int) -> list[str]:
+        """What a run prints at its start: each remark with the first row that it concerns."""
+        notes = [f"{text}, the first at {places[0]}: {help}" for _, text, help, places in self.texts(total)]
+        if self.skipped:
+            notes.append(f"{len(self.skipped):,} rows are skipped, the first at {self.skipped[0]}")
+        return notes
 
 
 class RowRenderer:
-    """Rows to tokens by one tokenizer; what is learnt of its template serves all of them."""
+    """Renders conversations by one tokenizer's template; what is learnt of the template serves all of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks):
         self.tokenizer, self.remarks = tokenizer, remarks
@@ -67,48 +105,10 @@ class RowRenderer:
 
         self.where = ""  # of the row at hand
 
-    def _remark(self, kind: str, detail: str = "") -> None:
+    def remark(self, kind: str, detail: str = "") -> None:
         self.remarks.add(kind, self.where, detail)
 
-    def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
-        texts: list[str] = []
-        spans: list[list[Span] | DataError] = []
-        for example, self.where in zip(examples, where, strict=True):
-            try:
-                with locate_errors(self.where):
-                    text, found = self._conversation(example) if "messages" in example else (example["text"], [])
-                texts.append(text)
-                spans.append(found)
-            except DataError as error:
-                texts.append("")
-                spans.append(error)
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
-        )
-        for number, example in enumerate(examples):
-            turns, self.where = spans[number], where[number]
-            ids, offsets = encoded["input_ids"][number], encoded["offset_mapping"][number]
-            if isinstance(turns, DataError):
-                yield turns
-            elif "messages" not in example:
-                if chat := RENDERED_CHAT.search(example["text"]):
-                    self._remark("rendered_text", chat[0].strip())
-                ids = self._whole(ids)
-                yield Rendered(ids, list(ids))
-            else:
-                cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
-                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets))
-                if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
-                    self._remark("changed_by_tokenizer")
-                if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
-                    self._remark("changed_by_tokenizer")
-                if self.begin and ids[: len(self.begin)] != self.begin:
-                    self._remark("no_beginning", self.tokenizer.decode(self.begin))
-                yield _labelled(ids, offsets, turns, train_on)
-
-    # ---- a conversation ----
-
-    def _conversation(self, example: Example) -> tuple[str, list[Span]]:
+    def conversation(self, example: Example) -> tuple[str, list[Span]]:
         """A conversation as text, and the characters of its trained turns.
 
         Raises:
@@ -119,7 +119,7 @@ class RowRenderer:
             slots, layout = template.row_layout(example)
             refuse_losses(layout, slots, len(example["messages"]))
             if layout.lost:  # thoughts of earlier turns
-                self._remark("dropped_thoughts")
+                self.remark("dropped_thoughts")
             text = template.row_text(example, layout, slots)
             # The text of a spliced layout is no rendering of the whole, so the blocks are of another text.
             has_blocks = template.marked and layout.spliced is None
@@ -171,7 +171,7 @@ class RowRenderer:
             found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
             edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
             if any(text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)):
-                self._remark("outside_blocks")
+                self.remark("outside_blocks")
         return found
 
     def _remark_row(self, example: Example, slots: list[Slot], layout: Layout) -> None:
@@ -183,31 +183,31 @@ class RowRenderer:
         for slot in slots:
             if slot.kind != "id" and (found := self.template.special.search(slot.text)):
                 self._refuse_turns_in(slot, example, slots, layout)
-                self._remark("special_tokens", found[0])
+                self.remark("special_tokens", found[0])
             is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
             if is_answer and any(slot.edges):
                 self._remark_edges(slots.index(slot), slots, layout)
             if is_answer and (foreign := FOREIGN_END.search(slot.text, len(slot.text) - 40)):
-                self._remark("foreign_end", foreign[1])
+                self.remark("foreign_end", foreign[1])
         for message in example["messages"]:
             before, end, _ = message["content"].partition(THOUGHT_END)
             if end and message["role"] == "assistant" and "<think>" not in before:
-                self._remark("half_thought")
+                self.remark("half_thought")
         _refuse_other_order(example["messages"], slots, layout)
         for turn in layout.turns:
             if turn.opened:
-                self._remark("unopened", turn.opened)
+                self.remark("unopened", turn.opened)
             if turn.unasked:
-                self._remark("unasked", turn.unasked)
+                self.remark("unasked", turn.unasked)
             if not turn.ends:
-                self._remark("turn_without_end")
+                self.remark("turn_without_end")
         keys = {key for message in example["messages"] if len(message) > 2 for key in message}
         for key in keys - HANDLED:
             if not self.template.reads(key):
-                self._remark("unread_key", key)
+                self.remark("unread_key", key)
         for key in example.get("chat_template_kwargs") or ():
             if not self.template.names(key):
-                self._remark("unread_argument", key)
+                self.remark("unread_argument", key)
 
     def _remark_edges(self, number: int, slots: list[Slot], layout: Layout) -> None:
         """White space around an answer that the template strips; an answer after a thought that nothing opens."""
@@ -218,7 +218,7 @@ class RowRenderer:
             number and slots[number - 1].kind == "reasoning" and slots[number - 1].message == slots[number].message
         )
         if not (thought or before.endswith(left)) or not after.startswith(right):
-            self._remark("trimmed")
+            self.remark("trimmed")
 
     def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout) -> None:
         """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
@@ -242,51 +242,6 @@ class RowRenderer:
                         help="write the token otherwise, or remove the row; or on_bad_row: skip",
                     )
 
-    # ---- tokens ----
-
-    def _whole(self, ids: list[int]) -> list[int]:
-        """Plain text is trained whole: it begins as the tokenizer begins every text, and ends by one end token."""
-        begin = [] if ids[: len(self.begin)] == self.begin else self.begin
-        last = next((token for token in reversed(ids) if self.tokenizer.decode([token]).strip()), None)
-        return [*begin, *ids] if last == self.tokenizer.eos_token_id else [*begin, *ids, self.tokenizer.eos_token_id]
-
-    def _apart(self, text: str, cuts: list[int], whole: Encoded) -> Encoded:
-        """The tokens of a text, none of which holds characters on both sides of a cut.
-
-        The model is asked with the text before a cut, so it is trained after the tokens of that.
-        """
-        _, offsets = whole
-        inside = [cut for cut in cuts if _is_inside(cut, offsets)]
-        if not inside:
-            return whole
-        edges = [0, *inside, len(text)]
-        parts = [self._piece(text[a:b], first=a == 0) for a, b in itertools.pairwise(edges)]
-        if any(part is None for part in parts):
-            self._remark("joined")
-            return whole
-        self._remark("parted")
-        joined: Encoded = ([], [])
-        for begin, part in zip(edges, parts, strict=False):
-            assert part is not None
-            joined[0].extend(part[0])
-            joined[1].extend((a + begin, b + begin) for a, b in part[1])
-        return joined
-
-    def _piece(self, text: str, first: bool) -> Encoded | None:
-        """The tokens of a piece of a text, found behind an anchor: SentencePiece puts a space before a text's first."""
-
-        def encode(piece: str) -> Encoded:
-            found = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-            return list(found["input_ids"]), list(found["offset_mapping"])
-
-        if first:
-            return encode(text)
-        for anchor in ANCHORS:
-            alone, (ids, offsets) = encode(anchor)[0], encode(anchor + text)
-            if ids[: len(alone)] == alone and all(a >= len(anchor) for a, _ in offsets[len(alone) :]):
-                return ids[len(alone) :], [(a - len(anchor), b - len(anchor)) for a, b in offsets[len(alone) :]]
-        return None
-
 
 def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout) -> None:
     """Raise where results follow in another order than their calls, and the template renders no ids."""
@@ -302,12 +257,6 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
                 why="the chat template renders no ids, so a result would be taken for that of another call",
                 help="results in the order of the calls",
             )
-
-
-def _is_inside(cut: int, offsets: list[tuple[int, int]]) -> bool:
-    """Whether a token begins before the cut and ends behind it."""
-    after = bisect.bisect_right(offsets, cut, key=END)
-    return after < len(offsets) and offsets[after][0] < cut
 
 
 def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> list[Span]:
@@ -327,21 +276,6 @@ def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> 
         for turn in layout.turns
         if is_trained(turn)
     ]
-
-
-def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span], train_on: str) -> Rendered:
-    """Labels for the tokens of the trained turns."""
-    if train_on == "last_turn":
-        spans = spans[-1:]
-    labels, ends = [IGNORED] * len(ids), []
-    for span in spans:
-        first, last = (bisect.bisect_left(offsets, place, key=START) for place in (span.start, span.end))
-        if first and offsets[first - 1][1] > span.start:
-            first -= 1
-        labels[first:last] = ids[first:last]
-        if span.ends and last:
-            ends.append(last - 1)
-    return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
 
 
 def refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
@@ -373,10 +307,6 @@ def template_refusal(error: Refusal) -> DataError:
         f"the chat template refuses this conversation: {error}",
         help="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
     )
-
-
-def _letters(text: str) -> str:
-    return "".join(text.split())
 
 
 def _short(text: str) -> str:

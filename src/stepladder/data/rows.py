@@ -1,27 +1,34 @@
-"""Examples of one set or of a mixture, with the place each came from; and what a bad row does."""
+"""Examples of a set, held in memory or streamed, with the place each came from; and what a bad row does.
+
+A row is known by its key, which is made of its text.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+import random
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from stepladder.data import formats, hints
-from stepladder.data.cells import Found, quote
-from stepladder.data.conversation import KNOWN_KEYS, RoleMap
+from stepladder.data import formats
+from stepladder.data.columns import UNKNOWN_KEYS, Converter, Remark, usual_shape
+from stepladder.data.conversation import REASONING
+from stepladder.data.readers import Found
 from stepladder.data.source import HEAD, Source
 from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
 SKIP = "on_bad_row: skip, which leaves bad rows out and lists them"
-UNKNOWN_KEYS = "unknown_keys"
-MOST_NAMES = 20  # unused columns, or keys of messages, that are named
-LONG_NAME = 40  # characters from which a name is cut
+SHUFFLE_BUFFER = 10_000  # rows of a stream that are held while shuffling
+LONG_ANSWER = 40  # characters, wide ones counted as WIDE
+WIDE = 3  # characters that a wide one (Chinese, Japanese, Korean) counts as: about as much as it says
 LONG = 1_000_000  # characters: about 250,000 tokens, more than any usual max_length
+Item = tuple[formats.Example, str]
 
 
 @dataclass
@@ -81,93 +88,6 @@ def digest(examples: Iterable[formats.Example]) -> dict[str, Any]:
     return {"rows": count, "sha256": content.hexdigest()}
 
 
-class Remark(NamedTuple):
-    """What a person should know of a set's rows, and what to do about it (may be empty)."""
-
-    name: str  # for programs
-    what: str
-    help: str = ""
-
-    def __str__(self) -> str:
-        return self.what + f"; {self.help}" * bool(self.help)
-
-
-class Converter:
-    """Turns the rows of a set into examples, and counts what they hold that no example does.
-
-    Args:
-        label: what a person calls the set.
-        shape: the shape of its rows; None where each row shows its own.
-        role_map: the recipe's, if it has one.
-    """
-
-    def __init__(self, label: str, shape: formats.Shape | None, role_map: dict[str, str] | None = None):
-        self.label, self.shape = label, shape
-        self.role_map = RoleMap(role_map) if role_map else None
-        self.columns: Counter[str] = Counter()  # rows, by column that is not used
-        self.keys: Counter[str] = Counter()  # messages, by key without a known meaning
-        self.column_map: dict[str, str] = {}  # that reads unused columns
-        self.rows = 0
-        self.present: Counter[str] = Counter()  # rows, by column of that map
-
-    def example(self, where: str, row: formats.Row | DataError) -> formats.Example:
-        """As `formats.to_example`; a fault in a row's stead is raised."""
-        if isinstance(row, DataError):
-            raise row
-        shape = self.shape or formats.shape_of(row, where)
-        example = formats.to_example(row, where, shape, self.role_map)
-        self.count(row, shape, example)
-        return example
-
-    def count(self, row: formats.Row, shape: formats.Shape, example: formats.Example) -> None:
-        """Count the columns of a row that are not used, and the keys of its messages that nobody knows."""
-        self.rows += 1
-        for column in formats.unused_columns(row, shape):
-            if column not in self.columns:
-                self.column_map = hints.for_unused(column, row[column], shape.used, row) | self.column_map
-            self.columns[column] += 1
-        for column in self.column_map.values():
-            self.present[column] += column in row
-        if "answers" in shape.columns and len(formats.listed_answers(row["answers"])) > 1:
-            self.columns["answers, all but the first"] += 1
-        for message in example.get("messages", ()):
-            if len(message) > 2:
-                self.keys.update(message.keys() - KNOWN_KEYS)
-
-    def remarks(self, of: str = "") -> list[Remark]:
-        """What was counted; `of` names the rows that were looked at where that is not the whole set."""
-        found, place = [], f"{self.label}{of}"
-        if self.columns:
-            what = f"{place}: columns that are not used: {_names(self.columns, 'row')}"
-            found.append(Remark("unused_columns", what, self._help()))
-        if self.keys:
-            what = f"{place}: keys of messages that only the chat template may use: {_names(self.keys, 'message')}"
-            found.append(Remark(UNKNOWN_KEYS, what))
-        if self.role_map and (absent := self.role_map.roles.keys() - self.role_map.seen):
-            names = ", ".join(map(quote, sorted(absent, key=str)))
-            what = f"{place}: role_map names {names}, which no conversation has"
-            found.append(Remark("unused_roles", what))
-        return found
-
-    def _help(self) -> str:
-        """The `column_map` that reads unused columns; it needs them in every row."""
-        if not self.column_map:
-            return ""
-        read = [quote(column) for column in self.column_map.values() if column in self.columns]
-        partial = any(self.present[column] < self.rows for column in self.column_map.values())
-        return f"{hints.column_map(self.column_map)} reads {', '.join(read)}" + ", once every row has it" * partial
-
-
-def _names(counts: Counter[str], unit: str) -> str:
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    listed = [f"{_name(name)} ({count:,} {unit}{'s' * (count != 1)})" for name, count in ranked[:MOST_NAMES]]
-    return ", ".join(listed) + f" and {len(ranked) - MOST_NAMES:,} more" * (len(ranked) > MOST_NAMES)
-
-
-def _name(name: str) -> str:
-    return name if name.isprintable() and name.strip() and len(name) <= LONG_NAME else quote(name, LONG_NAME)
-
-
 def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     """All rows of a set.
 
@@ -185,7 +105,7 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
     if skipped:
         rows.notes.append(f"{len(skipped)} bad rows of {source.label} are skipped, the first at {skipped[0]}")
-    # Message keys that the chat template does not read are reported as it renders (remarks.py).
+    # Message keys that the chat template does not read are reported as it renders (row_renderer.py).
     rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS]
     for example, where in pairs:
         if (length := _length(example)) > LONG:
@@ -255,26 +175,6 @@ def examples(
         remarks += converter.remarks()
 
 
-def usual_shape(head: list[Found]) -> formats.Shape:
-    """The shape that most of a set's first rows have: it is the others that are wrong.
-
-    Raises:
-        DataError: none of them has a known shape.
-    """
-    shapes: Counter[formats.Shape] = Counter()
-    fault: DataError | None = None
-    for where, row in head:
-        try:
-            if isinstance(row, DataError):
-                raise row
-            shapes[formats.shape_of(row, where)] += 1
-        except DataError as error:
-            fault = fault or error
-    if not shapes and fault:
-        raise fault
-    return shapes.most_common(1)[0][0]
-
-
 def _example(where: str, row: formats.Row | DataError, converter: Converter) -> formats.Example | DataError:
     try:
         return converter.example(where, row)
@@ -296,3 +196,138 @@ def _with_those_that_follow(first: DataError, rest: Iterator[Found], converter: 
         why = f"{why}; " * bool(why) + f"{number} more bad {rows}, the next at {others[0]}"
     help = f"{first.help}; or " * bool(first.help) + SKIP
     return DataError(first.what, where=first.where, why=why, help=help)
+
+
+@dataclass
+class Stream:
+    """Sets that are read row by row. Iterating gives `(example, where)`; nothing else is held.
+
+    With `weights`, each next row comes from a set drawn by its weight, until one of them is at its
+    end: none repeats. Without, all rows of all sets come. `counts` are the most rows taken of each.
+    """
+
+    name: str
+    sources: list[Source]
+    counts: list[int | None]
+    weights: list[float] | None
+    seed: int
+    skip_bad_rows: bool = False
+    skipped: list[str] = field(default_factory=list)  # the bad rows that the latest pass left out
+    left_out: dict[str, None] = field(default_factory=dict)  # rows that could not be rendered, in whichever pass
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.read()
+
+    def read(self, epoch: int = 0) -> Iterator[Item]:
+        """One pass in the order of an epoch: the same on every rank and at every repetition.
+
+        Raises:
+            DataError: as `examples`.
+        """
+        draw = random.Random(f"{self.seed}:{epoch}")
+        buffer: list[Item] = []
+        for _, item in self._mixed():
+            if len(buffer) < SHUFFLE_BUFFER:
+                buffer.append(item)
+                continue
+            at = draw.randrange(SHUFFLE_BUFFER)
+            yield buffer[at]
+            buffer[at] = item
+        draw.shuffle(buffer)
+        yield from buffer
+
+    def _mixed(self) -> Iterator[tuple[int, Item]]:
+        """The rows with the number of their set: which ones come does not depend on the epoch."""
+        self.skipped = []
+        streams = [
+            itertools.islice(examples(source, self.skip_bad_rows, self.skipped), count)
+            for source, count in zip(self.sources, self.counts, strict=True)
+        ]
+        if self.weights is None:
+            yield from ((number, item) for number in range(len(streams)) for item in streams[number])
+            return
+        draw = random.Random(f"{self.seed}:mix")
+        while True:
+            (number,) = draw.choices(range(len(streams)), self.weights)
+            item = next(streams[number], None)
+            if item is None:
+                return
+            yield number, item
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As that of `Rows`, by one pass over local files, which also finds their bad rows before the run.
+
+        Sets on the hub are not read for it: their rows and hash are None.
+        """
+        taken: Counter[int] = Counter()
+
+        def count_sets() -> Iterator[formats.Example]:
+            for number, (example, _) in self._mixed():
+                taken[number] += 1
+                yield example
+
+        known: dict[str, Any] = {"rows": None, "sha256": None}
+        if all(source.local for source in self.sources):
+            known = digest(count_sets())
+        sets = [
+            {"name": source.label, "rows": taken[number], "share": round(taken[number] / taken.total(), 6)}
+            for number, source in enumerate(self.sources)
+            if taken
+        ]
+        skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped}
+        return {"name": self.name, **known, **skipped, "sets": sets}
+
+
+def role_text(example: formats.Example, *roles: str) -> str:
+    """What these roles say in an example, reasoning and tool calls included; a plain text is the assistant's."""
+    if "text" in example:
+        return str(example["text"]) if "assistant" in roles else ""
+    texts = []
+    for message in example["messages"]:
+        if message["role"] in roles:
+            reasoning = "".join(f"{message[key]}\n" for key in REASONING if key in message)
+            calls = message.get("tool_calls")
+            texts.append(reasoning + message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else ""))
+    return "\n".join(texts)
+
+
+def all_text(example: formats.Example) -> str:
+    return role_text(example, "system", "developer", "user", "tool", "assistant")
+
+
+def width(text: str) -> int:
+    """Characters, each wide one counted as `WIDE`."""
+    if text.isascii():
+        return len(text)
+    return len(text) + (WIDE - 1) * sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def normal_text(example: formats.Example) -> str:
+    """All that a row gives to the model, case and blanks apart."""
+    beside = [example.get(key) for key in formats.BESIDE_MESSAGES]
+    return _plain(all_text(example)) + (json.dumps(beside, sort_keys=True) if any(beside) else "")
+
+
+def own_text(example: formats.Example) -> str:
+    """What a row says of its own: many rows share one system prompt, and are no copies for that."""
+    return _plain(role_text(example, "user", "tool", "assistant"))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def row_key(example: formats.Example) -> str:
+    """What a row is known by: the start of a SHA-256 of its text, case and blanks apart (48 bits, hexadecimal).
+
+    Of a row with a long answer these are the words of user, tool and assistant, so that another system prompt
+    makes no other row of it; of any other it is all that the model is given.
+    """
+    has_long_answer = width(role_text(example, "assistant")) >= LONG_ANSWER
+    text = own_text(example) if has_long_answer else normal_text(example)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def row_keys(examples: Iterable[formats.Example]) -> set[str]:
+    return {row_key(example) for example in examples}

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder.data.cells import Found, first_line
 from stepladder.data.json_documents import split_key, split_word
 from stepladder.data.read import (
     METADATA,
     OTHER_KINDS,
+    READERS,
     SAVED,
     UNPACKERS,
     dataset_rows,
@@ -30,7 +30,7 @@ from stepladder.data.read import (
     refuse_metadata,
     stem,
 )
-from stepladder.data.readers import READERS
+from stepladder.data.readers import Found, first_line
 from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest

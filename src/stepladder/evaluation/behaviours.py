@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.data import formats
 from stepladder.data import read as data_read
+from stepladder.data.columns import find_question_shape
 from stepladder.errors import DataError, StepladderError
 from stepladder.evaluation import generate, shared_out, statistics
 from stepladder.evaluation.generate import Answer
@@ -141,7 +142,7 @@ def read(path: Path = SUITE) -> list[Task]:
         if not CHECKS[name].fits(row.get("expected")) or (name == TOOL) != ("tools" in asked):
             what = f"'{name}' does not go with expected: {row.get('expected')!r}, tools: {row.get('tools')!r}"
             raise DataError(what, where=where, help=f"as in the other rows of {SUITE}")
-        example, _ = formats.to_prompt(asked, where, formats.question_shape(asked, where))
+        example, _ = formats.to_prompt(asked, where, find_question_shape(asked, where))
         question = Question(example["messages"], tools=example.get("tools"))
         tasks.append(Task(str(name), question, row["expected"]))
     if not tasks:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepladder.data import read
-from stepladder.data.readers import READERS
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, RunError
 from stepladder.evaluation.questions import of_rows
@@ -33,7 +32,7 @@ class Score(NamedTuple):
 
 def is_data(name: str) -> bool:
     """Whether a task's name is a data file's or folder's: names of lm-eval may hold dots and slashes too."""
-    return Path(name).exists() or read.kind(Path(name)) in READERS
+    return Path(name).exists() or read.kind(Path(name)) in read.READERS
 
 
 def check_names(tasks: list[str | dict[str, Any]]) -> None:

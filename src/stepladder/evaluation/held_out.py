@@ -6,11 +6,10 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from stepladder.data import mixture, row_keys
+from stepladder.data import mixture
 from stepladder.data.formats import Example
-from stepladder.data.row_keys import Kept
-from stepladder.data.rows import Rows
-from stepladder.data.stream import Stream
+from stepladder.data.mixture import HeldOut
+from stepladder.data.rows import Rows, Stream, normal_text, row_key, row_keys
 from stepladder.errors import DataError, RecipeError
 from stepladder.evaluation import questions
 from stepladder.evaluation.questions import Question
@@ -65,20 +64,20 @@ class Runs:
         """The keys of all rows that are behind a model, as far as they are known."""
         found: set[str] = set()
         for folder in self.lineage(source):
-            kept = row_keys.read(folder)
+            kept = mixture.read_held_out(folder)
             if kept and kept.trained is not None:
                 found |= kept.trained
             elif (rows := self.rows(folder)[0]) is not None:
-                found |= row_keys.keys(rows.examples)
+                found |= row_keys(rows.examples)
         return found
 
     def training_rows(self, source: str) -> Rows | None:
         """The rows that a model's own run was trained on, read again by its recipe; None where that cannot be."""
         parts = []
         for folder in self.of(source):
-            rows, kept = self.rows(folder)[0], row_keys.read(folder)
+            rows, kept = self.rows(folder)[0], mixture.read_held_out(folder)
             if rows is not None and kept and kept.trained is not None:
-                same = [i for i, example in enumerate(rows.examples) if row_keys.key(example) in kept.trained]
+                same = [i for i, example in enumerate(rows.examples) if row_key(example) in kept.trained]
                 if other := len(rows) - len(same):
                     self.notes.append(
                         f"the data of {folder} has changed: {other:,} of its {len(rows):,} rows were not trained on"
@@ -99,7 +98,7 @@ class Runs:
             DataError: it held none out, or they are no longer where its recipe reads them.
         """
         folder = self.of(source)[0]
-        kept = row_keys.read(folder)
+        kept = mixture.read_held_out(folder)
         if kept and not kept.rows:
             raise DataError(f"{folder} held out no rows", help=f"{OTHER_ROWS}, or train with --test_split_size 0.1")
         train, evaluation = self.rows(folder)
@@ -108,7 +107,7 @@ class Runs:
         if kept is None:
             if not evaluation:
                 raise DataError(f"{folder} does not say which rows it held out", help=OTHER_ROWS)
-            self.notes.append(f"{folder} keeps no {row_keys.FILE}: its evaluation rows are read again by its recipe")
+            self.notes.append(f"{folder} keeps no {mixture.HELD_OUT}: its evaluation rows are read again by its recipe")
             return evaluation
         if kept.foreign:
             self.notes.append(
@@ -116,12 +115,12 @@ class Runs:
             )
         return self._found(folder, kept, [rows for rows in (evaluation, train) if rows])
 
-    def _found(self, folder: Path, kept: Kept, parts: list[Rows]) -> Rows:
+    def _found(self, folder: Path, kept: HeldOut, parts: list[Rows]) -> Rows:
         wanted = set(kept.held_out)
         there: dict[str, tuple[Example, str]] = {}
         for rows in parts:
             for example, where in zip(rows.examples, rows.where, strict=True):
-                if (key := row_keys.key(example)) in wanted:
+                if (key := row_key(example)) in wanted:
                     there.setdefault(key, (example, where))
         pairs = [there[key] for key in kept.held_out if key in there]
         if not pairs:
@@ -183,7 +182,7 @@ def apart(rows: Rows, trained: dict[str, set[str]], notes: list[str]) -> tuple[R
         trained: the keys of the rows behind each side, by its name.
         notes: how many rows were trained on, by side, is added to it.
     """
-    keys = [row_keys.key(example) for example in rows.examples]
+    keys = [row_key(example) for example in rows.examples]
     known: set[str] = set().union(*trained.values())
     free = [i for i, key in enumerate(keys) if key not in known]
     for name, own in trained.items():
@@ -217,7 +216,7 @@ def _firsts(examples: list[Example]) -> list[int]:
     """Where each row stands first, by all that it gives to the model, blanks apart."""
     found: dict[str, int] = {}
     for i, example in enumerate(examples):
-        found.setdefault(row_keys.normal_text(example), i)
+        found.setdefault(normal_text(example), i)
     return list(found.values())
 
 
@@ -237,7 +236,7 @@ def prompts_apart(asked: list[Question], trained: dict[str, set[str]], notes: li
 
 
 def _answered(question: Question) -> str:
-    return row_keys.key(_with_answer(question))
+    return row_key(_with_answer(question))
 
 
 def _with_answer(question: Question) -> Example:
@@ -247,10 +246,10 @@ def _with_answer(question: Question) -> Example:
 
 def asked_before(asked: list[Question], training: dict[str, Rows]) -> list[str]:
     """Notes on questions that stand in the training rows of a side, with whichever answer."""
-    mine = [row_keys.key(question.example) for question in asked]
+    mine = [row_key(question.example) for question in asked]
     notes = []
     for name, rows in training.items():
-        known = {row_keys.key(question.example) for question in questions.of_rows(rows)}
+        known = {row_key(question.example) for question in questions.of_rows(rows)}
         if count := sum(key in known for key in mine):
             notes.append(f"{count} of {len(asked)} questions were asked in the training of {name} too")
     return notes

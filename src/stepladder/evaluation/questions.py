@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder import files
 from stepladder.data import formats, read, render
+from stepladder.data.columns import Converter, find_question_shape
 from stepladder.data.formats import Example
-from stepladder.data.rows import Converter, Rows, examples
+from stepladder.data.rows import Rows, examples
 from stepladder.data.source import Source
 from stepladder.errors import DataError
 from stepladder.evaluation.generate import Message
@@ -109,7 +110,7 @@ def _of_file(path: Path, converter: Converter) -> Iterator[Question]:
     for where, row in read.read(path):
         if isinstance(row, DataError):
             raise row
-        shape = formats.question_shape(row, where)
+        shape = find_question_shape(row, where)
         example, answer = formats.to_prompt(row, where, shape)
         converter.count(row, shape, example)
         yield _question(example, answer)

@@ -7,10 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepladder.data import row_keys
 from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
-from stepladder.data.rows import Rows
+from stepladder.data.rows import Rows, row_key
 from stepladder.errors import DataError, ModelError
 from stepladder.evaluation import behaviours, endpoint, generate, held_out, loss, transcript
 from stepladder.evaluation.compare import Side
@@ -192,7 +191,7 @@ def training_rows(tuned: str | Endpoint, runs: held_out.Runs) -> Rows | None:
 
 def sample(rows: Rows, without: Collection[str] = (), seed: int = 42) -> Rows | None:
     """A few rows drawn by the seed, none of which has a key in `without`; None where none is left."""
-    free = [i for i, example in enumerate(rows.examples) if not without or row_keys.key(example) not in without]
+    free = [i for i, example in enumerate(rows.examples) if not without or row_key(example) not in without]
     return rows.take(sorted(random.Random(seed).sample(free, min(SAMPLE, len(free))))) if free else None
 
 

@@ -8,7 +8,8 @@ import json
 from rich import box
 from rich.table import Table
 
-from stepladder.data import mixture, stream
+from stepladder.data import mixture
+from stepladder.data.rows import Stream
 from stepladder.errors import DataError, LaunchError
 from stepladder.planning import choose, speed
 from stepladder.planning.choose import STRATEGIES, Plan, Way
@@ -128,4 +129,4 @@ def _rows(recipe: Recipe) -> int | None:
         train = mixture.load(recipe)[0]
     except DataError:
         return None
-    return None if isinstance(train, stream.Stream) else len(train)
+    return None if isinstance(train, Stream) else len(train)

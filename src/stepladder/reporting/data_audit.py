@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data import audit
-from stepladder.data.audit import printout
+from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
 from stepladder.data.rows import Rows
 from stepladder.run import write_whole
 
 MOST = 10_000  # rows that are looked at: seconds; check.py --audit looks at all of them
-ANY_LENGTH = audit.Limits(0, 0)  # what was trained on is not called too short afterwards
+ANY_LENGTH = Limits(0, 0)  # what was trained on is not called too short afterwards
 
 
 def write(folder: Path, train: Any, evaluation: Any) -> None:
@@ -21,11 +21,11 @@ def write(folder: Path, train: Any, evaluation: Any) -> None:
     if not isinstance(train, Rows):
         return
     held_out = _some(evaluation) if isinstance(evaluation, Rows) else None
-    findings = audit.check(_some(train), ANY_LENGTH, held_out)
+    findings = check_texts(_some(train), ANY_LENGTH, held_out)
     if len(train) > MOST:
         looked = {"rows looked at": MOST, "of": len(train)}
-        findings.insert(0, audit.Finding(audit.FIGURE, "sampled", "a sample drawn by chance", figures=looked))
-    found = printout.as_json(audit.Audit(train.name, train, held_out, findings), [])
+        findings.insert(0, Finding(FIGURE, "sampled", "a sample drawn by chance", figures=looked))
+    found = audit.as_json(audit.Audit(train.name, train, held_out, findings), [])
     write_whole(folder / "audit.json", json.dumps(found, ensure_ascii=False) + "\n")
 
 

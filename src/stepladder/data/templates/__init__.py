@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder import files
-from stepladder.data.templates import limits
-from stepladder.data.templates.chat_template import Refusal, beginning, source
+from stepladder.data.templates.chat_template import (
+    MAX_SOURCE,
+    LimitExceeded,
+    Refusal,
+    beginning,
+    limit_resources,
+    mark,
+    source,
+)
 from stepladder.data.templates.layout import ChatTemplate, Layout
-from stepladder.data.templates.marks import mark
 from stepladder.errors import ModelError, RecipeError, locate_errors
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
@@ -204,10 +210,10 @@ def _check_syntax(template: str, name: str = "") -> None:
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    if len(template) > limits.SOURCE:
-        raise limits.Exceeded(f"the chat template has {len(template):,} characters, and {limits.SOURCE:,} is the most")
+    if len(template) > MAX_SOURCE:
+        raise LimitExceeded(f"the chat template has {len(template):,} characters, and {MAX_SOURCE:,} is the most")
     try:
-        with limits.enforce():
+        with limit_resources():
             render_jinja_template([], chat_template=template)  # compiles it, and renders nothing
     except (TemplateError, RecursionError) as error:
         kind = RecipeError if name else ModelError

@@ -16,8 +16,19 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepladder.data.templates.chat_template import Dialect, Refusal, TemplateProgram
-from stepladder.data.templates.marks import OTHER, Example, Slot, json_forms, mark, parts, plain_slots
+from stepladder.data.formats import Example
+from stepladder.data.templates.chat_template import (
+    OTHER,
+    Dialect,
+    Refusal,
+    Slot,
+    TemplateProgram,
+    dialects,
+    json_forms,
+    mark,
+    parts,
+    plain_slots,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,7 +173,7 @@ class ChatTemplate(TemplateProgram):
         best: Layout | None = None
         refusal = Refusal("it renders nothing")
         last = len(marked["messages"]) - 1
-        for number, dialect in enumerate(_dialects(marked, training)):
+        for number, dialect in enumerate(dialects(marked, training)):
             try:
                 layout = self._by(dialect, slots, marked)
                 if any(slots[slot].kind == "content" or slots[slot].message == last for slot in layout.lost):
@@ -361,13 +372,6 @@ def _common(text: str, other: str) -> int:
     """How many characters two texts have in common at their beginning."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(text), len(other)))
-
-
-def _dialects(marked: Example, training: bool) -> list[Dialect]:
-    """What a template may want, the plainest first."""
-    calls = any("tool_calls" in message for message in marked["messages"])
-    forms = itertools.product((False, True), (False, True)[: 1 + calls], (False, True)[: 2 - ("tools" in marked)])
-    return sorted((Dialect(*form, training) for form in forms), key=sum)
 
 
 def _loss(layout: Layout) -> tuple[int, bool]:

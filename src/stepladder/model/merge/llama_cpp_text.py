@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
-from stepladder.data.templates import limits
+from stepladder.data.templates.chat_template import limit_resources
 from stepladder.errors import ModelError
 from stepladder.model.pretrained import SAMPLING
 
@@ -276,7 +276,7 @@ def go_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], prompt: bool = True) -> str:
     """The chat template's text, without the beginning that Ollama adds by itself."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    with limits.enforce():
+    with limit_resources():
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     begins = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if begins and tokenizer.bos_token else text

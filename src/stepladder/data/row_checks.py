@@ -1,0 +1,295 @@
+"""What is wrong or odd with rows before anything is trained on them: as text, and as the tokens that they become.
+
+Errors make a set unfit, warnings ask for a look, figures describe.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepladder.data import render
+from stepladder.data.readers import quote
+from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
+from stepladder.data.rows import WIDE, Rows, all_text, normal_text, own_text, role_text, width
+from stepladder.errors import DataError
+from stepladder.files import parse_yaml, read_text
+from stepladder.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ERROR, WARNING, FIGURE = "error", "warning", "figure"
+LANGUAGE_SAMPLE = 2000  # rows
+LANGUAGE_SURE = 40  # characters below which a language cannot be told
+LONG_ENOUGH = 20  # characters from which a text's tokens per character say something
+
+# Near-duplicates: Jaccard similarity of the texts' 5-character pieces. 18 bands of 7 find 98.5 % of
+# the pairs at 0.8 as candidates; each candidate is then compared exactly.
+NEAR, PIECE, PERMUTATIONS, BANDS, CANDIDATES = 0.8, 5, 126, 18, 50
+
+PRIVATE, ODD = (
+    {name: re.compile("|".join(patterns)) for name, patterns in kinds.items()}
+    for kinds in parse_yaml(read_text(Path(__file__).with_name("sensitive_text.yaml"))).values()
+)
+
+NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED = "not_rendered", "answer_cut", "nothing_trained"
+SKIPPED = ": the row is skipped"
+UNUSABLE = (NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED)  # of rows that training stops at, or skips
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One observation: the rows it concerns (`where`), and for copies the rows that these are `like`.
+
+    `name` is for programs; `figures` holds numbers (int: counts, characters, tokens; float: shares).
+    """
+
+    severity: str
+    name: str
+    what: str
+    where: list[str] = field(default_factory=list)
+    help: str = ""
+    like: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The shortest input and output, in characters; a wide one (Chinese, Japanese, Korean) counts as three."""
+
+    input: int = 10
+    output: int = 20
+
+
+def check_texts(found: Rows, limits: Limits, evaluation: Rows | None = None) -> list[Finding]:
+    """What rows show as text; with evaluation rows, also whether they are trained on too."""
+    return [
+        *_too_short(found, limits),
+        *_copies(found, evaluation),
+        *_suspects(found, _private, "private", "mask it, or remove the rows: what is trained can be recited"),
+        *_suspects(found, _odd, "odd_characters", "repair the text where it comes from"),
+        *_lengths(found),
+        *_languages(found),
+    ]
+
+
+def _too_short(found: Rows, limits: Limits) -> Iterator[Finding]:
+    for role, label, least in (("user", "input", limits.input), ("assistant", "output", limits.output)):
+        for example, where in zip(found.examples, found.where, strict=True):
+            text = role_text(example, role)
+            if (count := width(text)) < least and not (role == "user" and "text" in example):
+                wide = f" ({count}, wide ones counted as {WIDE})" * (count != len(text))
+                what = f"{label} too short: {quote(text, 40)} has {len(text)} characters{wide}, at least {least}"
+                yield Finding(ERROR, f"short_{label}", what, [where], f"write more, or --min_{label} {count}")
+
+
+def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
+    """Rows that are (nearly) others, and evaluation rows that are (nearly) trained on."""
+    own = len(found)
+    apart = evaluation or Rows("", [], [])
+    examples = found.examples + apart.examples
+    exact, near = _pairs(list(map(normal_text, examples)), list(map(own_text, examples)), own)
+    places = found.where + apart.where
+    for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
+        inside = [(i, j) for i, j in pairs if i < own]
+        across = [(i, j) for i, j in pairs if i >= own]
+        for label, what, help, these in (
+            (name, f"{word} copies of other rows", "remove them, unless they are meant to weigh more", inside),
+            (f"eval_{name}", f"{word} copies of trained rows in {apart.name}", "remove them from one set", across),
+        ):
+            if these:
+                where, like = [places[i] for i, _ in these], [places[j] for _, j in these]
+                yield Finding(WARNING, label, f"{what}: {len(these):,}", where, help, like)
+
+
+def _pairs(wholes: list[str], words: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(later, earlier) positions of equal rows, and of nearly equal ones, one pair for each later row.
+
+    Equal rows are alike as a whole; nearly equal ones are alike in their words, and as a whole.
+    The first `own` rows are compared with each other, the rest with those only. What is a near copy
+    stands for nothing itself: its own copies are those of the first.
+    """
+    from rensa import RMinHash, RMinHashLSH
+
+    first: dict[str, int] = {}
+    exact, near = [], []
+    index = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
+    for i, whole in enumerate(wholes):
+        if whole in first:
+            exact.append((i, first[whole]))
+            continue
+        if i < own:
+            first[whole] = i
+        pieces = _pieces(words[i])
+        sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
+        sketch.update(list(pieces))
+        for j in sorted(index.query(sketch))[:CANDIDATES]:
+            if _alike(pieces, _pieces(words[j])) and _alike(_pieces(whole), _pieces(wholes[j])):
+                near.append((i, j))
+                break
+        else:
+            if i < own:
+                index.insert(i, sketch)
+    return exact, near
+
+
+def _alike(pieces: set[str], others: set[str]) -> bool:
+    return len(pieces & others) >= NEAR * len(pieces | others)
+
+
+def _pieces(text: str) -> set[str]:
+    return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
+
+
+def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, help: str) -> Iterator[Finding]:
+    places: dict[str, list[str]] = {}
+    for example, where in zip(found.examples, found.where, strict=True):
+        for kind in look(all_text(example)):
+            places.setdefault(kind, []).append(where)
+    for kind, where_all in places.items():
+        what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
+        yield Finding(WARNING, name, what, where_all, help)
+
+
+def _private(text: str) -> list[str]:
+    """The kinds of secrets and personal data that a text seems to hold."""
+    return [kind for kind, form in PRIVATE.items() if any(_is_meant(kind, m[0]) for m in form.finditer(text))]
+
+
+def _odd(text: str) -> list[str]:
+    """The kinds of characters in a text that no writer meant."""
+    return [kind for kind, form in ODD.items() if form.search(text)]
+
+
+def _is_meant(kind: str, text: str) -> bool:
+    """Whether digits can be what they look like: cards have a check digit (Luhn), phone numbers 8 to 15 digits."""
+    digits = [int(c) for c in text if c.isdecimal()]
+    if kind == "a card number":
+        doubled = [d * 2 - 9 * (d > 4) for d in digits[-2::-2]]
+        return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+    return kind != "a phone number" or 8 <= len(digits) <= 15
+
+
+def _lengths(found: Rows) -> Iterator[Finding]:
+    for label, role in (("input", "user"), ("output", "assistant")):
+        lengths = [len(role_text(example, role)) for example in found.examples]
+        if any(lengths):
+            yield Finding(FIGURE, f"{label}_characters", f"{label} characters", figures=spread(lengths))
+
+
+def _languages(found: Rows) -> Iterator[Finding]:
+    """Shares of the languages, of a sample spread over the set. Short texts and numbers tell none."""
+    from py3langid import classify
+
+    sample = found.examples[:: math.ceil(len(found) / LANGUAGE_SAMPLE)]
+    texts = [text for text in map(all_text, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE]
+    counts = Counter(classify(text[:1000])[0] for text in texts)
+    if counts:
+        shares = {language: round(count / len(texts), 4) for language, count in counts.most_common()}
+        yield Finding(FIGURE, "languages", "languages", figures=shares)
+
+
+def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, prefix: str = "") -> list[Finding]:
+    """Tokens, masks and cuts of rows; `prefix` stands before the figures' names (`evaluation `).
+
+    Raises:
+        ModelError: conversations and a tokenizer without a chat template.
+    """
+    max_length, train_on = settings.get("max_length"), render.mode(settings)
+    skips = settings.get("on_bad_row") == "skip"
+    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
+    lengths, trained, kept, turns, ended, kept_rows = [0], 0, 0, 0, 0, 0
+    cut: list[str] = []
+    beheaded: list[str] = []  # rows that lose their whole answer
+    idle: list[str] = []  # rows with nothing to train
+    findings: list[Finding] = []
+    remarks = Remarks()
+    rendered = render.tokenize(rows, tokenizer, train_on, remarks)
+    for where, row in zip(rows.where, rendered, strict=True):
+        if isinstance(row, DataError):
+            _add_fault(findings, row, where, skips)
+            continue
+        lengths.append(len(row.ids))
+        left = [label for label in row.labels[:max_length] if label != render.IGNORED]
+        trained, kept = trained + len(left), kept + len(row.ids[:max_length])
+        is_cut = max_length is not None and len(row.ids) > max_length
+        if is_cut:
+            cut.append(where)
+        kept_rows += bool(left)
+        if not left:
+            (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(where)
+        found = sum(max_length is None or end < max_length for end in row.ends)
+        turns, ended = turns + row.turns, ended + found
+
+    lengths = lengths[1:] or lengths
+    share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
+    findings += [
+        Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths)),
+        Finding(FIGURE, "trained_tokens", f"{prefix}trained tokens", figures=share),
+    ]
+    if turns:
+        figures = {"turns": turns, "trained": ended}
+        findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=figures))
+        if not ended and not prefix and train_on != "everything":  # evaluation rows teach nothing
+            findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
+    if beheaded:
+        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
+        findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, help))
+    if idle:
+        what = "nothing of the row is trained"
+        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, idle, "remove the row"))
+    if skips and len(rows) and not kept_rows:
+        findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
+    if cut:
+        what = f"{share_of_rows(cut, len(rows))} are cut by max_length {max_length}"
+        findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
+    for name, what, help, places in remarks.texts(len(rows)):
+        findings.append(Finding(WARNING, name, what, places, help))
+    return findings + list(_badly_tokenized(rows, tokenizer))
+
+
+def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:
+    """Add a row that cannot be rendered; skipped rows with the same fault share one finding."""
+    if not skips:
+        what = error.what + f" ({error.why})" * bool(error.why)
+        findings.append(Finding(ERROR, NOT_RENDERED, what, [where], error.help))
+        return
+    what = error.what.partition(": ")[0] + SKIPPED
+    if same := next((finding for finding in findings if finding.what == what), None):
+        same.where.append(where)
+    else:
+        findings.append(Finding(WARNING, NOT_RENDERED, what, [where], error.help))
+
+
+def _badly_tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Texts with more tokens than characters, and texts with characters that the tokenizer does not know."""
+    dense: list[str] = []
+    unknown: list[str] = []
+    for start in range(0, len(rows), render.BATCH):
+        texts = [all_text(example) for example in rows.examples[start : start + render.BATCH]]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for text, ids, where in zip(texts, encoded, rows.where[start:], strict=False):
+            if len(ids) > len(text) >= LONG_ENOUGH:
+                dense.append(where)
+            if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) and tokenizer.unk_token_id in ids:
+                unknown.append(where)
+    for name, places, what in (
+        ("more_tokens_than_characters", dense, "have more tokens than characters: slow to train and hard to learn"),
+        ("unknown_characters", unknown, "hold characters that the tokenizer does not know"),
+    ):
+        if places:
+            help = "a model whose tokenizer knows this script, or other rows"
+            yield Finding(WARNING, name, f"{share_of_rows(places, len(rows))} {what}", places, help)
+
+
+def spread(values: Iterable[int]) -> dict[str, int]:
+    """Minimum, median, 95th percentile and maximum, each a value that is there (nearest rank)."""
+    ordered = sorted(values)
+    median, p95 = (ordered[math.ceil(share * len(ordered)) - 1] for share in (0.5, 0.95))
+    return {"min": ordered[0], "median": median, "p95": p95, "max": ordered[-1]}
