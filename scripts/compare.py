@@ -24,7 +24,7 @@ from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import behaviours, compare, endpoint, gate, generate, held_out, learned, questions, results
+from stepladder.evaluation import behaviours, compare, endpoint, gate, generation, held_out, learned, questions, results
 
 from stepladder.evaluation import rubric, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
@@ -51,7 +51,7 @@ def main() -> int | None:
                         help='exit with 3 unless they hold: "better, did not forget, chrF not worse"')  # fmt: skip
     parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
-                        help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
+                        help=f"of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
@@ -87,7 +87,7 @@ def main() -> int | None:
         compared, on_training = held_out.apart(compared, trained, notes)
         if on_training and args.prompts:
             raise errors.DataError("each row of --data was trained on", help="other rows, or --prompts alone")
-    asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(compared)
+    asked = questions.read_prompts(args.prompts, notes) if args.prompts else questions.extract_questions(compared)
     asked = held_out.prompts_apart(held_out.prompts_once(asked, notes), trained, notes) if args.prompts else asked
     notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]

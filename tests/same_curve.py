@@ -223,7 +223,7 @@ def answer_of(run: Path) -> tuple[Any, str]:
     """What the result saved in a run folder says, loaded in one process: logits of a text, and a greedy answer."""
     import torch
 
-    from stepladder.evaluation.generate import answers
+    from stepladder.evaluation.generation import generate_answers
     from stepladder.model.load import for_inference
 
     if run not in _answers:
@@ -232,7 +232,7 @@ def answer_of(run: Path) -> tuple[Any, str]:
         with torch.inference_mode():
             logits = model(**text).logits
         question = [{"role": "user", "content": "Where is my order?"}]
-        _answers[run] = logits, answers(model, tokenizer, [question], max_new_tokens=24)[0]
+        _answers[run] = logits, generate_answers(model, tokenizer, [question], max_new_tokens=24)[0]
     return _answers[run]
 
 

@@ -25,9 +25,8 @@ from stepladder.evaluation import (
     statistics,
 )
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import page, runs
 
 TECHCO = rubric.read(ROOT / "data/techco_rubric.yaml")
@@ -65,7 +64,7 @@ def test_repetition_and_distinct() -> None:
 
 def test_the_techco_rules_know_techcos_answers() -> None:
     """Guards the shipped rubric: the house's own answers keep its rules, and a plain one keeps none."""
-    asked = questions.of_rows(mixture.from_name(str(ROOT / "data/techco_eval.jsonl")))
+    asked = questions.extract_questions(mixture.from_name(str(ROOT / "data/techco_eval.jsonl")))
     for rule in TECHCO:
         kept = [value for q in asked if (value := rule.kept(q.reference, q.reference)) is not None]
         assert kept and sum(kept) / len(kept) >= 0.9, rule
@@ -268,7 +267,7 @@ def jumbled(first: int) -> list[tuple[str, str]]:
 
 
 def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str]:
-    asked = questions.of_rows(held_out)
+    asked = questions.extract_questions(held_out)
     on = sides.Measured(asked, held_out, {tuned: training}, general)
     both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
     trained = {tuned: learned.Trained(sides.answers_of(training))}
@@ -451,7 +450,7 @@ def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) ->
 def test_prompts_that_are_none_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
-        questions.from_file(tmp_path / name)
+        questions.read_prompts(tmp_path / name)
 
 
 def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
@@ -459,7 +458,7 @@ def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
     file.write_text(
         '{"prompt": "a"}\n{"input": "b", "output": "B"}\n{"messages": [{"role": "user", "content": "c"}]}\n'
     )
-    asked = questions.from_file(file)
+    asked = questions.read_prompts(file)
     assert [(q.text, q.reference) for q in asked] == [("a", ""), ("b", "B"), ("c", "")]
     assert "2 of 3" in questions.remarks(asked)[0] and not questions.remarks(asked[1:2])
 
@@ -494,7 +493,7 @@ def test_a_model_without_a_template_borrows_the_tuned_ones_or_is_refused(tiny, t
     model.save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     rows = mixture.from_name(str(ROOT / "data/techco_eval.jsonl")).take(range(2))
-    on = sides.Measured(questions.of_rows(rows), rows)
+    on = sides.Measured(questions.extract_questions(rows), rows)
     with pytest.raises(ModelError, match="no chat template"):
         sides.measure(str(tmp_path / "bare"), on, 4)
     borrowed = sides.measure(str(tmp_path / "bare"), on, 4, template)

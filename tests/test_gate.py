@@ -18,9 +18,8 @@ from stepladder.errors import DataError, StepladderError
 from stepladder.evaluation import behaviours, compare, gate, learned, results, rubric
 from stepladder.evaluation.behaviours import Task, Tried
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import page, runs
 
 ASKED = [Question([{"role": "user", "content": str(n)}], f"it is {n} for sure") for n in range(20)]

@@ -16,9 +16,8 @@ import pytest
 from conftest import ROOT, metrics, script
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import page, project, runs
 from stepladder.reporting.verdicts import judge
 

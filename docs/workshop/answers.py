@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.metrics import LENGTH, REPETITION, of_answer
+from stepladder.evaluation.questions import Answer
 
 for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
     row = json.loads(line)

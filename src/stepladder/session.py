@@ -174,7 +174,7 @@ def import_libraries() -> None:
     import transformers  # noqa: F401
 
     from stepladder.data import prepare  # noqa: F401
-    from stepladder.evaluation import samples  # noqa: F401
+    from stepladder.evaluation import generation  # noqa: F401
     from stepladder.model import build  # noqa: F401
     from stepladder.planning import choose  # noqa: F401
     from stepladder.training import callback, result, trainer  # noqa: F401
@@ -351,7 +351,7 @@ def _announce(built: Built) -> None:
 
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
-    from stepladder.evaluation import samples
+    from stepladder.evaluation import generation
     from stepladder.training import callback, trainer
     from stepladder.training.guard import watchdog
     from stepladder.training.watch import telemetry, trackers, utilization
@@ -361,7 +361,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     work = utilization.work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
     own = callback.of(callback_file)
-    ask = samples.asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
+    ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.of(record, recipe, prepared.arguments, ask)
     watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.refused(recipe):

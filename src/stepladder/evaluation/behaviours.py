@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.data import formats
 from stepladder.data import read as data_read
-from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import generate, shared_out, statistics
-from stepladder.evaluation.generate import Answer
+from stepladder.errors import DataError
+from stepladder.evaluation import generation, statistics
 from stepladder.evaluation.metrics import WORSE, words
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.suggest import suggest
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
@@ -162,7 +161,11 @@ def ask(
     import torch
 
     groups = {name: [task for task in tasks if task.behaviour == name] for name in CHECKS}
-    asked = [name for name, group in groups.items() if group and _can_be_asked(tokenizer, group[0])]
+    asked = [
+        name
+        for name, group in groups.items()
+        if group and (not group[0].question.tools or generation.can_be_asked(tokenizer, group[0].question))
+    ]
 
     def answers_to(name: str) -> list[list[Answer]]:
         """The greedy answers to a behaviour's questions, and those of each repetition."""
@@ -170,7 +173,7 @@ def ask(
 
         def answers(times: int, **sampling: Any) -> list[Answer]:
             most, size = CHECKS[name].max_new_tokens, len(talks) * max(times, 1)
-            return generate.answers(
+            return generation.generate_answers(
                 model, tokenizer, talks * times, batch_size=size, shared=False, max_new_tokens=most, **sampling
             )
 
@@ -182,7 +185,7 @@ def ask(
                              remove_invalid_values=True)  # fmt: skip
         return [found[start : start + len(talks)] for start in range(0, len(found), len(talks))]
 
-    said = dict(zip(asked, shared_out.each(asked, answers_to), strict=True))
+    said = dict(zip(asked, generation.parallel_map(asked, answers_to), strict=True))
     ordered = [task for group in groups.values() for task in group]
     rounds = [
         [
@@ -195,16 +198,6 @@ def ask(
     texts = [answer.text if answer else None for answer in rounds[0]]
     kept, *repeated = ([*map(_kept, ordered, answers)] for answers in rounds)
     return Tried(ordered, texts, kept, repeated)
-
-
-def _can_be_asked(tokenizer: PreTrainedTokenizerBase, task: Task) -> bool:
-    if not task.question.tools:
-        return True
-    try:
-        generate.prompt_text(tokenizer, task.question.example)
-    except StepladderError:
-        return False
-    return True
 
 
 def _kept(task: Task, answer: Answer | None) -> float | None:

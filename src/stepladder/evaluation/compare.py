@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepladder.evaluation import behaviours, learned, loss, metrics, statistics
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.metrics import BETTER, HIGHER, LOWER, NEITHER, NO_DIFFERENCE, WORSE, Metric
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.evaluation.rubric import Rule
 from stepladder.verdict import FAULT, LOOK, Verdict
 

@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from typing import NamedTuple
 
-from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.questions import Answer
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
