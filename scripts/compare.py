@@ -26,7 +26,7 @@ from stepladder import console, errors, flags, run
 from stepladder.data import mixture
 from stepladder.evaluation import behaviours, compare, endpoint, gate, generation, held_out, learned, questions, results
 
-from stepladder.evaluation import rubric, sides  # isort: skip
+from stepladder.evaluation import metrics, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import page
 from stepladder.training.launch import launcher, ranks
@@ -75,7 +75,7 @@ def main() -> int | None:
     folder = args.output_dir or next((Path(name) for name in args.tuned[:1] if is_run(name)), None)
 
     # What can be wrong with the files is found before torch is imported.
-    rules = rubric.read(args.rubric) if args.rubric else []
+    rules = metrics.read_rubric(args.rubric) if args.rubric else []
     required = gate.read(args.require, rules)
     trained = {str(name): keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
     compared, on_training, given = None, False, 0

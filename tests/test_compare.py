@@ -20,20 +20,18 @@ from stepladder.evaluation import (
     metrics,
     questions,
     results,
-    rubric,
     sides,
-    statistics,
 )
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import page, runs
 
-TECHCO = rubric.read(ROOT / "data/techco_rubric.yaml")
+TECHCO = metrics.read_rubric(ROOT / "data/techco_rubric.yaml")
 
 
 def figures(text: str, reference: str = "") -> dict[str, float | None]:
-    return {metric.name: value for metric, value in metrics.of_answer(Answer(text, True), reference).items()}
+    return {metric.name: value for metric, value in metrics.score_answer(Answer(text, True), reference).items()}
 
 
 def test_likeness_to_a_reference_by_hand() -> None:
@@ -99,7 +97,7 @@ def test_facts_count_where_the_reference_has_them() -> None:
 def test_a_rubric_that_is_none_is_refused(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "rubric.yaml").write_text(text)
     with pytest.raises(DataError, match=said):
-        rubric.read(tmp_path / "rubric.yaml")
+        metrics.read_rubric(tmp_path / "rubric.yaml")
 
 
 def test_a_required_share_that_is_missed_is_a_fault() -> None:
@@ -107,8 +105,8 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
     asked = [Question([{"role": "user", "content": str(n)}], "Ask a doctor.") for n in range(20)]
     words = {"name": re.compile("doctor"), "number": re.compile(r"\d")}
     rules = [
-        rubric.Rule("names a doctor", words["name"], required=0.95),
-        rubric.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
+        metrics.Rule("names a doctor", words["name"], required=0.95),
+        metrics.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
     ]
 
     def judged(kept: int) -> dict[str, tuple[str, str]]:
@@ -127,10 +125,10 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
 
 def test_the_paired_test_by_counting() -> None:
     """Guards p: of the 32 exchanges of five pairs, the two with all signs alike are as extreme as what is seen."""
-    found = statistics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    found = metrics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     # 5,000 exchanges are drawn of the 32: the standard error of p is 0.0034, and 4 of them are allowed.
     assert found.mean == 3 and found.p == pytest.approx(2 / 32, abs=0.014) and found.low > 1
-    same = statistics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
+    same = metrics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
     assert (same.mean, same.p) == (0, 1)
 
 
@@ -139,19 +137,19 @@ def test_no_difference_is_called_one_about_as_often_as_promised() -> None:
     import numpy as np
 
     made = np.random.default_rng(0)
-    below = sum(statistics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
+    below = sum(metrics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
     assert below <= 21  # binomial(200, 0.05) exceeds 21 once in a thousand times
 
 
 def test_intervals_and_holm() -> None:
-    mean, low, high = statistics.interval([0.0, 1.0] * 50, [1.0] * 100)
+    mean, low, high = metrics.interval([0.0, 1.0] * 50, [1.0] * 100)
     # A share of 0.5 of 100: the normal interval is ± 1.96 × 0.05.
     assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
-    assert statistics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
+    assert metrics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
     # Of a mean, the jackknife's error is the usual standard error, here sqrt(0.25 / 99) of 100 values.
-    low, high = statistics.jackknife(0.5, [(50 - value) / 99 for value in [0.0, 1.0] * 50])
+    low, high = metrics.jackknife(0.5, [(50 - value) / 99 for value in [0.0, 1.0] * 50])
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05025, 0.5 + 1.96 * 0.05025), abs=1e-4)
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_better_is_said_where_it_is_more_than_chance() -> None:

@@ -25,7 +25,7 @@ from stepladder.cluster import job, sweep
 from stepladder.data import read
 from stepladder.data.templates import check_path
 from stepladder.errors import DataError, ModelError, RecipeError, StepladderError
-from stepladder.evaluation import results, rubric
+from stepladder.evaluation import metrics, results
 from stepladder.model import card
 from stepladder.model import load as model_load
 from stepladder.recipe import load
@@ -93,7 +93,7 @@ def test_a_recipe_that_grows_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"(?s){file}"):
         load.load(str(file), [])
     assert time.perf_counter() - began < SECOND
-    for other, error in ((rubric.read, DataError), (sweep.elements, RecipeError)):
+    for other, error in ((metrics.read_rubric, DataError), (sweep.elements, RecipeError)):
         with pytest.raises(error):
             other(file)
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_none_is_refused(kind: str, tmp_path: Path, settings: Any
     readings: list[tuple[Callable[[], Any], type[StepladderError]]] = [
         (lambda: load.load(str(file), []), RecipeError),
         (lambda: load.load("r", []), RecipeError),
-        (lambda: rubric.read(file), DataError),
+        (lambda: metrics.read_rubric(file), DataError),
         (lambda: sweep.elements(file), RecipeError),
         (lambda: _first(read.read(rows)), DataError),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_compare import ANIMALS, rows_of, train
 from conftest import ROOT, launch, run, script
 from stepladder.data import templates
 from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import behaviours, compare, gate, learned, results, rubric
+from stepladder.evaluation import behaviours, compare, gate, learned, metrics, results
 from stepladder.evaluation.behaviours import Task, Tried
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.loss import RowLoss
@@ -175,7 +176,7 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
     assert None not in behaviours.ask(model, tokenizer, tasks, 1).kept
 
 
-def required(text: str, facts: dict[str, Any], rules: list[rubric.Rule] | None = None) -> dict[str, tuple[bool, str]]:
+def required(text: str, facts: dict[str, Any], rules: list[metrics.Rule] | None = None) -> dict[str, tuple[bool, str]]:
     judged = gate.judge(gate.read([text], rules or []), facts)
     return {one["claim"]: (one["met"], one["evidence"]) for one in judged}
 
@@ -240,7 +241,7 @@ def test_what_cannot_be_required_is_refused(text: str, said: str) -> None:
 
 def test_a_rule_of_a_rubric_can_be_required() -> None:
     """Guards rules with names of their own: with a comma, and of another figure, where both must hold."""
-    rules = [rubric.Rule(name, rubric.re.compile("it is")) for name in ("kind, short", "exact match")]
+    rules = [metrics.Rule(name, re.compile("it is")) for name in ("kind, short", "exact match")]
     sides = [side("base", None), side("good", None, nats=20.0)]
     facts = compare.whole(sides, ASKED, rules, {})
     claims = gate.read(["kind, short better", "exact match better, kind, short better"][:1], rules)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.errors import DataError
-from stepladder.evaluation import generation, statistics
-from stepladder.evaluation.metrics import WORSE, words
+from stepladder.evaluation import generation
+from stepladder.evaluation.metrics import WORSE, can_differ, words
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.suggest import suggest
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
@@ -259,7 +259,7 @@ def verdict(metrics: list[dict[str, Any]], number: int) -> Verdict | None:
     if lost:
         what, help = "It lost what its base could do.", "rows that show it among the training rows, mix_general: 0.1"
         return Verdict(FAULT, "lost a behaviour", what, evidence, f"{help}, a lower learning_rate", figures)
-    if not statistics.can_differ(kept_by_base):
+    if not can_differ(kept_by_base):
         what = f"The base keeps {kept_by_base} tasks of the suite: too few to show a loss."
         return Verdict(LOOK, "behaviours not judged", what, evidence, "compare with a base that was tuned to follow "
                        "instructions", figures)  # fmt: skip

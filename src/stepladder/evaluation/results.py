@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from stepladder.evaluation.compare import BETTER, WORSE
-from stepladder.evaluation.statistics import LEVEL
+from stepladder.evaluation.metrics import LEVEL
 
 SAMPLES = 3
 MARK = {"good": "✅", "look": "⚠️", "fault": "❌"}
