@@ -149,7 +149,7 @@ def main() -> int | None:
         files = {
             folder / "compare.json": as_text(told),
             folder / "evaluation_results.md": results.markdown(told),
-            folder / "report.html": page.of_comparison(folder, [Path(name) for name in args.tuned], told),
+            folder / "report.html": page.render_comparison(folder, [Path(name) for name in args.tuned], told),
         }
         # Each other run is left its own comparison with the base: its page and its mini-project are made from it.
         own = [side for side in measured[1:] if is_run(side.name) and Path(side.name).resolve() != folder.resolve()]

@@ -191,7 +191,7 @@ def free_port() -> int:
 
 def judged(cell: Cell, folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """What a cell came to: `equal` with the differences measured, `refused` with its message, or `broken`."""
-    from stepladder.evaluation import curves
+    from stepladder.reporting import curves
 
     log = (folder / f"{cell.name}.log").read_text() if (folder / f"{cell.name}.log").exists() else ""
     run = folder / cell.name

@@ -365,7 +365,7 @@ def test_a_model_whose_loss_is_no_number_is_not_better(tiny, tmp_path: Path) -> 
         shown = (tmp_path / "out" / name).read_text()
         assert "no number" in shown and "diverged" in shown, name
     reread = runs.LoggedRun(tmp_path, "r", comparison=facts)
-    assert "no number" in page.page([reread]) and "no number" in results.for_terminal(facts, 1)
+    assert "no number" in page.render_page([reread]) and "no number" in results.for_terminal(facts, 1)
 
 
 def test_a_damaged_run_folder_is_compared_all_the_same(tiny, tmp_path: Path) -> None:

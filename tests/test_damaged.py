@@ -29,7 +29,7 @@ from stepladder.evaluation import metrics, results
 from stepladder.model import card
 from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.reporting import page, project, runs, watch
+from stepladder.reporting import page, project, runs
 from stepladder.training.checkpoint import resume
 
 PATIENCE = 20  # seconds: what waits for a pipe waits for ever
@@ -244,7 +244,7 @@ def folder(tmp_path: Path) -> Path:
 
 def report(folder: Path) -> None:
     logged = runs.read_all([folder])
-    page.page(logged)
+    page.render_page(logged)
     runs.side_by_side(logged)
     project.markdown(logged[0], "x")
     results.of_run(logged[0].facts)
@@ -271,7 +271,7 @@ def speed(folder: Path) -> None:
 
 def follow(folder: Path) -> None:
     if runs_folder.status(folder) not in ("running", "unreadable"):  # else it would follow on
-        list(watch.follow(folder))
+        list(runs.follow(folder))
 
 
 READERS = (report, model_card, queue, speed, follow)

@@ -299,7 +299,7 @@ def test_a_comparison_that_holds_another_required_is_left_out(tmp_path: Path) ->
     """Guards report.py against a compare.json that something else has written."""
     facts = facts_of(side("base", None), side("good", None, nats=20.0))
     facts["required"] = gate.judge(gate.read(["better"], []), facts)
-    shown = page.page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
+    shown = page.render_page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
     assert "better than the base</strong> of good" in shown and "✔ **better than the base**" in results.markdown(facts)
     (tmp_path / "run.json").write_text("{}")
     for other in (3, {"a": 1}, [{"claim": "better"}], [dict(facts["required"][0], met="yes")]):

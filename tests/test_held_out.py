@@ -237,7 +237,7 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     assert facts["held_out"] == {"rows": 3, "trained_on": 3, "foreign": "other.jsonl"}
     logged = runs.LoggedRun(tmp_path, "r", facts=facts)
     logged.rows = [{"step": n, "loss": 3 - 0.01 * n, "grad_norm": 1.0, "eval_loss": 3 - 0.01 * n} for n in range(1, 99)]
-    names = {verdict.name for verdict in page.judge(logged)}
+    names = {verdict.name for verdict in page.judge_run(logged)}
     assert {"not held out", "foreign evaluation", "not evaluated"} <= names and "generalizes" not in names
     # Trained on with other rows after a resume: it knows both. A stream's rows are not kept.
     record.manifest["resumed"] = [{"step": 2}]
@@ -249,7 +249,7 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     kept = row_keys.read(tmp_path)
     assert kept and kept.trained is None and "not known of a stream" in note
     logged.facts = manifest(tmp_path)
-    assert "not held out" not in {verdict.name for verdict in page.judge(logged)}
+    assert "not held out" not in {verdict.name for verdict in page.judge_run(logged)}
     other = run_folder.Run(tmp_path / "other", is_writer=False)
     assert row_keys.keep(other, rows, rows, "") == [] and not other.folder.exists()
 

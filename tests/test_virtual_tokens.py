@@ -11,9 +11,10 @@ import torch
 
 from conftest import launch, losses, manifest, script
 from stepladder.data import mixture
-from stepladder.evaluation import curves, loss
+from stepladder.evaluation import loss
 from stepladder.evaluation.generation import generate_answers
 from stepladder.model import load
+from stepladder.reporting import curves
 
 KINDS = ("prefix", "prompt")
 

@@ -25,7 +25,7 @@ from stepladder.model import load as model_load
 from stepladder.recipe import load
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
-from stepladder.reporting import data_audit, page
+from stepladder.reporting import page
 from stepladder.run import Run
 from stepladder.training import allocator, arguments, inputs
 from stepladder.training.checkpoint import resume
@@ -326,8 +326,8 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
         result.save(trainer, record, checked.recipe, shapes)
         if record.is_writer:
             # Once run.json says that it is finished; the audit before the page, so it comes last.
-            closing.callback(announce.written_beside, page.write, record.folder)
-            closing.callback(announce.written_beside, data_audit.write, record.folder, train_rows, eval_rows)
+            closing.callback(announce.written_beside, page.write_page, record.folder)
+            closing.callback(announce.written_beside, page.write_audit, record.folder, train_rows, eval_rows)
     return Trained(built, preempted=False)
 
 

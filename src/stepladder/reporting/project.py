@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.reporting.page import duration, judge, share
+from stepladder.reporting.page import duration, judge_run, share
 from stepladder.reporting.runs import LoggedRun
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
@@ -161,7 +161,7 @@ def _side(run: LoggedRun) -> int:
 def _verdicts(run: LoggedRun) -> list[Verdict]:
     """On the run's curves and answers; those on other sides of its comparison say nothing of it."""
     if not run.comparison:
-        return judge(run)
+        return judge_run(run)
     name = run.comparison["sides"][_side(run)]["name"]
     own = [side for side in run.comparison["verdicts"] if side.get("side") == name]
-    return judge(replace(run, comparison={**run.comparison, "verdicts": own}))
+    return judge_run(replace(run, comparison={**run.comparison, "verdicts": own}))
