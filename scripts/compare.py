@@ -24,11 +24,11 @@ from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import behaviours, compare, endpoint, gate, generation, held_out, learned, questions, results
+from stepladder.evaluation import behaviours, compare, endpoint, gate, generation, held_out, learned, questions
 
 from stepladder.evaluation import metrics, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
-from stepladder.reporting import page
+from stepladder.reporting import markdown, page
 from stepladder.training.launch import launcher, ranks
 
 
@@ -148,7 +148,7 @@ def main() -> int | None:
         told = found(measured)
         files = {
             folder / "compare.json": as_text(told),
-            folder / "evaluation_results.md": results.markdown(told),
+            folder / "evaluation_results.md": markdown.evaluation_results(told),
             folder / "report.html": page.render_comparison(folder, [Path(name) for name in args.tuned], told),
         }
         # Each other run is left its own comparison with the base: its page and its mini-project are made from it.
@@ -162,9 +162,9 @@ def main() -> int | None:
         if args.json:
             print(json.dumps(told, ensure_ascii=False, allow_nan=False))
         else:
-            print(results.for_terminal(told, args.show))
+            print(markdown.for_terminal(told, args.show))
             if args.tuned and is_run(args.tuned[0]):
-                print(results.of_run(page.read(Path(args.tuned[0])).facts))
+                print(markdown.run_size(page.read(Path(args.tuned[0])).facts))
             print(f"everything lies in {folder}/: evaluation_results.md, compare.json, report.html")
             for side in own:
                 print(f"{side.name}'s own comparison with the base is kept in {side.name}/compare.json")

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from stepladder import errors
-from stepladder.reporting import curves, page, project, runs
+from stepladder.reporting import curves, markdown, page, runs
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     page.save(target, page.render_page(logged, differences))
     if args.project:
         for run in logged:
-            page.save(run.folder / "mini_project_report.md", project.markdown(run, args.project))
+            page.save(run.folder / "mini_project_report.md", markdown.mini_project_report(run, args.project))
     if args.json:
         print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
         return

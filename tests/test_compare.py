@@ -19,13 +19,12 @@ from stepladder.evaluation import (
     loss,
     metrics,
     questions,
-    results,
     sides,
 )
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Answer, Question
-from stepladder.reporting import page, runs
+from stepladder.reporting import markdown, page, runs
 
 TECHCO = metrics.read_rubric(ROOT / "data/techco_rubric.yaml")
 
@@ -174,7 +173,7 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
     assert {row["name"]: row["winner"] for row in worse["metrics"]}["chrF"] == "good"
     facts = found | {"command": "c", "made": "now", "held_out_rows": 20, "notes": ["a note"],
                      "verdicts": compare.verdicts([base, good, alike], asked, {})}  # fmt: skip
-    text = results.markdown(facts)
+    text = markdown.evaluation_results(facts)
     assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
 
 
@@ -365,7 +364,7 @@ def test_a_model_whose_loss_is_no_number_is_not_better(tiny, tmp_path: Path) -> 
         shown = (tmp_path / "out" / name).read_text()
         assert "no number" in shown and "diverged" in shown, name
     reread = runs.LoggedRun(tmp_path, "r", comparison=facts)
-    assert "no number" in page.render_page([reread]) and "no number" in results.for_terminal(facts, 1)
+    assert "no number" in page.render_page([reread]) and "no number" in markdown.for_terminal(facts, 1)
 
 
 def test_a_damaged_run_folder_is_compared_all_the_same(tiny, tmp_path: Path) -> None:

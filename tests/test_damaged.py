@@ -25,11 +25,11 @@ from stepladder.cluster import job, sweep
 from stepladder.data import read
 from stepladder.data.templates import check_path
 from stepladder.errors import DataError, ModelError, RecipeError, StepladderError
-from stepladder.evaluation import metrics, results
+from stepladder.evaluation import metrics
 from stepladder.model import card
 from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.reporting import page, project, runs
+from stepladder.reporting import markdown, page, runs
 from stepladder.training.checkpoint import resume
 
 PATIENCE = 20  # seconds: what waits for a pipe waits for ever
@@ -246,8 +246,8 @@ def report(folder: Path) -> None:
     logged = runs.read_all([folder])
     page.render_page(logged)
     runs.side_by_side(logged)
-    project.markdown(logged[0], "x")
-    results.of_run(logged[0].facts)
+    markdown.mini_project_report(logged[0], "x")
+    markdown.run_size(logged[0].facts)
 
 
 def model_card(folder: Path) -> None:

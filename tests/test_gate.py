@@ -16,12 +16,12 @@ from test_compare import ANIMALS, rows_of, train
 from conftest import ROOT, launch, run, script
 from stepladder.data import templates
 from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import behaviours, compare, gate, learned, metrics, results
+from stepladder.evaluation import behaviours, compare, gate, learned, metrics
 from stepladder.evaluation.behaviours import Task, Tried
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Answer, Question
-from stepladder.reporting import page, runs
+from stepladder.reporting import markdown, page, runs
 
 ASKED = [Question([{"role": "user", "content": str(n)}], f"it is {n} for sure") for n in range(20)]
 
@@ -300,7 +300,10 @@ def test_a_comparison_that_holds_another_required_is_left_out(tmp_path: Path) ->
     facts = facts_of(side("base", None), side("good", None, nats=20.0))
     facts["required"] = gate.judge(gate.read(["better"], []), facts)
     shown = page.render_page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
-    assert "better than the base</strong> of good" in shown and "✔ **better than the base**" in results.markdown(facts)
+    assert (
+        "better than the base</strong> of good" in shown
+        and "✔ **better than the base**" in markdown.evaluation_results(facts)
+    )
     (tmp_path / "run.json").write_text("{}")
     for other in (3, {"a": 1}, [{"claim": "better"}], [dict(facts["required"][0], met="yes")]):
         (tmp_path / "compare.json").write_text(json.dumps(facts | {"required": other}))

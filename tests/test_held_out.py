@@ -18,7 +18,7 @@ from stepladder.data.rows import Rows
 from stepladder.errors import DataError
 from stepladder.evaluation import held_out, questions
 from stepladder.model import card
-from stepladder.reporting import page, project, runs
+from stepladder.reporting import markdown, page, runs
 
 ANSWER = "The door opens with the word that the owl said on {}, and with no other word."
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -99,7 +99,7 @@ def test_figures_of_training_rows_are_called_so_everywhere(trained, tmp_path: Pa
         assert "held-out loss" not in text and "loss on training rows" in text, text
         assert "improved on training rows" in text and "none is left: all figures are of training rows" in text
     assert "Base and tuned on training rows" in shown and "<span>held-out loss" not in shown
-    report = project.markdown(runs.read(copy), "doors")
+    report = markdown.mini_project_report(runs.read(copy), "doors")
     assert "**Not yet**: nothing shows that it is better" in report and "not held out (loss on training" in report
     assert "Each of these rows was trained on" in report
 

@@ -18,7 +18,7 @@ from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.questions import Answer, Question
-from stepladder.reporting import page, project, runs
+from stepladder.reporting import markdown, page, runs
 from stepladder.reporting.curves import judge_curves
 
 HOSTILE = (
@@ -329,7 +329,7 @@ def test_odd_values_still_make_a_page(copy) -> None:
                 (folder / "run.json").write_text(json.dumps(whole | {key: value}))
                 logged = runs.read(folder)
                 assert "Run it again" in page.render_page([logged])
-                assert runs.side_by_side([logged]) and project.markdown(logged, "any")
+                assert runs.side_by_side([logged]) and markdown.mini_project_report(logged, "any")
         (folder / "run.json").write_text(json.dumps(whole))
         for audit in (odd, {"findings": odd}, {"findings": [odd]}, {"findings": [{"figures": odd, "where": odd}]}):
             (folder / "audit.json").write_text(json.dumps(audit))
@@ -396,7 +396,9 @@ def test_what_lowers_a_recommendation_is_named_in_it(steps, evaluated, more, row
     sides = [{"name": name, "answers": ["a"]} for name in ("base", "runs/mine")]
     comparison = {"questions": ["q"], "references": [""], "sides": sides, "metrics": rows,
                   "verdicts": [{"side": "runs/mine", "verdicts": [LEARNED, *more]}, other]}  # fmt: skip
-    text = project.markdown(runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any")
+    text = markdown.mini_project_report(
+        runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any"
+    )
     line = next(line for line in text.splitlines() if line.startswith("Would I deploy this?"))
     assert f"**{answer}" in line and all(part in line for part in named) and "worse" not in line, line
 

@@ -16,10 +16,10 @@ from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.errors import DataError
 from stepladder.evaluation import generation
-from stepladder.evaluation.metrics import WORSE, can_differ, words
+from stepladder.evaluation.metrics import can_differ, words
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.suggest import suggest
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
+from stepladder.verdict import FAULT, GOOD, LOOK, WORSE, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ from typing import Any
 
 from stepladder.evaluation import behaviours, learned, loss, metrics
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.metrics import BETTER, HIGHER, LOWER, NEITHER, NO_DIFFERENCE, WORSE, Metric, Rule
+from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
-from stepladder.verdict import FAULT, LOOK, Verdict
+from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
 TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
@@ -238,7 +238,7 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
         for (row, test), p in zip(tests, metrics.holm([test["p"] for _, test in tests]), strict=True):
             rose = (test["mean"] > 0) == (row["better"] == HIGHER)
             test["p_corrected"] = p
-            test["verdict"] = NO_DIFFERENCE if p >= metrics.LEVEL else BETTER if rose else WORSE
+            test["verdict"] = NO_DIFFERENCE if p >= LEVEL else BETTER if rose else WORSE
             of_base, mean = (row["sides"][side]["mean"] for side in (0, number))
             if math.isfinite(of_base) and not math.isfinite(mean):
                 test["verdict"] = WORSE

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from stepladder.errors import StepladderError
 from stepladder.evaluation import behaviours, metrics
-from stepladder.evaluation.metrics import BETTER, HIGHER, NEITHER, WORSE, Rule
+from stepladder.evaluation.metrics import HIGHER, NEITHER, Rule
 from stepladder.suggest import suggest
+from stepladder.verdict import BETTER, WORSE
 
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
 LOSS = "held-out loss"

@@ -22,12 +22,11 @@ from stepladder import files
 from stepladder.errors import DataError
 from stepladder.evaluation.questions import Answer
 from stepladder.suggest import suggest
+from stepladder.verdict import LEVEL
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
 REPEATED = 4  # words of a run that counts as repeated
 SEED, RESAMPLES, BLOCK = 42, 5000, 250
-LEVEL = 0.05  # the chance of calling a difference real that is none
 Floats = Sequence[float]
 
 
