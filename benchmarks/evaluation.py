@@ -31,7 +31,7 @@ LOSSES = ("loss: Stepladder", "loss: TRL's `evaluate`")
 def pipeline_answers(model: Any, tokenizer: Any, conversations: list[Any], batch_size: int) -> list[str]:
     from transformers import pipeline
 
-    from stepladder.evaluation.generate import MAX_NEW_TOKENS
+    from stepladder.evaluation.generation import MAX_NEW_TOKENS
 
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=batch_size)
     found = ask(conversations, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, return_full_text=False)
@@ -55,17 +55,17 @@ def trl_loss(
 def play(contender: str, name: str) -> tuple[float, Any]:
     """Seconds, and the answers or the mean loss."""
     from stepladder.data import mixture
-    from stepladder.evaluation import generate, loss, questions
+    from stepladder.evaluation import loss, questions
+    from stepladder.evaluation.generation import MAX_NEW_TOKENS, generate_answers
     from stepladder.model import pretrained
 
     rows = mixture.from_name(str(ROWS))
-    asked = questions.of_rows(rows)
+    asked = questions.extract_questions(rows)
     conversations, references = [question.messages for question in asked], [question.reference for question in asked]
     model, tokenizer = pretrained.load_for_inference(name)
     work: dict[str, Callable[[], Any]] = {
         ANSWERS[0]: lambda: [
-            answer.text
-            for answer in generate.answers(model, tokenizer, conversations, max_new_tokens=generate.MAX_NEW_TOKENS)
+            answer.text for answer in generate_answers(model, tokenizer, conversations, max_new_tokens=MAX_NEW_TOKENS)
         ],
         ANSWERS[1]: lambda: pipeline_answers(model, tokenizer, conversations, 16),
         ANSWERS[2]: lambda: pipeline_answers(model, tokenizer, conversations, 1),

@@ -24,11 +24,11 @@ from pathlib import Path
 
 from stepladder import console, errors, flags, run
 from stepladder.data import mixture
-from stepladder.evaluation import behaviours, compare, endpoint, gate, generate, held_out, learned, questions, results
+from stepladder.evaluation import behaviours, compare, endpoint, gate, generation, held_out, learned, questions
 
-from stepladder.evaluation import rubric, sides  # isort: skip
+from stepladder.evaluation import metrics, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
-from stepladder.reporting import page
+from stepladder.reporting import markdown, page
 from stepladder.training.launch import launcher, ranks
 
 
@@ -51,7 +51,7 @@ def main() -> int | None:
                         help='exit with 3 unless they hold: "better, did not forget, chrF not worse"')  # fmt: skip
     parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
-                        help=f"of an answer (a transcript's, or {generate.MAX_NEW_TOKENS})")  # fmt: skip
+                        help=f"of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
@@ -75,7 +75,7 @@ def main() -> int | None:
     folder = args.output_dir or next((Path(name) for name in args.tuned[:1] if is_run(name)), None)
 
     # What can be wrong with the files is found before torch is imported.
-    rules = rubric.read(args.rubric) if args.rubric else []
+    rules = metrics.read_rubric(args.rubric) if args.rubric else []
     required = gate.read(args.require, rules)
     trained = {str(name): keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
     compared, on_training, given = None, False, 0
@@ -87,7 +87,7 @@ def main() -> int | None:
         compared, on_training = held_out.apart(compared, trained, notes)
         if on_training and args.prompts:
             raise errors.DataError("each row of --data was trained on", help="other rows, or --prompts alone")
-    asked = questions.from_file(args.prompts, notes) if args.prompts else questions.of_rows(compared)
+    asked = questions.read_prompts(args.prompts, notes) if args.prompts else questions.extract_questions(compared)
     asked = held_out.prompts_apart(held_out.prompts_once(asked, notes), trained, notes) if args.prompts else asked
     notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]
@@ -148,8 +148,8 @@ def main() -> int | None:
         told = found(measured)
         files = {
             folder / "compare.json": as_text(told),
-            folder / "evaluation_results.md": results.markdown(told),
-            folder / "report.html": page.of_comparison(folder, [Path(name) for name in args.tuned], told),
+            folder / "evaluation_results.md": markdown.evaluation_results(told),
+            folder / "report.html": page.render_comparison(folder, [Path(name) for name in args.tuned], told),
         }
         # Each other run is left its own comparison with the base: its page and its mini-project are made from it.
         own = [side for side in measured[1:] if is_run(side.name) and Path(side.name).resolve() != folder.resolve()]
@@ -162,9 +162,9 @@ def main() -> int | None:
         if args.json:
             print(json.dumps(told, ensure_ascii=False, allow_nan=False))
         else:
-            print(results.for_terminal(told, args.show))
+            print(markdown.for_terminal(told, args.show))
             if args.tuned and is_run(args.tuned[0]):
-                print(results.of_run(page.read(Path(args.tuned[0])).facts))
+                print(markdown.run_size(page.read(Path(args.tuned[0])).facts))
             print(f"everything lies in {folder}/: evaluation_results.md, compare.json, report.html")
             for side in own:
                 print(f"{side.name}'s own comparison with the base is kept in {side.name}/compare.json")

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from stepladder import console, errors, flags
-from stepladder.evaluation import chat
-from stepladder.evaluation.generate import MAX_NEW_TOKENS, Message
+from stepladder.evaluation import generation
+from stepladder.evaluation.questions import Message
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--system", help="a system prompt")
     parser.add_argument("--transcript", type=Path, metavar="FILE", help="keep questions and answers as JSONL")
     parser.add_argument("--overwrite", action="store_true", help="replace the transcript that is there")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=MAX_NEW_TOKENS)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=generation.MAX_NEW_TOKENS)
     parser.add_argument("--temperature", type=flags.from_0, default=0.0, help="above 0 samples; at 0 it is greedy (0)")
     parser.add_argument("--top_p", "--top-p", type=flags.share, help="with --temperature")
     parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
@@ -43,7 +43,7 @@ def main() -> None:
         parser.error("--overwrite is of --transcript")
     system: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     notes: list[str] = []
-    listed = chat.read_questions(args, system, notes)
+    listed = generation.read_questions(args, system, notes)
 
     console.quiet_libraries()
     with console.quick_imports():
@@ -51,7 +51,7 @@ def main() -> None:
         import transformers  # noqa: F401
 
     console.quiet_progress_bars()
-    chat.answer(args, system, listed, notes)
+    generation.print_answers(args, system, listed, notes)
 
 
 if __name__ == "__main__":

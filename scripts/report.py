@@ -14,8 +14,7 @@ import json
 from pathlib import Path
 
 from stepladder import errors
-from stepladder.evaluation import curves
-from stepladder.reporting import page, project, runs, watch
+from stepladder.reporting import curves, markdown, page, runs
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
         if len(args.runs) > 1:
             parser.error("--watch follows one run")
         runs.read(args.runs[0])  # says what is wrong with the folder
-        for line in watch.follow(args.runs[0]):
+        for line in runs.follow(args.runs[0]):
             print(line, flush=True)
         return
     if len(args.runs) > 1 and not args.output:
@@ -41,17 +40,17 @@ def main() -> None:
     first, *others = logged = runs.read_all(args.runs)
     differences = [_difference(first, other) for other in others]
     target = args.output or first.folder / "report.html"
-    page.save(target, page.page(logged, differences))
+    page.save(target, page.render_page(logged, differences))
     if args.project:
         for run in logged:
-            page.save(run.folder / "mini_project_report.md", project.markdown(run, args.project))
+            page.save(run.folder / "mini_project_report.md", markdown.mini_project_report(run, args.project))
     if args.json:
         print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
         return
     if others:
         print("\n".join(runs.side_by_side(logged)))
     for run in logged:
-        print(f"{run.name}: {', '.join(verdict.name for verdict in page.judge(run))}")
+        print(f"{run.name}: {', '.join(verdict.name for verdict in page.judge_run(run))}")
         for remark in run.remarks:
             print(f"  note: {remark}")
     print(f"✔ {target}")
@@ -71,7 +70,7 @@ def _difference(first: runs.LoggedRun, other: runs.LoggedRun) -> dict[str, str]:
 
 
 def _facts(run: runs.LoggedRun) -> dict:
-    found = [vars(verdict) for verdict in page.judge(run)]
+    found = [vars(verdict) for verdict in page.judge_run(run)]
     return {"folder": str(run.folder), "status": run.facts.get("status"), "verdicts": found, "remarks": run.remarks}
 
 

@@ -192,7 +192,7 @@ def free_port() -> int:
 
 def judged(cell: Cell, folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """What a cell came to: `equal` with the differences measured, `refused` with its message, or `broken`."""
-    from stepladder.evaluation import curves
+    from stepladder.reporting import curves
 
     log = (folder / f"{cell.name}.log").read_text() if (folder / f"{cell.name}.log").exists() else ""
     run = folder / cell.name
@@ -224,7 +224,7 @@ def answer_of(run: Path) -> tuple[Any, str]:
     """What the result saved in a run folder says, loaded in one process: logits of a text, and a greedy answer."""
     import torch
 
-    from stepladder.evaluation.generate import answers
+    from stepladder.evaluation.generation import generate_answers
     from stepladder.model.pretrained import load_for_inference
 
     if run not in _answers:
@@ -233,7 +233,7 @@ def answer_of(run: Path) -> tuple[Any, str]:
         with torch.inference_mode():
             logits = model(**text).logits
         question = [{"role": "user", "content": "Where is my order?"}]
-        _answers[run] = logits, answers(model, tokenizer, [question], max_new_tokens=24)[0]
+        _answers[run] = logits, generate_answers(model, tokenizer, [question], max_new_tokens=24)[0]
     return _answers[run]
 
 

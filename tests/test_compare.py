@@ -19,22 +19,18 @@ from stepladder.evaluation import (
     loss,
     metrics,
     questions,
-    results,
-    rubric,
     sides,
-    statistics,
 )
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
-from stepladder.reporting import page, runs
+from stepladder.evaluation.questions import Answer, Question
+from stepladder.reporting import markdown, page, runs
 
-TECHCO = rubric.read(ROOT / "data/techco_rubric.yaml")
+TECHCO = metrics.read_rubric(ROOT / "data/techco_rubric.yaml")
 
 
 def figures(text: str, reference: str = "") -> dict[str, float | None]:
-    return {metric.name: value for metric, value in metrics.of_answer(Answer(text, True), reference).items()}
+    return {metric.name: value for metric, value in metrics.score_answer(Answer(text, True), reference).items()}
 
 
 def test_likeness_to_a_reference_by_hand() -> None:
@@ -65,7 +61,7 @@ def test_repetition_and_distinct() -> None:
 
 def test_the_techco_rules_know_techcos_answers() -> None:
     """Guards the shipped rubric: the house's own answers keep its rules, and a plain one keeps none."""
-    asked = questions.of_rows(mixture.from_name(str(ROOT / "data/techco_eval.jsonl")))
+    asked = questions.extract_questions(mixture.from_name(str(ROOT / "data/techco_eval.jsonl")))
     for rule in TECHCO:
         kept = [value for q in asked if (value := rule.kept(q.reference, q.reference)) is not None]
         assert kept and sum(kept) / len(kept) >= 0.9, rule
@@ -100,7 +96,7 @@ def test_facts_count_where_the_reference_has_them() -> None:
 def test_a_rubric_that_is_none_is_refused(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "rubric.yaml").write_text(text)
     with pytest.raises(DataError, match=said):
-        rubric.read(tmp_path / "rubric.yaml")
+        metrics.read_rubric(tmp_path / "rubric.yaml")
 
 
 def test_a_required_share_that_is_missed_is_a_fault() -> None:
@@ -108,8 +104,8 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
     asked = [Question([{"role": "user", "content": str(n)}], "Ask a doctor.") for n in range(20)]
     words = {"name": re.compile("doctor"), "number": re.compile(r"\d")}
     rules = [
-        rubric.Rule("names a doctor", words["name"], required=0.95),
-        rubric.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
+        metrics.Rule("names a doctor", words["name"], required=0.95),
+        metrics.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
     ]
 
     def judged(kept: int) -> dict[str, tuple[str, str]]:
@@ -128,10 +124,10 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
 
 def test_the_paired_test_by_counting() -> None:
     """Guards p: of the 32 exchanges of five pairs, the two with all signs alike are as extreme as what is seen."""
-    found = statistics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    found = metrics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     # 5,000 exchanges are drawn of the 32: the standard error of p is 0.0034, and 4 of them are allowed.
     assert found.mean == 3 and found.p == pytest.approx(2 / 32, abs=0.014) and found.low > 1
-    same = statistics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
+    same = metrics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
     assert (same.mean, same.p) == (0, 1)
 
 
@@ -140,19 +136,19 @@ def test_no_difference_is_called_one_about_as_often_as_promised() -> None:
     import numpy as np
 
     made = np.random.default_rng(0)
-    below = sum(statistics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
+    below = sum(metrics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
     assert below <= 21  # binomial(200, 0.05) exceeds 21 once in a thousand times
 
 
 def test_intervals_and_holm() -> None:
-    mean, low, high = statistics.interval([0.0, 1.0] * 50, [1.0] * 100)
+    mean, low, high = metrics.interval([0.0, 1.0] * 50, [1.0] * 100)
     # A share of 0.5 of 100: the normal interval is ± 1.96 × 0.05.
     assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
-    assert statistics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
+    assert metrics.interval([1.0, 4.0], [3.0, 1.0])[0] == 1.75
     # Of a mean, the jackknife's error is the usual standard error, here sqrt(0.25 / 99) of 100 values.
-    low, high = statistics.jackknife(0.5, [(50 - value) / 99 for value in [0.0, 1.0] * 50])
+    low, high = metrics.jackknife(0.5, [(50 - value) / 99 for value in [0.0, 1.0] * 50])
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05025, 0.5 + 1.96 * 0.05025), abs=1e-4)
-    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_better_is_said_where_it_is_more_than_chance() -> None:
@@ -177,7 +173,7 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
     assert {row["name"]: row["winner"] for row in worse["metrics"]}["chrF"] == "good"
     facts = found | {"command": "c", "made": "now", "held_out_rows": 20, "notes": ["a note"],
                      "verdicts": compare.verdicts([base, good, alike], asked, {})}  # fmt: skip
-    text = results.markdown(facts)
+    text = markdown.evaluation_results(facts)
     assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
 
 
@@ -268,7 +264,7 @@ def jumbled(first: int) -> list[tuple[str, str]]:
 
 
 def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str]:
-    asked = questions.of_rows(held_out)
+    asked = questions.extract_questions(held_out)
     on = sides.Measured(asked, held_out, {tuned: training}, general)
     both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
     trained = {tuned: learned.Trained(sides.answers_of(training))}
@@ -368,7 +364,7 @@ def test_a_model_whose_loss_is_no_number_is_not_better(tiny, tmp_path: Path) -> 
         shown = (tmp_path / "out" / name).read_text()
         assert "no number" in shown and "diverged" in shown, name
     reread = runs.LoggedRun(tmp_path, "r", comparison=facts)
-    assert "no number" in page.page([reread]) and "no number" in results.for_terminal(facts, 1)
+    assert "no number" in page.render_page([reread]) and "no number" in markdown.for_terminal(facts, 1)
 
 
 def test_a_damaged_run_folder_is_compared_all_the_same(tiny, tmp_path: Path) -> None:
@@ -451,7 +447,7 @@ def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) ->
 def test_prompts_that_are_none_are_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
-        questions.from_file(tmp_path / name)
+        questions.read_prompts(tmp_path / name)
 
 
 def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
@@ -459,7 +455,7 @@ def test_prompts_come_with_or_without_references(tmp_path: Path) -> None:
     file.write_text(
         '{"prompt": "a"}\n{"input": "b", "output": "B"}\n{"messages": [{"role": "user", "content": "c"}]}\n'
     )
-    asked = questions.from_file(file)
+    asked = questions.read_prompts(file)
     assert [(q.text, q.reference) for q in asked] == [("a", ""), ("b", "B"), ("c", "")]
     assert "2 of 3" in questions.remarks(asked)[0] and not questions.remarks(asked[1:2])
 
@@ -494,7 +490,7 @@ def test_a_model_without_a_template_borrows_the_tuned_ones_or_is_refused(tiny, t
     model.save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     rows = mixture.from_name(str(ROOT / "data/techco_eval.jsonl")).take(range(2))
-    on = sides.Measured(questions.of_rows(rows), rows)
+    on = sides.Measured(questions.extract_questions(rows), rows)
     with pytest.raises(ModelError, match="no chat template"):
         sides.measure(str(tmp_path / "bare"), on, 4)
     borrowed = sides.measure(str(tmp_path / "bare"), on, 4, template)

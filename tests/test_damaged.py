@@ -25,10 +25,10 @@ from stepladder.cluster import job, sweep
 from stepladder.data import read
 from stepladder.data.templates import check_path
 from stepladder.errors import DataError, ModelError, RecipeError, StepladderError
-from stepladder.evaluation import results, rubric
+from stepladder.evaluation import metrics
 from stepladder.model import card, pretrained
 from stepladder.recipe import load
-from stepladder.reporting import page, project, runs, watch
+from stepladder.reporting import markdown, page, runs
 from stepladder.training.checkpoint import resume
 
 PATIENCE = 20  # seconds: what waits for a pipe waits for ever
@@ -92,7 +92,7 @@ def test_a_recipe_that_grows_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"(?s){file}"):
         load.load(str(file), [])
     assert time.perf_counter() - began < SECOND
-    for other, error in ((rubric.read, DataError), (sweep.elements, RecipeError)):
+    for other, error in ((metrics.read_rubric, DataError), (sweep.elements, RecipeError)):
         with pytest.raises(error):
             other(file)
 
@@ -113,7 +113,7 @@ def test_a_file_that_is_none_is_refused(kind: str, tmp_path: Path, settings: Any
     readings: list[tuple[Callable[[], Any], type[StepladderError]]] = [
         (lambda: load.load(str(file), []), RecipeError),
         (lambda: load.load("r", []), RecipeError),
-        (lambda: rubric.read(file), DataError),
+        (lambda: metrics.read_rubric(file), DataError),
         (lambda: sweep.elements(file), RecipeError),
         (lambda: _first(read.read(rows)), DataError),
     ]
@@ -243,10 +243,10 @@ def folder(tmp_path: Path) -> Path:
 
 def report(folder: Path) -> None:
     logged = runs.read_all([folder])
-    page.page(logged)
+    page.render_page(logged)
     runs.side_by_side(logged)
-    project.markdown(logged[0], "x")
-    results.of_run(logged[0].facts)
+    markdown.mini_project_report(logged[0], "x")
+    markdown.run_size(logged[0].facts)
 
 
 def model_card(folder: Path) -> None:
@@ -270,7 +270,7 @@ def speed(folder: Path) -> None:
 
 def follow(folder: Path) -> None:
     if runs_folder.status(folder) not in ("running", "unreadable"):  # else it would follow on
-        list(watch.follow(folder))
+        list(runs.follow(folder))
 
 
 READERS = (report, model_card, queue, speed, follow)

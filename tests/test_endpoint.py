@@ -15,7 +15,7 @@ from conftest import script
 from stepladder.errors import ModelError
 from stepladder.evaluation import endpoint
 from stepladder.evaluation.endpoint import Endpoint
-from stepladder.evaluation.generate import Answer
+from stepladder.evaluation.questions import Answer
 
 
 class Server(BaseHTTPRequestHandler):

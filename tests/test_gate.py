@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,13 +16,12 @@ from test_compare import ANIMALS, rows_of, train
 from conftest import ROOT, launch, run, script
 from stepladder.data import templates
 from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import behaviours, compare, gate, learned, results, rubric
+from stepladder.evaluation import behaviours, compare, gate, learned, metrics
 from stepladder.evaluation.behaviours import Task, Tried
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
-from stepladder.reporting import page, runs
+from stepladder.evaluation.questions import Answer, Question
+from stepladder.reporting import markdown, page, runs
 
 ASKED = [Question([{"role": "user", "content": str(n)}], f"it is {n} for sure") for n in range(20)]
 
@@ -176,7 +176,7 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
     assert None not in behaviours.ask(model, tokenizer, tasks, 1).kept
 
 
-def required(text: str, facts: dict[str, Any], rules: list[rubric.Rule] | None = None) -> dict[str, tuple[bool, str]]:
+def required(text: str, facts: dict[str, Any], rules: list[metrics.Rule] | None = None) -> dict[str, tuple[bool, str]]:
     judged = gate.judge(gate.read([text], rules or []), facts)
     return {one["claim"]: (one["met"], one["evidence"]) for one in judged}
 
@@ -241,7 +241,7 @@ def test_what_cannot_be_required_is_refused(text: str, said: str) -> None:
 
 def test_a_rule_of_a_rubric_can_be_required() -> None:
     """Guards rules with names of their own: with a comma, and of another figure, where both must hold."""
-    rules = [rubric.Rule(name, rubric.re.compile("it is")) for name in ("kind, short", "exact match")]
+    rules = [metrics.Rule(name, re.compile("it is")) for name in ("kind, short", "exact match")]
     sides = [side("base", None), side("good", None, nats=20.0)]
     facts = compare.whole(sides, ASKED, rules, {})
     claims = gate.read(["kind, short better", "exact match better, kind, short better"][:1], rules)
@@ -299,8 +299,11 @@ def test_a_comparison_that_holds_another_required_is_left_out(tmp_path: Path) ->
     """Guards report.py against a compare.json that something else has written."""
     facts = facts_of(side("base", None), side("good", None, nats=20.0))
     facts["required"] = gate.judge(gate.read(["better"], []), facts)
-    shown = page.page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
-    assert "better than the base</strong> of good" in shown and "✔ **better than the base**" in results.markdown(facts)
+    shown = page.render_page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
+    assert (
+        "better than the base</strong> of good" in shown
+        and "✔ **better than the base**" in markdown.evaluation_results(facts)
+    )
     (tmp_path / "run.json").write_text("{}")
     for other in (3, {"a": 1}, [{"claim": "better"}], [dict(facts["required"][0], met="yes")]):
         (tmp_path / "compare.json").write_text(json.dumps(facts | {"required": other}))

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT, script
 from stepladder.errors import DataError, ModelError
-from stepladder.evaluation import questions, sides, transcript
+from stepladder.evaluation import questions, sides
 from stepladder.evaluation.questions import Question
 
 
@@ -37,14 +37,14 @@ def test_a_transcript_is_the_bases_side(generate, tiny, monkeypatch, tmp_path: P
     kept = tmp_path / "kept.jsonl"
     call(generate, monkeypatch, "--model", tiny, "--prompts", tmp_path / "q.txt", "--transcript", kept,
          "--max_new_tokens", 6)  # fmt: skip
-    asked = questions.from_file(tmp_path / "q.txt")
+    asked = questions.read_prompts(tmp_path / "q.txt")
     side = sides.measure(str(kept), sides.Measured(asked), 6)
     assert side.texts == sides.measure(str(tiny), sides.Measured(asked), 6).texts and not side.losses
     with pytest.raises(DataError, match="1 of 2"):
-        transcript.answers(kept, [asked[0], Question([{"role": "user", "content": "Another?"}])])
+        questions.transcript_answers(kept, [asked[0], Question([{"role": "user", "content": "Another?"}])])
     under = Question([{"role": "system", "content": "Be brief."}, *asked[0].messages])
     with pytest.raises(DataError, match="another conversation"):
-        transcript.answers(kept, [under])
+        questions.transcript_answers(kept, [under])
     assert sides.length([str(kept)], None, []) == 6, "models answer within what the transcript's did"
     with pytest.raises(DataError, match="within 6 tokens"):
         sides.length([str(kept)], 7, [])
@@ -145,7 +145,7 @@ def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monk
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from stepladder.evaluation.generate import answers
+    from stepladder.evaluation.generation import generate_answers
     from stepladder.model.pretrained import load_for_inference
 
     _, tokenizer = load_for_inference(str(tiny))
@@ -153,12 +153,12 @@ def test_a_model_that_cannot_take_a_conversation_refuses_it(generate, tiny, monk
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2))
     said = [{"role": "user", "content": "Hello"}]
     with pytest.raises(ModelError, match="has 24 positions"):
-        answers(model, tokenizer, [said], max_new_tokens=24)
+        generate_answers(model, tokenizer, [said], max_new_tokens=24)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     with pytest.raises(DataError, match="no system role here"):
-        answers(model, tokenizer, [said], max_new_tokens=1)
+        generate_answers(model, tokenizer, [said], max_new_tokens=1)
     tokenizer.chat_template = None
-    assert len(answers(model, tokenizer, [said], max_new_tokens=4)) == 1
+    assert len(generate_answers(model, tokenizer, [said], max_new_tokens=4)) == 1
     model.save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     for words in (["--prompt", "Hello", "--system", "Be brief."], ["--chat"]):

@@ -18,7 +18,7 @@ from stepladder.data.rows import Rows, row_key, row_keys
 from stepladder.errors import DataError
 from stepladder.evaluation import held_out, questions
 from stepladder.model import card
-from stepladder.reporting import page, project, runs
+from stepladder.reporting import markdown, page, runs
 
 ANSWER = "The door opens with the word that the owl said on {}, and with no other word."
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -99,7 +99,7 @@ def test_figures_of_training_rows_are_called_so_everywhere(trained, tmp_path: Pa
         assert "held-out loss" not in text and "loss on training rows" in text, text
         assert "improved on training rows" in text and "none is left: all figures are of training rows" in text
     assert "Base and tuned on training rows" in shown and "<span>held-out loss" not in shown
-    report = project.markdown(runs.read(copy), "doors")
+    report = markdown.mini_project_report(runs.read(copy), "doors")
     assert "**Not yet**: nothing shows that it is better" in report and "not held out (loss on training" in report
     assert "Each of these rows was trained on" in report
 
@@ -218,10 +218,10 @@ def test_prompts_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
     rows = mixture.from_name(str(file))
     notes: list[str] = []
     one = {"run": row_keys(rows.examples[:1])}
-    assert len(held_out.prompts_apart(questions.from_file(file), one, notes)) == 2 and "1 of 3 prompts" in notes[0]
+    assert len(held_out.prompts_apart(questions.read_prompts(file), one, notes)) == 2 and "1 of 3 prompts" in notes[0]
     with pytest.raises(DataError, match="each prompt was trained on"):
-        held_out.prompts_apart(questions.from_file(file), {"run": row_keys(rows.examples)}, notes)
-    plain = questions.from_file(tmp_path / "p.txt")
+        held_out.prompts_apart(questions.read_prompts(file), {"run": row_keys(rows.examples)}, notes)
+    plain = questions.read_prompts(tmp_path / "p.txt")
     assert held_out.prompts_apart(plain, one, notes) == plain
     assert held_out.asked_before(plain, {"run": rows}) == ["1 of 2 questions were asked in the training of run too"]
 
@@ -237,7 +237,7 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     assert facts["held_out"] == {"rows": 3, "trained_on": 3, "foreign": "other.jsonl"}
     logged = runs.LoggedRun(tmp_path, "r", facts=facts)
     logged.rows = [{"step": n, "loss": 3 - 0.01 * n, "grad_norm": 1.0, "eval_loss": 3 - 0.01 * n} for n in range(1, 99)]
-    names = {verdict.name for verdict in page.judge(logged)}
+    names = {verdict.name for verdict in page.judge_run(logged)}
     assert {"not held out", "foreign evaluation", "not evaluated"} <= names and "generalizes" not in names
     # Trained on with other rows after a resume: it knows both. A stream's rows are not kept.
     record.manifest["resumed"] = [{"step": 2}]
@@ -249,7 +249,7 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     kept = mixture.read_held_out(tmp_path)
     assert kept and kept.trained is None and "not known of a stream" in note
     logged.facts = manifest(tmp_path)
-    assert "not held out" not in {verdict.name for verdict in page.judge(logged)}
+    assert "not held out" not in {verdict.name for verdict in page.judge_run(logged)}
     other = run_folder.Run(tmp_path / "other", is_writer=False)
     assert mixture.write_held_out(other, rows, rows, "") == [] and not other.folder.exists()
 

@@ -12,10 +12,9 @@ import pytest
 from stepladder.data import mixture
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError
-from stepladder.evaluation import generate, questions, samples, sides, transcript
+from stepladder.evaluation import generation, questions, sides
 from stepladder.evaluation.endpoint import Endpoint
-from stepladder.evaluation.generate import Answer
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.questions import Answer, Question
 
 USER, ANSWER = {"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Sunny."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -82,7 +81,7 @@ def test_a_question_is_read_as_a_training_row_is(name: str, write: Callable[...,
     """Guards against an input that is asked without its instruction, and against lost system prompts and tools."""
     row, question = ASKED[name]
     notes: list[str] = []
-    assert questions.from_file(write(row), notes) == [question]
+    assert questions.read_prompts(write(row), notes) == [question]
     assert not notes
 
 
@@ -101,20 +100,20 @@ def test_a_question_is_read_as_a_training_row_is(name: str, write: Callable[...,
 def test_a_question_that_cannot_be_asked_is_named(row: dict[str, Any], said: str, write: Callable[..., Path]) -> None:
     """Guards against a question of nothing, and against an answer that is taken for a part of the question."""
     with pytest.raises(DataError, match=said):
-        questions.from_file(write(row))
+        questions.read_prompts(write(row))
 
 
 def test_columns_of_questions_that_are_not_used_are_named(write: Callable[..., Path]) -> None:
     notes: list[str] = []
     file = write({"prompt": "Rome?", "chosen": "Sunny.", "rejected": "Snow."}, {"prompt": "Oslo?", "id": 3})
-    assert [question.text for question in questions.from_file(file, notes)] == ["Rome?", "Oslo?"]
+    assert [question.text for question in questions.read_prompts(file, notes)] == ["Rome?", "Oslo?"]
     assert notes == [f"{file}: columns that are not used: chosen (1 row), id (1 row), rejected (1 row)"]
 
 
 def test_rows_that_ask_nothing_are_counted(write: Callable[..., Path]) -> None:
     """Guards comparisons: an answer that is a tool call has no text to be held to, and is not left out in silence."""
     rows = mixture.from_name(str(write({"messages": [USER, ANSWER]}, {"messages": [USER, CALLING]})))
-    asked = questions.of_rows(rows)
+    asked = questions.extract_questions(rows)
     assert asked == [Question([USER], "Sunny.")]
     assert questions.remarks(asked, rows)[0].startswith("1 of 2 rows ask nothing")
 
@@ -134,7 +133,7 @@ def test_tools_and_kwargs_reach_the_template(tiny: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = TEMPLATE
     question = Question([USER, CALLING, RESULT], "", TOOLS, {"enable_thinking": "off"})
-    assert generate.prompt_text(tokenizer, question.example) == (
+    assert generation.prompt_text(tokenizer, question.example) == (
         '[{"type": "function", "function": {"name": "weather"}}] thinking off: user says Rome?;'
         ' assistant says  and calls weather {"city": "Rome"}; tool says 26 °C; assistant says'
     )
@@ -149,7 +148,7 @@ def test_samples_are_of_questions_that_the_template_renders(tiny: Path) -> None:
         {"messages": [{"role": "user", "content": "Oslo?"}, ANSWER], "tools": TOOLS},
         {"messages": [USER, ANSWER]},
     ]
-    ask = samples.asker(Rows("r", examples, ["r:1", "r:2"]), tokenizer, "single", "fp32")
+    ask = generation.sample_asker(Rows("r", examples, ["r:1", "r:2"]), tokenizer, "single", "fp32")
     assert ask and [(row["question"], row["reference"]) for row in ask(model)] == [("Rome?", "Sunny.")]
 
 
@@ -157,11 +156,11 @@ def test_a_transcript_keeps_the_tools_and_knows_its_questions_by_them(tmp_path: 
     """Guards against an answer given with tools being taken for one given without."""
     with_tools, bare = Question([USER], "", TOOLS, {"enable_thinking": False}), Question([USER])
     kept = tmp_path / "kept.jsonl"
-    kept.write_text(transcript.row("m", with_tools.example, Answer("Sunny.", True), 8, 0.0))
-    assert transcript.answers(kept, [with_tools]) == [Answer("Sunny.", True)]
-    assert questions.from_file(kept) == [with_tools._replace(reference="Sunny.")]
+    kept.write_text(questions.transcript_row("m", with_tools.example, Answer("Sunny.", True), 8, 0.0))
+    assert questions.transcript_answers(kept, [with_tools]) == [Answer("Sunny.", True)]
+    assert questions.read_prompts(kept) == [with_tools._replace(reference="Sunny.")]
     with pytest.raises(DataError, match=r"answers 0 of 1 questions(.|\n)*another conversation"):
-        transcript.answers(kept, [bare])
+        questions.transcript_answers(kept, [bare])
 
 
 @pytest.mark.parametrize("question", [Question([USER], "", TOOLS), Question([USER, CALLING, RESULT], "")])

@@ -16,11 +16,10 @@ import pytest
 from conftest import ROOT, metrics, script
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.questions import Question
-from stepladder.reporting import page, project, runs
-from stepladder.reporting.verdicts import judge
+from stepladder.evaluation.questions import Answer, Question
+from stepladder.reporting import markdown, page, runs
+from stepladder.reporting.curves import judge_curves
 
 HOSTILE = (
     "</script></style></title></textarea><script>document.title='owned'</script>"
@@ -138,7 +137,7 @@ def test_a_run_that_really_diverges_is_told_from_one_that_learns(
 ) -> None:
     """Guards the verdicts on curves that training made, not a formula: a learning rate far too high, and a good one."""
     run = sft(tmp_path, tiny, ROOT / "data/techco.jsonl", ROOT / "data/techco_eval.jsonl", rate, 40)
-    found = {verdict.name for verdict in page.judge(runs.read(run))}
+    found = {verdict.name for verdict in page.judge_run(runs.read(run))}
     assert told <= found and not not_told & found, found
     assert all(name in text_of(run / "report.html").shown for name in told)
 
@@ -148,7 +147,7 @@ def test_a_comparison_of_no_runs_speaks_of_no_run(tmp_path: Path) -> None:
     facts = {"questions": ["q"], "references": [""], "metrics": [], "verdicts": [],
              "command": "python scripts/compare.py --base 'a b' --tuned c",
              "sides": [{"name": name, "answers": ["x"]} for name in ("a b", "c")]}  # fmt: skip
-    seen = Text(page.of_comparison(tmp_path, [tmp_path / "c"], facts)).shown
+    seen = Text(page.render_comparison(tmp_path, [tmp_path / "c"], facts)).shown
     assert facts["command"] in seen and "recipe.yaml" not in seen and "unknown" not in seen and "Steps" not in seen
 
 
@@ -158,7 +157,7 @@ def test_commands_on_the_page_can_be_pasted(copy) -> None:
     answered(folder, ["q"], ["a"], ["b"])
     facts = json.loads((folder / "compare.json").read_text()) | {"command": "python scripts/compare.py --base x"}
     (folder / "compare.json").write_text(json.dumps(facts))
-    seen = Text(page.page([runs.read(folder)])).shown
+    seen = Text(page.render_page([runs.read(folder)])).shown
     assert f"--recipe '{folder}/recipe.yaml'" in seen and facts["command"] in seen
 
 
@@ -198,7 +197,7 @@ def test_several_runs_are_compared(copy, tmp_path: Path) -> None:
 def test_answers_stand_side_by_side_with_their_differences(copy) -> None:
     folder = copy()
     answered(folder, ["Where is my order?"], ["Your order is lost."], ["Your order is on its way."])
-    page.write(folder)
+    page.write_page(folder)
     source = (folder / "report.html").read_text()
     assert "Your order is <del>lost</del>." in source and "Your order is <ins>on its way</ins>." in source
     assert "side 0" in source and "a reference" in source
@@ -209,7 +208,7 @@ def test_prediction_and_audit_are_shown_where_they_lie(copy) -> None:
     found = {"severity": "warning", "name": "private", "what": "e-mail addresses in 2 rows", "where": ["d.jsonl:7"]}
     figure = {"severity": "figure", "name": "languages", "what": "languages", "figures": {"en": 1.0}}
     (folder / "audit.json").write_text(json.dumps({"findings": [found, figure]}))
-    page.write(folder)
+    page.write_page(folder)
     seen = text_of(folder / "report.html").shown
     assert "3.00 GiB" in seen and "e-mail addresses in 2 rows" in seen and "d.jsonl:7" in seen
 
@@ -229,8 +228,8 @@ def test_hostile_text_is_text(copy, tmp_path: Path) -> None:
     (harmless / "audit.json").write_text('{"findings": [{"severity": "warning", "what": "?", "where": ["1"]}]}')
     named = tmp_path / "<img src=x onerror=1>&\"'"
     hostile.rename(named)
-    page.save(tmp_path / "page.html", page.page(runs.read_all([named])))
-    page.write(harmless)
+    page.save(tmp_path / "page.html", page.render_page(runs.read_all([named])))
+    page.write_page(harmless)
     seen, clean = text_of(tmp_path / "page.html"), text_of(harmless / "report.html")
     assert set(seen.tags) <= set(clean.tags) | {"aside"}, set(seen.tags) - set(clean.tags)
     assert seen.tags.count("script") == clean.tags.count("script") == 2
@@ -276,7 +275,7 @@ def test_a_diverged_run_is_shown(copy) -> None:
     for row in rows[12:]:
         row |= {key: math.nan for key in ("loss", "grad_norm", "eval_loss") if key in row}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page.write(folder)
+    page.write_page(folder)
     source = (folder / "report.html").read_text()
     embedded = re.search(r'id="logged">(.*?)</script>', source).group(1)
     assert json.loads(embedded, parse_constant=pytest.fail)[0]["line"]["loss"][-1] is None
@@ -314,9 +313,9 @@ def test_long_curves_are_summed_up_in_their_table(tmp_path: Path) -> None:
         "".join(json.dumps({"step": n, "loss": 1 + 1 / n, "grad_norm": 1.0}) + "\n" for n in range(1, 10_001))
     )
     run = runs.read(tmp_path)
-    source = page.page([run])
+    source = page.render_page([run])
     assert len(source) < 400_000 and source.count("<tr>") < 100
-    assert judge(run.curve("loss"), {}, {})
+    assert judge_curves(run.curve("loss"), {}, {})
 
 
 def test_odd_values_still_make_a_page(copy) -> None:
@@ -329,12 +328,12 @@ def test_odd_values_still_make_a_page(copy) -> None:
             for value in (odd, *({**keys, inner: odd} for inner in keys)):
                 (folder / "run.json").write_text(json.dumps(whole | {key: value}))
                 logged = runs.read(folder)
-                assert "Run it again" in page.page([logged])
-                assert runs.side_by_side([logged]) and project.markdown(logged, "any")
+                assert "Run it again" in page.render_page([logged])
+                assert runs.side_by_side([logged]) and markdown.mini_project_report(logged, "any")
         (folder / "run.json").write_text(json.dumps(whole))
         for audit in (odd, {"findings": odd}, {"findings": [odd]}, {"findings": [{"figures": odd, "where": odd}]}):
             (folder / "audit.json").write_text(json.dumps(audit))
-            assert "Run it again" in page.page([runs.read(folder)])
+            assert "Run it again" in page.render_page([runs.read(folder)])
 
 
 def test_the_mini_project_is_filled_in(copy) -> None:
@@ -397,7 +396,9 @@ def test_what_lowers_a_recommendation_is_named_in_it(steps, evaluated, more, row
     sides = [{"name": name, "answers": ["a"]} for name in ("base", "runs/mine")]
     comparison = {"questions": ["q"], "references": [""], "sides": sides, "metrics": rows,
                   "verdicts": [{"side": "runs/mine", "verdicts": [LEARNED, *more]}, other]}  # fmt: skip
-    text = project.markdown(runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any")
+    text = markdown.mini_project_report(
+        runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any"
+    )
     line = next(line for line in text.splitlines() if line.startswith("Would I deploy this?"))
     assert f"**{answer}" in line and all(part in line for part in named) and "worse" not in line, line
 

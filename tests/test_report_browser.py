@@ -56,8 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  "datasets": [{"name": text, "rows": 1, "skipped": 0, "sha256": text}]}  # fmt: skip
         (run / "run.json").write_text(json.dumps(facts))
         answered(run, [text], [text], ["another " + text])
-        page.save(folder / f"{name}.html", page.page([runs.read(run)]))
-    page.save(folder / "all.html", page.page(runs.read_all([folder / name for name in ("long", "short", "hostile")])))
+        page.save(folder / f"{name}.html", page.render_page([runs.read(run)]))
+    page.save(
+        folder / "all.html", page.render_page(runs.read_all([folder / name for name in ("long", "short", "hostile")]))
+    )
     return folder
 
 

@@ -27,7 +27,7 @@ import yaml
 import same_curve
 from conftest import ROOT
 from slurm_cluster import Cluster, missing
-from stepladder.evaluation import curves
+from stepladder.reporting import curves
 from tiny import make_tiny
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]

@@ -17,7 +17,7 @@ import torch
 import same_curve
 from conftest import ROOT, launch, losses, manifest, script
 from same_curve import METHODS, STRATEGIES, Cell
-from stepladder.evaluation import curves
+from stepladder.reporting import curves
 
 STEPS = 7  # over two epoch ends: three steps an epoch, the last of each with 6 rows of 8
 
@@ -68,7 +68,7 @@ CELLS = [cell for strategy in STRATEGIES for cell in slice_of(*strategy)]
 def test_the_same_curve(cell: Cell, runs, tiny: Path) -> None:
     """Guards against a strategy that runs but learns nothing, saves nothing, or trains something else.
 
-    The tolerances are those of `evaluation/curves.py`; the saved result, loaded in one process,
+    The tolerances are those of `reporting/curves.py`; the saved result, loaded in one process,
     has the logits of the plain process's, gives its answer, and not the base's.
     """
     folder = runs(cell.config, cell.ranks)

@@ -18,8 +18,8 @@ from machines import Machines, possible
 
 import same_curve
 from conftest import LAUNCHER_VARIABLES, ROOT, manifest, script
-from stepladder.evaluation import curves
 from stepladder.planning import choose
+from stepladder.reporting import curves
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from stepladder.reporting.verdicts import FAULT, GOOD, judge
+from stepladder.reporting.curves import FAULT, GOOD, judge_curves
 
 STEPS = 200
 
@@ -59,7 +59,7 @@ CASES = {
 def test_verdicts_on_curves_made_to_show_them(name: str) -> None:
     """Guards against a fault that is missed, and against one that is seen where there is none."""
     train, evaluation, expected = CASES[name]
-    found = judge(train, evaluation, NORM)
+    found = judge_curves(train, evaluation, NORM)
     names = {verdict.name for verdict in found}
     assert names == expected, found
     assert all(verdict.evidence for verdict in found)
@@ -73,12 +73,12 @@ def test_what_is_no_number_is_named_with_its_step(which: str, value: float) -> N
     curves = {"loss": curve(falling()), "eval_loss": held_out(falling(1.6)), "grad_norm": dict(NORM)}
     for step in range(120, STEPS + 1, 20):
         curves[which][step] = value
-    worst = judge(curves["loss"], curves["eval_loss"], curves["grad_norm"])[0]
+    worst = judge_curves(curves["loss"], curves["eval_loss"], curves["grad_norm"])[0]
     assert (worst.severity, worst.name, worst.figures["step"]) == (FAULT, "diverged", 120)
 
 
 def test_the_phases_lie_where_the_curve_turns() -> None:
     """The knee and the final level of an exponential, known from its pace (30 steps)."""
-    (converged, _) = sorted(judge(CASES["does well"][0], CASES["does well"][1], NORM), key=lambda v: v.name)
+    (converged, _) = sorted(judge_curves(CASES["does well"][0], CASES["does well"][1], NORM), key=lambda v: v.name)
     # The chord's slope is met at 30·ln(200/30) = 57; 5 % of the drop are left at 90. Smoothing and noise: ± 20 steps.
     assert abs(converged.figures["knee"] - 57) < 20 and abs(converged.figures["level_since"] - 90) < 20, converged

@@ -11,9 +11,10 @@ import torch
 
 from conftest import launch, losses, manifest, script
 from stepladder.data import mixture
-from stepladder.evaluation import curves, loss
-from stepladder.evaluation.generate import answers
+from stepladder.evaluation import loss
+from stepladder.evaluation.generation import generate_answers
 from stepladder.model import pretrained
+from stepladder.reporting import curves
 
 KINDS = ("prefix", "prompt")
 
@@ -69,8 +70,8 @@ def test_a_batch_is_answered_like_one(kind: str, trained: dict[str, Path]) -> No
     """Guards virtual tokens before padded prompts: an answer does not depend on what else is asked."""
     model, tokenizer = pretrained.load_for_inference(str(trained[kind]))
     asked = [[{"role": "user", "content": text}] for text in ("Hi", "Where is my order? It was due last week.")]
-    together = answers(model, tokenizer, asked, max_new_tokens=8)
-    alone = [answers(model, tokenizer, [messages], max_new_tokens=8)[0] for messages in asked]
+    together = generate_answers(model, tokenizer, asked, max_new_tokens=8)
+    alone = [generate_answers(model, tokenizer, [messages], max_new_tokens=8)[0] for messages in asked]
     assert together == alone
 
 

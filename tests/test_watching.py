@@ -21,7 +21,7 @@ from transformers import TrainerControl
 
 from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
-from stepladder.reporting import watch
+from stepladder.reporting import runs
 from stepladder.training.watch import telemetry
 from stepladder.training.watch.utilization import Work
 
@@ -241,8 +241,8 @@ def test_a_gpu_by_its_drivers_name(name, tflops) -> None:
 
 def test_follow_a_run_that_is_written(tmp_path, monkeypatch) -> None:
     """Guards a line that is half written, one that is damaged, and a file that a resumption rewinds."""
-    monkeypatch.setattr(watch, "POLL", 0.01)
-    file, lines = tmp_path / "metrics.jsonl", watch.follow(tmp_path)
+    monkeypatch.setattr(runs, "POLL", 0.01)
+    file, lines = tmp_path / "metrics.jsonl", runs.follow(tmp_path)
     (tmp_path / "run.json").write_text('{"status": "running"}')
     file.write_text('{"step": 1, "loss": 2.0}\nnot json\n{"step": 2, "lo')
     assert "loss 2.0000" in next(lines)
@@ -271,7 +271,7 @@ def test_a_line_that_is_damaged(line, tmp_path, capsys) -> None:
     (tmp_path / "run.json").write_text('{"status": "finished"}')
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 2}}\n{line}')
-    assert ["line 2 is damaged" in shown for shown in watch.follow(tmp_path)] == [False, True, False, False]
+    assert ["line 2 is damaged" in shown for shown in runs.follow(tmp_path)] == [False, True, False, False]
     record = run.Run(tmp_path, is_writer=True)
     record._rewind(1)
     assert file.read_text() == '{"step": 1, "loss": 2.0}\n' and record.logged_until == 2

@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from stepladder.evaluation import curves
-from stepladder.reporting import runs
+from stepladder.reporting import curves, runs
 
 first, other = runs.read_all([Path(name) for name in sys.argv[1:]])
 found = curves.between(first.rows, other.rows)

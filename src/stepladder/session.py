@@ -25,7 +25,7 @@ from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
-from stepladder.reporting import data_audit, page
+from stepladder.reporting import page
 from stepladder.run import Run
 from stepladder.training import allocator, arguments, inputs
 from stepladder.training.checkpoint import resume
@@ -173,7 +173,7 @@ def import_libraries() -> None:
     import transformers  # noqa: F401
 
     from stepladder.data import prepare  # noqa: F401
-    from stepladder.evaluation import samples  # noqa: F401
+    from stepladder.evaluation import generation  # noqa: F401
     from stepladder.model import build  # noqa: F401
     from stepladder.planning import choose  # noqa: F401
     from stepladder.training import callback, result, trainer  # noqa: F401
@@ -325,8 +325,8 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
         result.save(trainer, record, checked.recipe, shapes)
         if record.is_writer:
             # Once run.json says that it is finished; the audit before the page, so it comes last.
-            closing.callback(announce.written_beside, page.write, record.folder)
-            closing.callback(announce.written_beside, data_audit.write, record.folder, train_rows, eval_rows)
+            closing.callback(announce.written_beside, page.write_page, record.folder)
+            closing.callback(announce.written_beside, page.write_audit, record.folder, train_rows, eval_rows)
     return Trained(built, preempted=False)
 
 
@@ -350,7 +350,7 @@ def _announce(built: Built) -> None:
 
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
-    from stepladder.evaluation import samples
+    from stepladder.evaluation import generation
     from stepladder.training import callback, trainer
     from stepladder.training.guard import watchdog
     from stepladder.training.watch import telemetry, trackers, utilization
@@ -360,7 +360,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     work = utilization.work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
     own = callback.of(callback_file)
-    ask = samples.asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
+    ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.of(record, recipe, prepared.arguments, ask)
     watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.refused(recipe):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 GOOD, LOOK, FAULT = "good", "look", "fault"
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
+LEVEL = 0.05  # the chance of calling a difference real that is none
 
 
 @dataclass(frozen=True)

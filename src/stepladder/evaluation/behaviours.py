@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.data.columns import find_question_shape
-from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import generate, shared_out, statistics
-from stepladder.evaluation.generate import Answer
-from stepladder.evaluation.metrics import WORSE, words
-from stepladder.evaluation.questions import Question
+from stepladder.errors import DataError
+from stepladder.evaluation import generation
+from stepladder.evaluation.metrics import can_differ, words
+from stepladder.evaluation.questions import Answer, Question
 from stepladder.suggest import suggest
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
+from stepladder.verdict import FAULT, GOOD, LOOK, WORSE, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +162,11 @@ def ask(
     import torch
 
     groups = {name: [task for task in tasks if task.behaviour == name] for name in CHECKS}
-    asked = [name for name, group in groups.items() if group and _can_be_asked(tokenizer, group[0])]
+    asked = [
+        name
+        for name, group in groups.items()
+        if group and (not group[0].question.tools or generation.can_be_asked(tokenizer, group[0].question))
+    ]
 
     def answers_to(name: str) -> list[list[Answer]]:
         """The greedy answers to a behaviour's questions, and those of each repetition."""
@@ -171,7 +174,7 @@ def ask(
 
         def answers(times: int, **sampling: Any) -> list[Answer]:
             most, size = CHECKS[name].max_new_tokens, len(talks) * max(times, 1)
-            return generate.answers(
+            return generation.generate_answers(
                 model, tokenizer, talks * times, batch_size=size, shared=False, max_new_tokens=most, **sampling
             )
 
@@ -183,7 +186,7 @@ def ask(
                              remove_invalid_values=True)  # fmt: skip
         return [found[start : start + len(talks)] for start in range(0, len(found), len(talks))]
 
-    said = dict(zip(asked, shared_out.each(asked, answers_to), strict=True))
+    said = dict(zip(asked, generation.parallel_map(asked, answers_to), strict=True))
     ordered = [task for group in groups.values() for task in group]
     rounds = [
         [
@@ -196,16 +199,6 @@ def ask(
     texts = [answer.text if answer else None for answer in rounds[0]]
     kept, *repeated = ([*map(_kept, ordered, answers)] for answers in rounds)
     return Tried(ordered, texts, kept, repeated)
-
-
-def _can_be_asked(tokenizer: PreTrainedTokenizerBase, task: Task) -> bool:
-    if not task.question.tools:
-        return True
-    try:
-        generate.prompt_text(tokenizer, task.question.example)
-    except StepladderError:
-        return False
-    return True
 
 
 def _kept(task: Task, answer: Answer | None) -> float | None:
@@ -267,7 +260,7 @@ def verdict(metrics: list[dict[str, Any]], number: int) -> Verdict | None:
     if lost:
         what, help = "It lost what its base could do.", "rows that show it among the training rows, mix_general: 0.1"
         return Verdict(FAULT, "lost a behaviour", what, evidence, f"{help}, a lower learning_rate", figures)
-    if not statistics.can_differ(kept_by_base):
+    if not can_differ(kept_by_base):
         what = f"The base keeps {kept_by_base} tasks of the suite: too few to show a loss."
         return Verdict(LOOK, "behaviours not judged", what, evidence, "compare with a base that was tuned to follow "
                        "instructions", figures)  # fmt: skip

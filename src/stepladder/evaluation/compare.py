@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.evaluation import behaviours, learned, loss, metrics, statistics
-from stepladder.evaluation.generate import Answer
+from stepladder.evaluation import behaviours, learned, loss, metrics
 from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.metrics import BETTER, HIGHER, LOWER, NEITHER, NO_DIFFERENCE, WORSE, Metric
-from stepladder.evaluation.questions import Question
-from stepladder.evaluation.rubric import Rule
-from stepladder.verdict import FAULT, LOOK, Verdict
+from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
+from stepladder.evaluation.questions import Answer, Question
+from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
 TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
@@ -159,7 +157,7 @@ def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> I
 def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[Metric, Column]:
     found: dict[Metric, Column] = {}
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
-        figures = metrics.of_answer(answer, question.reference)
+        figures = metrics.score_answer(answer, question.reference)
         figures |= {_of_rule(rule): rule.kept(answer.text, question.reference) for rule in rules}
         for metric, value in figures.items():
             found.setdefault(metric, []).append(value)
@@ -179,7 +177,7 @@ def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
         pairs = [(a, b) for a, b in zip(columns[0], column, strict=False) if a is not None and b is not None]
         wanted = pairs and metric.better != NEITHER and column is not columns[0]
         first, second = [a for a, _ in pairs], [b for _, b in pairs]
-        tests.append(vars(statistics.paired(first, second, [1.0] * len(pairs))) if wanted else None)
+        tests.append(vars(metrics.paired(first, second, [1.0] * len(pairs))) if wanted else None)
     return _entry(metric, sides, tests)
 
 
@@ -219,13 +217,13 @@ def _perplexity_row(sides: list[Side]) -> dict[str, Any]:
 
 
 def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
-    mean, low, high = statistics.interval(values, weights)
+    mean, low, high = metrics.interval(values, weights)
     return {"mean": mean, "low": low, "high": high, "rows": len(values)}
 
 
 def _distinct(texts: list[str], n: int) -> dict[str, float]:
     mean = metrics.distinct(texts, n)
-    low, high = statistics.jackknife(mean, metrics.distinct_without(texts, n))
+    low, high = metrics.jackknife(mean, metrics.distinct_without(texts, n))
     return {"mean": mean, "low": max(low, 0.0), "high": min(high, 1.0), "rows": len(texts)}
 
 
@@ -237,10 +235,10 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
     """Add to each test its corrected p and its verdict, and to each row its winner."""
     for number in range(1, len(names)):
         tests = [(row, test) for row in rows if (test := row["tests"][number])]
-        for (row, test), p in zip(tests, statistics.holm([test["p"] for _, test in tests]), strict=True):
+        for (row, test), p in zip(tests, metrics.holm([test["p"] for _, test in tests]), strict=True):
             rose = (test["mean"] > 0) == (row["better"] == HIGHER)
             test["p_corrected"] = p
-            test["verdict"] = NO_DIFFERENCE if p >= statistics.LEVEL else BETTER if rose else WORSE
+            test["verdict"] = NO_DIFFERENCE if p >= LEVEL else BETTER if rose else WORSE
             of_base, mean = (row["sides"][side]["mean"] for side in (0, number))
             if math.isfinite(of_base) and not math.isfinite(mean):
                 test["verdict"] = WORSE

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.errors import ModelError, RunError
-from stepladder.evaluation import shared_out, transcript
-from stepladder.evaluation.generate import Answer, Message
+from stepladder.evaluation import questions
+from stepladder.evaluation.generation import parallel_map
+from stepladder.evaluation.questions import Answer, Message
 
 if TYPE_CHECKING:
     from httpx2 import URL, AsyncClient, Response
@@ -61,7 +62,7 @@ class Kept:
 
     def add(self, messages: list[Message], answer: Answer) -> None:
         if self.file:
-            row = transcript.row(str(self.endpoint), {"messages": messages}, answer, self.max_new_tokens, 0.0)
+            row = questions.transcript_row(str(self.endpoint), {"messages": messages}, answer, self.max_new_tokens, 0.0)
             try:
                 with self.file.open("ab") as out:
                     out.write(self.ending + row.encode(errors="surrogatepass"))
@@ -116,7 +117,7 @@ def answers(
 
     batches = [conversations[start : start + AT_ONCE] for start in range(0, len(conversations), AT_ONCE)]
     try:
-        found = [pair for batch in shared_out.each(batches, batch_of) for pair in batch]
+        found = [pair for batch in parallel_map(batches, batch_of) for pair in batch]
     except ModelError as error:
         if not (kept.file and kept.file.is_file()):
             raise

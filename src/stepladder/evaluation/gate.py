@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stepladder.errors import StepladderError
-from stepladder.evaluation import behaviours, metrics, statistics
-from stepladder.evaluation.metrics import BETTER, HIGHER, NEITHER, WORSE
-from stepladder.evaluation.rubric import Rule
+from stepladder.evaluation import behaviours, metrics
+from stepladder.evaluation.metrics import HIGHER, NEITHER, Rule
 from stepladder.suggest import suggest
+from stepladder.verdict import BETTER, WORSE
 
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
 LOSS = "held-out loss"
@@ -129,7 +129,7 @@ def _verdict(name: str, verdicts: dict[str, dict[str, Any]]) -> tuple[bool, str]
     if given["name"] != name:
         return False, f"{given['name']}: {given['evidence']}"
     rows = given["figures"].get("rows")
-    if name == FORGET and rows is not None and not statistics.can_differ(int(rows)):
+    if name == FORGET and rows is not None and not metrics.can_differ(int(rows)):
         return False, f"{int(rows)} rows of general knowledge are too few to show forgetting"
     return True, given["evidence"]
 
@@ -157,7 +157,7 @@ def _row(wanted: str, row: dict[str, Any], table: list[dict[str, Any]], number: 
         return test["verdict"] == BETTER, evidence
     # A share can fall only in the rows where the base has it; any other figure in all of them.
     at_stake = behaviours.could_break(row) if percent and row["better"] == HIGHER else base["rows"]
-    if not statistics.can_differ(at_stake, _tests(row, table, number)):
+    if not metrics.can_differ(at_stake, _tests(row, table, number)):
         return False, f"{before} → {after}: the base has {at_stake} rows to lose, too few to show a loss"
     return test["verdict"] != WORSE, evidence
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from stepladder.data import read
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, RunError
-from stepladder.evaluation.questions import of_rows
+from stepladder.evaluation.questions import extract_questions
 from stepladder.model import pretrained
 
 CHOICES, SEED = 4, 42
@@ -49,7 +49,7 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
     Raises:
         DataError: fewer than four different answers; a question that is more than one text.
     """
-    asked = of_rows(rows)
+    asked = extract_questions(rows)
     if any(len(question.messages) > 1 or question.tools for question in asked):
         raise DataError(
             f"a question of {rows.name} has a system turn, earlier turns or tools",

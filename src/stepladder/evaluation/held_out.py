@@ -249,7 +249,7 @@ def asked_before(asked: list[Question], training: dict[str, Rows]) -> list[str]:
     mine = [row_key(question.example) for question in asked]
     notes = []
     for name, rows in training.items():
-        known = {row_key(question.example) for question in questions.of_rows(rows)}
+        known = {row_key(question.example) for question in questions.extract_questions(rows)}
         if count := sum(key in known for key in mine):
             notes.append(f"{count} of {len(asked)} questions were asked in the training of {name} too")
     return notes

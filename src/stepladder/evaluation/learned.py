@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from stepladder.evaluation import loss, statistics
+from stepladder.evaluation import loss, metrics
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.metrics import words
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
+from stepladder.verdict import FAULT, GOOD, LEVEL, LOOK, Verdict
 
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy
@@ -104,7 +104,7 @@ def forgot(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     rise, figures = after - before, {"before": before, "after": after, "p": test.p, "rows": float(len(base))}
     evidence = f"general knowledge: {before:.3f} before, {after:.3f} after ({rise:+.3f}, p = {test.p:.2g})"
     help = "mix_general: 0.1, a lower learning_rate, fewer epochs, or LoRA where it was full fine-tuning"
-    if rise > RISE and test.p < statistics.LEVEL:
+    if rise > RISE and test.p < LEVEL:
         times = f"; perplexity {math.exp(min(rise, 50)):.2f} times as high"
         severity, name = (FAULT, "forgot") if rise > LOUD_RISE else (LOOK, "forgot a little")
         return Verdict(severity, name, "It knows less than its base did.", evidence + times, help, figures)
@@ -130,7 +130,7 @@ def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     before, after, test = loss.mean(base), loss.mean(tuned, base), loss_test(base, tuned)
     figures = {"before": before, "after": after, "p": test.p}
     evidence = f"held-out loss {before:.3f} before, {after:.3f} after, on {len(base)} rows (p = {test.p:.2g})"
-    if test.p >= statistics.LEVEL:
+    if test.p >= LEVEL:
         what, help = "The held-out loss shows no difference to the base.", "more held-out rows; train longer"
         return Verdict(LOOK, "no difference shown", what, evidence, help, figures)
     if after > before:
@@ -139,8 +139,8 @@ def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     return Verdict(GOOD, "better than the base", "It predicts held-out answers better.", evidence, figures=figures)
 
 
-def loss_test(base: list[RowLoss], tuned: list[RowLoss]) -> statistics.Difference:
+def loss_test(base: list[RowLoss], tuned: list[RowLoss]) -> metrics.Difference:
     """The test of two models' losses on the same rows; each row weighs what its tokens are to the base."""
     weights = [float(row.tokens) for row in base]
     first, second = ([row.nats / of.tokens for row, of in zip(side, base, strict=True)] for side in (base, tuned))
-    return statistics.paired(first, second, weights)
+    return metrics.paired(first, second, weights)

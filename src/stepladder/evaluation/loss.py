@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data.render import IGNORED, render
 from stepladder.data.rows import Rows
-from stepladder.evaluation import shared_out
+from stepladder.evaluation.generation import parallel_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def of_rows(
         return found
 
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    losses = dict(zip(order, (loss for batch in shared_out.each(batches, batch_of) for loss in batch), strict=True))
+    losses = dict(zip(order, (loss for batch in parallel_map(batches, batch_of) for loss in batch), strict=True))
     return [losses[i] for i in range(len(items))]
 
 

@@ -1,22 +1,33 @@
-"""Figures of answers, an answer at a time: likeness to a reference, repetition, length, stopping, style.
+"""Figures of answers: likeness to a reference, repetition, length, style rules; and what differs beyond chance.
 
-Each is a mean over the answers, so that the rows of two models can be compared in pairs. Only
-distinct-n is of all answers together: that all are the same shows in no single one.
+A figure is the weighted mean of a value per answer, Σ wᵢvᵢ / Σ wᵢ, so that the rows of two models can be compared
+in pairs. Only distinct-n is of all answers together: that all are the same shows in no single one. Intervals and
+tests are over the rows (another draw of questions would have given other figures), seeded, and assume no shape.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import re
 import string
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from stepladder.evaluation.generate import Answer
+from stepladder import files
+from stepladder.errors import DataError
+from stepladder.evaluation.questions import Answer
+from stepladder.suggest import suggest
+from stepladder.verdict import LEVEL
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
 REPEATED = 4  # words of a run that counts as repeated
+SEED, RESAMPLES, BLOCK = 42, 5000, 250
+Floats = Sequence[float]
 
 
 class Metric(NamedTuple):
@@ -40,7 +51,7 @@ LENGTH = Metric("length", NEITHER, "words")
 METRICS = (CHRF, ROUGE_L, EXACT, F1, REPETITION, STOPPED, LENGTH)
 
 
-def of_answer(answer: Answer, reference: str) -> dict[Metric, float | None]:
+def score_answer(answer: Answer, reference: str) -> dict[Metric, float | None]:
     """The figures of one answer; None where the metric needs a reference and there is none (it is empty)."""
     text = answer.text
     found: dict[Metric, float | None] = dict.fromkeys(METRICS)
@@ -116,3 +127,149 @@ def _f1(answer: list[str], reference: list[str]) -> float:
         return float(answer == reference)
     common = (Counter(answer) & Counter(reference)).total()
     return 2 * common / (len(answer) + len(reference))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A style rule: a regular expression that an answer holds from `at_least` to `at_most` times.
+
+    With `in_reference`, only what the reference holds too counts; where the reference holds none of
+    it, the rule does not apply. `required` is the least share of answers (0 to 1) that must keep the rule;
+    `facts` says that it judges whether answers are true, which needs such a share.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    at_least: int = 1
+    at_most: int | None = None
+    in_reference: bool = False
+    required: float | None = None
+    facts: bool = False
+
+    def kept(self, answer: str, reference: str) -> float | None:
+        """1 or 0; None where the rule does not apply."""
+        found = [match.group() for match in self.pattern.finditer(answer)]
+        if self.in_reference:
+            wanted = {match.group() for match in self.pattern.finditer(reference)}
+            if not wanted:
+                return None
+            found = [text for text in set(found) if text in wanted]
+        return float(self.at_least <= len(found) and (self.at_most is None or len(found) <= self.at_most))
+
+
+def read_rubric(path: Path) -> list[Rule]:
+    """The rules of a YAML file of style rules, in their order (data/techco_rubric.yaml is one).
+
+    Raises:
+        DataError: no such file, no YAML, an unknown key, a pattern that is none.
+    """
+    try:
+        found = files.parse_yaml(files.read_text(path, files.YAML_BYTES))
+    except ValueError as error:
+        help = "see data/techco_rubric.yaml"
+        raise DataError(f"the rubric {path} cannot be read", why=str(error), help=help) from None
+    if not isinstance(found, dict) or not found:
+        raise DataError(f"{path} holds no rules", help="NAME: {pattern: '…'}, as in data/techco_rubric.yaml")
+    return [_rule(str(name), keys, str(path)) for name, keys in found.items()]
+
+
+def _rule(name: str, keys: Any, where: str) -> Rule:
+    known = {field.name: field.type for field in dataclasses.fields(Rule)}
+    if not isinstance(keys, dict) or not isinstance(keys.get("pattern"), str):
+        raise DataError(f"the rule '{name}' has no pattern", where=where, help="pattern: 'a regular expression'")
+    for key, value in keys.items():
+        if key not in known or key == "name":
+            raise DataError(f"unknown key '{key}' in the rule '{name}'", where=where, help=suggest(key, known))
+        if key in ("at_least", "at_most") and (type(value) is not int or value < 0):
+            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, help="a number of matches")
+        if key in ("in_reference", "facts") and type(value) is not bool:
+            raise DataError(f"{key} of the rule '{name}' is {value!r}", where=where, help="true or false")
+        if key == "required" and (type(value) not in (int, float) or not 0 < value <= 1):
+            help = "a share of the answers above 0 and up to 1, such as 0.95"
+            raise DataError(f"required of the rule '{name}' is {value!r}", where=where, help=help)
+    if keys.get("facts") and not keys.get("required"):
+        why = "a model that gets few facts right would be recommended all the same"
+        raise DataError(f"the rule '{name}' judges facts and requires none", where=where, why=why,
+                        help="required: 0.95")  # fmt: skip
+    try:
+        return Rule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
+    except (re.error, OverflowError, RecursionError) as error:
+        raise DataError(f"the pattern of the rule '{name}' is none: {error}", where=where) from None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second minus first, its 95 % interval, and the chance `p` of one so large where there is no difference."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def interval(values: Floats, weights: Floats) -> tuple[float, float, float]:
+    """The weighted mean and its 95 % percentile bootstrap interval (Efron, 1979).
+
+    All are NaN where a value is no number.
+    """
+    import numpy as np
+
+    v, w = np.asarray(values, float), np.asarray(weights, float)
+    if not np.isfinite(v).all():
+        return math.nan, math.nan, math.nan
+    made = np.random.default_rng(SEED)
+    drawn = []
+    for _ in range(RESAMPLES // BLOCK):  # in blocks: thousands of rows times thousands of resamples are gigabytes
+        rows = made.integers(len(v), size=(BLOCK, len(v)))
+        drawn.append((v * w)[rows].sum(1) / w[rows].sum(1))
+    low, high = np.quantile(np.concatenate(drawn), [LEVEL / 2, 1 - LEVEL / 2])
+    return float(np.average(v, weights=w)), float(low), float(high)
+
+
+def jackknife(whole: float, without: Floats) -> tuple[float, float]:
+    """The 95 % interval of a figure of all items together, by those that leave out one item each (Tukey, 1958).
+
+    For how different items are: a bootstrap draws items twice, and twins are never different.
+    """
+    import numpy as np
+
+    spread = 1.96 * float(np.sqrt((len(without) - 1) * np.asarray(without, float).var()))
+    return whole - spread, whole + spread
+
+
+def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
+    """Two systems on the same rows: paired bootstrap for the interval (Koehn, 2004), paired permutation for p.
+
+    The permutation exchanges the two values of random rows (approximate randomization: Noreen, 1989;
+    Riezler & Maxwell, 2005). p counts the observed order too, so that it is never 0 (Phipson & Smyth, 2010).
+    """
+    import numpy as np
+
+    w = np.asarray(weights, float)
+    d = np.asarray(second, float) - np.asarray(first, float)
+    mean, low, high = interval(d.tolist(), weights)
+    if not math.isfinite(mean):  # NaN is not “at least as extreme” as anything: p would be the smallest there is
+        return Difference(mean, low, high, 1.0)
+    made = np.random.default_rng(SEED)
+    extreme, observed = 0, abs((d * w).sum()) * (1 - 1e-9)  # up to the rounding of the sums
+    for _ in range(RESAMPLES // BLOCK):
+        signs = made.choice([-1.0, 1.0], size=(BLOCK, len(d)))
+        extreme += int((abs((signs * d * w).sum(1)) >= observed).sum())
+    return Difference(mean, low, high, (extreme + 1) / (RESAMPLES + 1))
+
+
+def can_differ(rows: int, tests: int = 1) -> bool:
+    """Whether so many rows can show a difference at all, corrected for so many tests (Holm's first factor).
+
+    Of the 2ⁿ exchanges of n pairs, the observed one and its mirror image are always as extreme.
+    """
+    return 2.0 ** (1 - min(rows, 1000)) * tests < LEVEL
+
+
+def holm(ps: Floats) -> list[float]:
+    """p values corrected for there being several (Holm, 1979): among twenty tests one would pass by chance."""
+    order, corrected, least = sorted(range(len(ps)), key=ps.__getitem__), [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = least
+    return corrected

@@ -1,9 +1,9 @@
-"""What the models are asked: the data's own questions with their answers as references, or a file of prompts."""
+"""What the models are asked, and their answers: the data's own questions, a file of prompts, a transcript."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,11 +15,11 @@ from stepladder.data.formats import Example
 from stepladder.data.rows import Rows, examples
 from stepladder.data.source import Source
 from stepladder.errors import DataError
-from stepladder.evaluation.generate import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Message = dict[str, Any]
 PROMPTS_BYTES = 1 << 26  # each prompt is answered by a model
 PROOF_PROMPTS, PROOF_TOKENS = 4, 48  # of a merge's proof: prompts, and the last tokens of each that are kept
 BUILT_IN = (
@@ -28,6 +28,13 @@ BUILT_IN = (
     "def fibonacci(n):",
     "How far is the Moon?",
 )
+
+
+class Answer(NamedTuple):
+    """What a model said; `stopped`: it ended by itself, within the tokens that it was allowed."""
+
+    text: str
+    stopped: bool
 
 
 class Question(NamedTuple):
@@ -56,7 +63,7 @@ class Question(NamedTuple):
         return example
 
 
-def of_rows(rows: Rows) -> list[Question]:
+def extract_questions(rows: Rows) -> list[Question]:
     """The last turn of each conversation; rows of plain text ask nothing, nor do answers without a question."""
     talks = (example for example in rows.examples if "messages" in example)
     asked = (_question(*formats.split_answer(example)) for example in talks)
@@ -81,7 +88,7 @@ def remarks(asked: list[Question], rows: Rows | None = None) -> list[str]:
     return notes
 
 
-def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
+def read_prompts(path: Path, notes: list[str] | None = None) -> list[Question]:
     """Prompts: a text file of one a line, or rows (JSONL, …) with or without answers, read as training rows are.
 
     Args:
@@ -98,22 +105,19 @@ def from_file(path: Path, notes: list[str] | None = None) -> list[Question]:
         found = [Question([{"role": "user", "content": line.strip()}]) for line in lines if line.strip()]
     else:
         converter = Converter(str(path), None)
-        found = list(_of_file(path, converter))
+        found = []
+        for where, row in read.read(path):
+            if isinstance(row, DataError):
+                raise row
+            shape = find_question_shape(row, where)
+            example, answer = formats.to_prompt(row, where, shape)
+            converter.count(row, shape, example)
+            found.append(_question(example, answer))
         if notes is not None:
             notes += [remark.what for remark in converter.remarks()]
     if not found:
         raise DataError(f"{path} holds no prompt", help='one a line, or JSONL rows: {"prompt": "…"}')
     return found
-
-
-def _of_file(path: Path, converter: Converter) -> Iterator[Question]:
-    for where, row in read.read(path):
-        if isinstance(row, DataError):
-            raise row
-        shape = find_question_shape(row, where)
-        example, answer = formats.to_prompt(row, where, shape)
-        converter.count(row, shape, example)
-        yield _question(example, answer)
 
 
 def _question(example: Example, answer: str) -> Question:
@@ -142,3 +146,56 @@ def prompt_ids(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> list[
             text = messages[-1]["content"] if messages else row["text"]
         found.append(tokenizer(text, add_special_tokens=not messages)["input_ids"][-PROOF_TOKENS:])
     return found
+
+
+def transcript_row(model: str, asked: Example, answer: Answer, max_new_tokens: int, temperature: float) -> str:
+    """A line of a transcript (`generate.py --transcript`): a training row, with the model and how it was sampled."""
+    made = {"model": model, "max_new_tokens": max_new_tokens, "temperature": temperature, "stopped": answer.stopped}
+    said = [*asked["messages"], {"role": "assistant", "content": answer.text}]
+    return json.dumps(made | asked | {"messages": said}, ensure_ascii=False) + "\n"
+
+
+def transcript_conditions(path: Path) -> tuple[int | None, float]:
+    """A transcript's limit of new tokens per answer (None: it does not say), and its sampling temperature.
+
+    Raises:
+        DataError: no such file, or rows made under several conditions.
+    """
+    found = {(row.get("max_new_tokens"), row.get("temperature", 0.0)) for _, row in read.read(path)
+             if isinstance(row, dict)}  # fmt: skip
+    if len(found) > 1:
+        raise DataError(f"the rows of {path} differ in max_new_tokens or temperature", help="keep them anew, alike")
+    return found.pop() if found else (None, 0.0)
+
+
+def transcript_answers(path: Path, questions: list[Question]) -> list[Answer]:
+    """The answers of a transcript to these questions; a question is found by its whole conversation and its tools.
+
+    Raises:
+        DataError: no such file, a row that is no transcript's, a question that it does not answer.
+    """
+    known: dict[str, Answer] = {}
+    texts = set()
+    for where, found in read.read(path):
+        if isinstance(found, DataError):
+            raise found
+        try:
+            *before, said = found["messages"]
+            known[_key(found | {"messages": before})] = Answer(str(said["content"]), bool(found["stopped"]))
+            texts.add(before[-1]["content"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            help = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
+            raise DataError("this row is of no transcript", where=where, help=help) from None
+    missing = [question.text for question in questions if _key(question.example) not in known]
+    if missing:
+        other = "; that text is answered in another conversation (a system prompt, tools, or turns before it)"
+        raise DataError(
+            f"{path} answers {len(questions) - len(missing)} of {len(questions)} questions",
+            why=f"the first without an answer: {missing[0][:80]!r}" + other * (missing[0] in texts),
+            help="generate.py --prompts with the same file, or --limit with as many questions as it answers",
+        )
+    return [known[_key(question.example)] for question in questions]
+
+
+def _key(asked: Example) -> str:
+    return json.dumps([asked.get(key) for key in ("messages", "tools", "chat_template_kwargs")], sort_keys=True)

@@ -11,7 +11,7 @@ from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows, row_key
 from stepladder.errors import DataError, ModelError
-from stepladder.evaluation import behaviours, endpoint, generate, held_out, loss, transcript
+from stepladder.evaluation import behaviours, endpoint, generation, held_out, loss, questions
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
@@ -61,7 +61,7 @@ def measure(
         talks = [question.messages for question in on.questions]
         return Side(str(source), endpoint.answers(source, talks, max_new_tokens, kept, on.notes))
     if is_transcript(source):
-        return Side(source, transcript.answers(Path(source), on.questions))
+        return Side(source, questions.transcript_answers(Path(source), on.questions))
     model, tokenizer = pretrained.load_for_inference(source, on.bases.get(source), trust_remote_code)
     if tokenizer.chat_template is None and template:
         tokenizer.chat_template = template
@@ -72,7 +72,7 @@ def measure(
             help="compare it with a model that was tuned with one (chat_template or prompt_template in its recipe)",
         )
     conversations = [question.example for question in on.questions]
-    side = Side(source, generate.answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
+    side = Side(source, generation.generate_answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
     if on.held_out:
         side.losses = loss.of_rows(model, tokenizer, on.held_out)
     if on.general:
@@ -98,7 +98,7 @@ def check(source: str | Endpoint, on: Measured) -> None:
         if on.questions:
             endpoint.probe(source, on.questions[0].messages)
     elif is_transcript(source):
-        transcript.answers(Path(source), on.questions)
+        questions.transcript_answers(Path(source), on.questions)
     else:
         if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
             on.bases[source] = on.base
@@ -137,7 +137,7 @@ def length(sources: Sequence[str | Endpoint], asked: int | None, notes: list[str
     """
     for source in sources:
         if isinstance(source, str) and is_transcript(source):
-            cap, temperature = transcript.conditions(Path(source))
+            cap, temperature = questions.transcript_conditions(Path(source))
             if temperature:
                 notes.append(f"{source} was sampled at temperature {temperature:g}; models are asked without sampling")
             if cap is None:
@@ -146,7 +146,7 @@ def length(sources: Sequence[str | Endpoint], asked: int | None, notes: list[str
                 help = f"--max_new_tokens {cap}, or keep the transcript anew with --max_new_tokens {asked}"
                 raise DataError(f"{source} answers within {cap} tokens, the others within {asked}", help=help)
             asked = cap or asked
-    return asked or generate.MAX_NEW_TOKENS
+    return asked or generation.MAX_NEW_TOKENS
 
 
 def not_measured(sources: Sequence[str | Endpoint], on: Measured) -> list[str]:

@@ -1,4 +1,4 @@
-"""One self-contained page on one or several runs: what a person opens after training.
+"""What a run folder holds for a person: one self-contained page on one or several runs, and its data's audit.
 
 The page loads nothing: style, script and curves lie in the file, and its Content-Security-Policy
 forbids the network and every script but its own. Text of models, data and recipes is escaped by
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import difflib
 import functools
 import hashlib
+import html
 import json
 import math
+import random
+import re
 import time
 from collections.abc import Iterator
 from importlib import resources
@@ -20,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
+from stepladder.data import audit
+from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
+from stepladder.data.rows import Rows
 from stepladder.errors import RunError
-from stepladder.reporting import marked, plots, verdicts
+from stepladder.reporting import curves
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
 from stepladder.run import MANIFEST, RECIPE, write_whole
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
@@ -38,14 +45,36 @@ TABLE_ROWS = 20  # of the table behind a curve
 SHARED = ("step", *(chart[1] for chart in CHARTS))
 ENVIRONMENT = ("strategy", "world_size", "devices", "precision", "global_batch_size", "micro_batch_size",
                "gradient_accumulation_steps", "seed", "recipe_hash", "git_commit", "started", "ended")  # fmt: skip
+AUDITED_ROWS = 10_000  # rows that are looked at: seconds; check.py --audit looks at all of them
+ANY_LENGTH = Limits(0, 0)  # what was trained on is not called too short afterwards
+AKIN = 0.5  # shared words of two answers (difflib's ratio) below which marking each difference says nothing
 ALWAYS_DIFFER = {"output_dir", "started", "ended"}  # between any two runs, and of no effect
 
 
-def write(folder: Path) -> None:
+def write_page(folder: Path) -> None:
     """Write report.html and loss.png into a run folder, from what lies there."""
     run = read(folder)
-    save(folder / "report.html", page([run]))
-    plots.write(folder / "loss.png", run.curve("loss"), run.curve("eval_loss"))
+    save(folder / "report.html", render_page([run]))
+    curves.draw_loss(folder / "loss.png", run.curve("loss"), run.curve("eval_loss"))
+
+
+def write_audit(folder: Path, train: Any, evaluation: Any) -> None:
+    """Write audit.json: what the trained and evaluated rows are like as text, where they are in memory (no stream)."""
+    if not isinstance(train, Rows):
+        return
+    held_out = _sample(evaluation) if isinstance(evaluation, Rows) else None
+    findings = check_texts(_sample(train), ANY_LENGTH, held_out)
+    if len(train) > AUDITED_ROWS:
+        looked = {"rows looked at": AUDITED_ROWS, "of": len(train)}
+        findings.insert(0, Finding(FIGURE, "sampled", "a sample drawn by chance", figures=looked))
+    found = audit.as_json(audit.Audit(train.name, train, held_out, findings), [])
+    write_whole(folder / "audit.json", json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def _sample(rows: Rows) -> Rows:
+    if len(rows) <= AUDITED_ROWS:
+        return rows
+    return rows.take(sorted(random.Random(42).sample(range(len(rows)), AUDITED_ROWS)))
 
 
 def save(path: Path, text: str) -> None:
@@ -61,21 +90,21 @@ def save(path: Path, text: str) -> None:
         raise RunError(f"{path} cannot be written", why=why, help="another -o") from None
 
 
-def of_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -> str:
+def render_comparison(folder: Path, tuned: list[Path], comparison: dict[str, Any]) -> str:
     """The page of compare.py: of the runs that it compared, where they are runs, and what it found."""
     found = read_all([side for side in dict.fromkeys(tuned) if (side / MANIFEST).is_file()])
     logged = found or [LoggedRun(folder, folder.resolve().name)]
     logged[0].comparison = comparison
-    return page(logged)
+    return render_page(logged)
 
 
-def judge(run: LoggedRun) -> list[Verdict]:
+def judge_run(run: LoggedRun) -> list[Verdict]:
     """What the run's curves say and what compare.py found; the worst come first."""
     held_out, evaluation = run.facts.get("held_out") or {}, run.curve("eval_loss")
     if held_out and held_out["rows"] == held_out["trained_on"]:
         evaluation = {}  # it says nothing that the training loss does not
-    found = verdicts.judge(run.curve("loss"), evaluation, run.curve("grad_norm")) if run.facts or run.rows else []
-    found += verdicts.of_evaluation_rows(**held_out) if held_out else []
+    found = curves.judge_curves(run.curve("loss"), evaluation, run.curve("grad_norm")) if run.facts or run.rows else []
+    found += curves.judge_evaluation_rows(**held_out) if held_out else []
     compared = run.comparison.get("verdicts", [])
     for side in compared:
         of = f"{side['side']}: " if len(compared) > 1 else ""
@@ -83,7 +112,7 @@ def judge(run: LoggedRun) -> list[Verdict]:
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
-def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None) -> str:
+def render_page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None) -> str:
     """The whole page as HTML.
 
     Args:
@@ -95,11 +124,11 @@ def page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None)
         title=" · ".join(run.name for run in runs),
         runs=runs,
         summary=[(label, values, False) for label, values, _ in _side_by_side([_summary(run) for run in runs])],
-        verdicts=[judge(run) for run in runs],
+        verdicts=[judge_run(run) for run in runs],
         charts=[chart for names in CHARTS if (chart := _chart(runs, *names))],
         differences=differences or [],
         figures=[(run, run.comparison["metrics"]) for run in runs if run.comparison.get("metrics")],
-        answers=[(run, answers) for run in runs if (answers := marked.answers(run))],
+        answers=[(run, answers) for run in runs if (answers := _marked_answers(run))],
         recipe=_side_by_side([run.facts.get("recipe") or {} for run in runs]),
         environment=_side_by_side([_environment(run) for run in runs]),
         predicted=[(run, rows) for run in runs if (rows := _predicted(run))],
@@ -118,7 +147,7 @@ def _template() -> Any:
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    engine.filters |= {"number": number, "shown": shown, "share": share}
+    engine.filters |= {"number": number, "value": format_value, "share": share}
     return engine.from_string((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
 
 
@@ -138,7 +167,7 @@ def share(value: float | None, unit: str) -> str:
     return f"{value:.0%}" if unit.startswith("share") else number(value)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of a recipe or manifest as YAML's flow style would have it."""
     if isinstance(value, float):
         return f"{value:g}"
@@ -199,6 +228,34 @@ def _in_words(curve: Curve) -> str:
     if len(good) > 2:
         words += f"; lowest {number(good[low])} at {low}, highest {number(good[high])} at {high}"
     return words + f"; {len(curve) - len(good)} values that are no number" * (len(good) < len(curve))
+
+
+def _marked_answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
+    """Each question with the sides' answers, their differences marked, and the reference."""
+    c = run.comparison
+    sides = zip(*(side["answers"] for side in c["sides"]), strict=True) if c else ()
+    return [
+        (question, _marked(texts), reference)
+        for question, texts, reference in zip(c.get("questions", ()), sides, c.get("references", ()), strict=True)
+    ]
+
+
+def _marked(texts: tuple[str, ...]) -> list[Any]:
+    """Each text with what sets it apart from the first (the first: from the second) marked, where the two are akin."""
+    from markupsafe import Markup
+
+    words = [re.findall(r"\s+|\w+|[^\w\s]", text) for text in texts]
+    found = []
+    for i, mine in enumerate(words):
+        other, tag = (words[min(1, len(words) - 1)], "del") if i == 0 else (words[0], "ins")
+        match = difflib.SequenceMatcher(None, mine, other)
+        changes = match.get_opcodes() if match.ratio() >= AKIN else [("equal", 0, len(mine), 0, 0)]
+        out = ""
+        for kind, a, b, _, _ in changes:
+            text = html.escape("".join(mine[a:b]))
+            out += text if kind == "equal" or not text.strip() else f"<{tag}>{text}</{tag}>"
+        found.append(Markup(out))
+    return found
 
 
 def _summary(run: LoggedRun) -> dict[str, str]:

@@ -1,18 +1,24 @@
-"""What a loss curve says: named verdicts, each with its figures and what to do.
+"""A run's curves: named verdicts, each with its figures and what to do; how two runs differ; loss.png.
 
-All are drawn from metrics.jsonl alone. The loss is noisy, so it is judged by levels (means over a
+All is drawn from metrics.jsonl alone. The loss is noisy, so it is judged by levels (means over a
 tenth of the run) and by its wobble: the standard deviation about a straight line through the
 second half, where the curve itself is nearly straight.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from stepladder.reporting.runs import Curve, finite
+from stepladder.run import write_whole
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LEAST = 8  # logged losses below which a curve has no shape
@@ -23,9 +29,18 @@ OSCILLATION = (0.1, 0.25)  # wobble, as shares of the loss and of its drop
 MEMORIZED = 0.1  # nats a token: each trained token is given a probability of 0.9
 GAP = 0.3  # nats a token: held-out perplexity 1.35 times that of training
 RISE = 0.02  # of the lowest evaluation loss
+# In fp32 without dropout. Strategies sum in different orders, so the last bits differ; a lost
+# row or a wrong normalization differs by 1e-3 and more. The mean residual must be ten times
+# smaller: rounding goes to both sides, a defect to one (TRL, tests/invariant).
+LOSS_TOLERANCE = 1e-5  # absolute, nats a token
+GRAD_NORM_TOLERANCE = 1e-3  # relative
+SCALE = 2  # drawn twice as large and made smaller: smooth lines
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (SCALE * length for length in (960, 480, 78, 40, 50, 40))  # pixels
+PAPER, RULE, SOFT, BLUE, RED = "#fcfbf8", "#ddd7cb", "#655f56", "#0068a8", "#b03a22"
+MOST_POINTS = 400
 
 
-def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
+def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     """The verdicts on a run's loss, evaluation loss and gradient norm; the worst come first."""
     found = [*_broken({"loss": train, "evaluation loss": evaluation, "gradient norm": grad_norm})]
     train, evaluation = finite(train), finite(evaluation)
@@ -42,7 +57,7 @@ def judge(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
-def of_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> list[Verdict]:
+def judge_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> list[Verdict]:
     """The verdicts on rows that a run was evaluated on: whether they were held out, and of its own data.
 
     Args:
@@ -182,3 +197,113 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdi
     elif learned and end - low <= RISE * low:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: {gap:+.3f}"
         yield Verdict(GOOD, "generalizes", "What was learned holds on rows not trained on.", evidence, figures=figures)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference and the mean residual of two curves; gradient norms are relative."""
+
+    steps: int
+    loss: float
+    loss_residual: float
+    grad_norm: float
+    grad_norm_residual: float
+    eval_loss: float
+
+    def within(self, factor: float = 1.0) -> bool:
+        """Whether the curves are one, at `factor` times the tolerances of fp32."""
+        return (
+            max(self.loss, self.eval_loss) <= factor * LOSS_TOLERANCE
+            and abs(self.loss_residual) <= factor * LOSS_TOLERANCE / 10
+            and self.grad_norm <= factor * GRAD_NORM_TOLERANCE
+            and abs(self.grad_norm_residual) <= factor * GRAD_NORM_TOLERANCE / 10
+        )
+
+
+def difference(reference: Path, other: Path) -> Difference:
+    """Compare two run folders step by step; a run of another length differs infinitely."""
+    first, second = (_rows(folder) for folder in (reference, other))
+    if any(len(_by_step(first, key)) != len(_by_step(second, key)) for key in ("loss", "grad_norm", "eval_loss")):
+        return Difference(0, *[math.inf] * 5)
+    return between(first, second)
+
+
+def between(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> Difference:
+    """Compare the logged rows of two runs over the steps that both have; what is no number differs infinitely."""
+
+    def pairs(key: str) -> list[tuple[float, float]]:
+        first, second = _by_step(reference, key), _by_step(other, key)
+        found = [(first[step], second[step]) for step in first if step in second]
+        return [(a, b) if math.isfinite(a) and math.isfinite(b) else (0.0, math.inf) for a, b in found]
+
+    loss = [b - a for a, b in pairs("loss")]
+    norm = [(b - a) / a if a else b and math.inf for a, b in pairs("grad_norm")]
+    evaluation = [abs(b - a) for a, b in pairs("eval_loss")]
+    return Difference(
+        steps=len(loss),
+        loss=max(map(abs, loss), default=0.0),
+        loss_residual=sum(loss) / max(len(loss), 1),
+        grad_norm=max(map(abs, norm), default=0.0),
+        grad_norm_residual=sum(norm) / max(len(norm), 1),
+        eval_loss=max(evaluation, default=0.0),
+    )
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _by_step(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in rows if isinstance(row.get(key), int | float)}
+
+
+def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
+    """Draw the training loss over the steps as a line and the held-out loss as rings; nothing without a loss."""
+    from PIL import Image, ImageDraw, ImageFont  # here, so that a run without it lacks the picture only
+
+    loss, evaluation = finite(loss), finite(evaluation)
+    if not loss:
+        return
+    steps, values = [*loss, *evaluation], [*loss.values(), *evaluation.values()]
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+    pad = (max(values) - min(values) or abs(max(values)) or 1) * 0.06
+    low, high = min(values) - pad, max(values) + pad
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across, up = (step - first) / (last - first), (value - low) / (high - low)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    image = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15 * SCALE)
+    for value in _ticks(low, high, 5):
+        y = place(first, value)[1]
+        draw.line([(LEFT, y), (WIDTH - RIGHT, y)], RULE, SCALE)
+        draw.text((LEFT - 12 * SCALE, y), f"{value:.6g}", SOFT, font, "rm")
+    for step in _ticks(first, last, 8):
+        if step == int(step):
+            draw.text((place(step, low)[0], HEIGHT - BOTTOM + 12 * SCALE), str(int(step)), SOFT, font, "mt")
+    draw.text((LEFT, 16 * SCALE), "training loss", BLUE, font, "lt")
+    draw.line([place(*point) for point in _thinned(loss)], BLUE, 2 * SCALE, "curve")
+    if evaluation:
+        draw.text((LEFT + draw.textlength("training loss", font) + 24 * SCALE, 16 * SCALE), "held out", RED, font, "lt")
+    for point in evaluation.items():
+        draw.circle(place(*point), 4 * SCALE, outline=RED, width=2 * SCALE)
+    out = io.BytesIO()
+    image.resize((WIDTH // SCALE, HEIGHT // SCALE), Image.Resampling.LANCZOS).save(out, "PNG", optimize=True)
+    write_whole(path, out.getvalue())
+
+
+def _thinned(curve: Curve) -> list[tuple[float, float]]:
+    """The means of a long curve's stretches."""
+    points = list(curve.items())
+    size = math.ceil(len(points) / MOST_POINTS)
+    stretches = (points[i : i + size] for i in range(0, len(points), size))
+    return [(fmean(step for step, _ in stretch), fmean(value for _, value in stretch)) for stretch in stretches]
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round values within a range, about so many."""
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 5, 10) if m * size >= raw)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
