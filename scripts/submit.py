@@ -16,7 +16,7 @@ import math
 import os
 from pathlib import Path
 
-from stepladder import console, errors, flags
+from stepladder import console, errors, flags, hardware
 from stepladder.cluster import job, submit, sweep
 from stepladder.data import mixture, templates
 from stepladder.hardware import CORES_PER_GPU, GPUS, MEMORY_PER_GPU
@@ -152,7 +152,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
     if auto and args.sweep:
         raise errors.LaunchError("--strategy auto is for one run", where="command line", help="--strategy zero3")
     console.quiet_libraries()
-    from stepladder.planning import choose, hardware
+    from stepladder.planning import choose
 
     lines, need = [], 0.0
     for words in runs:
@@ -163,21 +163,16 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             ways = [way for way in ways if choose.host_bytes(plan, way) <= share * hardware.GIB] or ways
         best = plan.best(ways)
         if best is None:
-            raise choose.nowhere(plan, ways)
+            raise choose.no_fit_error(plan, ways)
         if auto:
             way, args.strategy = best, best.strategy
-            overrides += ["--per_device_train_batch_size", str(best.micro)]
-            overrides += ["--gradient_checkpointing", str(best.checkpointing).lower()]
+            overrides += best.keys
         else:
             way = plan.of_recipe(strategy.named(args.strategy, plan.ranks))
-        lines.append(
-            f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
-            f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"
-        )
+        lines.append(f"plan: {way.strategy}, {way.batch}: {way.gib} of each {name}")
         if (times := best.tokens_per_second / way.tokens_per_second) > SLOWER:
             lines[-1] += (
-                f"\n      {best.strategy}, micro-batch {best.micro}, checkpointing "
-                f"{'on' if best.checkpointing else 'off'} is {times:.1f} times as fast by the plan: --strategy auto"
+                f"\n      {best.strategy}, {best.batch} is {times:.1f} times as fast by the plan: --strategy auto"
             )
         if not way.fits:
             raise errors.LaunchError(

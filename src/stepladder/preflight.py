@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stepladder import requirements
+from stepladder import hardware, requirements
 from stepladder.data import audit, templates
 from stepladder.data.audit import token_checks
 from stepladder.errors import LaunchError, StepladderError
 from stepladder.model import adapter_recipe, load, start
-from stepladder.planning import choose, hardware
+from stepladder.planning import choose
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
@@ -141,16 +141,13 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
         way = plan.of_recipe(launch.strategy)
     else:
         precision, gpu = load.precision(recipe), bool(hardware.gpus_here())
-        plan, way = choose.of_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
-    said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
-    said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
+        plan, way = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+    said = f"{way.gib} of {plan.device.name}: {way.batch}"
     if way.host_limit is not None and not way.host_fits:
         said += f", and {way.memory.host / hardware.GIB:.1f} of {way.host_limit / hardware.GIB:.1f} GiB of its host"
     if not way.fits:
         better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
         if better is None:
-            raise choose.nowhere(plan, plan.ways())
-        micro, checkpointing = better.micro, str(better.checkpointing).lower()
-        help = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
-        raise LaunchError(f"it needs {said}", help=f"{help} --gradient_checkpointing {checkpointing}")
+            raise choose.no_fit_error(plan, plan.ways())
+        raise LaunchError(f"it needs {said}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
     return said, plan.sizes(way)
