@@ -1,12 +1,15 @@
-"""What GPUs can do, and what this machine and this process have: GPUs, cores, memory, dtypes."""
+"""What GPUs can do, and what this machine and this process have: GPUs, cores, memory, network."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import re
 import resource
+import socket
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +147,34 @@ def cores() -> int:
     """
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here))
+
+
+def interface(peer: str) -> str:
+    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
+
+    Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
+    node by hand, is then that of the default route, or the only one that there is.
+    """
+    names = _addresses()
+    for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, 9))  # sends nothing
+            if name := names.get(probe.getsockname()[0]):
+                return name
+    return next(iter(names.values())) if len(names) == 1 else ""
+
+
+def _addresses() -> dict[str, str]:
+    """Each IPv4 address of this node but those of the loopback, and its interface."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                request = struct.pack("256s", name.encode()[:15])
+                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
+                if not address.startswith("127."):
+                    found[address] = name
+    return found
 
 
 def dtype_of(precision: str) -> torch.dtype:
