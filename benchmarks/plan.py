@@ -185,7 +185,7 @@ def predict(case: Case, folder: Path) -> float:
     recipe = Recipe(name=case.name, path=folder, values=keys, origins={})
     config = AutoConfig.from_pretrained(keys["model_name_or_path"])
     work = trace.Work(case.micro, case.length, case.precision, case.checkpointing, memory.casts(case.strategy))
-    traced = trace.of(recipe, config, work)
+    traced = trace.trace_batch(recipe, config, work)
     return memory.estimate(traced, recipe, config, case.strategy, case.ranks, case.steps_a_batch > 1).total
 
 

@@ -10,9 +10,8 @@ far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the i
 
 import argparse
 
-from stepladder import console, errors, flags
+from stepladder import console, errors, flags, hardware
 from stepladder.model import adapter_recipe, start
-from stepladder.planning import hardware
 from stepladder.recipe import load
 
 
@@ -48,9 +47,9 @@ def main() -> None:
 
     console.quiet_libraries()
     with console.quick_imports():
-        from stepladder.planning import report
+        from stepladder.planning import plan_tables
 
-    report.answer(args, recipe, device)
+    plan_tables.print_plan(args, recipe, device)
 
 
 if __name__ == "__main__":

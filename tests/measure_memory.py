@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def run(job: dict, rank: int) -> None:
-    from stepladder.planning.live import LiveBytes
+    from stepladder.planning.trace import LiveBytes
     from stepladder.training.watch import telemetry
 
     class Resized(LiveBytes):

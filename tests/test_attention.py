@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from conftest import manifest, run, script
 from stepladder.errors import ModelError, RecipeError
 from stepladder.model import attention, cpu_kernels, pretrained
-from stepladder.planning import unloaded
+from stepladder.planning import meta_model
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 
@@ -297,7 +297,7 @@ def test_a_plan_for_a_gpu_is_of_what_runs_there() -> None:
     values = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_r": 4, "padding_free": "auto"}
     for gpu, name in ((True, attention.BY_ROW), (False, cpu_kernels.BY_ROW_ON_CPU)):
         config = small("llama", "sdpa").config
-        _, base = unloaded.on_meta(settings(**values), config, unloaded.Work(2, 8, "bf16", False, gpu=gpu))
+        _, base = meta_model.build_meta_model(settings(**values), config, meta_model.Work(2, 8, "bf16", False, gpu=gpu))
         assert base.config._attn_implementation == name
 
 

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, script
-from stepladder import errors
-from stepladder.cluster import health, job, submit, sweep
+from stepladder import errors, hardware
+from stepladder.cluster import health, job, queue
 
 
 def test_a_job_knows_the_flags_of_sft() -> None:
@@ -70,14 +70,14 @@ def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
     """Guards the array: every combination once, each value as the recipe's own type, no two runs in one folder."""
     file = tmp_path / "sweep.yaml"
     file.write_text("recipe: lora\nmax_steps: 5\ngrid: {lora_r: [8, 16], lora_target_modules: [all-linear, [q_proj]]}")
-    found = [job.recipe_of(words) for words in sweep.elements(file)]
+    found = [job.recipe_of(words) for words in job.sweep_elements(file)]
     assert [(r.get("lora_r"), r.get("lora_target_modules")) for r in found] == [
         (8, ["all-linear"]), (8, ["q_proj"]), (16, ["all-linear"]), (16, ["q_proj"])
     ]  # fmt: skip
     assert {r.get("max_steps") for r in found} == {5}
     assert len({r.output_dir for r in found}) == 4
     for shipped in (ROOT / "slurm/sweeps").glob("*.yaml"):
-        assert [job.recipe_of(words) for words in sweep.elements(shipped)]
+        assert [job.recipe_of(words) for words in job.sweep_elements(shipped)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
 def test_a_file_that_is_no_sweep_is_refused(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(content)
     with pytest.raises(errors.RecipeError, match=said):
-        sweep.elements(tmp_path / "sweep.yaml")
+        job.sweep_elements(tmp_path / "sweep.yaml")
 
 
 def test_hostile_names_stay_words(tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_hostile_names_stay_words(tmp_path: Path) -> None:
     assert done.out.endswith((ROOT / "slurm/sft.sbatch").read_text().splitlines()[-1] + "\n\n")
     for value in ("main;id", "a b", "$(id)", "x\ny", ""):
         with pytest.raises(errors.LaunchError, match="no name"):
-            submit.options({"partition": value})
+            queue.sbatch_options({"partition": value})
     with pytest.raises(errors.LaunchError, match="cannot hold"):
-        submit.log_pattern(Path("a\nb"), "x")
+        queue.log_pattern(Path("a\nb"), "x")
 
 
 def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
@@ -175,15 +175,15 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_gpus_share_of_a_node(slurm: Path, gpus: str, partition: str | None, share: tuple | None) -> None:
     """Guards `submit.py` against asking for more than any node has for its GPUs."""
-    assert submit.per_gpu(gpus, partition) == share
+    assert queue.gpu_share(gpus, partition) == share
 
 
 @pytest.mark.parametrize("said", ["", "exit 1", "echo NodeName=x Gres=gpu:8", "head -c 999 /dev/urandom", "sleep 60"])
 def test_a_slurm_that_does_not_answer_keeps_nobody_from_submitting(slurm: Path, said: str, monkeypatch) -> None:
-    monkeypatch.setattr(submit, "PATIENCE", 0.2)
+    monkeypatch.setattr(queue, "PATIENCE", 0.2)
     (slurm / "scontrol").write_text(f"#!/bin/sh\n{said}\n")
     (slurm / "sinfo").write_text(f"#!/bin/sh\n{said}\n")
-    assert submit.per_gpu("8", None) in (None, (0, 0))
+    assert queue.gpu_share("8", None) in (None, (0, 0))
 
 
 def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
@@ -285,7 +285,7 @@ def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyP
         thread.join()
     assert found[0] == ["within 1 s nothing came from three"]
     assert "cannot reach localhost" in found[1][0]
-    assert health.interface("127.0.0.1") not in ("lo", "")  # where no other node is
+    assert hardware.interface("127.0.0.1") not in ("lo", "")  # where no other node is
 
 
 def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:
@@ -350,7 +350,9 @@ def test_a_sweeps_words_reach_the_script_as_they_are(tmp_path: Path) -> None:
     """Guards sweep.sbatch, which reads words that end with NUL: what is printed for people has none."""
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"recipe": "lora", "grid": {"run_name": ["a b\tc"]}}))
-    done = subprocess.run([sys.executable, "-m", "stepladder.cluster.sweep", file, "0"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "stepladder.cluster.job", "element", file, "0"], cwd=ROOT, capture_output=True
+    )
     words = done.stdout.decode().split("\0")
     assert done.returncode == 0 and words[:2] == ["--recipe", "lora"] and words[-1] == "", done
     assert words[words.index("--run_name") + 1] == "a b\tc"

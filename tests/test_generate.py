@@ -230,7 +230,7 @@ def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path:
 
     from stepladder.data import templates
     from stepladder.model import pretrained
-    from stepladder.planning import hardware
+    from stepladder.planning import meta_model
 
     folder, marker = tmp_path / "own", tmp_path / "ran"
     shutil.copytree(tiny, folder)
@@ -240,7 +240,7 @@ def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path:
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
     readers = [
         lambda: pretrained.load_for_inference(str(folder)), lambda: pretrained.load_config(folder),
-        lambda: hardware.config(settings(model_name_or_path=str(folder))),
+        lambda: meta_model.load_config(settings(model_name_or_path=str(folder))),
         lambda: pretrained.load_base(settings(model_name_or_path=str(folder)), "fp32"),
     ]  # fmt: skip
     for read in readers:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import same_curve
 from conftest import losses, script
-from stepladder.planning import choose, hardware
+from stepladder import hardware
+from stepladder.planning import choose
 from stepladder.recipe import load
 from stepladder.training.launch import one_copy
 

@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import ROOT, script
+from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError, RecipeError
-from stepladder.planning import choose, hardware, memory, scale, speed, trace, unloaded
+from stepladder.planning import choose, memory, meta_model, plan_tables, speed, trace
 from stepladder.recipe import load
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -92,7 +93,7 @@ def test_the_matrices_of_all_layers_follow_from_few(layers: int, settings) -> No
     """Guards what ZeRO-2's parts are cut from: two and four layers are traced, and the others are as these are."""
     size = {"num_hidden_layers": layers, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
     config = AutoConfig.for_model("qwen3", num_attention_heads=2, num_key_value_heads=1, **size)
-    found = trace.of(settings(use_peft=False), config, unloaded.Work(1, 8, "fp32", checkpointing=False))
+    found = trace.trace_batch(settings(use_peft=False), config, meta_model.Work(1, 8, "fp32", checkpointing=False))
     whole = AutoModelForCausalLM.from_config(config)
     assert found.matrices == tuple(p.numel() for p in whole.parameters() if p.ndim > 1)
 
@@ -138,14 +139,14 @@ def test_a_launch_that_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """Guards minutes of loading that end in CUDA's out of memory; where it fits, run.json has the host's bytes."""
     recipe = load.load(str(ROOT / "recipes/models/llama-3.1-70b/qlora"), [])
     for gpu, refused in (("4090", True), ("a6000", False)):
-        monkeypatch.setattr(hardware, "here", lambda *_, name=gpu: hardware.device(name))
+        monkeypatch.setattr(hardware, "device_here", lambda *_, name=gpu: hardware.device(name))
         words = (recipe, "fsdp_offload", 4, 4, "bf16", 2048)
         if refused:
             with pytest.raises(LaunchError, match="no way fits into 4 × 4090") as error:
-                choose.of_run(*words, gpu=True)
+                choose.plan_run(*words, gpu=True)
             assert "quantizes the whole base" in error.value.why
         else:
-            assert choose.of_manifest(*choose.of_run(*words, gpu=True))["host_memory_bytes"] > 35e9
+            assert choose.plan_for_manifest(*choose.plan_run(*words, gpu=True))["host_memory_bytes"] > 35e9
 
 
 def test_the_mask_of_rows_end_to_end(settings) -> None:
@@ -158,8 +159,10 @@ def test_the_mask_of_rows_end_to_end(settings) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
     size = {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, **heads}
     config = AutoConfig.for_model("llama", **size)
-    work = unloaded.Work(4, 64, "fp32", checkpointing=False, gpu=True)
-    padded, flat = (trace.of(settings(packing=packs), config, work).whole.activations[0] for packs in (False, True))
+    work = meta_model.Work(4, 64, "fp32", checkpointing=False, gpu=True)
+    padded, flat = (
+        trace.trace_batch(settings(packing=packs), config, work).whole.activations[0] for packs in (False, True)
+    )
     # 16 squares of a row in place of 4; a byte a pair, and 4 in each layer, where SDPA adds it to fp32 scores
     assert flat - padded == pytest.approx(12 * 64 * 64 * (1 + 2 * 4), rel=0.1)
 
@@ -168,7 +171,7 @@ def test_every_shipped_model_has_its_shape() -> None:
     """Guards plans without a hub: each recipe under recipes/models/ names a model whose shape lies here."""
     for path in (ROOT / "recipes/models").rglob("*.yaml"):
         recipe = load.load(str(path), [])
-        assert hardware.config(recipe).num_hidden_layers > 1, path
+        assert meta_model.load_config(recipe).num_hidden_layers > 1, path
 
 
 def test_the_command_line() -> None:
@@ -200,7 +203,7 @@ def test_bad_input(settings) -> None:
     with pytest.raises(RecipeError, match="smaller than the 16 ranks"):
         plan_of("models/qwen3-8b/lora", "h100", 16)
     with pytest.raises(ModelError, match=r"no config\.json"):
-        hardware.config(settings(model_name_or_path="models/none"))
+        meta_model.load_config(settings(model_name_or_path="models/none"))
     assert hardware.device("h100", memory=40).memory == 40
 
 
@@ -247,18 +250,18 @@ def test_scale_against_published_figures() -> None:
     """Guards the model of communication: torchtitan's Llama 3.1 8B with FSDP and 2 rows of 8,192 tokens loses 2.7 %
     from 8 to 128 H100 (benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3)."""
     plan = plan_of("models/llama-3.1-8b/full", "h100", 8, "--max_length", "8192", "--global_batch_size", "16")
-    found = {(p.strategy, p.gpus): p for p in scale.points(plan, [8, 128, 512], micro=2, checkpointing=True)}
+    found = {(p.strategy, p.gpus): p for p in plan_tables.scale(plan, [8, 128, 512], micro=2, checkpointing=True)}
     eight, many = (found["fsdp", gpus].efficiency(speed.INFINIBAND) for gpus in (8, 128))
     assert many / eight == pytest.approx(5605 / 5762, abs=0.03)
-    for strategy in scale.STRATEGIES:
+    for strategy in plan_tables.SCALED_STRATEGIES:
         shares = [found[strategy, gpus].efficiency(speed.INFINIBAND) for gpus in (8, 128, 512)]
         assert shares == sorted(shares, reverse=True), "more GPUs never use each better"
-    slow = {name: found[name, 512].efficiency(speed.ETHERNET) for name in scale.STRATEGIES}
+    slow = {name: found[name, 512].efficiency(speed.ETHERNET) for name in plan_tables.SCALED_STRATEGIES}
     assert max(slow, key=slow.get) == "hybrid", "sharding within a node sends least between nodes"
 
 
 def test_scale_on_the_command_line() -> None:
     done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--gpus", 1, "--scale", "8,64", "--json")
-    assert done.code == 0 and len(json.loads(done.out)["scale"]) == 2 * len(scale.STRATEGIES), done
+    assert done.code == 0 and len(json.loads(done.out)["scale"]) == 2 * len(plan_tables.SCALED_STRATEGIES), done
     done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--scale", "8,63")
     assert done.code == 2 and "63 GPUs are no whole nodes of 8" in done.err, done

@@ -1,20 +1,33 @@
-"""What a GPU can do: dense 16-bit peak, memory, links; by the driver's name or the short one that a person types.
-
-And what this process computes in and has held.
-"""
+"""What GPUs can do, and what this machine and this process have: GPUs, cores, memory, network."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import os
 import re
 import resource
+import socket
+import struct
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from stepladder.errors import LaunchError
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch
 
+GIB = 2**30
+# What a GPU holds beside PyTorch's tensors: CUDA's context and the libraries' workspaces. About
+# 0.5 GiB on today's drivers; NCCL's channels add 0.3 where there are several ranks.
+CONTEXT, NCCL = 0.5 * GIB, 0.3 * GIB
+HOST_SHARE = 0.75  # of the host's memory: the system and what else runs have the rest
+COMMON_HOST = 1024 * GIB  # of a node with 8 large GPUs: AWS's p4d has 1.1 TiB, NVIDIA's DGX H100 2
+ALLOCATOR = 0.05  # of the tensors: what PyTorch's caching allocator reserves and cannot use (not measured here)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # PyTorch's name of each precision
 
 
@@ -73,6 +86,60 @@ def gpu(name: str) -> GPU | None:
 CORES_PER_GPU, MEMORY_PER_GPU = 8, 48  # MEMORY_PER_GPU in GiB of the host
 
 
+def device(name: str, memory: float | None = None) -> GPU:
+    """A GPU by its short name; with `memory`, one of that name's speed and so many GiB.
+
+    Raises:
+        LaunchError: it is not known, or the memory is no positive number.
+    """
+    known = {row.name: row for row in GPUS}
+    if name.lower() not in known:
+        raise LaunchError(
+            f"unknown GPU '{name}'",
+            where="command line --gpu",
+            help=f"{suggest(name, known) or 'one of ' + ', '.join(known)}; or any with --gpu_memory GiB",
+        )
+    found = known[name.lower()]
+    if memory is None:
+        return found
+    return dataclasses.replace(found, name=f"{memory:g} GiB", memory=memory)
+
+
+def device_here(local_ranks: int, gpu: bool) -> GPU:
+    """What one rank of this machine has for tensors: of its GPU, or its share of the host's memory."""
+    import torch
+
+    if gpu and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory - CONTEXT - (NCCL if local_ranks > 1 else 0)
+        known = gpu_here() or dataclasses.replace(GPUS[0], name=torch.cuda.get_device_name())
+        return dataclasses.replace(known, memory=total / GIB)
+    # Its speed only puts the ways in order: arithmetic bounds them all.
+    return GPU("cpu", "", 1.0, HOST_SHARE * host_memory() / GIB / local_ranks, 10.0, "")
+
+
+def gpu_here() -> GPU | None:
+    """This machine's GPU, where its peak is stated."""
+    import torch
+
+    return gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory that its processes may take: a container or a job may have less than it has."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    with contextlib.suppress(ValueError):
+        limits.append(int(os.environ.get("SLURM_MEM_PER_NODE", "")) * 2**20)
+    return min(limit for limit in limits if limit > 0)
+
+
 def cores() -> int:
     """Cores that this process may use: those it is confined to, and no more than its Slurm job was given.
 
@@ -80,6 +147,34 @@ def cores() -> int:
     """
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(here, int(os.environ.get("SLURM_CPUS_ON_NODE") or here))
+
+
+def interface(peer: str) -> str:
+    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
+
+    Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
+    node by hand, is then that of the default route, or the only one that there is.
+    """
+    names = _addresses()
+    for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((place, 9))  # sends nothing
+            if name := names.get(probe.getsockname()[0]):
+                return name
+    return next(iter(names.values())) if len(names) == 1 else ""
+
+
+def _addresses() -> dict[str, str]:
+    """Each IPv4 address of this node but those of the loopback, and its interface."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                request = struct.pack("256s", name.encode()[:15])
+                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
+                if not address.startswith("127."):
+                    found[address] = name
+    return found
 
 
 def dtype_of(precision: str) -> torch.dtype:

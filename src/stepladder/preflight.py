@@ -1,25 +1,140 @@
-"""Everything that can be wrong before a run, each looked at by itself; what follows from a fault is not looked at.
+"""What check.py prints: everything that can be wrong before a run; or a recipe's keys; or its rows.
 
-Above all rooms, since it asks each of them what it would say.
+Each fault is looked for by itself; what follows from one is not looked at. Above all rooms, since it asks each of
+them. torch is imported for the pre-flight only.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from stepladder import requirements
+from stepladder import console, hardware, requirements
 from stepladder.data import audit, templates
-from stepladder.data.row_checks import WARNING, check_tokens
-from stepladder.errors import LaunchError, StepladderError
+from stepladder.data.row_checks import UNUSABLE, WARNING, Finding, Limits, check_tokens
+from stepladder.errors import EXIT_BAD_INPUT, LaunchError, RecipeError, StepladderError
 from stepladder.model import adapter_recipe, pretrained, start
-from stepladder.planning import choose, hardware
-from stepladder.recipe import explain
+from stepladder.recipe import explain, rules
+from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
 from stepladder.training.launch import launcher, ranks, strategy
+
+KEYS = "keys"  # what --show prints where no number follows it
+
+
+def check(parser: argparse.ArgumentParser) -> int:
+    """Print the view that check.py's command line asks for.
+
+    Args:
+        parser: check.py's own, which has not read the command line yet.
+
+    Returns:
+        The exit code.
+    """
+    args, overrides = parser.parse_known_args()
+    if args.show not in (None, KEYS) and not args.show.isdecimal():
+        overrides.insert(0, args.show)  # `--show lora`: not a number but the recipe
+        args.show = KEYS
+    count = 0 if args.show in (None, KEYS) else int(args.show)
+    shows_rows = args.audit or args.show not in (None, KEYS)
+    # `check.py lora --lora_r 8`: a first word that is no flag is the recipe too.
+    bare = not args.recipe and overrides and not overrides[0].startswith("-")
+    name = overrides.pop(0) if bare else args.recipe
+    if args.data and (name or overrides or shows_rows or args.show):
+        parser.error("--data goes without a recipe; with one: --recipe NAME --dataset_name FILE --audit, or --show N")
+    if (shows_rows or args.data) and (args.explain or args.show == KEYS):
+        parser.error("--audit and --data go with no other view than --show N")
+    if not (shows_rows or args.data) and (args.min_input, args.min_output) != (None, None):
+        parser.error("--min_input and --min_output go with --data, --audit or --show N")
+    lengths = {"input": args.min_input, "output": args.min_output}
+    limits = Limits(**{key: least for key, least in lengths.items() if least is not None})
+    if args.data:
+        return _print_findings(audit.audit_source(args.data, limits), [], args.json)
+    if name and explain.is_axolotl(recipe_load.find(name)):
+        return _print_axolotl(recipe_load.find(name), args, overrides)
+    recipe = recipe_load.load(name, overrides)
+    if shows_rows:
+        return _print_audit(recipe, limits, count, args.json)
+    if args.show or args.explain:
+        return _print_keys(adapter_recipe.settle(recipe) if start.find_for(recipe).adapter else recipe, args)
+    return _print_checks(recipe, args)
+
+
+def _print_audit(recipe: Recipe, limits: Limits, count: int, as_json: bool) -> int:
+    """What the recipe's rows are as text and, where all can be used, as tokens; the first `count` are shown."""
+    found, seen = audit.audit_recipe(recipe, limits), []
+    if recipe.foreign_evaluation():
+        what = f"{recipe.foreign_evaluation()} is evaluated on, and came with other training data"
+        where = [recipe.where("eval_dataset_name")]
+        found.findings.append(Finding(WARNING, "foreign_evaluation", what, where, rules.OWN_ROWS))
+    if found.train:
+        console.quiet_libraries()
+        recipe = adapter_recipe.settle(recipe)
+        tokenizer = pretrained.load_tokenizer_for(recipe)
+        templates.prepare(tokenizer, recipe)
+        of_tokens = check_tokens(found.train, tokenizer, recipe)
+        found.findings += of_tokens
+        if found.evaluation:
+            found.findings += check_tokens(found.evaluation, tokenizer, recipe, prefix="evaluation ")
+        seen = list(audit.view_rows(found.train, tokenizer, recipe, count))
+        left_out = {place for finding in of_tokens if finding.name in UNUSABLE for place in finding.where}
+        found.train = found.train.take(n for n, where in enumerate(found.train.where) if where not in left_out)
+    return _print_findings(found, seen, as_json)
+
+
+def _print_findings(found: audit.Audit, seen: list, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(audit.as_json(found, seen), ensure_ascii=False))
+    else:
+        audit.print_audit(found, seen)
+    return EXIT_BAD_INPUT if found.errors else 0
+
+
+def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
+    """What is set, from where, or what it does."""
+    entries = explain.of_recipe(recipe)
+    unset = explain.defaults(recipe) if args.show else []
+    if args.json:
+        return _print_json(_facts(recipe), [*entries, *unset])
+    explain.write(explain.Table(entries, unset) if args.show else explain.Lesson(entries))
+    for note in recipe.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _print_axolotl(path: Path, args: argparse.Namespace, overrides: list[str]) -> int:
+    """What an Axolotl configuration does, by its own key names."""
+    command = f"python scripts/import_axolotl.py {console.quoted(path)} -o recipe.yaml"
+    if not args.explain or overrides:
+        raise RecipeError(
+            "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),
+            where=str(path),
+            why="its key base_model says so",
+            help=f"{command} makes it a recipe; --explain explains it",
+        )
+    entries = explain.of_axolotl(path)
+    if args.json:
+        return _print_json({"axolotl": str(path)}, entries)
+    explain.write(explain.Lesson(entries, banners=False))
+    print(f"\nAn Axolotl configuration; {command} makes it a recipe.")
+    return 0
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    return {"recipe": recipe.name, "path": str(recipe.path), "hash": recipe.hash(), "notes": recipe.notes}
+
+
+def _print_json(facts: dict[str, Any], entries: list[explain.Entry]) -> int:
+    keys = [dataclasses.asdict(entry) for entry in entries]
+    print(json.dumps(facts | {"keys": keys}, ensure_ascii=False, default=str))
+    return 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +157,29 @@ class Check:
     where: str = ""
     why: str = ""
     help: str = ""
+
+
+def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
+    """A line each, with what helps where something is wrong."""
+    console.quiet_libraries()
+    with console.quick_imports():
+        from stepladder.planning import choose  # noqa: F401 - with torch and all that plans
+    found = checks(recipe, Machine(args.nodes, args.gpus, args.gpu, args.strategy))
+    exit_code = 0 if all(line.right for line in found) else EXIT_BAD_INPUT
+    if args.json:
+        lines = [dataclasses.asdict(line) for line in found]
+        facts = _facts(recipe) | {"right": exit_code == 0, "checks": lines}
+        print(json.dumps(facts, ensure_ascii=False))
+        return exit_code
+    for line in found:
+        place = f"{line.where}: " if line.where else ""
+        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.said}")
+        for label, text in (("why", line.why), ("help", line.help)):
+            if text:
+                print(f"            {label + ':':9}" + text.replace("\n", "\n" + " " * 21))
+    for note in recipe.notes:
+        print(f"note: {note}")
+    return exit_code
 
 
 def checks(recipe: Recipe, machine: Machine) -> list[Check]:
@@ -95,7 +233,7 @@ def _model(recipe: Recipe) -> tuple[str, Recipe]:
 
 def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
     arguments.check_streaming(recipe)
-    found = audit.audit_recipe(recipe, audit.Limits(0, 0))  # training refuses no row for being short
+    found = audit.audit_recipe(recipe, Limits(0, 0))  # training refuses no row for being short
 
     audit.stop_on_errors(found.findings)
     warned = sum(finding.severity == WARNING for finding in found.findings)
@@ -135,22 +273,21 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
 
 def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: int | None) -> tuple[str, Any]:
     """With the bytes that go to the disk."""
+    from stepladder.planning import choose
+
     if machine.gpus:
         device = hardware.device(machine.gpu)
         plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
         way = plan.of_recipe(launch.strategy)
     else:
         precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
-        plan, way = choose.of_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
-    said = f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of {plan.device.name}"
-    said += f": micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}"
+        plan, way = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+    said = f"{way.gib} of {plan.device.name}: {way.batch}"
     if way.host_limit is not None and not way.host_fits:
         said += f", and {way.memory.host / hardware.GIB:.1f} of {way.host_limit / hardware.GIB:.1f} GiB of its host"
     if not way.fits:
         better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
         if better is None:
-            raise choose.nowhere(plan, plan.ways())
-        micro, checkpointing = better.micro, str(better.checkpointing).lower()
-        help = f"--strategy {better.strategy} --per_device_train_batch_size {micro}"
-        raise LaunchError(f"it needs {said}", help=f"{help} --gradient_checkpointing {checkpointing}")
+            raise choose.no_fit_error(plan, plan.ways())
+        raise LaunchError(f"it needs {said}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
     return said, plan.sizes(way)

@@ -222,11 +222,11 @@ def _plan(checked: Checked, train_set: Any, precision: str, use_cpu: bool, notes
     launch, recipe, record = checked.launch, checked.recipe, checked.record
     longest = min(filter(None, (recipe.get("max_length"), prepare.longest(train_set))), default=None)
     try:
-        plan, way = choose.of_run(
+        plan, way = choose.plan_run(
             recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu=not use_cpu
         )
         requirements.disk(recipe, record.folder, *plan.sizes(way), record.replaced_bytes())
-        return choose.of_manifest(plan, way)
+        return choose.plan_for_manifest(plan, way)
     except errors.ModelError as error:
         if recipe.plans():
             raise

@@ -1,4 +1,4 @@
-"""Is this node fit to train? Asked on each node before the ranks start, so that a sick one ends the job by name.
+"""Check that a node is fit to train, before its ranks start, so that a sick one ends the job by name.
 
     python -m stepladder.cluster.health
 
@@ -10,7 +10,6 @@ standard library: it answers in a tenth of a second.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -19,7 +18,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from stepladder import errors
+from stepladder import errors, hardware
 
 FREE_GPU = 1024  # MiB in use on a GPU that is given to nobody else: the driver's own and some to spare
 FREE_DISK = 2 << 30  # bytes: less than the checkpoint of the smallest model, and logs
@@ -43,7 +42,7 @@ def main() -> None:
             f"node {socket.gethostname()} cannot train: {'; '.join(faults)}",
             help=f"sbatch --exclude={socket.gethostname()} …, and tell your administrators",
         )
-    if len(nodes) > 1 and (name := interface(nodes[1] if here == 0 else nodes[0])):
+    if len(nodes) > 1 and (name := hardware.interface(nodes[1] if here == 0 else nodes[0])):
         print(name)
 
 
@@ -152,34 +151,6 @@ def reach(nodes: list[str], here: int, port: int) -> list[str]:
     except OSError as error:
         return [f"port {port}: {error.strerror}"]
     return []
-
-
-def interface(peer: str) -> str:
-    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
-
-    Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
-    node by hand, is then that of the default route, or the only one that there is.
-    """
-    names = _addresses()
-    for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((place, 9))  # sends nothing
-            if name := names.get(probe.getsockname()[0]):
-                return name
-    return next(iter(names.values())) if len(names) == 1 else ""
-
-
-def _addresses() -> dict[str, str]:
-    """Each IPv4 address of this node but those of the loopback, and its interface."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                request = struct.pack("256s", name.encode()[:15])
-                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
-                if not address.startswith("127."):
-                    found[address] = name
-    return found
 
 
 if __name__ == "__main__":

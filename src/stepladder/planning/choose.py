@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stepladder import hardware
 from stepladder.console import quoted
 from stepladder.errors import LaunchError
-from stepladder.hardware import CORES_PER_GPU, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
-from stepladder.planning import hardware, memory, speed, trace, unloaded
-from stepladder.planning.hardware import GIB
+from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
+from stepladder.planning import memory, meta_model, speed, trace
 from stepladder.planning.memory import Memory
 from stepladder.recipe import batch
 from stepladder.settings import Settings
@@ -42,6 +42,22 @@ class Way:
     def host_fits(self) -> bool:
         return self.host_limit is None or self.memory.host <= self.host_limit
 
+    @property
+    def batch(self) -> str:
+        """The micro-batch and checkpointing, for a person."""
+        return f"micro-batch {self.micro}, checkpointing {'on' if self.checkpointing else 'off'}"
+
+    @property
+    def keys(self) -> list[str]:
+        """The micro-batch and checkpointing as words of a command line."""
+        checkpointing = str(self.checkpointing).lower()
+        return ["--per_device_train_batch_size", str(self.micro), "--gradient_checkpointing", checkpointing]
+
+    @property
+    def gib(self) -> str:
+        """What it needs of a device, and what the device has."""
+        return f"{self.memory.total / GIB:.1f} of {self.limit / GIB:.1f} GiB"
+
 
 class Plan:
     """A recipe on so many nodes of so many GPUs.
@@ -64,12 +80,11 @@ class Plan:
             )
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.host = host
-        self.config = hardware.config(settings)
-        fixed = settings.get("bf16")
-        asked = "fp32" if fixed is False and not settings.get("fp16") else ("bf16" if device.bf16 else "fp16")
-        self.precision = precision or asked
-        given = hardware.CONTEXT + (hardware.NCCL if self.ranks > 1 else 0)
-        self.overhead = given if overhead is None else overhead
+        self.config = meta_model.load_config(settings)
+        in_fp32 = settings.get("bf16") is False and not settings.get("fp16")
+        self.precision = precision or ("fp32" if in_fp32 else "bf16" if device.bf16 else "fp16")
+        context = hardware.CONTEXT + (hardware.NCCL if self.ranks > 1 else 0)
+        self.overhead = context if overhead is None else overhead
         length = length or settings.get("max_length") or 1024
         self.length = min(length, getattr(self.config, "max_position_embeddings", None) or length)
         self.rows = settings.get("global_batch_size") or (
@@ -117,7 +132,7 @@ class Plan:
         tried = [self.way(strategy, micro, checkpointing) for checkpointing in checkpoints for micro in micros]
         found = fastest(tried)
         if found is None:
-            raise nowhere(self, tried)
+            raise no_fit_error(self, tried)
         return found
 
     def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
@@ -126,21 +141,15 @@ class Plan:
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
-        need = self._with_loading(need, traced, strategy)
+        # What a rank holds in a step, with what loading takes beyond it, and the host memory of a node.
+        local = self.ranks // self.nodes
+        loads = memory.loading(traced, self.settings, self.config, strategy, self.ranks, local, self.on_gpu)
+        host = max(need.host * local, loads.host) if self.on_gpu else 0.0
+        need = replace(need, host=host, loading=max(0.0, loads.device + need.overhead - need.total))
         took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
         fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places
         limit = self.device.memory * GIB / (1 + hardware.ALLOCATOR)
         return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, self.host, fast)
-
-    def _with_loading(self, need: Memory, traced: trace.Traced, strategy: str) -> Memory:
-        """What a rank holds in a step, with what the loading takes beyond it, and the host memory of a node."""
-        local = self.ranks // self.nodes
-        loads = memory.loading(traced, self.settings, self.config, strategy, self.ranks, local, self.on_gpu)
-        return replace(
-            need,
-            host=max(need.host * local, loads.host) if self.on_gpu else 0.0,
-            loading=max(0.0, loads.device + need.overhead - need.total),
-        )
 
     def step(
         self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
@@ -177,8 +186,8 @@ class Plan:
         if micro > 4 and not trace.end_to_end(self.settings):
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
             return four.drawn_on(two, (micro - 4) / 2, micro)
-        work = unloaded.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
-        return trace.of(self.settings, self.config, work)
+        work = meta_model.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
+        return trace.trace_batch(self.settings, self.config, work)
 
 
 def host_bytes(plan: Plan, way: Way) -> float:
@@ -194,7 +203,7 @@ def fastest(ways: list[Way]) -> Way | None:
     return min(equal, key=lambda way: way.memory.total, default=None)
 
 
-def of_run(
+def plan_run(
     settings: Settings, strategy: str, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
 ) -> tuple[Plan, Way]:
     """What a run that begins now will hold, as `totals.peak_memory_bytes` measures it.
@@ -210,7 +219,7 @@ def of_run(
         LaunchError: the recipe leaves the micro-batch to the plan, and nothing fits; or the GPU cannot hold what
             quantizing the base takes, which no estimate decides.
     """
-    device = hardware.here(local_ranks, gpu)
+    device = hardware.device_here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
         strategy = "fsdp"  # the shards lie in host memory anyhow (training/launch/ranks.py)
     overhead = 0 if gpu else peak_resident_bytes()
@@ -218,28 +227,25 @@ def of_run(
     plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
     way = plan.of_recipe(strategy)
     if gpu and way.memory.loading and way.memory.total > device.memory * GIB:
-        raise nowhere(plan, [way])
+        raise no_fit_error(plan, [way])
     return plan, way
 
 
-def of_manifest(plan: Plan, way: Way) -> dict[str, Any]:
+def plan_for_manifest(plan: Plan, way: Way) -> dict[str, Any]:
     """The plan of a run for its run.json: what was chosen, and why, where the recipe left that open."""
-    found = {"tokens_a_row": plan.length, **as_json(way)}
+    facts = {"tokens_a_row": plan.length, **as_json(way)}
     if not plan.on_gpu or hardware.gpu_here() is None:
-        del found["tokens_per_second"]  # no stated peak to reckon with
-    asked = {
-        "per_device_train_batch_size": way.micro,
-        "gradient_checkpointing": way.checkpointing,
-    }
-    chosen = {key: value for key, value in asked.items() if plan.settings.get(key) == "auto"}
+        del facts["tokens_per_second"]  # no stated peak to compute with
+    values = {"per_device_train_batch_size": way.micro, "gradient_checkpointing": way.checkpointing}
+    chosen = {key: value for key, value in values.items() if plan.settings.get(key) == "auto"}
     if chosen:
         words = ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items())
-        found |= {
+        facts |= {
             "chosen": chosen,
             "reason": f"auto: {words}, the fastest that fits: {way.memory.total / GIB:.2f} of "
             f"{way.limit / GIB:.2f} GiB a rank",
         }
-    return found
+    return facts
 
 
 def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None:
@@ -251,7 +257,7 @@ def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None
     return math.ceil(settings.get("num_train_epochs") * math.ceil(rows / global_batch))
 
 
-def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
+def no_fit_error(plan: Plan, ways: list[Way]) -> LaunchError:
     """That nothing fits, the smallest hardware that would do, and what to change."""
     if loaded := [way for way in ways if way.memory.total <= way.limit]:
         return _no_host(plan, min(loaded, key=lambda way: way.memory.host))
@@ -269,7 +275,7 @@ def nowhere(plan: Plan, ways: list[Way]) -> LaunchError:
     return LaunchError(
         f"no way fits into {plan.ranks} × {plan.device.name}: the least needs {need:.1f} GiB a GPU, "
         f"and one has {plan.device.memory:.1f}",
-        why=f"{least.strategy}, micro-batch {least.micro}, checkpointing {'on' if least.checkpointing else 'off'}"
+        why=f"{least.strategy}, {least.batch}"
         + "; each GPU quantizes the whole base before a strategy shards it" * bool(least.memory.loading),
         help="\n".join(ways_out),
     )
@@ -290,8 +296,7 @@ def _no_host(plan: Plan, least: Way) -> LaunchError:
 
 def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
     """What to type: on the machine, and for Slurm."""
-    keys = f"--recipe {quoted(recipe)} --per_device_train_batch_size {way.micro}"
-    keys += f" --gradient_checkpointing {str(way.checkpointing).lower()}"
+    keys = quoted("--recipe", recipe, *way.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"
     launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"

@@ -100,76 +100,90 @@ def estimate(
         accumulates: whether an optimizer step takes several micro-batches, so that gradients are there from the start.
         overhead: bytes that the device needs whatever runs on it.
     """
-    moments = [_moment(traced, settings, config, strategy, ranks, accumulates, overhead, n) for n in range(5)]
+    step = _Step(traced, settings, config, strategy, ranks, accumulates)
+    moments = [step.memory(phase, overhead) for phase in range(len(PHASES) + 1)]
     return max(moments, key=lambda memory: memory.total)
 
 
-def _moment(
-    traced: Traced,
-    settings: Settings,
-    config: Any,
-    strategy: str,
-    ranks: int,
-    accumulates: bool,
-    overhead: float,
-    n: int,
-) -> Memory:
-    """Phase `n` of the trace; after the last one, the optimizer's step."""
-    whole, layer = traced.whole, traced.layer
-    in_step, backward = n == len(PHASES), n >= 2
-    activations, gradients = (0.0, whole.trained) if in_step else (whole.activations[n], whole.gradients[n])
-    kept = activations - (0 if in_step else whole.activations[0])
-    loss = kept if not in_step and PHASES[n] == "loss" else 0.0
-    weights, optimizer = whole.held, whole.states
-    every, master = whole.trained, 4 * whole.trainable  # all gradients; ZeRO's own copy of the weights, in fp32
-    in_fp32 = optimizer * master / every if every else 0.0  # states of that copy
-    held = every if accumulates or in_step else gradients
-    communication = host = 0.0
-    element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4  # bytes of what ZeRO reduces
-    buckets = (
-        ZERO_BUCKETS * config.hidden_size**2 * element if backward else 0
-    )  # Transformers' `auto` for `reduce_bucket_size`
-    outside = whole.computed - config.num_hidden_layers * layer.computed
+class _Step:
+    """A training step under a strategy. A phase is an index of `PHASES`; after the last one comes the optimizer."""
 
-    if strategy == "ddp" and ranks > 1:
-        communication = every  # the buckets stay, beside the gradients (`gradient_as_bucket_view=False`)
-    elif strategy == "zero2":
+    def __init__(
+        self, traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool
+    ) -> None:
+        self.whole, self.layer, self.matrices = traced.whole, traced.layer, traced.matrices
+        self.settings, self.strategy, self.ranks, self.accumulates = settings, strategy, ranks, accumulates
+        self.layers = config.num_hidden_layers
+        self.outside = self.whole.computed - self.layers * self.layer.computed  # weights that belong to no layer
+        # Bytes per number of what ZeRO reduces, and of its two buckets: Transformers' `auto` for `reduce_bucket_size`.
+        self.element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4
+        self.buckets = ZERO_BUCKETS * config.hidden_size**2 * self.element
+        self.master = 4 * self.whole.trainable  # ZeRO's own copy of the trained weights, in fp32
+        states = self.whole.states * self.master / self.whole.trained if self.whole.trained else 0.0
+        self.master_and_states = self.master + states
+
+    def memory(self, phase: int, overhead: float) -> Memory:
+        """All that a rank holds at the worst moment of a phase."""
+        whole, in_step = self.whole, phase == len(PHASES)
+        activations, gradients = (0.0, whole.trained) if in_step else (whole.activations[phase], whole.gradients[phase])
+        loss = activations - whole.activations[0] if not in_step and PHASES[phase] == "loss" else 0.0
+        if self.strategy == "zero2":
+            weights, held, optimizer, communication = self._zero2(phase)
+        elif self.strategy.startswith("zero3"):
+            weights, held, optimizer, communication = self._zero3(phase)
+        elif self.strategy.startswith("fsdp"):
+            weights, held, optimizer, communication = self._fsdp(phase, gradients)
+        else:
+            weights, optimizer = whole.held, whole.states
+            held = whole.trained if self.accumulates or in_step else gradients
+            # DDP's buckets stay, beside the gradients (`gradient_as_bucket_view=False`).
+            communication = whole.trained if self.strategy == "ddp" and self.ranks > 1 else 0.0
+        host = 0.0
+        if self.strategy.endswith("offload"):
+            host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
+        return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)
+
+    def _zero2(self, phase: int) -> tuple[float, float, float, float]:
+        """Bytes of weights, gradients, optimizer and communication under ZeRO-2."""
         # DeepSpeed 0.19.8 makes one flat buffer of the trained weights and keeps those that it was made of.
-        weights = whole.computed + element * whole.trainable
-        optimizer = (in_fp32 + master) / ranks
-        parts = [element * part for part in zero2_parts(traced.matrices, whole.trainable, ranks)]
+        weights = self.whole.computed + self.element * self.whole.trainable
+        parts = [self.element * part for part in zero2_parts(self.matrices, self.whole.trainable, self.ranks)]
         most, last = max(parts), parts[-1]  # the last layer, whose gradients come first, is the last rank's
-        before = most if accumulates else 0.0  # the sum so far, which stays beside this micro-batch's
-        at_last = 2 * last if accumulates else last
-        held = {2: max(before, at_last), 3: before + most, len(PHASES): most + master / ranks}.get(n, before)
-        communication = buckets
-    elif strategy.startswith("zero3"):
-        gathered = whole.computed * min(1, ZERO3_LIVE / whole.parameters)
-        if n == 3:  # the backward pass is the last use of a layer's weights in a step
-            gathered = min(gathered, outside + layer.computed)
-        communication = buckets + (0 if in_step else gathered)
-        weights, optimizer = whole.computed / ranks, (in_fp32 + master) / ranks
-        held = element * whole.trainable / ranks + (master / ranks if in_step else 0)
-        if strategy.endswith("offload"):
-            host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
-    elif strategy.startswith("fsdp"):
-        # What belongs to no layer is whole from the forward pass to its end. So is the layer that computes; with it
-        # the one fetched before, each beside the buffer that it came in, but for the loss and the embedding's gradient.
-        outside_trained = every - config.num_hidden_layers * layer.trained
-        at_an_end = n == 1 or (n == 3 and outside_trained > 0)
-        communication = 0 if in_step else outside + (1 if at_an_end else 3) * layer.computed
-        if backward and not in_step and not at_an_end and gradients >= layer.gradients[3]:
+        before = most if self.accumulates else 0.0  # the sum so far, which stays beside this micro-batch's
+        at_last = 2 * last if self.accumulates else last
+        at_step = most + self.master / self.ranks
+        held = {2: max(before, at_last), 3: before + most, len(PHASES): at_step}.get(phase, before)
+        return weights, held, self.master_and_states / self.ranks, self.buckets if phase >= 2 else 0
+
+    def _zero3(self, phase: int) -> tuple[float, float, float, float]:
+        """The same under ZeRO-3."""
+        whole, ranks, in_step = self.whole, self.ranks, phase == len(PHASES)
+        gathered = 0 if in_step else whole.computed * min(1, ZERO3_LIVE / whole.parameters)
+        if phase == 3:  # the backward pass is the last use of a layer's weights in a step
+            gathered = min(gathered, self.outside + self.layer.computed)
+        held = self.element * whole.trainable / ranks + (self.master / ranks if in_step else 0)
+        communication = gathered + (self.buckets if phase >= 2 else 0)
+        return whole.computed / ranks, held, self.master_and_states / ranks, communication
+
+    def _fsdp(self, phase: int, gradients: float) -> tuple[float, float, float, float]:
+        """The same under FSDP.
+
+        What belongs to no layer is whole from the forward pass to its end. So is the layer that computes; with it the
+        one fetched before, each beside the buffer that it came in, but for the loss and the embedding's gradient.
+        """
+        layer, every, in_step = self.layer, self.whole.trained, phase == len(PHASES)
+        outside_trained = every - self.layers * layer.trained
+        at_an_end = phase == 1 or (phase == 3 and outside_trained > 0)
+        communication = 0 if in_step else self.outside + (1 if at_an_end else 3) * layer.computed
+        if phase in (2, 3) and not at_an_end and gradients >= layer.gradients[3]:
             communication += 2 * layer.gradients[3]  # a layer's whole gradients, once it has them, and their way
-        if n == 3 and at_an_end and not accumulates:
+        if phase == 3 and at_an_end and not self.accumulates:
             every -= outside_trained  # they are whole still, among the activations
-        weights, optimizer = whole.held / ranks, optimizer / ranks
         # a layer's gradients are sharded as it is done: all of them once the first layer is
-        held = (every if accumulates or n > 2 else gradients) / ranks
-        if accumulates and not in_step and not batch.sums_sharded(settings):
-            held = master  # whole, in fp32
-        if strategy.endswith("offload"):
-            host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
-    return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)
+        held = (every if self.accumulates or phase > 2 else gradients) / self.ranks
+        if self.accumulates and not in_step and not batch.sums_sharded(self.settings):
+            held = self.master  # whole, in fp32
+        return self.whole.held / self.ranks, held, self.whole.states / self.ranks, communication
 
 
 def zero2_parts(matrices: tuple[int, ...], trainable: float, ranks: int) -> list[float]:

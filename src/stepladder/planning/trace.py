@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepladder import hardware
 from stepladder.errors import ModelError
 from stepladder.model import attention, build, cpu_kernels
-from stepladder.planning import unloaded
-from stepladder.planning.live import LiveBytes
-from stepladder.planning.optimizer_states import state_bytes
-from stepladder.planning.unloaded import Work
+from stepladder.planning import meta_model
+from stepladder.planning.meta_model import Work
 from stepladder.settings import Settings
 
 DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
 PHASES = ("forward", "loss", "last layer", "first layer")  # the last two: their part of the backward pass
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32_768  # of TRL's loss (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)
 COUNT = 64.0  # any: the loss is divided by it
+# Numbers of the parameter's own precision for each of its own: moments, averages, a slow copy. Momentum is off by
+# default where it is optional (sgd, rmsprop). Any other optimizer counts as two, like Adam; the
+# low-rank ones (GaLore, APOLLO) need less.
+NUMBERS = {
+    "sgd": 0, "lomo": 0, "adagrad": 1, "rmsprop": 1, "lion": 1, "schedule_free_sgd": 1, "ademamix": 3, "grokadamw": 3,
+}  # fmt: skip
+ADAM = 2
+LEAST_IN_8_BITS = 4096  # smaller ones stay in 32 bits (bitsandbytes `min_8bit_size`; torchao has it too)
+SCALE = 4 / 256  # an fp32 scale for 256 values (bitsandbytes `optimizer.py`; torchao's block size)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Traced:
         return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work, self.matrices)
 
 
-def of(settings: Settings, config: Any, work: Work) -> Traced:
+def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
     """What a micro-batch of the whole model holds: traced on few layers, drawn on in a straight line.
 
     Raises:
@@ -91,7 +102,7 @@ def of(settings: Settings, config: Any, work: Work) -> Traced:
     layers = config.num_hidden_layers
     depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
     try:
-        with unloaded.unsharded():
+        with meta_model.disable_zero3_loading():
             (few, short), (more, long) = (_traced(settings, config, depth, work) for depth in depths)
     except ModelError:
         raise
@@ -117,13 +128,13 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
     from accelerate.utils import patch_environment
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model, base = unloaded.on_meta(settings, unloaded.shortened(config, depth, work.gpu), work)
-    held, states = unloaded.weight_bytes(model), _states(model, str(settings.get("optim")))
+    model, base = meta_model.build_meta_model(settings, meta_model.shorten_config(config, depth, work.gpu), work)
+    held, states = meta_model.weight_bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
     # FakeTensorMode asks whether CUDA is available; by NVML, the question does not start the driver.
     with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"), FakeTensorMode(allow_non_fake_inputs=True):
-        unloaded.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
+        meta_model.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
         moments = _Moments(model)
         _follow(base, depth, moments)
         flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)
@@ -149,10 +160,10 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
                                  labels=ids).loss  # fmt: skip
             loss.backward()
     learns = [parameter for parameter in moments.parameters if parameter.requires_grad]
-    held = moments.weights + (held - unloaded.weight_bytes(model))
+    held = moments.weights + (held - meta_model.weight_bytes(model))
     phases = [moments.worst[phase] for phase in PHASES]
     count = Count(
-        held, moments.weights, trained, sum(p.numel() for p in learns), unloaded.parameters(model), states,
+        held, moments.weights, trained, sum(p.numel() for p in learns), meta_model.count_parameters(model), states,
         moments.operators,
         tuple(alive - moments.weights - gradients for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
@@ -179,6 +190,63 @@ def _mask(settings: Settings, shape: tuple[int, int]) -> torch.Tensor | None:
     return torch.ones((rows, 1, tokens, tokens), dtype=torch.bool)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Inside it, `peak` is the most bytes that were alive at once since the last `restart`.
+
+    Storages are counted, so that views cost nothing; what a kernel allocates inside itself is not
+    seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        self.note()
+        return out
+
+    def note(self) -> None:
+        self.peak = max(self.peak, self.now)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor that was made before."""
+        for part in plain(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes:
+                ref = weakref.ref(storage, functools.partial(self._forget, key))
+                self._sizes[key] = ref, storage.nbytes()
+                self.now += storage.nbytes()
+
+    def _forget(self, key: int, _: Any) -> None:
+        self.now -= self._sizes.pop(key)[1]
+
+    def restart(self) -> None:
+        self.peak = self.now
+
+    def recount(self) -> None:
+        """Read all sizes anew: FSDP frees a gathered weight by resizing its storage."""
+        for key, (ref, _) in list(self._sizes.items()):
+            if (storage := ref()) is not None:
+                self._sizes[key] = ref, storage.nbytes()
+        self.now = sum(size for _, size in self._sizes.values())
+
+
+def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold the bytes of one which may be a wrapper, as a DTensor is of its local part."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            if isinstance(part := getattr(tensor, name), torch.Tensor):  # a DTensor names its mesh too
+                yield from plain(part)
+    else:
+        yield tensor
+
+
 class _Moments(LiveBytes):
     """Keeps the worst moment of each phase: all bytes alive, and those of gradients among them."""
 
@@ -188,7 +256,7 @@ class _Moments(LiveBytes):
         self.operators = 0
         self.worst = dict.fromkeys(PHASES, (0, 0))
         self.parameters = list(model.parameters())
-        for tensor in [*self.parameters, *model.buffers(), *unloaded.constants(model)]:
+        for tensor in [*self.parameters, *model.buffers(), *meta_model.quantization_constants(model)]:
             self.add(tensor)
         self.weights = self.now
 
@@ -203,8 +271,35 @@ class _Moments(LiveBytes):
 
 def _states(model: Any, optimizer: str) -> float:
     """Bytes of the optimizer's state, each parameter once."""
-    embeddings = {id(unloaded.weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    embeddings = {id(meta_model.weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     return sum(state_bytes(optimizer, p, id(p) in embeddings) for p in model.parameters() if p.requires_grad)
+
+
+def state_bytes(optimizer: str, parameter: torch.nn.Parameter, is_embedding: bool) -> float:
+    """Bytes of state for one trained parameter.
+
+    A paged optimizer may move them to the host, but begins on the device. Transformers' trainer keeps
+    embeddings in 32 bits under bitsandbytes' 8-bit optimizers. PyTorch's own optimizers keep states in the
+    precision of the weights, bitsandbytes in fp32.
+    """
+    name = optimizer.removeprefix("paged_")
+    if name in ("adafactor", "adalomo"):
+        return 4 * _factored(parameter.shape)
+    numbers = NUMBERS.get(name.removesuffix("_8bit").removesuffix("_32bit").removesuffix("_bnb"), ADAM)
+    torchao = name.startswith("adamw_torch_")
+    small = parameter.numel() < LEAST_IN_8_BITS or (is_embedding and not torchao)
+    if name.endswith("8bit") and not name.startswith("galore") and not small:
+        return numbers * (1 + SCALE) * parameter.numel()
+    if name.endswith("4bit") and not small:
+        return numbers * (0.5 + 2 * SCALE) * parameter.numel()  # torchao: blocks of 128
+    return numbers * parameter.numel() * (4 if "bnb" in optimizer or "32bit" in name else parameter.element_size())
+
+
+def _factored(shape: torch.Size) -> int:
+    """Adafactor's second moment: a row and a column for each matrix (Shazeer and Stern 2018, arXiv 1804.04235)."""
+    if len(shape) < 2:
+        return shape.numel()
+    return shape[:-1].numel() + shape[:-2].numel() * shape[-1]
 
 
 def _follow(base: Any, depth: int, moments: _Moments) -> None:

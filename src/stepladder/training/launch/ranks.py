@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import cache, hardware
-from stepladder.cluster import health
 from stepladder.console import say
 from stepladder.errors import LaunchError
 from stepladder.training.launch.launcher import OF_A_RANK, Launch, asked_for
@@ -145,7 +144,7 @@ def meeting(launch: Launch) -> Iterator[None]:
     first = os.environ.get("MASTER_ADDR", "")
     if launch.ranks > 1 and not dist.is_initialized():
         _check_meeting_place(launch)
-    if launch.ranks > launch.local_ranks and first and (found := health.interface(first)):
+    if launch.ranks > launch.local_ranks and first and (found := hardware.interface(first)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     try:
         yield

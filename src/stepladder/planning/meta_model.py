@@ -7,17 +7,20 @@ import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from stepladder.data.render import IGNORED
 from stepladder.errors import ModelError
-from stepladder.model import attention, pretrained
+from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,36 @@ class Work:
     gpu: bool = False
 
 
-def on_meta(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
+def load_config(settings: Settings) -> Any:
+    """The model's configuration: from its folder, from the shapes that lie here, or from the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoConfig
+
+    source = start.find_for(settings)
+    name = source.base
+    shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+    if not Path(name).is_dir() and name in shapes:
+        return AutoConfig.for_model(**shapes[name])
+    start.check_files(Path(name), settings.where("model_name_or_path"))
+    revision = source.revision if source.adapter else None
+    try:
+        code = bool(settings.get("trust_remote_code"))
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=code)
+    except Exception as error:  # values of another kind raise whatever the expressions that read them raise
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise pretrained.needs_code(name, settings.where("model_name_or_path")) from None
+        raise ModelError(
+            f"'{name}' has no config.json that can be read",
+            where=settings.where("model_name_or_path"),
+            why=" ".join(line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]),
+            help=suggest(name, shapes) or "a local folder with config.json, or a hub id (network or cache needed)",
+        ) from None
+
+
+def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
     """The model as sft.py makes it, without storage: with its adapter, and without."""
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
@@ -83,7 +115,7 @@ def _attend(settings: Settings, work: Work, base: Any) -> tuple[Choice, list[str
 
 
 @contextlib.contextmanager
-def unsharded() -> Iterator[None]:
+def disable_zero3_loading() -> Iterator[None]:
     """Under a ZeRO-3 launch, Transformers shards every model that is built, and TRL gathers it; not this one."""
     from transformers.integrations import deepspeed
 
@@ -96,7 +128,7 @@ def unsharded() -> Iterator[None]:
             deepspeed.set_hf_deepspeed_config(config)
 
 
-def shortened(config: Any, depth: int, gpu: bool) -> Any:
+def shorten_config(config: Any, depth: int, gpu: bool) -> Any:
     """A copy of the configuration with `depth` layers, computed as a run on that device would."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = depth
@@ -128,7 +160,7 @@ def materialize(model: Any, dtype: torch.dtype | None) -> None:
             module.support_avx512bf16_for_cpu = False  # as model/pretrained.py has it
 
 
-def constants(model: Any) -> list[torch.Tensor]:
+def quantization_constants(model: Any) -> list[torch.Tensor]:
     """The quantization's constants, which are no parameters."""
     states = [state for module in model.modules() if (state := getattr(weight(module), "quant_state", None))]
     nested = [state.state2 for state in states if state.nested]
@@ -145,7 +177,7 @@ def weight_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
 
 
-def parameters(model: Any) -> int:
+def count_parameters(model: Any) -> int:
     """Their number; one in 4 bits counts as what it stands for."""
 
     def stands_for(p: Any) -> int:

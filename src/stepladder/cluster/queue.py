@@ -1,0 +1,277 @@
+"""Queue a run, or a sweep with its report: check the recipe, plan its memory, and give one sbatch command to Slurm.
+
+No shell is in between. torch is loaded only where the GPUs' type is known, to plan what each will hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from stepladder import console, hardware
+from stepladder.cluster import job
+from stepladder.console import quoted
+from stepladder.data import mixture, templates
+from stepladder.errors import LaunchError
+from stepladder.hardware import CORES_PER_GPU, GIB, GPUS, MEMORY_PER_GPU
+from stepladder.model import adapter_recipe
+from stepladder.training import arguments
+from stepladder.training.launch import strategy
+
+SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
+CPUS = 4  # of a rank without a GPU
+SLOWER = 1.05  # what the plan's best must win to be named
+PATIENCE = 30  # seconds that Slurm may take to tell what its nodes have
+# What Slurm's names, times and counts are made of; an option can then not become two.
+NAME = re.compile(r"[\w.,:@+%\[\]&|*()-]+")
+
+
+def submit(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Check, plan and queue what submit.py is asked for; with `--dry_run` print the command and the script instead.
+
+    Args:
+        args: submit.py's flags.
+        overrides: keys of the recipe, as words of a command line.
+
+    Raises:
+        StepladderError: the recipe is wrong, does not fit the GPUs, or is refused by Slurm.
+    """
+    for name in ("cpus_per_gpu", "mem_per_gpu"):
+        if getattr(args, name) and not args.gpus:
+            raise LaunchError(f"--{name} without GPUs", where="command line", help="--gpus N, or --cpus, --mem")
+    runs = job.sweep_elements(args.sweep) if args.sweep else [["--recipe", args.recipe]]
+    # Every element of a sweep is checked before the first of them waits in the queue.
+    strategies = sorted({_check(words + overrides, args) for words in runs})
+    share = gpu_share(args.gpus, args.partition) if args.gpus else None
+    plan, need = _plan(runs, args, overrides, share[1] if share and not _asks_for_memory(args) else 0)
+    if "auto" in strategies:
+        strategies = [args.strategy]
+    if args.sweep:
+        folder = Path(job.sweep_folders(args.sweep)[0]).parent
+        log, script = "slurm-%A_%a.out", ["slurm/sweep.sbatch", str(args.sweep)]
+        name = f"--array=0-{len(runs) - 1}"
+    else:
+        folder = job.recipe_of([*runs[0], *overrides]).output_dir
+        log, script = "slurm-%j.out", ["slurm/sft.sbatch", "--recipe", args.recipe]
+        name = f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"
+    script += ["--strategy", args.strategy] if args.strategy else []
+    options = [*_resources(args, share, need), name, f"--output={log_pattern(folder, log)}"]
+    if args.dry_run:
+        comments = [*plan.splitlines(), quoted("sbatch", *options, *script, *overrides)]
+        print("".join(f"# {line}\n" for line in comments) + f"\n{Path(script[0]).read_text()}")
+        return
+    if plan:
+        print(plan)
+    print(sbatch(["--test-only", *options, *script, *overrides]).splitlines()[-1])
+    folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail without a word
+    number = sbatch(["--parsable", *options, *script, *overrides]).split(";")[0]
+    print(f"✔ job {number}: {', '.join(strategies)} on {args.nodes} node{'s' * (args.nodes > 1)}")
+    print(f"  log     {folder}/slurm-{number}{'_N' if args.sweep else ''}.out, and one of each node beside it")
+    if args.sweep:
+        report = ["--parsable", f"--dependency=afterany:{number}", "--job-name=report",
+                  f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
+                  *job.sweep_folders(args.sweep), "-o", str(folder / "report.html")]  # fmt: skip
+        print(f"  report  job {sbatch(report)}, when all have ended: {folder}/report.html")
+    print(f"  follow  squeue --job {number};  tail -F {quoted(folder)}/slurm-{number}*.out")
+    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quoted(folder)}/stop")
+
+
+def _check(words: list[str], args: argparse.Namespace) -> str:
+    """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
+    recipe = adapter_recipe.settle(job.recipe_of(words))
+    gpus = (args.gpus or "").rpartition(":")[2]
+    ranks = args.nodes * (int(gpus) if gpus.isdecimal() else args.ranks)
+    arguments.layout(recipe, ranks)
+    mixture.load(recipe)
+    templates.check_path(recipe)
+    asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
+    return "auto" if asked == "auto" else strategy.named(asked, ranks)
+
+
+def _resources(args: argparse.Namespace, share: tuple[int, int] | None, need: float) -> list[str]:
+    """sbatch's options for nodes, GPUs, cores and memory, and those that submit.py passes on.
+
+    With GPUs, cores and memory are asked for with each: what was asked for, else the share of a node, else what the
+    plan needs. Slurm refuses --cpus-per-task with --cpus-per-gpu, and --mem with --mem-per-gpu.
+    """
+    values = {
+        "nodes": args.nodes,
+        "gpus_per_node": args.gpus,
+        "ntasks_per_node": None if args.gpus else args.ranks,
+        "cpus_per_task": args.cpus or (None if args.gpus else CPUS),
+        "mem": args.mem,
+        **{name: getattr(args, name) for name in SBATCH_NAMES},
+    }
+    if args.gpus:
+        cores, memory = args.cpus_per_gpu, args.mem_per_gpu
+        if not cores and not args.cpus and "SBATCH_CPUS_PER_GPU" not in os.environ:
+            cores = min(CORES_PER_GPU, share[0] if share else CORES_PER_GPU) or None
+        if not _asks_for_memory(args):
+            most = share[1] if share else max(math.ceil(need), MEMORY_PER_GPU)
+            memory = f"{most}G" if most else None
+        values |= {"cpus_per_gpu": cores, "mem_per_gpu": memory}
+    return sbatch_options(values)
+
+
+def _asks_for_memory(args: argparse.Namespace) -> bool:
+    set_before = any(f"SBATCH_MEM_PER_{of}" in os.environ for of in ("GPU", "CPU", "NODE"))
+    return bool(args.mem or args.mem_per_gpu or set_before)
+
+
+def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str], share: int) -> tuple[str, float]:
+    """Whether the GPUs hold what they are asked for, in a line; `--strategy auto` becomes the fastest way that fits.
+
+    Without a type that is known nothing is planned, and the line is empty.
+
+    Args:
+        share: GiB of host memory that come with a GPU; 0 where they are not known or others were asked for.
+
+    Returns:
+        The line, and the GiB of host memory that a rank needs (0 where they are not known).
+    """
+    kind, _, count = (args.gpus or "").rpartition(":")
+    name = args.gpu or (kind if kind.lower() in {row.name for row in GPUS} else None)
+    auto = args.strategy == "auto"
+    if not name or not count.isdecimal():
+        if auto:
+            raise LaunchError(
+                "--strategy auto needs to know the GPUs", where="command line", help="--gpus h100:4, or --gpu h100"
+            )
+        return "", 0.0
+    if auto and args.sweep:
+        raise LaunchError("--strategy auto is for one run", where="command line", help="--strategy zero3")
+    console.quiet_libraries()
+    from stepladder.planning import choose
+
+    lines, need = [], 0.0
+    for words in runs:
+        recipe = job.recipe_of(words + overrides)
+        plan = choose.Plan(recipe, args.nodes, int(count), hardware.device(name))
+        ways = plan.ways()
+        if share:
+            ways = [way for way in ways if choose.host_bytes(plan, way) <= share * GIB] or ways
+        best = plan.best(ways)
+        if best is None:
+            raise choose.no_fit_error(plan, ways)
+        if auto:
+            way, args.strategy = best, best.strategy
+            overrides += best.keys
+        else:
+            way = plan.of_recipe(strategy.named(args.strategy, plan.ranks))
+        lines.append(f"plan: {way.strategy}, {way.batch}: {way.gib} of each {name}")
+        if (times := best.tokens_per_second / way.tokens_per_second) > SLOWER:
+            lines[-1] += (
+                f"\n      {best.strategy}, {best.batch} is {times:.1f} times as fast by the plan: --strategy auto"
+            )
+        if not way.fits:
+            raise LaunchError(
+                f"it does not fit: {lines[-1].splitlines()[0]}",
+                why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
+                help=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
+            )
+        need = max(need, host := choose.host_bytes(plan, way) / GIB)
+        if 0 < share < host:
+            raise LaunchError(
+                f"{way.strategy} takes {host:.0f} GiB of host memory a rank, and a GPU's share of a node is {share}",
+                why="each rank's own: weights that it loads in fp32, what is offloaded, a CUDA process's 4 GiB",
+                help="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
+            )
+    return lines[0], need
+
+
+def sbatch_options(values: dict[str, str | int | None]) -> list[str]:
+    """sbatch's options from submit.py's values; None leaves one out.
+
+    Raises:
+        LaunchError: a value that is no name, number or time.
+    """
+    options = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if not NAME.fullmatch(str(value)):
+            raise LaunchError(f"{flag} {value!r} is no name, number or time that Slurm knows", where="command line")
+        options.append(f"{flag}={value}")
+    return options
+
+
+def gpu_share(gpus: str, partition: str | None) -> tuple[int, int] | None:
+    """The share of a node that comes with one of its GPUs: cores, and GiB of memory (0 where Slurm was not told).
+
+    Each the smallest among the partition's nodes that have so many GPUs; None where Slurm names no such node.
+
+    Args:
+        gpus: those of a node that the job asks for: `8` or `h100:8`.
+        partition: as for sbatch; its default where there is none.
+    """
+    kind, _, count = gpus.rpartition(":")
+    names = partition or os.environ.get("SBATCH_PARTITION") or ""
+    if not names:
+        names = ",".join(
+            word[:-1] for word in _ask_slurm("sinfo", "--noheader", "--format=%P").split() if word[-1] == "*"
+        )
+    shares = []
+    for node in _ask_slurm("scontrol", "--oneliner", "show", "node").splitlines():
+        if names and not {*names.split(",")} & {*_field(node, "Partitions").split(",")}:
+            continue
+        # gpu:h100:4(S:0-1),gpu:a100_1g.10gb:7
+        found = re.findall(r"\bgpu:(?:([^:,()]+):)?(\d+)", _field(node, "Gres"))
+        if sum(int(number) for name, number in found if not kind or name == kind) < int(count):
+            continue
+        every = sum(int(number) for _, number in found)
+        cores, memory, system = (
+            int(_field(node, name, r"\d+") or 0) for name in ("CPUTot", "RealMemory", "MemSpecLimit")
+        )
+        cores = int(_field(node, "CPUEfctv", r"\d+") or cores)  # without those that are the system's own
+        shares.append((cores // every, max(0, memory - system) // every >> 10))
+    if not shares:
+        return None
+    return min(cores for cores, _ in shares), min(memory for _, memory in shares)
+
+
+def _field(node: str, name: str, pattern: str = r"\S+") -> str:
+    found = re.search(rf"(?:^| ){name}=({pattern})", node)
+    return found[1] if found else ""
+
+
+def _ask_slurm(*command: str) -> str:
+    """What a command of Slurm prints; nothing where it cannot."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def log_pattern(folder: Path, name: str) -> str:
+    """A file name as sbatch takes it, which reads `%` and a backslash as its own."""
+    if "\\" in str(folder) or any(ord(sign) < 32 for sign in str(folder)):
+        raise LaunchError(f"output_dir {str(folder)!r} cannot hold a job's log", help="another --output_dir")
+    return f"{str(folder).replace('%', '%%')}/{name}"
+
+
+def sbatch(words: list[str]) -> str:
+    """Give words to sbatch; returns what it printed.
+
+    Raises:
+        LaunchError: there is no Slurm here, or it refuses, with its own words.
+    """
+    if not shutil.which("sbatch"):
+        raise LaunchError("there is no sbatch here", help="run it on your cluster's login node, or --dry_run")
+    done = subprocess.run(["sbatch", *words], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
+        raise LaunchError(
+            f"Slurm refuses the job: {' '.join(said.split())}",
+            why=quoted("sbatch", *words),
+            help="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
+        )
+    return (done.stdout + done.stderr).strip()
