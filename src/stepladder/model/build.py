@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stepladder.model.attention import Choice
@@ -111,16 +112,18 @@ def attach_adapter(
     from peft import get_peft_model
 
     if recipe.get("peft_type") != "lora":
-        wrapped = get_peft_model(model, _virtual_tokens(recipe))
-        if tokenizer:
-            _initialize(wrapped, tokenizer, recipe.get("virtual_tokens_text"))
-        return wrapped
+        return _attach_virtual_tokens(model, recipe, tokenizer)
     source = start.find_for(recipe)
-    config = _of_adapter(source, recipe, model) if source.adapter else _new_config(recipe)
+    config = _continued_config(source, recipe, model) if source.adapter else _new_config(recipe)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
-    if fused:
-        _fuse(config, recipe)
+    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
+    if fused and not quantized and not recipe.get("torch_compile"):
+        from torch.nn import Linear
+
+        from stepladder.model.cpu_kernels import FusedLinear
+
+        config._register_custom_module({Linear: FusedLinear})
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
@@ -137,38 +140,39 @@ def attach_adapter(
     return wrapped
 
 
-def _virtual_tokens(recipe: Settings) -> PeftConfig:
-    """PEFT's configuration of tokens before every prompt that are trained in place of weights.
+def _attach_virtual_tokens(model: Any, recipe: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """Put tokens before every prompt that are trained in place of weights.
 
     Prompt tuning learns their embeddings (Lester et al. 2021, arXiv:2104.08691), prefix tuning their keys and values in
-    every layer (Li & Liang 2021, arXiv:2101.00190).
-    """
-    from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
-
-    kind = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}[recipe.get("peft_type")]
-    return kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=recipe.get("num_virtual_tokens"))
-
-
-def _initialize(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Start virtual tokens as what the base makes of `text`, cut or repeated to their number; in fp32.
-
-    From noise they lose the base's ability first: both papers found the start to matter most where data is scarce.
+    every layer (Li & Liang 2021, arXiv:2101.00190). They begin in fp32 as what the base makes of `virtual_tokens_text`,
+    cut or repeated to their number. From noise they lose the base's ability first: both papers found the start to
+    matter most where data is scarce.
     """
     import torch
-    from peft import initialize_kv_prefix_from_past_key_values
+    from peft import (
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        TaskType,
+        get_peft_model,
+        initialize_kv_prefix_from_past_key_values,
+    )
 
-    kind = model.active_peft_config
-    words = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = (words * (kind.num_virtual_tokens // len(words) + 1))[: kind.num_virtual_tokens]
-    base, encoder = model.get_base_model(), model.prompt_encoder[model.active_adapter]
+    number, is_prefix = recipe.get("num_virtual_tokens"), recipe.get("peft_type") == "prefix"
+    kind = PrefixTuningConfig if is_prefix else PromptTuningConfig
+    wrapped = get_peft_model(model, kind(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=number))
+    if not tokenizer:
+        return wrapped
+    ids = tokenizer(recipe.get("virtual_tokens_text"), add_special_tokens=False)["input_ids"]
+    base, encoder = wrapped.get_base_model(), wrapped.prompt_encoder[wrapped.active_adapter]
     with torch.no_grad():
-        tokens = torch.tensor([ids], device=base.device)
-        if kind.peft_type.value == "PREFIX_TUNING":
+        tokens = torch.tensor([(ids * (number // len(ids) + 1))[:number]], device=base.device)
+        if is_prefix:
             cache = base(input_ids=tokens, use_cache=True).past_key_values
-            initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+            initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=cache)
         else:
             encoder.embedding.weight.copy_(base.get_input_embeddings()(tokens)[0])
     encoder.float()
+    return wrapped
 
 
 def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
@@ -181,31 +185,30 @@ def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
     return {"inputs_embeds": torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)}
 
 
-def _fuse(config: LoraConfig, recipe: Settings) -> None:
-    """Let PEFT make `cpu_kernels`'s layers of linear ones, where those are not quantized or compiled."""
-    from torch.nn import Linear
-
-    from stepladder.model.cpu_kernels import FusedLinear
-
-    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
-    if not quantized and not recipe.get("torch_compile"):
-        config._register_custom_module({Linear: FusedLinear})
-
-
 def _new_config(recipe: Settings) -> LoraConfig:
+    """The recipe's; PEFT takes names of modules as a list, `all-linear` and a regular expression as text."""
     from peft import LoraConfig
 
+    modules = recipe.get("lora_target_modules")
+    all_linear = modules and len(modules) == 1 and modules[0].lower() == "all-linear"
+    modules = "all-linear" if all_linear else _pattern(modules) or modules
     values = {field: recipe.get(key) for key, field in start.FIELDS.items()}
     return LoraConfig(**{
-        **values, "target_modules": targets(recipe), "bias": "none", "task_type": recipe.get("lora_task_type"),
+        **values, "target_modules": modules, "bias": "none", "task_type": recipe.get("lora_task_type"),
         "revision": recipe.values.get("model_revision"),
     })  # fmt: skip
 
 
-def _of_adapter(source: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
+def _continued_config(source: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
     """The configuration of an adapter that is trained on, checked against what the recipe says of its modules."""
+    from peft import LoraConfig
+
+    known = {item.name for item in dataclasses.fields(LoraConfig)} - {"auto_mapping"}
+    values = {name: value for name, value in source.config.items() if name in known}
     try:
-        config = source.lora_config(recipe)
+        config = LoraConfig(**{
+            **values, "lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False,
+        })  # fmt: skip
         _check_targets(model, recipe, source)
     except FAULTS as error:
         raise _misfit(source, str(error)) from None
@@ -248,7 +251,7 @@ def _matched(model: PreTrainedModel, modules: list[str]) -> set[str]:
     if modules[0].lower() == "all-linear":
         head = model.get_output_embeddings()
         return {n for n, m in names.items() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head}
-    if pattern := pattern_of(modules):
+    if pattern := _pattern(modules):
         return {name for name in names if re.fullmatch(pattern, name)}
     return {name for name in names if any(f".{name}".endswith(f".{end}") for end in modules)}
 
@@ -282,7 +285,7 @@ def _tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
 
 def _does_not_fit(recipe: Settings, fault: str, linear: list[str], names: list[str]) -> ModelError:
     """The adapter does not fit; a pattern is explained by a name that it would have to match."""
-    pattern = pattern_of(recipe.get("lora_target_modules"))
+    pattern = _pattern(recipe.get("lora_target_modules"))
     layer = next((name for name in names if name.endswith(f".{linear[0]}")), names[-1]) if linear else names[-1]
     return ModelError(
         f"the adapter does not fit the model: {fault}",
@@ -339,15 +342,7 @@ def hold_as_computed(model: PreTrainedModel, precision: str) -> None:
                     parameter.data = parameter.data.to(low)
 
 
-def targets(recipe: Settings) -> str | list[str] | None:
-    """`lora_target_modules` as PEFT takes it: names as a list, `all-linear` and a regular expression as text."""
-    modules = recipe.get("lora_target_modules")
-    if modules and len(modules) == 1 and modules[0].lower() == "all-linear":
-        return "all-linear"
-    return pattern_of(modules) or modules
-
-
-def pattern_of(modules: list[str] | None) -> str:
+def _pattern(modules: list[str] | None) -> str:
     """The regular expression that stands in place of names, or nothing: a single text that is no dotted name."""
     single = modules[0] if modules and len(modules) == 1 else ""
     return "" if single.lower() == "all-linear" or single.replace(".", "_").isidentifier() else single

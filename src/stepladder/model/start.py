@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepladder import files
 from stepladder.console import quoted
@@ -20,9 +20,6 @@ from stepladder.errors import ModelError
 from stepladder.files import read_object
 from stepladder.run import MANIFEST, status
 from stepladder.settings import Settings
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 CHECKPOINT, MERGE = "COMPLETE.json", "merge.json"  # what tells a checkpoint, and a merged model, from other folders
 KEY = "model_name_or_path"
@@ -89,16 +86,6 @@ class Start:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the adapter, with the chat template that it was trained by."""
         return self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
-
-    def lora_config(self, recipe: Settings) -> LoraConfig:
-        """PEFT's configuration of the adapter, with the recipe's dropout; ValueError where PEFT finds a fault."""
-        from peft import LoraConfig
-
-        known = {item.name for item in dataclasses.fields(LoraConfig)}
-        values = {name: value for name, value in self.config.items() if name in known and name != "auto_mapping"}
-        return LoraConfig(**{
-            **values, "lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False,
-        })  # fmt: skip
 
 
 def read_config(folder: Path) -> dict[str, Any]:
