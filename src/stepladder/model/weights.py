@@ -93,18 +93,12 @@ class Weights:
         with safe_open(self.folder / self.tensors[name].file, framework="pt") as shard:
             return shard.get_tensor(name)
 
+    def dtype(self) -> torch.dtype:
+        """What most of the folder's numbers are held in."""
+        import torch
 
-def shards(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
-    """The names of each shard, in order: a shard holds at most `limit` bytes, or one tensor."""
-    found: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if found[-1] and size + tensor.bytes > limit:
-            found.append([])
-            size = 0
-        found[-1].append(name)
-        size += tensor.bytes
-    return found
+        sizes = {code: sum(t.bytes for t in self.tensors.values() if t.dtype == code) for code in FLOATS}
+        return getattr(torch, FLOATS[max(sizes, key=lambda code: sizes[code])])
 
 
 def share(folder: Path) -> None:
@@ -135,8 +129,14 @@ def write(
     """
     import torch
 
-    parts = shards(tensors, limit)
-    total, done = sum(tensor.bytes for tensor in tensors.values()), 0
+    parts: list[list[str]] = [[]]  # the names of each shard: at most `limit` bytes, or one tensor
+    size = total = done = 0
+    for name, planned in tensors.items():
+        if parts[-1] and size + planned.bytes > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size, total = size + planned.bytes, total + planned.bytes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
@@ -145,11 +145,7 @@ def write(
         offset = 0
         for name in names:
             end = offset + tensors[name].bytes
-            header[name] = {
-                "dtype": tensors[name].dtype,
-                "shape": tensors[name].shape,
-                "data_offsets": [offset, end],
-            }
+            header[name] = {"dtype": tensors[name].dtype, "shape": tensors[name].shape, "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data begins aligned
@@ -166,15 +162,7 @@ def write(
     return len(parts)
 
 
-def dtype(disk: Weights) -> torch.dtype:
-    """What most of the folder's numbers are held in."""
-    import torch
-
-    sizes = {code: sum(t.bytes for t in disk.tensors.values() if t.dtype == code) for code in FLOATS}
-    return getattr(torch, FLOATS[max(sizes, key=lambda code: sizes[code])])
-
-
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """PyTorch's name of a dtype, as Transformers and PEFT write it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 

@@ -72,10 +72,9 @@ def _parts(args: argparse.Namespace) -> _Parts:
     work, because = open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
-    model = work.configuration()
     if args.ollama and not args.gguf:
-        llama_cpp_text.check_ollama((model.architectures or ["this model"])[0])
-    gguf = gguf_file.GGUFFile(model, tokenizer, generation["eos_token_id"], args.gguf) if args.gguf else None
+        llama_cpp_text.check_ollama((work.config.architectures or ["this model"])[0])
+    gguf = gguf_file.GGUFFile(work.config, tokenizer, generation["eos_token_id"], args.gguf) if args.gguf else None
     return _Parts(name, base, trained, losses, tokenizer, work, because, modelfile, gguf, gguf_name)
 
 
@@ -91,7 +90,7 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
     began = time.perf_counter()
     parts = _parts(args)
     work = parts.work
-    dtype = hardware.dtype_of(args.dtype) if args.dtype else weights.dtype(work.disk)
+    dtype = hardware.dtype_of(args.dtype) if args.dtype else work.disk.dtype()
     plan = work.plan(dtype)
     needed = _bytes(plan) + (parts.gguf.max_bytes(plan) if parts.gguf else 0)
     with work_folder(args.output_dir, needed, args.overwrite) as folder:
@@ -126,7 +125,7 @@ def _write(
         "adapters": [str(path) for path in args.adapter],
         "weights": args.weights,
         "quantized_base": args.quantized_base,
-        "dtype": weights.name_of(dtype),
+        "dtype": weights.dtype_name(dtype),
         "streamed": parts.because is None,
         "bytes": _bytes(parts.work.plan(dtype)),
         "shards": shards,

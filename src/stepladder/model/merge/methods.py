@@ -21,7 +21,7 @@ from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class StreamedMerge:
@@ -165,10 +165,6 @@ class StreamedMerge:
                 meta_model.unload(held)
         return self._last[name]
 
-    def configuration(self) -> PretrainedConfig:
-        """The merged model's."""
-        return self.config
-
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""
         if not self._streaming:
@@ -198,7 +194,7 @@ class StreamedMerge:
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What will be written, under the names that the base has on disk; what is not a weight stays as it is."""
-        code, found = CODES[weights.name_of(dtype)], dict(self.disk.tensors)
+        code, found = CODES[weights.dtype_name(dtype)], dict(self.disk.tensors)
         for key, name in self._written().items():
             found[key] = Tensor("", code, self.shapes[name])
         return found
@@ -232,7 +228,7 @@ class StreamedMerge:
             tensor = self.merged(names[key])
             low, high = tensor.aminmax()
             if not max(-low, high) <= torch.finfo(dtype).max:  # NaN too
-                raise ModelError(f"{key} is too large for {weights.name_of(dtype)}", help="--dtype bf16 or fp32")
+                raise ModelError(f"{key} is too large for {weights.dtype_name(dtype)}", help="--dtype bf16 or fp32")
             return tensor.to(dtype)
 
         count = weights.write(folder, plan, produce, limit, progress)
@@ -249,15 +245,9 @@ class WholeMerge:
             raise ModelError("only LoRA adapters that are streamed have a weight", help="remove --weights")
         self.base, self.adapters, self.tokens, self.device = base, adapters, tokens, device
         self.disk = Weights(base)
-
-    def configuration(self) -> PretrainedConfig:
-        """The merged model's, but for weights that the adapter may have untied."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.base)
-        text = config.get_text_config()
-        text.vocab_size = max(text.vocab_size, self.tokens)
-        return config
+        self.config = pretrained.load_config(base)  # of the merged model, but for weights that the adapter may untie
+        text = self.config.get_text_config()
+        text.vocab_size = max(text.vocab_size, tokens)
 
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32."""
@@ -293,7 +283,7 @@ class WholeMerge:
         return model.to(self.device).eval()
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        code = CODES[weights.name_of(dtype)]
+        code = CODES[weights.dtype_name(dtype)]
         return {
             name: Tensor("", code if tensor.dtype in FLOATS else tensor.dtype, tensor.shape)
             for name, tensor in self.disk.tensors.items()

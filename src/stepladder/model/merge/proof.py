@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge
-from stepladder.model.weights import FLOATS, Weights, name_of
+from stepladder.model.weights import FLOATS, Weights, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ class Proof:
         merged = self._answers(self.merge.reopen(folder))
         off = self._error(
             merged,
-            f"{name_of(dtype)} is too coarse for this adapter: rounding moves the logits by",
+            f"{dtype_name(dtype)} is too coarse for this adapter: rounding moves the logits by",
             "--dtype fp32, or serve base and adapter together",
         )
         agree, of = 0, STEPS * len(self.prompts)
@@ -106,7 +106,12 @@ class Proof:
 
         base, merged = self.merge.disk, Weights(folder)
         common = base.tensors.keys() & merged.tensors.keys()
-        changed = {key for key in common if not torch.equal(_as(base, key, dtype), merged.read(key))}
+        changed = set()
+        for key in common:
+            tensor = base.read(key)
+            tensor = tensor.to(dtype) if base.tensors[key].dtype in FLOATS else tensor
+            if not torch.equal(tensor, merged.read(key)):
+                changed.add(key)
         changed |= merged.tensors.keys() - common
         if not changed:
             raise ModelError("the merged weights are the base's: the adapter changes nothing in this dtype")
@@ -121,15 +126,10 @@ class Proof:
                 raise ModelError(f"{key} was not written as it was merged", why="a fault of the disk, or a bug")
             if key not in changed and not torch.equal(exact, self.merge.read(name)):
                 raise ModelError(
-                    f"{name_of(dtype)} cannot hold the change of {key}: it would stay the base's",
+                    f"{dtype_name(dtype)} cannot hold the change of {key}: it would stay the base's",
                     help="--dtype fp32, or serve base and adapter together",
                 )
         return {"tensors": len(merged.tensors), "targeted": len(targeted), "changed": len(changed)}
-
-
-def _as(disk: Weights, key: str, dtype: torch.dtype) -> torch.Tensor:
-    tensor = disk.read(key)
-    return tensor.to(dtype) if disk.tensors[key].dtype in FLOATS else tensor
 
 
 def greedy(model: Any, prompts: list[list[int]], device: str) -> list[list[int]]:
@@ -151,8 +151,8 @@ def logits(model: Any, sequences: list[list[int]], device: str) -> Logits:
     longest = max(map(len, sequences))
     ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
     with torch.no_grad():
-        found = model(input_ids=ids, use_cache=False).logits.float().cpu()
-    return [answer[: len(ids)] for answer, ids in zip(found, sequences, strict=True)]
+        answers = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    return [answer[: len(ids)] for answer, ids in zip(answers, sequences, strict=True)]
 
 
 def difference(ours: Logits, theirs: Logits) -> dict[str, float]:
@@ -176,30 +176,29 @@ def report(facts: dict[str, Any], folder: Path) -> str:
         f"✔ {folder}: {size}, merged in {facts['merge_seconds']} s, "
         f"{facts['seconds']} s in all, peak memory {facts['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    found, file = facts["proof"], facts["gguf"]
-    lines = [f"  gguf     {file['file']}, {file['bytes'] / 1e9:.2f} GB, {_read_back(file)}"] if file else []
-    if not found:
+    proof, file, lines = facts["proof"], facts["gguf"], []
+    if file:
+        off = file["read_back"]
+        read = f"read back by Transformers: logits off by {_errors(off)}" if off else f"not read back: {file['why']}"
+        lines = [f"  gguf     {file['file']}, {file['bytes'] / 1e9:.2f} GB, {read}"]
+    if not proof:
         return "\n".join([head, "  not verified, as you asked; the card says so", *lines])
-    exact, off, moves = found["exact"], found["written"], found["adapter_moves"]
-    exactly = f"{found['changed']} of {found['tensors']} tensors changed"
-    if "targeted" in found:
-        exactly += f", none but the {found['targeted']} that the adapter targets"
+    exact, greedy = proof["exact"], proof["greedy"]
+    changed = f"{proof['changed']} of {proof['tensors']} tensors changed"
+    if "targeted" in proof:
+        changed += f", none but the {proof['targeted']} that the adapter targets"
     return "\n".join(
         (
             head,
-            f"  weights  {exactly}",
+            f"  weights  {changed}",
             f"  logits   in fp32 off by {exact['max']:.1e} at most (bound {exact['bound']:.1e}); as written by "
-            f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}, where the adapter moves them by "
-            f"{moves['mean']:.1e} in the mean",
-            f"  greedy   {found['greedy']['agree']} of {found['greedy']['of']} agree, {found['prompts']} prompts",
+            f"{_errors(proof['written'])}, where the adapter moves them by "
+            f"{proof['adapter_moves']['mean']:.1e} in the mean",
+            f"  greedy   {greedy['agree']} of {greedy['of']} agree, {proof['prompts']} prompts",
             *lines,
         )
     )
 
 
-def _read_back(file: dict[str, Any]) -> str:
-    if not (off := file["read_back"]):
-        return f"not read back: {file['why']}"
-    return (
-        f"read back by Transformers: logits off by {off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}"
-    )
+def _errors(off: dict[str, float]) -> str:
+    return f"{off['max']:.1e}, {off['mean']:.1e} in the mean, KL {off['kl']:.1e}"
