@@ -25,33 +25,22 @@ if TYPE_CHECKING:
 
 KINDS = ("f16", "q8_0")
 ROOM = 2**25  # bytes for names, vocabulary and alignment
-
-
-class Family(NamedTuple):
-    """An architecture that llama.cpp and this module know.
-
-    Args:
-        arch: llama.cpp's name.
-        activation: the only one that it computes.
-        must: keys of the configuration that must be these, since llama.cpp knows nothing else.
-    """
-
-    arch: str
-    activation: str
-    must: dict[str, Any]
-
-
-FAMILIES = {
-    "llama": Family("llama", "silu", {}),
-    "mistral": Family("llama", "silu", {"sliding_window": None}),
-    "qwen2": Family("qwen2", "silu", {"use_sliding_window": False}),
-    "qwen3": Family("qwen3", "silu", {"use_sliding_window": False, "attention_bias": False}),
-    "phi3": Family("phi3", "silu", {}),
-    "gpt2": Family(
-        "gpt2",
-        "gelu_new",
-        {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    ),
+# llama.cpp's name of each architecture by Transformers' own, and what its configuration must say: llama.cpp computes
+# nothing else.
+GPT2 = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+WINDOWLESS = {"hidden_act": "silu", "use_sliding_window": False}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"hidden_act": "silu"}),
+    "mistral": ("llama", {"hidden_act": "silu", "sliding_window": None}),
+    "qwen2": ("qwen2", WINDOWLESS),
+    "qwen3": ("qwen3", WINDOWLESS | {"attention_bias": False}),
+    "phi3": ("phi3", {"hidden_act": "silu"}),
+    "gpt2": ("gpt2", GPT2),
 }
 
 
@@ -139,19 +128,17 @@ class GGUFFile:
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None, kind: str
     ):
         self.config, self.kind, self.tokenizer = config, kind, tokenizer
-        known = FAMILIES.get(config.model_type)
-        if not known:
+        if config.model_type not in FAMILIES:
             raise ModelError(
                 f"no GGUF file is written for {config.model_type}",
                 why=f"it is for {', '.join(FAMILIES)}",
                 help="without --gguf, then llama.cpp's own convert_hf_to_gguf.py, where it knows the architecture",
             )
-        self.family = known
-        activation = "hidden_act" if hasattr(config, "hidden_act") else "activation_function"
-        for key, value in {activation: known.activation, **known.must}.items():
+        self.arch, required = FAMILIES[config.model_type]
+        for key, value in required.items():
             if (has := getattr(config, key, value)) != value:
                 raise _another_model(f"its configuration says {key}: {has}, and llama.cpp knows {value} only")
-        self.rope = Rope(config, known.arch)
+        self.rope = Rope(config, self.arch)
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.vocabulary = build_vocabulary(tokenizer, config.vocab_size, listed)
         self.remarks = [f"in llama.cpp, {remark}" for remark in self.vocabulary.remarks + self.rope.remarks]
@@ -192,7 +179,7 @@ class GGUFFile:
         from transformers import AutoConfig
 
         self.config = AutoConfig.from_pretrained(folder)  # which may have more rows, and two heads for one
-        writer: Any = gguf.GGUFWriter(folder / name, self.family.arch)
+        writer: Any = gguf.GGUFWriter(folder / name, self.arch)
         # llama.cpp takes special tokens for Phi-3's wherever it finds that in the name, and fails where they are not.
         title = re.sub("phi-?3", "phi 3", name.removesuffix(f"-{self.kind}.gguf"), flags=re.IGNORECASE)
         writer.add_name(f"phi-3 {title}" if self.vocabulary.like_phi3 else title)
@@ -220,7 +207,7 @@ class GGUFFile:
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_head_count(config.num_attention_heads)
-        if self.family.arch == "gpt2":
+        if self.arch == "gpt2":
             writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
             writer.add_layer_norm_eps(config.layer_norm_epsilon)
         else:
@@ -230,7 +217,7 @@ class GGUFFile:
             writer.add_key_length(head)
             writer.add_value_length(head)
             self.rope.metadata(writer)
-        if self.family.arch == "phi3":
+        if self.arch == "phi3":
             writer.add_sliding_window(config.sliding_window or 0)
         lists: dict[str, Any] = {"tokens": writer.add_token_list, "scores": writer.add_token_scores}
         lists |= {"token_type": writer.add_token_types, "merges": writer.add_token_merges}
@@ -251,14 +238,14 @@ class GGUFFile:
         import gguf
 
         disk = Weights(folder)
-        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family.arch)
+        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         names = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
         for key, tensor in disk.tensors.items():
-            if self.family.arch == "gpt2" and key.endswith((".attn.bias", ".attn.masked_bias")):
+            if self.arch == "gpt2" and key.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # masks, which old files hold
             if key == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
-            bare = self.family.arch == "gpt2" and not key.startswith(("transformer.", "lm_head"))
+            bare = self.arch == "gpt2" and not key.startswith(("transformer.", "lm_head"))
             name = names.get_name(f"transformer.{key}" if bare else key, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise _another_model(f"its tensor {key} has no place there")
@@ -278,14 +265,14 @@ class GGUFFile:
 
     def _is_transposed(self, key: str) -> bool:
         """GPT-2's Conv1D holds its matrices the other way round."""
-        return self.family.arch == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        return self.arch == "gpt2" and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
     def values(self, disk: Weights, key: str) -> torch.Tensor:
         """A tensor in fp32 as llama.cpp expects it."""
         tensor = disk.read(key).float()
         if self._is_transposed(key):
             return tensor.T
-        if self.family.arch == "llama" and (".q_proj." in key or ".k_proj." in key):
+        if self.arch == "llama" and (".q_proj." in key or ".k_proj." in key):
             # llama.cpp turns neighbouring pairs of a head, Transformers the first half against the second.
             heads = self.config.num_attention_heads if ".q_proj." in key else self.config.num_key_value_heads
             halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])

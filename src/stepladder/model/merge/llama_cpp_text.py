@@ -208,7 +208,9 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], mo
     for conversation in CONVERSATIONS:
         if conversation[0][0] == "system" and '"system"' not in template:
             continue  # the chat template refuses such a turn, too
-        ours, theirs = _render(tokenizer, conversation), execute(template, _with_default(conversation, system))
+        # Ollama puts the Modelfile's SYSTEM before a conversation that has none.
+        turns = [("system", system)] if system and conversation[0][0] != "system" else []
+        ours, theirs = _render(tokenizer, conversation), execute(template, [*turns, *conversation])
         if ours != theirs:
             raise _no_modelfile(f"it treats a turn by its place: {ours!r} would be {theirs!r}")
     for text, name in ((template, "the chat template"), (system, "its system prompt")):
@@ -280,11 +282,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], pr
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     begins = tokenizer("", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if begins and tokenizer.bos_token else text
-
-
-def _with_default(turns: list[tuple[str, str]], system: str) -> list[tuple[str, str]]:
-    """Ollama puts the Modelfile's SYSTEM before a conversation that has none."""
-    return turns if not system or turns[0][0] == "system" else [("system", system), *turns]
 
 
 def execute(template: str, turns: list[tuple[str, str]]) -> str:
