@@ -69,12 +69,12 @@ def find_folder(name: str, revision: str | None = None, small_files_only: bool =
     return folder
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a model in a folder, whose architecture Transformers knows by itself."""
+def load_config(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model in a folder, or of a hub id with its `revision`."""
     from transformers import AutoConfig
 
-    with _loading(str(folder)):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with _loading(str(name)):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer_for(recipe: Settings) -> PreTrainedTokenizerBase:
@@ -86,10 +86,7 @@ def load_tokenizer_for(recipe: Settings) -> PreTrainedTokenizerBase:
     code, source = bool(recipe.get("trust_remote_code")), start.find_for(recipe)
     tok = load_tokenizer(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
-        from transformers import AutoConfig
-
-        with _loading(source.base):
-            config = AutoConfig.from_pretrained(source.base, revision=source.revision, trust_remote_code=code)
+        config = load_config(source.base, source.revision, code)
         if len(tok) > (rows := config.get_text_config().vocab_size):
             raise ModelError(
                 f"the adapter's tokenizer has {len(tok):,} tokens, and its base {source.base} embeds {rows:,}",
@@ -201,11 +198,11 @@ def make_unread_model(recipe: Settings) -> PreTrainedModel:
     weights there too. Accelerate tells parameters apart by their addresses, which meta tensors do not have.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     source = start.find_for(recipe)
+    config = load_config(source.base, source.revision)
     with _loading(source.base):
-        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
         model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **_attention(recipe))
