@@ -113,10 +113,10 @@ def test_what_is_known_of_an_architecture_is_so(architecture: str, flash) -> Non
     """
     by_mask, by_length = KNOWN[architecture]
     model = small(architecture)
-    assert attention.masked(model) == by_mask
+    assert attention.separates_by_mask(model) == by_mask
     assert (contaminated(model) < 1e-4) == by_mask
     if by_length is not None:
-        assert attention.kept_apart(model, attention.BY_LENGTH) == by_length
+        assert attention.separates_rows(model, attention.BY_LENGTH) == by_length
     if by_length:
         for module in model.modules():
             if hasattr(module, "config"):

@@ -257,7 +257,7 @@ def build(prepared: Prepared) -> Built:
         sharded=launch.strategy not in ("single", "ddp"), on_cpu=prepared.use_cpu,
     )  # fmt: skip
     if prepared.checkpoint:
-        model.notes.extend(attention.changed(checked.record.manifest.get("attention") or {}, model.attention))
+        model.notes.extend(attention.note_change(checked.record.manifest.get("attention") or {}, model.attention))
     checked.record.begin(checked.recipe.to_yaml(), resume.entry(prepared.checkpoint), **_facts(prepared, model))
     signals.install(trains=True)
     return Built(prepared, base, model)

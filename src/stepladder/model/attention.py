@@ -42,6 +42,7 @@ PACKAGE = "flash_attention_2"
 KERNEL = FLASH_ATTN_KERNEL_FALLBACK[PACKAGE]  # the same, built for this PyTorch and CUDA, from the hub
 CAPABILITY = (8, 0)  # flash kernels, SDPA's own too, are for Ampere and newer
 HEAD = 256  # numbers of a head that FlashAttention 2 takes at most
+LAYOUTS = {True: "rows end to end, kept apart by a mask", False: "rows padded"}
 PROBE = 3.0  # seconds in which the hub is to answer
 
 
@@ -85,20 +86,20 @@ def settle(
     """
     why = ""
     if settings.get("attn_implementation") == "auto" and device == "cuda":
-        name, why = first(_flash(model, precision))
-        if name:
-            _take(model, name)
+        found, why = first(_find_flash(model, precision))
+        if found:
+            _set_implementation(model, found)
     config = model.config.get_text_config()
-    named, flash = config._attn_implementation, is_flash_attention_requested(config)
+    name, flash = config._attn_implementation, is_flash_attention_requested(config)
     fault, help = "", "attn_implementation: auto"
     if flash and precision == "fp32":
-        fault, help = f"{named} computes in bf16 or fp16 only, and this run in fp32", f"bf16: true, or {help}"
-    elif named == "flex_attention" and device == "cpu":
+        fault, help = f"{name} computes in bf16 or fp16 only, and this run in fp32", f"bf16: true, or {help}"
+    elif name == "flex_attention" and device == "cpu":
         fault, help = "flex_attention has no backward pass on a CPU", f"{help}, or sdpa"
     if fault:
         where = settings.where("attn_implementation")
         raise RecipeError(f"attn_implementation: {fault}", where=where, help=help)
-    lengths = kept_apart(model, BY_LENGTH)
+    lengths = separates_rows(model, BY_LENGTH)
     virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)
     if flash:
@@ -110,48 +111,46 @@ def settle(
     free = settings.get("padding_free")
     flat = free is True or "packing" in packs or (free == "auto" and exact)
     asked = [*packs, *["padding_free"] * (free is True)]
-    if asked and not exact and (flash or not masked(model)):
+    if asked and not exact and (flash or not separates_by_mask(model)):
         raise RecipeError(
-            f"{asked[0]}: {str(settings.get(asked[0])).lower()} with {config.model_type} under {named}: "
+            f"{asked[0]}: {str(settings.get(asked[0])).lower()} with {config.model_type} under {name}: "
             "rows would see each other",
             where=settings.where(asked[0]),
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
             help=f"{asked[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
-    notes = [_cost(settings, named)] if flat and not exact and settings.get("per_device_train_batch_size") > 1 else []
-    return Choice(named if flash or not exact else "sdpa", rows if flat and exact else _LAID[flat], flat, why), notes
+    notes = _cost_notes(settings, name) if flat and not exact else []
+    return Choice(name if flash or not exact else "sdpa", rows if flat and exact else LAYOUTS[flat], flat, why), notes
 
 
-_LAID = {True: "rows end to end, kept apart by a mask", False: "rows padded"}
-
-
-def masked(model: PreTrainedModel) -> bool:
+def separates_by_mask(model: PreTrainedModel) -> bool:
     """Whether the mask that Transformers make keeps rows apart that lie end to end."""
     blind = model.config.get_text_config().model_type in BLIND
-    return not blind and kept_apart(model, BY_MASK)
+    return not blind and separates_rows(model, BY_MASK)
 
 
-def changed(before: dict[str, Any], now: Choice) -> list[str]:
+def note_change(before: dict[str, Any], now: Choice) -> list[str]:
     """A note where a run that is resumed began with another attention (of an earlier version nothing is known)."""
     was = f"{before.get('implementation')}, {before.get('rows')}"
     same = not before or was == f"{now.implementation}, {now.rows}"
     return [] if same else [f"attention: {was} as the run began; its losses agree with these to rounding"]
 
 
-def _cost(settings: Settings, named: str) -> str:
+def _cost_notes(settings: Settings, name: str) -> list[str]:
     micro, length = settings.get("per_device_train_batch_size"), settings.get("max_length")
     tokens = f"{micro} × {length:,} = {micro * length:,}" if length else f"{micro} rows"
-    return (
-        f"{named} computes all pairs of a micro-batch's tokens ({tokens} at most), {micro} times as many as of its "
+    note = (
+        f"{name} computes all pairs of a micro-batch's tokens ({tokens} at most), {micro} times as many as of its "
         "sequences one by one; per_device_train_batch_size: 1 computes no others"
     )
+    return [note] if micro > 1 else []
 
 
 def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def _flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
+def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
     """FlashAttention 2 by its name, where GPU, model and packages have it, else nothing; and why."""
     if precision == "fp32":
         return "", "FlashAttention computes in bf16 or fp16 only"
@@ -181,7 +180,7 @@ def _flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
     return "", "; ".join(faults)
 
 
-def _take(model: PreTrainedModel, name: str) -> None:
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError, OSError) as error:
@@ -222,13 +221,13 @@ def by_row(model: PreTrainedModel, settings: Settings) -> bool:
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         return False
-    if not kept_apart(model, {"full_attention"}) or config.model_type in BLIND:
+    if not separates_rows(model, {"full_attention"}) or config.model_type in BLIND:
         return False
     model.set_attn_implementation(BY_ROW)
     return True
 
 
-def kept_apart(model: PreTrainedModel, layers: set[str]) -> bool:
+def separates_rows(model: PreTrainedModel, layers: set[str]) -> bool:
     """Whether rows that lie end to end do not see each other, if layers of these kinds keep them apart.
 
     Not where a layer hands a state on from token to token (Mamba, short convolutions), positions are counted from the
