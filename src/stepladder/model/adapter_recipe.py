@@ -182,10 +182,10 @@ def _contradictions(recipe: Recipe, source: start.Start, values: dict[str, Any])
     """Keys that were set and say something else than the adapter."""
     name, keys = recipe.get(KEY), recipe.values
     for key in FIELDS:
-        asked, has = recipe.get(key), values.get(key, known_keys()[key].default)
-        if key in keys and key != DROPOUT and not _agrees(key, asked, has):
+        value, has = recipe.get(key), values.get(key, known_keys()[key].default)
+        if key in keys and key != DROPOUT and not _agrees(key, value, has):
             yield RecipeError(
-                f"{key}: {_format(asked)}, and the adapter in {name} has {_format(has)}",
+                f"{key}: {_format(value)}, and the adapter in {name} has {_format(has)}",
                 where=recipe.where(key),
                 why="an adapter that is trained on keeps its form",
                 help=f"{f'{key}: {_format(has)}' if has else f'remove {key}'}; "

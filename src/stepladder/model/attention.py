@@ -81,14 +81,14 @@ def settle(
         The choice, and notes on what it costs.
 
     Raises:
-        RecipeError: rows are asked to lie end to end that would see each other, or FlashAttention to compute in fp32.
+        RecipeError: rows shall lie end to end that would see each other, or FlashAttention to compute in fp32.
         ModelError: this rank cannot load what rank 0 takes.
     """
     why = ""
     if settings.get("attn_implementation") == "auto" and device == "cuda":
-        found, why = first(_find_flash(model, precision))
-        if found:
-            _set_implementation(model, found)
+        flash_name, why = first(_find_flash(model, precision))
+        if flash_name:
+            _set_implementation(model, flash_name)
     config = model.config.get_text_config()
     name, flash = config._attn_implementation, is_flash_attention_requested(config)
     fault, help = "", "attn_implementation: auto"
@@ -110,14 +110,14 @@ def settle(
     packs = [key for key in ("packing", "eval_packing") if settings.get(key) and separates]
     free = settings.get("padding_free")
     flat = free is True or "packing" in packs or (free == "auto" and exact)
-    asked = [*packs, *["padding_free"] * (free is True)]
-    if asked and not exact and (flash or not separates_by_mask(model)):
+    keys = [*packs, *["padding_free"] * (free is True)]
+    if keys and not exact and (flash or not separates_by_mask(model)):
         raise RecipeError(
-            f"{asked[0]}: {str(settings.get(asked[0])).lower()} with {config.model_type} under {name}: "
+            f"{keys[0]}: {str(settings.get(keys[0])).lower()} with {config.model_type} under {name}: "
             "rows would see each other",
-            where=settings.where(asked[0]),
+            where=settings.where(keys[0]),
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
-            help=f"{asked[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
+            help=f"{keys[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
     notes = _cost_notes(settings, name) if flat and not exact else []
     return Choice(name if flash or not exact else "sdpa", rows if flat and exact else LAYOUTS[flat], flat, why), notes
@@ -156,11 +156,11 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
         return "", "FlashAttention computes in bf16 or fp16 only"
     if _capability() < CAPABILITY:
         return "", "FlashAttention needs compute capability 8.0, and this GPU has {}.{}".format(*_capability())
-    named = getattr(model, "_compatible_flash_implementations", None) or [PACKAGE, KERNEL]
+    compatible = getattr(model, "_compatible_flash_implementations", None) or [PACKAGE, KERNEL]
     config = model.config.get_text_config()
     heads = [getattr(config, key, None) or 0 for key in ("head_dim", "global_head_dim")]
     size = max(heads) or config.hidden_size // config.num_attention_heads
-    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(named) or size > HEAD:
+    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(compatible) or size > HEAD:
         return "", f"{type(model).__name__} does not take FlashAttention 2"
     faults = []
     for name, package, installed in (

@@ -231,9 +231,9 @@ def _check_targets(model: PreTrainedModel, recipe: Settings, source: start.Start
     its = [its] if isinstance(its, str) else its
     if not its or not recipe.get(key):
         return  # compared already, without the model (model/adapter_recipe.py)
-    asked, own = (_matched(model, names) for names in (recipe.get(key), its))
-    if asked != own:
-        new, less = sorted(asked - own), sorted(own - asked)
+    ours, its_own = (_matched(model, names) for names in (recipe.get(key), its))
+    if ours != its_own:
+        new, less = sorted(ours - its_own), sorted(its_own - ours)
         raise ModelError(
             f"{key}: {', '.join(recipe.get(key))} are other modules than the adapter's: {', '.join(sorted(its))}",
             where=recipe.where(key),
@@ -303,12 +303,12 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
     modules, parameters = wrapped.base_model.targeted_module_names, wrapped.base_model.targeted_parameter_names
     # The configuration's own names: PEFT replaces those of experts that Transformers holds fused.
     targeted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
-    for key, wanted, found in (
+    for key, wanted, present in (
         ("lora_target_modules", targeted, modules),
         ("lora_target_parameters", config.target_parameters or (), parameters),
         ("lora_modules_to_save", config.modules_to_save or (), names),
     ):
-        missing = sorted(name for name in wanted if not any(f".{full}".endswith(f".{name}") for full in found))
+        missing = sorted(name for name in wanted if not any(f".{full}".endswith(f".{name}") for full in present))
         if missing and recipe.get(key):
             raise ModelError(
                 f"{key}: the model has no {', '.join(missing)}",

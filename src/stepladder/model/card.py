@@ -111,7 +111,7 @@ def render(
     }
     front |= {"license": licence} if licence else {}
     how = training_method(trained) if trained else "An adapter"
-    made = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
+    origin = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
     cells = {
         name: _line(value).replace("|", "\\|") for name, value in _facts(base, licence, trained, losses, merged).items()
     }
@@ -119,7 +119,7 @@ def render(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {_text(folder.name)}",
-        f"{_line(made)}{', merged' if merged else ''}, made with Stepladder.",
+        f"{_line(origin)}{', merged' if merged else ''}, made with Stepladder.",
         f"| | |\n| --- | --- |\n{table}",
         "## Load and serve\n\n" + _fenced("bash", _commands(folder, base, trained, merged, is_adapter)),
     ]

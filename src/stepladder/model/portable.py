@@ -118,11 +118,11 @@ def _older_rope(config: dict[str, Any]) -> str | None:
             config["original_max_position_embeddings"] = first
         if kind in ("phi3", "phi4_multimodal"):  # of exactly these three
             scaling = {"type": "longrope", **{k: ropes[k] for k in ("short_factor", "long_factor")}}
-        given = ropes.get("factor")
+        factor = ropes.get("factor")
         if ropes.get("attention_factor") and "attention_factor" not in scaling:
             return _unknown(kind, "has an attention_factor")
-        if first and longest and given and abs(given - longest / first) > 1e-6:
-            return _unknown(kind, f"has factor {given}, and lengths of {longest:,} and {first:,}")
+        if first and longest and factor and abs(factor - longest / first) > 1e-6:
+            return _unknown(kind, f"has factor {factor}, and lengths of {longest:,} and {first:,}")
     config["rope_scaling"] = scaling
     return None
 

@@ -135,11 +135,11 @@ def clear_sampling(generation: GenerationConfig) -> None:
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase, *known: int | list[int] | None) -> int | list[int] | None:
     """The tokens that end a generation: the model's own, the tokenizer's, and the end of turn of its template."""
-    found: list[int | None] = []
+    candidates: list[int | None] = []
     for ends in known:
-        found += ends if isinstance(ends, list) else [ends]
-    found += [tokenizer.eos_token_id, *templates.turn_ends(tokenizer)]
-    ends = [end for end in dict.fromkeys(found) if end is not None]
+        candidates += ends if isinstance(ends, list) else [ends]
+    candidates += [tokenizer.eos_token_id, *templates.turn_ends(tokenizer)]
+    ends = [end for end in dict.fromkeys(candidates) if end is not None]
     return ends if len(ends) > 1 else ends[0] if ends else None
 
 
@@ -206,22 +206,24 @@ def make_unread_model(recipe: Settings) -> PreTrainedModel:
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config))
         model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **_attention(recipe))
-    made: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
+    copies: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
     for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                new = made.get(id(old))
-                if new is None:
-                    new = made[id(old)] = torch.nn.Parameter(torch.empty_like(old, device="cpu"), old.requires_grad)
-                module._parameters[name] = new
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                copy = copies.get(id(parameter))
+                if copy is None:
+                    copy = copies[id(parameter)] = torch.nn.Parameter(
+                        torch.empty_like(parameter, device="cpu"), parameter.requires_grad
+                    )
+                module._parameters[name] = copy
     model.config.use_cache = False
     return model
 
 
 def _attention(recipe: Settings) -> dict[str, str | None]:
-    """What is named is asked for as the model is made; `auto` is settled on the model (`attention.settle`)."""
-    named = recipe.get("attn_implementation")
-    return {} if named == "auto" else {"attn_implementation": named}
+    """`attn_implementation` as the model is made; `auto` is settled on the model (`attention.settle`)."""
+    name = recipe.get("attn_implementation")
+    return {} if name == "auto" else {"attn_implementation": name}
 
 
 def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -365,11 +367,11 @@ def _loading(name: str, of: str = "") -> Iterator[None]:
         wrong = wrong or (isinstance(error, RuntimeError) and "mismatch" in str(error))
         if wrong or type(error).__name__.startswith(("SafetensorError", "StrictDataclass")):
             lines = str(error).strip().splitlines()
-            said = lines[0] if lines else type(error).__name__
-            said += " " + lines[1].strip() if said.endswith(":") and len(lines) > 1 else ""
+            reason = lines[0] if lines else type(error).__name__
+            reason += " " + lines[1].strip() if reason.endswith(":") and len(lines) > 1 else ""
             raise ModelError(
                 f"'{name}'" + f", the base of {of}," * bool(of) + " could not be loaded",
-                why=said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}",
+                why=reason if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {reason}",
                 help="a local folder with config.json and safetensors, or a hub id (network or cache needed)"
                 + "; --base names it where it is now" * bool(of),
             ) from None

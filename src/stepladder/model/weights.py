@@ -37,14 +37,14 @@ class Tensor(NamedTuple):
 def _weight_map(index: Path) -> dict[str, str]:
     """The shard of each tensor by its name."""
     try:
-        found = read_object(index).get("weight_map")
-        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        shards = read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
             raise ValueError("it lists no shards")
-        if far := [file for file in found.values() if file != Path(file).name]:
-            raise ValueError(f"it names {far[0]!r}, which is no file beside it")
+        if elsewhere := [file for file in shards.values() if file != Path(file).name]:
+            raise ValueError(f"it names {elsewhere[0]!r}, which is no file beside it")
     except ValueError as error:
         raise ModelError(f"{index} cannot be used: {error}", help="fetch or copy the folder again") from None
-    return found
+    return shards
 
 
 class Weights:
@@ -223,5 +223,5 @@ def differences(shapes: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
     """Which tensors are missing, unexpected or of another shape; empty where none is."""
     missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     wrong = sorted(n for n in shapes.keys() & expected.keys() if shapes[n] != expected[n])
-    found = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
-    return "; ".join(f"{label}: {names[0]}{more(names)}" for label, names in found if names)
+    faults = (("missing", missing), ("unexpected", extra), ("of another shape", wrong))
+    return "; ".join(f"{label}: {names[0]}{more(names)}" for label, names in faults if names)

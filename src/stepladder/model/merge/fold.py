@@ -48,22 +48,22 @@ class _Parts:
 
 def _parts(args: argparse.Namespace) -> _Parts:
     config = read_configs(args.adapter)[0]
-    made = [card.read_training(folder) for folder in args.adapter]
-    trained, losses = made[0]
-    in_4_bits = next((each for each, _ in made if each.get("recipe", {}).get("load_in_4bit")), trained)
+    runs = [card.read_training(folder) for folder in args.adapter]
+    trained, losses = runs[0]
+    in_4_bits = next((each for each, _ in runs if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = choose_base(args.quantized_base, in_4_bits)
-    begun = start.find(str(args.adapter[0]))
-    name = args.base or begun.base
+    source = start.find(str(args.adapter[0]))
+    name = args.base or source.base
     base = _find_base(name, None if args.base else config.revision)
     if replaced := next(
-        (f for f in (base, *args.adapter) if f.resolve().is_relative_to(args.output_dir.resolve())), None
+        (folder for folder in (base, *args.adapter) if folder.resolve().is_relative_to(args.output_dir.resolve())), None
     ):
         raise ModelError(
             f"--output_dir {args.output_dir} holds {replaced}, which is merged",
             why="the result would take its place",
             help="another --output_dir",
         )
-    tokenizer = pretrained.load_tokenizer(str(args.adapter[0] if begun.has_tokenizer else base))
+    tokenizer = pretrained.load_tokenizer(str(args.adapter[0] if source.has_tokenizer else base))
     defaults = base / "generation_config.json"
     generation = files.read_object(defaults) if defaults.is_file() else {}  # `_find_base` has looked at it
     generation["eos_token_id"] = pretrained.end_tokens(tokenizer, generation.get("eos_token_id"))
@@ -170,9 +170,9 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, base: Path, folder: Path
     from transformers import GenerationConfig
 
     tokenizer.save_pretrained(folder)
-    own = (base / "generation_config.json").is_file()
+    has_own = (base / "generation_config.json").is_file()
     config = pretrained.load_config(folder)
-    generation = GenerationConfig.from_pretrained(base) if own else GenerationConfig()
+    generation = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig()
     pretrained.clear_sampling(generation)
     generation.eos_token_id = config.eos_token_id = pretrained.end_tokens(
         tokenizer, generation.eos_token_id, config.eos_token_id

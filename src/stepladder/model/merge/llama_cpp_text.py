@@ -102,8 +102,8 @@ def build_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, ends: list[i
     like_phi3, remark = _strip_rule(list(added.values()))
     remarks += [remark] if remark else []
     if others := [end for end in ends if end not in (keys.get("eos_token_id"), keys.get("eot_token_id"))]:
-        named = ", ".join(map(str, tokenizer.convert_ids_to_tokens(others)))
-        remarks.append(f"an answer may go on after {named}: a file names two ends")
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(others)))
+        remarks.append(f"an answer may go on after {names}: a file names two ends")
     return Vocabulary(keys, like_phi3, remarks)
 
 
@@ -112,8 +112,8 @@ def _strip_rule(added: list[dict[str, Any]]) -> tuple[bool, str]:
     every, after = ({t["content"] for t in added if t["rstrip"] or not only} for only in (False, True))
     before = {token["content"] for token in added if token["lstrip"]}
     like_phi3 = bool(after) and every >= KEEP and after == every - KEEP
-    named = sorted(before if like_phi3 else before | after)
-    return like_phi3, f"spaces beside {', '.join(named[:3])} stay, which are left out here" if named else ""
+    tokens = sorted(before if like_phi3 else before | after)
+    return like_phi3, f"spaces beside {', '.join(tokens[:3])} stay, which are left out here" if tokens else ""
 
 
 def _no_gguf(why: str) -> ModelError:
@@ -286,8 +286,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]], pr
 
 def execute(template: str, turns: list[tuple[str, str]]) -> str:
     """What Go's text/template makes of the templates above: range, if eq .Role, else if, .Content, end."""
-    found = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL)
-    assert found
-    branches = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', found[1])
+    parts = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL)
+    assert parts
+    branches = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', parts[1])
     texts = dict(zip(branches[1::2], branches[2::2], strict=True))
-    return "".join(texts[role].replace("{{ .Content }}", content) for role, content in turns) + found[2]
+    return "".join(texts[role].replace("{{ .Content }}", content) for role, content in turns) + parts[2]

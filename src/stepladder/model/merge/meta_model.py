@@ -59,21 +59,21 @@ def map_keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
     mapping = get_model_conversion_mapping(model)
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
-    state, tied, found = model.state_dict(), model.all_tied_weights_keys, {}
+    state, tied, keys = model.state_dict(), model.all_tied_weights_keys, {}
     for key in disk.tensors:
         name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if converted:
             raise NotStreamed(f"{key} is fused with others as Transformers loads it")
         if name in state:
-            found[name] = key
+            keys[name] = key
     wanted = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    if missing := [name for name in wanted if name not in found and tied.get(name) not in found]:
+    if missing := [name for name in wanted if name not in keys and tied.get(name) not in keys]:
         raise ModelError(
             f"the base has no tensor {missing[0]}{more(missing)}",
             where=str(disk.folder),
             why="the folder is not whole, or config.json belongs to another model",
         )
-    return found
+    return keys
 
 
 def load(held: Held, read: Read) -> None:
@@ -81,18 +81,18 @@ def load(held: Held, read: Read) -> None:
     import torch
 
     for name, module in held:
-        for own, parameter in module._parameters.items():
+        for part, parameter in module._parameters.items():
             if parameter is not None:
-                setattr(module, own, torch.nn.Parameter(read(f"{name}.{own}"), requires_grad=False))
+                setattr(module, part, torch.nn.Parameter(read(f"{name}.{part}"), requires_grad=False))
 
 
 def unload(held: Held) -> None:
     import torch
 
     for _, module in held:
-        for own, parameter in module._parameters.items():
+        for part, parameter in module._parameters.items():
             if parameter is not None:
-                setattr(module, own, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+                setattr(module, part, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
 
 
 def stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
@@ -163,8 +163,8 @@ def count_rows(model: PreTrainedModel, adapters: list[Path], tokens: int) -> int
         tensors = Weights(folder, single=ADAPTER).tensors
         for name in names:
             for suffix in (".weight", ".base_layer.weight"):
-                if found := tensors.get(f"{PREFIX}{name}{suffix}"):
-                    return found.shape[0]
+                if embeddings := tensors.get(f"{PREFIX}{name}{suffix}"):
+                    return embeddings.shape[0]
     return max(int(ends[0].weight.shape[0]), tokens)
 
 
@@ -193,18 +193,18 @@ def inject(
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
         for key in sorted(tensors.keys() | table.keys()):
-            own = table.get(key, key)
-            in_base = own.removeprefix(PREFIX).replace(".base_layer.", ".")
+            place = table.get(key, key)
+            in_base = place.removeprefix(PREFIX).replace(".base_layer.", ".")
             if key not in tensors:
                 missing = sorted(table.keys() - tensors.keys())
                 raise wrong_base(folder, base, f"the adapter lacks {missing[0]}{more(missing)}")
             if in_base not in shapes and key not in table:
                 extra = sorted(tensors.keys() - table.keys())
                 raise wrong_base(folder, base, f"there is no place in it for {key}{more(extra)}")
-            needed = shapes[in_base] if in_base in shapes else tuple(state[own].shape)
+            needed = shapes[in_base] if in_base in shapes else tuple(state[place].shape)
             if tensors[key].shape != needed:
                 raise wrong_base(folder, base, f"{key} is {_by(tensors[key].shape)}, and this base needs {_by(needed)}")
-            (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else own] = tensors[key]
+            (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
         if scale != 1:
             _scale(wrapped, name, scale, folder)

@@ -78,14 +78,14 @@ class StreamedMerge:
 
         for module in self.peft.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                for own, _ in module.original_module.named_parameters():
-                    yield f"{self.names[module.original_module]}.{own}", module
+                for part, _ in module.original_module.named_parameters():
+                    yield f"{self.names[module.original_module]}.{part}", module
             elif isinstance(module, BaseTunerLayer):
                 layer = module.get_base_layer()
-                for own, _ in layer.named_parameters():
+                for part, _ in layer.named_parameters():
                     # It changes a bias only where it has learned one.
-                    if own != "bias" or any(getattr(module, "lora_bias", {}).values()):
-                        yield f"{self.names[layer]}.{own}", module
+                    if part != "bias" or any(getattr(module, "lora_bias", {}).values()):
+                        yield f"{self.names[layer]}.{part}", module
 
     def _check_shapes(self) -> None:
         """Every weight must have the size of its place, or be given by the adapter."""
@@ -150,7 +150,7 @@ class StreamedMerge:
             if isinstance(unit, ModulesToSaveWrapper):
                 place = self.names[unit.original_module]
                 (active,) = unit.active_adapters
-                self._last = {f"{place}.{own}": p.data for own, p in unit.modules_to_save[active].named_parameters()}
+                self._last = {f"{place}.{part}": p.data for part, p in unit.modules_to_save[active].named_parameters()}
             else:
                 held = [(self.names[m], m) for m in unit.get_base_layer().modules()]
                 meta_model.load(held, self.read)
@@ -159,7 +159,7 @@ class StreamedMerge:
                 except (ValueError, RuntimeError, NotImplementedError) as error:
                     raise ModelError(f"PEFT cannot merge {held[0][0]}", why=str(error)) from None
                 self._last = {
-                    f"{place}.{own}": p.data for place, m in held for own, p in m._parameters.items() if p is not None
+                    f"{place}.{part}": p.data for place, m in held for part, p in m._parameters.items() if p is not None
                 }
                 unit.merged_adapters.clear()
                 meta_model.unload(held)
@@ -194,10 +194,10 @@ class StreamedMerge:
 
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What will be written, under the names that the base has on disk; what is not a weight stays as it is."""
-        code, found = CODES[weights.dtype_name(dtype)], dict(self.disk.tensors)
+        code, tensors = CODES[weights.dtype_name(dtype)], dict(self.disk.tensors)
         for key, name in self._written().items():
-            found[key] = Tensor("", code, self.shapes[name])
-        return found
+            tensors[key] = Tensor("", code, self.shapes[name])
+        return tensors
 
     def _written(self) -> dict[str, str]:
         """The model's name of each weight by its key in the output."""
