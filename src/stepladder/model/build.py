@@ -114,16 +114,9 @@ def attach_adapter(
     if recipe.get("peft_type") != "lora":
         return _attach_virtual_tokens(model, recipe, tokenizer)
     source = start.find_for(recipe)
-    config = _continued_config(source, recipe, model) if source.adapter else _new_config(recipe)
+    config = _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
-    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
-    if fused and not quantized and not recipe.get("torch_compile"):
-        from torch.nn import Linear
-
-        from stepladder.model.cpu_kernels import FusedLinear
-
-        config._register_custom_module({Linear: FusedLinear})
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
@@ -185,34 +178,33 @@ def virtual_inputs(model: Any, ids: Any) -> dict[str, Any]:
     return {"inputs_embeds": torch.cat([prompt, model.get_input_embeddings()(ids)], dim=1)}
 
 
-def _new_config(recipe: Settings) -> LoraConfig:
-    """The recipe's; PEFT takes names of modules as a list, `all-linear` and a regular expression as text."""
+def _lora_config(source: start.Start, recipe: Settings, model: PreTrainedModel, fused: bool) -> LoraConfig:
+    """The recipe's configuration, or the adapter's that is trained on, checked against the recipe's modules."""
     from peft import LoraConfig
+    from torch.nn import Linear
 
-    modules = recipe.get("lora_target_modules")
-    all_linear = modules and len(modules) == 1 and modules[0].lower() == "all-linear"
-    modules = "all-linear" if all_linear else _pattern(modules) or modules
-    values = {field: recipe.get(key) for key, field in start.FIELDS.items()}
-    return LoraConfig(**{
-        **values, "target_modules": modules, "bias": "none", "task_type": recipe.get("lora_task_type"),
-        "revision": recipe.values.get("model_revision"),
-    })  # fmt: skip
+    if source.adapter:
+        known = {item.name for item in dataclasses.fields(LoraConfig)} - {"auto_mapping"}
+        values = {name: value for name, value in source.config.items() if name in known}
+        values |= {"lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False}
+        try:
+            config = LoraConfig(**values)
+            _check_targets(model, recipe, source)
+        except FAULTS as error:
+            raise _misfit(source, str(error)) from None
+        config.base_model_name_or_path = model.name_or_path
+    else:
+        modules = recipe.get("lora_target_modules")  # PEFT takes `all-linear` and a regular expression as text
+        all_linear = modules and len(modules) == 1 and modules[0].lower() == "all-linear"
+        values = {field: recipe.get(key) for key, field in start.FIELDS.items()}
+        values |= {"target_modules": "all-linear" if all_linear else _pattern(modules) or modules, "bias": "none"}
+        values |= {"task_type": recipe.get("lora_task_type"), "revision": recipe.values.get("model_revision")}
+        config = LoraConfig(**values)
+    quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
+    if fused and not quantized and not recipe.get("torch_compile"):
+        from stepladder.model.cpu_kernels import FusedLinear
 
-
-def _continued_config(source: start.Start, recipe: Settings, model: PreTrainedModel) -> LoraConfig:
-    """The configuration of an adapter that is trained on, checked against what the recipe says of its modules."""
-    from peft import LoraConfig
-
-    known = {item.name for item in dataclasses.fields(LoraConfig)} - {"auto_mapping"}
-    values = {name: value for name, value in source.config.items() if name in known}
-    try:
-        config = LoraConfig(**{
-            **values, "lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False,
-        })  # fmt: skip
-        _check_targets(model, recipe, source)
-    except FAULTS as error:
-        raise _misfit(source, str(error)) from None
-    config.base_model_name_or_path = model.name_or_path
+        config._register_custom_module({Linear: FusedLinear})
     return config
 
 
