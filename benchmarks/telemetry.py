@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerControl
 
 from stepladder import run
-from stepladder.training import rows
+from stepladder.training import batches
 from stepladder.training.watch import telemetry, utilization
 
 STEPS, MICRO_BATCHES = 500, 2
@@ -38,7 +38,7 @@ def main() -> None:
     ids = torch.ones(4, 512, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "rows": torch.arange(4)[:, None]}
     with tempfile.TemporaryDirectory() as folder:
-        meter, seen = telemetry.Telemetry(run.Run(Path(folder), is_writer=first), work), rows.Rows()
+        meter, seen = telemetry.Telemetry(run.Run(Path(folder), is_writer=first), work), batches.StepRows()
         began = time.perf_counter()
         for _ in range(STEPS):
             for inputs in meter.batches(iter([dict(batch) for _ in range(MICRO_BATCHES)])):

@@ -339,16 +339,16 @@ def figures(found: dict[str, Any]) -> str:
 
 WHY = """## What makes them equal
 
-- **Rows** (`training/order.py`): a permutation by seed and epoch alone. An epoch's last batch, and a global batch that
-  the micro-batches do not divide, are filled up with rows of one token that trains nothing; Accelerate would repeat
-  rows to even out the ranks.
+- **Rows** (`training/batches.py`): a permutation by seed and epoch alone. An epoch's last batch, and a global batch
+  that the micro-batches do not divide, are filled up with rows of one token that trains nothing; Accelerate would
+  repeat rows to even out the ranks.
 - **Loss**: normalized by the trained tokens of all ranks and all micro-batches of a step (TRL, transformers#34191).
 - **Evaluation loss**: the mean over tokens; Transformers averages the means of batches, and repeats rows.
 - **Adapters in fp32** on any base: TRL casts those of a quantized model to bf16, of which ZeRO keeps an fp32 copy and
   DDP and FSDP do not; the curves parted by 1e-3.
-- **Gradient norm** (`training/gradients.py`): PyTorch's fp32 norm on CPU is off by 1e-3 for a large tensor
+- **Gradient norm** (`training/trainer.py`): PyTorch's fp32 norm on CPU is off by 1e-3 for a large tensor
   (pytorch#151761), differently for its shards; clipping would carry that into the curve.
-- **FSDP in bf16** (`training/gradients.py`): Accelerate sums gradients over the ranks in bf16 and rounds the loss to
+- **FSDP in bf16** (`training/trainer.py`): Accelerate sums gradients over the ranks in bf16 and rounds the loss to
   bf16 where it leaves the model, to steps of 3e-2 above 4. Both are kept in fp32 here; the curves parted by 1.6e-2.
 
 On CPU, `fsdp` shards as on GPUs (`ranks.shard_on_cpu`; Accelerate alone would run DDP), and `fsdp_offload` is the same

@@ -76,7 +76,7 @@ class Agreement(TrainerCallback):
             control.should_save, self._save_after_evaluation = True, False
 
     def _not_finite(self, what: str, bad_gradient: bool, step: int) -> None:
-        rows = sorted(set(self.trainer.rows.of_all_ranks()))
+        rows = sorted(set(self.trainer.rows.gather_numbers()))
         place = f"the {what} of step {step} is not a finite number"
         named = f"its rows (counted from 0): {rows}"
         # DeepSpeed steps in the backward pass, and leaves out by itself a step whose gradient is no number

@@ -60,7 +60,7 @@ class Telemetry(TrainerCallback):
         self.__dict__.update(values)
 
     def count(self, checksum: int, tokens: int, trained: int, places: int, pairs: int) -> None:
-        """Add a step's rows, summed over all ranks (see rows.py)."""
+        """Add a step's rows, summed over all ranks (`batches.StepRows`)."""
         self.rows_checksum += checksum
         self.tokens += tokens
         self.trained_tokens += trained
