@@ -192,11 +192,11 @@ def test_a_callback_of_ones_own(watched) -> None:
 
 def test_the_callback_of_the_docs(tmp_path) -> None:
     """Guards what Prometheus refuses: a node's figure by its name, what is no number. The page shows the file."""
-    from stepladder.training import callback
+    from stepladder.training import arguments
 
     file = "docs/prometheus.py"
     assert f"```python\n{(ROOT / file).read_text()}```" in (ROOT / "docs/monitoring.md").read_text()
-    (own,) = callback.of(str(ROOT / file))
+    (own,) = arguments.load_callback(str(ROOT / file))
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
     logs = {"loss": 1.0, "tokens_per_second": 2.0, "step_seconds": 3.0, "node_0/cpu_percent": 4.0, "text": "x"}
     own.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None, logs=dict(logs))
@@ -282,13 +282,13 @@ def test_a_line_that_is_damaged(line, tmp_path, capsys) -> None:
 def test_a_callback_that_is_none(content, tmp_path, tiny, learnable) -> None:
     """Guards a wrong --callback: one message, no traceback."""
     from stepladder.errors import LaunchError
-    from stepladder.training import callback
+    from stepladder.training import arguments
 
     file = tmp_path / "mine.py"
     if content:
         file.write_text(content)
     with pytest.raises(LaunchError, match="--callback"):
-        callback.of(str(file))
+        arguments.load_callback(str(file))
 
 
 def test_watch_by_the_command_line(watched) -> None:

@@ -177,7 +177,7 @@ def import_libraries() -> None:
     from stepladder.evaluation import samples  # noqa: F401
     from stepladder.model import build  # noqa: F401
     from stepladder.planning import choose  # noqa: F401
-    from stepladder.training import callback, result, trainer  # noqa: F401
+    from stepladder.training import result, trainer  # noqa: F401
     from stepladder.training.guard import out_of_memory, watchdog  # noqa: F401
     from stepladder.training.launch import one_copy  # noqa: F401
     from stepladder.training.watch import announce, profiling, progress, telemetry, trackers  # noqa: F401
@@ -352,7 +352,7 @@ def _announce(built: Built) -> None:
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
     from stepladder.evaluation import samples
-    from stepladder.training import callback, trainer
+    from stepladder.training import trainer
     from stepladder.training.guard import watchdog
     from stepladder.training.watch import telemetry, trackers, utilization
 
@@ -360,11 +360,11 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     record, launch, recipe = checked.record, checked.launch, checked.recipe
     work = utilization.work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
-    own = callback.of(callback_file)
+    own = arguments.load_callback(callback_file)
     ask = samples.asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.of(record, recipe, prepared.arguments, ask)
     watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
-    with arguments.refused(recipe):
+    with arguments.library_errors_as_recipe_errors(recipe):
         return trainer.Trainer(
             model=built.model.model,
             layout=prepared.step,

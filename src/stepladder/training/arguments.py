@@ -1,27 +1,31 @@
-"""From a recipe to TRL's SFTConfig: what the recipe sets, and what follows from the ranks and the hardware."""
+"""What the trainer is built from: TRL's SFTConfig and the step's layout by the recipe, and the user's callback."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.errors import RecipeError
+from stepladder.errors import LaunchError, RecipeError
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
     from trl import SFTConfig
 
 
-# On a CPU they do nothing but end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
+# On a CPU these would end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
 GPU_ONLY = ("activation_offloading", "use_liger_kernel")
 
 
 def check_streaming(recipe: Recipe) -> None:
-    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps."""
+    """Raise RecipeError for a stream, whose length is unknown, without `max_steps`."""
     for key in ("streaming", "dataset_streaming"):
         if recipe.get(key) and recipe.get("max_steps") < 1:
             raise RecipeError(
@@ -64,7 +68,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
         # A NaN is shown, not replaced by the last loss that was a number.
         "logging_nan_inf_filter": False,
     }
-    with refused(recipe):
+    with library_errors_as_recipe_errors(recipe):
         return SFTConfig(**values)
 
 
@@ -76,15 +80,15 @@ def _accumulation(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def refused(recipe: Recipe) -> Iterator[None]:
-    """Raise RecipeError for what the libraries refuse in the block, such as a loss that this model does not have."""
+def library_errors_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
+    """Raise RecipeError for what TRL or Transformers refuse in the block, such as a loss that this model lacks."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        said = str(error).strip()
-        named = [recipe.where(word) for word in re.findall(r"\w+", said) if word in recipe.values]
+        message = str(error).strip()
+        key = next((word for word in re.findall(r"\w+", message) if word in recipe.values), None)
         raise RecipeError(
-            f"TRL or Transformers refuse these keys: {said}", where=named[0] if named else str(recipe.path)
+            f"TRL or Transformers refuse these keys: {message}", where=recipe.where(key) if key else str(recipe.path)
         ) from None
 
 
@@ -109,3 +113,30 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
             help="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
         )
     return found
+
+
+def load_callback(path: str | None) -> list[TrainerCallback]:
+    """An instance of the class `Callback` of the user's Python file; empty without a file.
+
+    It comes before the trainer's others: what it adds to `logs` reaches metrics.jsonl and the trackers.
+
+    Raises:
+        LaunchError: the file holds no class `Callback` that is one of Transformers'.
+    """
+    from transformers import TrainerCallback
+
+    if path is None:
+        return []
+    file = Path(path)
+    help = "docs/prometheus.py is one"
+    if not os.path.isfile(file):  # unlike Path.is_file, it does not raise for a name that is too long
+        raise LaunchError(f"--callback {file}: there is no such file", help=help)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise LaunchError(f"--callback {file} is no Python file", help=help)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    callback = getattr(module, "Callback", None)
+    if not isinstance(callback, type) or not issubclass(callback, TrainerCallback):
+        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", help=help)
+    return [callback()]
