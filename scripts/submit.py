@@ -22,7 +22,7 @@ from stepladder.data import mixture, templates
 from stepladder.hardware import CORES_PER_GPU, GPUS, MEMORY_PER_GPU
 from stepladder.model import adapter_recipe
 from stepladder.training import arguments
-from stepladder.training.launch import strategy
+from stepladder.training.launch import launcher
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
 
@@ -169,7 +169,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             overrides += ["--per_device_train_batch_size", str(best.micro)]
             overrides += ["--gradient_checkpointing", str(best.checkpointing).lower()]
         else:
-            way = plan.of_recipe(strategy.named(args.strategy, plan.ranks))
+            way = plan.of_recipe(launcher.find_strategy(args.strategy, plan.ranks))
         lines.append(
             f"plan: {way.strategy}, micro-batch {way.micro}, checkpointing {'on' if way.checkpointing else 'off'}: "
             f"{way.memory.total / hardware.GIB:.1f} of {way.limit / hardware.GIB:.1f} GiB of each {name}"
@@ -204,7 +204,7 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     mixture.load(recipe)
     templates.check_path(recipe)
     asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
-    return "auto" if asked == "auto" else strategy.named(asked, ranks)
+    return "auto" if asked == "auto" else launcher.find_strategy(asked, ranks)
 
 
 def _job_name(folder: Path) -> str:

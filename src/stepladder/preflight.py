@@ -19,7 +19,7 @@ from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import launcher, ranks, strategy
+from stepladder.training.launch import launcher, ranks, strategy_rules
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     if not gpus:
         ranks.assert_no_gpu_named()
         gpus = 1
-    name = strategy.named(machine.strategy, machine.nodes * gpus)
+    name = launcher.find_strategy(machine.strategy, machine.nodes * gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
-    notes = strategy.check(recipe, launch)
+    notes = strategy_rules.check(recipe, launch)
     said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([said, *notes]), launch
 

@@ -30,7 +30,7 @@ from stepladder.run import Run
 from stepladder.training import allocator, arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import launcher, ranks, strategy
+from stepladder.training.launch import launcher, ranks, strategy_rules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
-    notes = requirements.untested_versions() + recipe.notes + strategy.check(recipe, launch)
+    notes = requirements.untested_versions() + recipe.notes + strategy_rules.check(recipe, launch)
     # One rank per node reads and prepares the rows; the others open what it made.
     train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.unread(recipe)
     templates.check_path(recipe)
@@ -255,7 +255,7 @@ def build(prepared: Prepared) -> Built:
         base, recipe, prepared.precision,
         lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
         prepared.tokenizer, prepared.new_tokens,
-        sharded=launch.strategy not in ("single", "ddp"), on_cpu=prepared.use_cpu,
+        sharded=launch.strategy.shards, on_cpu=prepared.use_cpu,
     )  # fmt: skip
     if prepared.checkpoint:
         model.notes.extend(attention.changed(checked.record.manifest.get("attention") or {}, model.attention))

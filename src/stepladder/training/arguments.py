@@ -14,6 +14,7 @@ from stepladder.errors import LaunchError, RecipeError
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
+from stepladder.training.launch.launcher import Strategy
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -36,8 +37,8 @@ def check_streaming(recipe: Recipe) -> None:
             )
 
 
-def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: str) -> SFTConfig:
-    """The training arguments, under a strategy as the launch names it. Creating them starts the process group.
+def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
+    """The training arguments. Creating them starts the process group.
 
     Raises:
         RecipeError: the libraries refuse a combination.
@@ -51,7 +52,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
         "padding_free": False,  # whether rows lie end to end is decided once the model is known (model/attention.py)
-        **(_accumulation(recipe) if strategy.startswith("fsdp") else {}),
+        **(_accumulation(recipe) if strategy.is_fsdp else {}),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,

@@ -49,9 +49,9 @@ def ways_down(recipe: Settings, launch: Launch, micro: int) -> list[str]:
             ways.append(f"{half} --gradient_accumulation_steps {2 * recipe.get('gradient_accumulation_steps')}")
     if not recipe.get("gradient_checkpointing"):
         ways.append("--gradient_checkpointing true (about a quarter slower)")
-    if launch.strategy in ("single", "ddp", "zero2"):
+    if not launch.strategy.shards_weights:
         more = "" if launch.ranks > 1 else " on several devices"
         ways.append(f"accelerate launch --config_file accelerate_configs/zero3.yaml …{more}: weights are sharded too")
-    elif not launch.strategy.endswith("_offload"):
+    elif not launch.strategy.offloads:
         ways.append(f"accelerate_configs/{launch.strategy}_offload.yaml: the shards lie in host memory")
     return ways[:3] or ["a smaller model, a shorter max_length, or more devices"]

@@ -18,7 +18,7 @@ def base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     Accelerate sends each parameter from rank 0 as it shards it (`fsdp2_load_full_state_dict`), which finds what a
     node's first rank has read, and what the others have not.
     """
-    if not launch.strategy.startswith("fsdp") or launch.ranks == 1:
+    if not launch.strategy.is_fsdp or launch.ranks == 1:
         return load.base_model(recipe, precision)
     asked, reads = load.can_be_sent(recipe), launch.local_rank == 0
     model = load.base_model(recipe, precision) if reads or not asked else None

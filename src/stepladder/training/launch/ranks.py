@@ -93,7 +93,7 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
         torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
-    if launch.strategy.startswith("zero"):
+    if launch.strategy.is_zero:
         _load_cpu_collectives()
     return True
 
@@ -229,7 +229,7 @@ def shard_on_cpu(launch: Launch) -> None:
     """
     from accelerate import DistributedType, PartialState
 
-    if launch.strategy.startswith("fsdp") and PartialState().distributed_type == DistributedType.MULTI_CPU:
+    if launch.strategy.is_fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState().distributed_type = DistributedType.MULTI_GPU
         os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
 

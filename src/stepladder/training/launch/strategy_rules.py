@@ -1,47 +1,34 @@
-"""A strategy by its name, and what it cannot compute as one process does: refused, or said where the run begins.
+"""What a strategy cannot compute as one process does: refused, or noted where the run begins.
 
-ZeRO cuts all weights, laid end to end, into equal slices, and an optimizer sees slices, not
-matrices. The figures are losses after 7 steps of the tiny model of tests/ (tests/test_train.py).
+ZeRO concatenates all weights and cuts them into equal slices: an optimizer sees slices, not
+matrices. Figures are differences of losses after 7 steps of the tiny model of tests/ (tests/test_train.py).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from stepladder.errors import LaunchError, RecipeError
+from stepladder.errors import RecipeError
 from stepladder.model import start
 from stepladder.recipe.recipe import Recipe
 from stepladder.training.launch.launcher import Launch
 
-# Their update of a weight follows from that weight alone, so that slices change nothing.
+# Their update of a weight depends on that weight alone, so slices change nothing.
 ELEMENTWISE = {
     *("adamw_torch", "adamw_torch_fused", "adamw_anyprecision", "ademamix", "sgd", "adagrad", "rmsprop"),
     *("lion_32bit", "paged_adamw_32bit", "paged_ademamix_32bit", "paged_lion_32bit", "rmsprop_bnb"),
     *("rmsprop_bnb_32bit", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
-# Those that compute on FSDP's shards; bitsandbytes' kernels, Adafactor's factors and the rest know plain tensors only.
+# Those that compute on FSDP's shards (DTensor); bitsandbytes' kernels, Adafactor and the rest need plain tensors.
 ON_SHARDS = {
     *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"),
     *("sgd", "adagrad", "rmsprop", "grokadamw", "stable_adamw"),
     *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
-EMBEDDINGS = ("embed", "wte")  # what the modules of input embeddings are called
+EMBEDDINGS = ("embed", "wte")  # in the names of input embeddings
 # Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
 # quantized tensors, which differ by a rounding once they were written as plain ones.
 NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
-
-
-def named(asked: str | None, ranks: int) -> str:
-    """The strategy that is asked for, by the name of its file; where none is, what the ranks need: ddp or single.
-
-    Raises:
-        LaunchError: there is no such file.
-    """
-    name = asked or ("ddp" if ranks > 1 else "single")
-    if not Path(f"accelerate_configs/{name}.yaml").is_file():
-        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
-    return name
 
 
 def _unusable(optimizer: str, launch: Launch) -> str:
@@ -50,11 +37,11 @@ def _unusable(optimizer: str, launch: Launch) -> str:
         return "a checkpoint cannot hold the whole of its state, so an interrupted run could not resume"
     if optimizer == "lomo" and launch.ranks > 1:
         return "it updates the weights in the backward pass, before the ranks have averaged their gradients"
-    if launch.strategy.startswith("fsdp") and optimizer not in ON_SHARDS:
+    if launch.strategy.is_fsdp and optimizer not in ON_SHARDS:
         return "FSDP gives an optimizer sharded tensors (DTensor), and this one computes on plain tensors only"
-    if launch.strategy.startswith("zero") and optimizer.endswith("8bit"):
+    if launch.strategy.is_zero and optimizer.endswith("8bit"):
         return "it quantizes its state in blocks, which ZeRO's slices cut: a checkpoint cannot hold them"
-    if launch.strategy.startswith("zero") and optimizer not in ELEMENTWISE:
+    if launch.strategy.is_zero and optimizer not in ELEMENTWISE:
         return (
             "it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
             "the curve would be another one (adafactor's by 5e-2 within 7 steps)"
@@ -65,14 +52,14 @@ def _unusable(optimizer: str, launch: Launch) -> str:
 def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     """Raise RecipeError for embeddings beside an adapter (`lora_modules_to_save`) that a strategy cannot train or save.
 
-    Without a folder of the base nobody knows here whether its embeddings are tied.
+    Whether its embeddings are tied is known only where the base is a folder.
     """
     whole = recipe.get("lora_modules_to_save") or []
     inputs = [name for name in whole if any(part in name for part in EMBEDDINGS)]
     why = ""
-    if inputs and launch.strategy.startswith("zero3"):
+    if inputs and launch.strategy.is_zero and launch.strategy.shards_weights:
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
-    elif launch.strategy.startswith("fsdp") and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
+    elif launch.strategy.is_fsdp and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
         tied = start.object_in(Path(start.of_recipe(recipe).base) / "config.json").get("tie_word_embeddings")
         if tied:
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
@@ -104,7 +91,7 @@ def check(recipe: Recipe, launch: Launch) -> list[str]:
             + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
         )
     kind = recipe.get("peft_type")
-    if recipe.get("use_peft") and kind != "lora" and launch.strategy.startswith(("zero3", "fsdp")):
+    if recipe.get("use_peft") and kind != "lora" and launch.strategy.shards_weights:
         raise RecipeError(
             f"peft_type: {kind} cannot run under {launch.strategy}",
             where=recipe.where("peft_type"),
