@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/smollm2-135m-instruct"
@@ -61,7 +61,7 @@ LADDER = {
     "`torch_compile: true` in place of that": ("", "--torch_compile", "true"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
-MALLOC = allocator.preload()  # what raises the most elsewhere too, and the recipe takes by itself
+MALLOC = devices.tcmalloc_environment()  # what raises the most elsewhere too, and the recipe takes by itself
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 

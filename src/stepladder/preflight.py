@@ -19,7 +19,7 @@ from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import launcher, ranks, strategy_rules
+from stepladder.training.launch import devices, launcher, strategy_rules
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     """Of the recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
     done: list[Check] = []
     if recipe.get("use_cpu") and not machine.gpus:
-        ranks.hide_gpus()
+        devices.hide_gpus()
 
     def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
         try:
@@ -123,7 +123,7 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     """With the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
-        ranks.assert_no_gpu_named()
+        devices.assert_no_gpu_named()
         gpus = 1
     name = launcher.find_strategy(machine.strategy, machine.nodes * gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)

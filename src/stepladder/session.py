@@ -27,10 +27,10 @@ from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
 from stepladder.reporting import data_audit, page
 from stepladder.run import Run
-from stepladder.training import allocator, arguments, inputs
+from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import launcher, ranks, strategy_rules
+from stepladder.training.launch import devices, launcher, ranks, strategy_rules
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,8 +113,8 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     """
     launch = launcher.launched()
     recipe = load.load(args.recipe, overrides)
-    allocator.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
-    allocator.let_segments_grow()
+    devices.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
+    devices.let_segments_grow()
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
@@ -141,7 +141,7 @@ def prepare(checked: Checked) -> Prepared:
     launch, recipe, record = checked.launch, checked.recipe, checked.record
     console.quiet_libraries()
     with console.quick_imports():
-        use_cpu = ranks.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
+        use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         import_libraries()
     console.quiet_progress_bars()
     precision = model_load.precision(recipe)
@@ -151,7 +151,7 @@ def prepare(checked: Checked) -> Prepared:
     notes += launcher.leave_to_recipe(precision, checked.step.accumulation, recipe.get("max_grad_norm"))
     with ranks.meeting(launch):
         training_args = arguments.build(recipe, checked.step, precision, use_cpu, launch.strategy)
-    devices = ranks.assert_launch(launch, str(training_args.device))
+    rank_devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
@@ -164,7 +164,7 @@ def prepare(checked: Checked) -> Prepared:
         step = arguments.layout(recipe, launch.ranks)
         training_args = arguments.build(recipe, step, precision, use_cpu, launch.strategy)
     return Prepared(
-        checked, recipe, step, checkpoint, use_cpu, precision, devices, training_args, tokenizer, new_tokens,
+        checked, recipe, step, checkpoint, use_cpu, precision, rank_devices, training_args, tokenizer, new_tokens,
         train_set, eval_set, planned, notes,
     )  # fmt: skip
 
@@ -179,7 +179,6 @@ def import_libraries() -> None:
     from stepladder.planning import choose  # noqa: F401
     from stepladder.training import result, trainer  # noqa: F401
     from stepladder.training.guard import out_of_memory, watchdog  # noqa: F401
-    from stepladder.training.launch import one_copy  # noqa: F401
     from stepladder.training.watch import announce, profiling, progress, telemetry, trackers  # noqa: F401
 
 
@@ -245,12 +244,11 @@ def build(prepared: Prepared) -> Built:
 
     from stepladder.model import attention
     from stepladder.model import build as model_build
-    from stepladder.training.launch import one_copy
 
     checked, launch, recipe = prepared.checked, prepared.checked.launch, prepared.recipe
     device = prepared.arguments.device.type
     transformers.set_seed(prepared.arguments.seed)  # before the adapter draws its first weights
-    base = one_copy.base_model(recipe, prepared.precision, launch)
+    base = ranks.load_base_model(recipe, prepared.precision, launch)
     model = model_build.build(
         base, recipe, prepared.precision,
         lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
@@ -280,7 +278,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
         "devices": prepared.devices,
         "precision": prepared.precision,
         "attention": dataclasses.asdict(model.attention),
-        "allocator": allocator.name(),
+        "allocator": devices.allocator_name(),
         "global_batch_size": step.rows,
         "micro_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
