@@ -10,7 +10,7 @@ Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a 
 cores: `trl sft` goes through accelerate, which gives it one thread where OMP_NUM_THREADS says nothing. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
 the same tokens, so that imports, loading and the first steps do not count. `first step` is the time from the command to
-the end of the first step. MFU is by the formula and the measured peak of watch/utilization.py, the same for all.
+the end of the first step. MFU is by the formula and the measured peak of watch/telemetry.py, the same for all.
 """
 
 from __future__ import annotations

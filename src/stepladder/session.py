@@ -178,8 +178,8 @@ def import_libraries() -> None:
     from stepladder.model import build  # noqa: F401
     from stepladder.planning import choose  # noqa: F401
     from stepladder.training import result, trainer  # noqa: F401
-    from stepladder.training.guard import out_of_memory, watchdog  # noqa: F401
-    from stepladder.training.watch import announce, profiling, progress, telemetry, trackers  # noqa: F401
+    from stepladder.training.guard import interruptions  # noqa: F401
+    from stepladder.training.watch import telemetry, terminal, trackers  # noqa: F401
 
 
 def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -294,8 +294,8 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
 def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
     """Train and save the result. run.json says finished, preempted or failed when this returns or raises."""
     from stepladder.training import result
-    from stepladder.training.guard import out_of_memory
-    from stepladder.training.watch import announce, profiling, progress, telemetry, trackers
+    from stepladder.training.guard import interruptions
+    from stepladder.training.watch import telemetry, terminal, trackers
 
     prepared, checked = built.prepared, built.prepared.checked
     record, train_rows, eval_rows = checked.record, checked.train_rows, checked.eval_rows
@@ -303,36 +303,36 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
         _announce(built)
         shapes = result.adapter_shapes(built.model.model)
         watchers = closing.enter_context(trackers.closing(record))
-        line = closing.enter_context(contextlib.closing(progress.ProgressLine()))
+        line = closing.enter_context(contextlib.closing(terminal.ProgressLine()))
         trainer = _trainer(built, callback_file, line, watchers)
         if profile and record.is_writer:
-            trainer.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
+            trainer.add_callback(terminal.Profile(record))  # after the meter, which does not count the writing
         peak = prepared.planned.get("peak_memory_bytes")
-        with out_of_memory.explained(prepared.recipe, checked.launch, prepared.step.micro, peak):
+        with interruptions.explain_out_of_memory(prepared.recipe, checked.launch, prepared.step.micro, peak):
             trainer.train(resume_from_checkpoint=prepared.checkpoint)
         record.update(
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
             final=telemetry.final(trainer.state),
             result_step=telemetry.result_step(trainer.state),
         )
-        if trainer.agreement.preempted:
+        if trainer.rank_sync.preempted:
             record.update(status="preempted")
             trackers.close(watchers, errors.EXIT_PREEMPTED)
             trainer.accelerator.wait_for_everyone()  # a queue ends all nodes with the first that has ended
-            console.say(announce.preempted(record))
+            console.say(terminal.preempted(record))
             return Trained(built, preempted=True)
         result.save(trainer, record, checked.recipe, shapes)
         if record.is_writer:
             # Once run.json says that it is finished; the audit before the page, so it comes last.
-            closing.callback(announce.written_beside, page.write, record.folder)
-            closing.callback(announce.written_beside, data_audit.write, record.folder, train_rows, eval_rows)
+            closing.callback(terminal.written_beside, page.write, record.folder)
+            closing.callback(terminal.written_beside, data_audit.write, record.folder, train_rows, eval_rows)
     return Trained(built, preempted=False)
 
 
 def _announce(built: Built) -> None:
     """The run's opening lines."""
     from stepladder.planning import choose
-    from stepladder.training.watch import announce
+    from stepladder.training.watch import terminal
 
     prepared, checked = built.prepared, built.prepared.checked
     train_set, train_rows, eval_rows = prepared.train_set, checked.train_rows, checked.eval_rows
@@ -344,24 +344,24 @@ def _announce(built: Built) -> None:
     sequences = len(train_set) if hasattr(train_set, "__len__") else None
     steps = choose.steps(prepared.recipe, sequences, prepared.step.rows)
     attends = str(built.model.attention)
-    console.say(announce.beginning(checked.record, prepared.recipe, steps, sequences, attends, notes))
+    console.say(terminal.beginning(checked.record, prepared.recipe, steps, sequences, attends, notes))
 
 
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
     from stepladder.evaluation import samples
     from stepladder.training import trainer
-    from stepladder.training.guard import watchdog
-    from stepladder.training.watch import telemetry, trackers, utilization
+    from stepladder.training.guard import interruptions
+    from stepladder.training.watch import telemetry, trackers
 
     prepared, checked = built.prepared, built.prepared.checked
     record, launch, recipe = checked.record, checked.launch, checked.recipe
-    work = utilization.work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
+    work = telemetry.model_work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
     own = arguments.load_callback(callback_file)
     ask = samples.asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.of(record, recipe, prepared.arguments, ask)
-    watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
+    watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.library_errors_as_recipe_errors(recipe):
         return trainer.Trainer(
             model=built.model.model,
@@ -384,7 +384,7 @@ def finish(trained: Trained) -> int | None:
     Returns:
         The exit code: None when the run is finished, 75 when it was preempted after a complete checkpoint.
     """
-    from stepladder.training.watch import announce
+    from stepladder.training.watch import terminal
 
     if trained.preempted:
         return errors.EXIT_PREEMPTED
@@ -394,5 +394,5 @@ def finish(trained: Trained) -> int | None:
         left_out = list(rows.left_out)
         record.update(rows_left_out=left_out)
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
-    console.say(announce.ending(record))
+    console.say(terminal.ending(record))
     return None

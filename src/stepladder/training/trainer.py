@@ -24,7 +24,7 @@ from stepladder.recipe.batch import Layout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
-from stepladder.training.guard.rank_sync import Agreement, EvaluationLeftError
+from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync
 from stepladder.training.launch import launcher
 from stepladder.training.watch.telemetry import Telemetry
 
@@ -80,11 +80,11 @@ class Trainer(SFTTrainer):
         reduce_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
-        for callback in (ProgressCallback, PrinterCallback):  # watch/progress.py takes their place
+        for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, StepRows()
-        self.agreement = Agreement(self, on_nan)
-        for own in (meter, self.agreement):
+        self.rank_sync = RankSync(self, on_nan)
+        for own in (meter, self.rank_sync):
             self.add_callback(own)
         # Transformers would delete checkpoints by it before the other ranks are known to be done.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -165,7 +165,7 @@ class Trainer(SFTTrainer):
         return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        if self.agreement.stop_asked():
+        if self.rank_sync.stop_asked():
             raise EvaluationLeftError
         inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -197,7 +197,7 @@ class Trainer(SFTTrainer):
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
         except EvaluationLeftError:
-            self.agreement.preempted = self.owes_evaluation = True
+            self.rank_sync.preempted = self.owes_evaluation = True
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -213,10 +213,10 @@ class Trainer(SFTTrainer):
         gradient = not self.args.fp16 and not math.isfinite(float(self._norm))
         return loss, gradient
 
-    def leave_out_step(self) -> None:
+    def skip_step(self) -> None:
         """Before the optimizer step: let it change nothing. The step's loss is not logged."""
         self.optimizer.zero_grad()  # no effect under DeepSpeed, which has left the step out by itself
-        self._tr_loss.copy_(self.agreement.loss_before)
+        self._tr_loss.copy_(self.rank_sync.loss_before)
         self._globalstep_last_logged += 1
 
     # ---- checkpoints
@@ -227,14 +227,14 @@ class Trainer(SFTTrainer):
         if better := bool(metrics) and super()._determine_best_metric(metrics, trial):  # none of one that was left
             self._best_before = before
             self.control.should_save |= self.args.load_best_model_at_end
-        return better or self.agreement.preempted
+        return better or self.rank_sync.preempted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.meter.saving():
             saved = saving.save(self)
         if saved:
             return
-        if self.agreement.preempted:
+        if self.rank_sync.preempted:
             raise TrainingError("no checkpoint could be written before the stop", help="mend that, and start again")
         if self.state.best_global_step == self.state.global_step:  # the best one is chosen among those that stand
             self.state.best_metric, self.state.best_global_step = self._best_before
@@ -260,7 +260,7 @@ class Trainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Transformers would train one step more where a run died after its last step, or a start stops before any."""
-        if self.state.global_step < self.state.max_steps and not self.agreement.preempted:
+        if self.state.global_step < self.state.max_steps and not self.rank_sync.preempted:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -272,7 +272,7 @@ class Trainer(SFTTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers calls `_load_best_model` where its own `_save_checkpoint` has named the folder."""
-        best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.agreement.preempted
+        best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.rank_sync.preempted
         self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
         if chooses and not best and self.args.process_index == 0:
             since = " since the metric or the evaluation rows changed" * self.meter.run.forgets_best
