@@ -19,7 +19,7 @@ from stepladder.planning import choose, hardware
 from stepladder.recipe import explain
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import devices, launcher, strategy_rules
+from stepladder.training.launch import devices, launcher
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     name = launcher.find_strategy(machine.strategy, machine.nodes * gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
-    notes = strategy_rules.check(recipe, launch)
+    notes = arguments.check_strategy(recipe, launch)
     said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([said, *notes]), launch
 

@@ -30,7 +30,7 @@ from stepladder.run import Run
 from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import devices, launcher, ranks, strategy_rules
+from stepladder.training.launch import devices, launcher, ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
-    notes = requirements.untested_versions() + recipe.notes + strategy_rules.check(recipe, launch)
+    notes = requirements.untested_versions() + recipe.notes + arguments.check_strategy(recipe, launch)
     # One rank per node reads and prepares the rows; the others open what it made.
     train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.unread(recipe)
     templates.check_path(recipe)
