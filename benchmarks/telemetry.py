@@ -19,8 +19,8 @@ import torch
 from transformers import TrainerControl
 
 from stepladder import run
-from stepladder.training import rows
-from stepladder.training.watch import telemetry, utilization
+from stepladder.training import batches
+from stepladder.training.watch import telemetry
 
 STEPS, MICRO_BATCHES = 500, 2
 
@@ -32,13 +32,13 @@ def main() -> None:
     first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-    work = utilization.Work(10**8, 10**6, 10**5, False, 1e12, "")
+    work = telemetry.Work(10**8, 10**6, 10**5, False, 1e12, "")
     device, state = torch.device("cpu"), SimpleNamespace(global_step=1, is_world_process_zero=first)
     of_cpu, logged = SimpleNamespace(device=device), TrainerControl(should_log=True)
     ids = torch.ones(4, 512, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "rows": torch.arange(4)[:, None]}
     with tempfile.TemporaryDirectory() as folder:
-        meter, seen = telemetry.Telemetry(run.Run(Path(folder), is_writer=first), work), rows.Rows()
+        meter, seen = telemetry.Telemetry(run.Run(Path(folder), is_writer=first), work), batches.StepRows()
         began = time.perf_counter()
         for _ in range(STEPS):
             for inputs in meter.batches(iter([dict(batch) for _ in range(MICRO_BATCHES)])):

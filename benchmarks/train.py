@@ -10,7 +10,7 @@ Each contender trains SmolLM2-135M on the same 72 conversations, 8 a step, in a 
 cores: `trl sft` goes through accelerate, which gives it one thread where OMP_NUM_THREADS says nothing. A line is
 printed at each step, and its time is taken as it comes: the figure is that of the second epoch, in which all train
 the same tokens, so that imports, loading and the first steps do not count. `first step` is the time from the command to
-the end of the first step. MFU is by the formula and the measured peak of watch/utilization.py, the same for all.
+the end of the first step. MFU is by the formula and the measured peak of watch/telemetry.py, the same for all.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models/smollm2-135m-instruct"
@@ -61,7 +61,7 @@ LADDER = {
     "`torch_compile: true` in place of that": ("", "--torch_compile", "true"),
 }
 RATE = {"lora": "5e-4", "full": "5e-5", "qlora": "5e-4"}
-MALLOC = allocator.preload()  # what raises the most elsewhere too, and the recipe takes by itself
+MALLOC = devices.tcmalloc_environment()  # what raises the most elsewhere too, and the recipe takes by itself
 THREADS = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
 
 

@@ -5,7 +5,7 @@
 
 Each trains ten steps of the same full rows; the figure is that of the last five. Nothing is downloaded. MFU counts
 6 operations a parameter and token in full fine-tuning and 4 with LoRA, attention apart, of the data sheet's dense bf16
-rate (watch/utilization.py); recomputation is in the HFU only. No GPU was lent yet, so that this was only rehearsed.
+rate (watch/telemetry.py); recomputation is in the HFU only. No GPU was lent yet, so that this was only rehearsed.
 """
 
 from __future__ import annotations

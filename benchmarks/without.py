@@ -11,10 +11,10 @@ import functools
 import runpy
 import sys
 
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 
 if "malloc" not in sys.argv[1].split(","):
-    allocator.use_tcmalloc()  # before the next imports bring PyTorch
+    devices.use_tcmalloc()  # before the next imports bring PyTorch
 
 from stepladder.data import prepare
 from stepladder.model import attention, build, cpu_kernels

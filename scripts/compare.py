@@ -29,7 +29,7 @@ from stepladder.evaluation import behaviours, compare, endpoint, gate, generatio
 from stepladder.evaluation import metrics, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.reporting import markdown, page
-from stepladder.training.launch import launcher, ranks
+from stepladder.training.launch import devices, launcher
 
 
 def main() -> int | None:
@@ -114,7 +114,7 @@ def main() -> int | None:
     launch = launcher.launched()
     console.quiet_libraries()
     with console.quick_imports():
-        use_cpu = ranks.choose_device(launch)
+        use_cpu = devices.choose_device(launch)
         import accelerate
 
     console.quiet_progress_bars()

@@ -20,9 +20,9 @@ def own_bytes() -> int:
 
 
 def run(job: dict, rank: int) -> None:
-    from stepladder.training.launch import one_copy
+    from stepladder.training.launch import ranks
 
-    load = one_copy.base_model
+    load = ranks.load_base_model
 
     def measured(*args: Any) -> Any:
         before = own_bytes()
@@ -30,7 +30,7 @@ def run(job: dict, rank: int) -> None:
         Path(f"{job['log']}.{rank}.loaded").write_text(json.dumps(own_bytes() - before))
         return model
 
-    one_copy.base_model = measured
+    ranks.load_base_model = measured
     many_runs.run(job, rank)
 
 

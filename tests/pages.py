@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```bash\n(?P<bash>.*?)^```\n(?P<marks>(?:\s*<!--.*?-->\n)*)(?P<text>\s*```text\n.*?^```\n)?",
@@ -103,7 +103,7 @@ class Player:
         # sft.py, as a person types it, starts anew under tcmalloc; a fork has what its parent has.
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**allocator.preload(), **os.environ},
+            env={**devices.tcmalloc_environment(), **os.environ},
         )  # fmt: skip
 
     def play(self, command: str, folder: Path) -> tuple[int, str]:

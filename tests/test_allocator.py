@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from conftest import losses, manifest, run, script
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or any(Path(gpu).exists() for gpu in allocator.GPUS), reason="for Linux without a GPU"
+    sys.platform != "linux" or any(Path(gpu).exists() for gpu in devices.GPUS), reason="for Linux without a GPU"
 )
 STARTS = """
 import json, os, sys
-from stepladder.training import allocator
+from stepladder.training.launch import devices
 with open(sys.argv[1], "a") as log:
-    log.write(json.dumps([os.getpid(), allocator.name(), os.environ.get("LD_PRELOAD")]) + "\\n")
-allocator.use_tcmalloc()
+    log.write(json.dumps([os.getpid(), devices.allocator_name(), os.environ.get("LD_PRELOAD")]) + "\\n")
+devices.use_tcmalloc()
 with open(sys.argv[1], "a") as log:
-    log.write(json.dumps([os.getpid(), allocator.name(), os.environ.get("LD_PRELOAD"), sys.argv[2:]]) + "\\n")
+    log.write(json.dumps([os.getpid(), devices.allocator_name(), os.environ.get("LD_PRELOAD"), sys.argv[2:]]) + "\\n")
 """
 
 
@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library by tcmalloc's name that changes nothing: what is tested is that it is loaded before all else."""
     folder = tmp_path_factory.mktemp("lib")
     (folder / "empty.c").write_text("int nothing;\n")
-    made = ["cc", "-shared", "-fPIC", "-o", folder / allocator.LIBRARIES[0], folder / "empty.c"]
+    made = ["cc", "-shared", "-fPIC", "-o", folder / devices.TCMALLOC[0], folder / "empty.c"]
     subprocess.run(made, check=True)
     return folder
 
@@ -45,7 +45,7 @@ def test_the_process_starts_anew_once_and_its_commands_do_not_inherit_it(library
     assert done.code == 0, done
     first, again, after = (json.loads(line) for line in log.read_text().splitlines())
     assert first[1:] == ["libc", None]
-    assert again[1:] == ["tcmalloc", allocator.LIBRARIES[0]]
+    assert again[1:] == ["tcmalloc", devices.TCMALLOC[0]]
     assert after[1:] == ["tcmalloc", None, ["--a", "b c"]]
     assert first[0] == again[0] == after[0], "the process that was started is the one that ends"
 
@@ -69,7 +69,7 @@ def test_a_run_has_the_same_curve_under_it(library, tiny, learnable, write_recip
         model_name_or_path=str(tiny), dataset_name=str(learnable), max_steps=2, global_batch_size=4, learning_rate=0.01,
         max_length=192, logging_steps=1, eval_strategy="no", save_strategy="no",
     )  # fmt: skip
-    curves, found = [], {} if allocator.preload() else {"LD_LIBRARY_PATH": str(library)}
+    curves, found = [], {} if devices.tcmalloc_environment() else {"LD_LIBRARY_PATH": str(library)}
     for name, env in {"tcmalloc": found, "libc": {"LD_PRELOAD": "libc.so.6"}}.items():
         done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / name, **env)
         assert done.code == 0, done
@@ -94,6 +94,6 @@ def test_segments_grow_on_a_gpu_unless_someone_says_otherwise(gpu, set_before, a
         monkeypatch.delenv(name)
     for name, value in set_before.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(allocator, "GPUS", (str(tmp_path if gpu else tmp_path / "none"), "none"))
-    allocator.let_segments_grow()
+    monkeypatch.setattr(devices, "GPUS", (str(tmp_path if gpu else tmp_path / "none"), "none"))
+    devices.let_segments_grow()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after

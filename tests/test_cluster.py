@@ -311,8 +311,8 @@ def test_a_build_that_was_killed_does_not_hold_up_every_later_start(tmp_path: Pa
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     code = (
-        "from stepladder.training.launch import launcher, ranks\n"
-        "ranks.choose_device(launcher.Launch(1, 0, 0, 1, 'zero2'))"
+        "from stepladder.training.launch import devices, launcher\n"
+        "devices.choose_device(launcher.Launch(1, 0, 0, 1, launcher.Strategy('zero2')))"
     )
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "py"), "PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, timeout=300)

@@ -13,7 +13,7 @@ import pytest
 from background import Running, steps_logged
 from conftest import manifest, metrics, run, script
 from stepladder.errors import TrainingError
-from stepladder.training.launch.launcher import Launch
+from stepladder.training.launch.launcher import Launch, Strategy
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -205,17 +205,17 @@ def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     """Guards the message: a peak, and what costs least, with the global batch unchanged. The allocation is real."""
     import torch
 
-    from stepladder.training.guard import out_of_memory
+    from stepladder.training.guard import interruptions
 
     recipe = settings(global_batch_size=32, per_device_train_batch_size=8, gradient_checkpointing=False)
-    launch = Launch(2 if strategy != "single" else 1, 0, 0, 1, strategy)
+    launch = Launch(2 if strategy != "single" else 1, 0, 0, 1, Strategy(strategy))
     message = r"out of memory on rank 0, which held \d+\.\d\d GiB"
-    with pytest.raises(TrainingError, match=message) as caught, out_of_memory.explained(recipe, launch, 8):
+    with pytest.raises(TrainingError, match=message) as caught, interruptions.explain_out_of_memory(recipe, launch, 8):
         torch.empty(1 << 55, dtype=torch.uint8)
     assert caught.value.exit_code == 1
     first, second, third = caught.value.help.splitlines()
     assert first.startswith("--per_device_train_batch_size 4 (the accumulation follows")
     assert second.startswith("--gradient_checkpointing true")
     assert ("zero3_offload.yaml" if strategy == "zero3" else "zero3.yaml") in third
-    with pytest.raises(RuntimeError, match="something else"), out_of_memory.explained(recipe, launch, 8):
+    with pytest.raises(RuntimeError, match="something else"), interruptions.explain_out_of_memory(recipe, launch, 8):
         raise RuntimeError("something else")

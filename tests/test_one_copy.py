@@ -14,7 +14,7 @@ from conftest import losses, script
 from stepladder import hardware
 from stepladder.planning import choose
 from stepladder.recipe import load
-from stepladder.training.launch import one_copy
+from stepladder.training.launch import ranks
 
 KEYS = {
     "max_steps": 2, "eval_strategy": "no", "eval_dataset_name": None, "learning_rate": 1e-3, "max_length": 256,
@@ -66,9 +66,9 @@ def test_what_cannot_be_sent_is_read_by_each_rank(tiny: Path) -> None:
     """Guards against a traceback or a hang out of Accelerate, which sends parameters only and ties what the
     configuration ties, whatever the file held."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert one_copy.can_be_sent(model)
+    assert ranks.can_be_sent(model)
     model.register_buffer("seen", torch.zeros(1))
-    assert not one_copy.can_be_sent(model)
+    assert not ranks.can_be_sent(model)
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    assert not one_copy.can_be_sent(model)
+    assert not ranks.can_be_sent(model)

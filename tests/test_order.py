@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stepladder.recipe.batch import layout
-from stepladder.training.order import Order, StepStream
+from stepladder.training.batches import Order, StepStream
 
 ROWS, GLOBAL = 21, 8
 LENGTHS = random.Random(0).choices(range(5, 500), k=ROWS)

@@ -10,7 +10,7 @@ from conftest import script
 from stepladder import preflight
 from stepladder.errors import LaunchError
 from stepladder.recipe import load
-from stepladder.training.launch import launcher, ranks
+from stepladder.training.launch import devices, launcher, ranks
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_kept_strategy_without_a_launcher(name, environment) -> None:
     """Guards DeepSpeed's traceback, which looks for MPI where it is told of no ranks."""
     environment(**{name: "true"})
     with pytest.raises(LaunchError, match=f"{name}=true, and no launcher"):
-        ranks.choose_device(launcher.launched())
+        devices.choose_device(launcher.launched())
 
 
 def test_where_the_ranks_of_a_kept_world_size_would_meet(environment, monkeypatch, capsys) -> None:
@@ -122,7 +122,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     with pytest.raises(LaunchError, match="2 ranks on a machine with 1 GPU") as caught:
-        ranks.choose_device(launcher.launched())
+        devices.choose_device(launcher.launched())
     assert "--num_processes 1" in caught.value.help
 
 
@@ -150,9 +150,9 @@ def test_one_process_on_a_box_of_eight(visible, seen, environment, monkeypatch, 
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is None:
         with pytest.raises(LaunchError, match="one process sees 2 GPUs"):
-            ranks.choose_device(launcher.launched())
+            devices.choose_device(launcher.launched())
         return
-    assert ranks.choose_device(launcher.launched()) is False
+    assert devices.choose_device(launcher.launched()) is False
     assert touched == [seen]
     assert ("8 GPUs are here" in capsys.readouterr().out) == (visible is None)
 
@@ -168,7 +168,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", shared_out.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
-    assert ranks.choose_device(launcher.launched(), use_cpu=True) and not torch.cuda.is_available()
+    assert devices.choose_device(launcher.launched(), use_cpu=True) and not torch.cuda.is_available()
     assert len(shared_out) == 1
     for threads, run_id, taken in (("3", "of-torchrun", 1), ("1", "of-torchrun", 2), ("1", "", 2)):
         # a user's number holds; a launcher's own 1 does not
@@ -176,7 +176,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
         if not run_id:
             monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-        ranks.choose_device(launcher.launched(), use_cpu=True)
+        devices.choose_device(launcher.launched(), use_cpu=True)
         assert len(shared_out) == taken
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     recipe = load.load("lora", ["--use_cpu", "true"])

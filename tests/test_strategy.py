@@ -6,12 +6,12 @@ import pytest
 
 from stepladder.errors import RecipeError
 from stepladder.recipe.schema import known_keys
-from stepladder.training.launch import strategy
-from stepladder.training.launch.launcher import Launch
+from stepladder.training import arguments
+from stepladder.training.launch.launcher import Launch, Strategy
 
 
 def under(name: str, ranks: int = 2) -> Launch:
-    return Launch(ranks=ranks, rank=0, local_rank=0, local_ranks=ranks, strategy=name)
+    return Launch(ranks=ranks, rank=0, local_rank=0, local_ranks=ranks, strategy=Strategy(name))
 
 
 @pytest.mark.parametrize("optimizer", known_keys()["optim"].choices)
@@ -19,14 +19,14 @@ def test_every_optimizer_is_known_to_be_safe_or_refused_under_zero(optimizer, se
     """Guards against an optimizer of a new TRL that passes unseen: what is not known to be elementwise is refused."""
     recipe = settings(optim=optimizer)
     try:
-        notes = strategy.check(recipe, under("zero3"))
+        notes = arguments.check_strategy(recipe, under("zero3"))
     except RecipeError as error:
-        assert optimizer in error.what and optimizer not in strategy.ELEMENTWISE
+        assert optimizer in error.what and optimizer not in arguments.ELEMENTWISE
     else:
-        assert optimizer in strategy.ELEMENTWISE and not notes
-    if not optimizer.startswith((*strategy.NOT_SAVED, "lomo")):
+        assert optimizer in arguments.ELEMENTWISE and not notes
+    if not optimizer.startswith((*arguments.NOT_SAVED, "lomo")):
         for name in ("single", "ddp"):
-            assert not strategy.check(recipe, under(name)), "only ZeRO cuts matrices into slices"
+            assert not arguments.check_strategy(recipe, under(name)), "only ZeRO cuts matrices into slices"
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_offload"])
@@ -34,10 +34,10 @@ def test_every_optimizer_is_known_to_be_safe_or_refused_under_zero(optimizer, se
 def test_an_optimizer_of_plain_tensors_is_refused_under_fsdp(optimizer, name, settings) -> None:
     """Guards against a traceback at the first step: bitsandbytes' kernels have no rule for DTensors."""
     with pytest.raises(RecipeError, match=f"{optimizer} cannot run under {name}") as error:
-        strategy.check(settings(optim=optimizer), under(name))
+        arguments.check_strategy(settings(optim=optimizer), under(name))
     assert "optim: adamw_torch_fused" in error.value.help
-    assert ("zero3.yaml" in error.value.help) == (optimizer in strategy.ELEMENTWISE)
-    assert not strategy.check(settings(optim="adamw_torch_fused"), under(name))
+    assert ("zero3.yaml" in error.value.help) == (optimizer in arguments.ELEMENTWISE)
+    assert not arguments.check_strategy(settings(optim="adamw_torch_fused"), under(name))
 
 
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "apollo_adamw_layerwise", "adalomo", "adamw_torch_8bit"])
@@ -45,18 +45,18 @@ def test_an_optimizer_that_no_checkpoint_holds_is_refused(optimizer, settings) -
     """Guards against a traceback at the first save: GaLore and APOLLO keep projectors among their states, torchao its
     quantized tensors."""
     with pytest.raises(RecipeError, match=f"optim: {optimizer} cannot run under single"):
-        strategy.check(settings(optim=optimizer), under("single", ranks=1))
+        arguments.check_strategy(settings(optim=optimizer), under("single", ranks=1))
 
 
 def test_lomo_is_refused_on_several_ranks(settings) -> None:
     """Guards a run whose ranks each train weights of their own, which only the check of the saved result found."""
-    assert not strategy.check(settings(optim="lomo"), under("single", ranks=1))
+    assert not arguments.check_strategy(settings(optim="lomo"), under("single", ranks=1))
     with pytest.raises(RecipeError, match="lomo cannot run under ddp"):
-        strategy.check(settings(optim="lomo"), under("ddp"))
+        arguments.check_strategy(settings(optim="lomo"), under("ddp"))
 
 
 def test_an_8_bit_base_is_noted_on_several_ranks(settings) -> None:
     recipe = settings(load_in_8bit=True, use_peft=True)
-    assert not strategy.check(recipe, under("single", ranks=1))
-    (note,) = strategy.check(recipe, under("ddp"))
+    assert not arguments.check_strategy(recipe, under("single", ranks=1))
+    (note,) = arguments.check_strategy(recipe, under("ddp"))
     assert "load_in_8bit" in note and "load_in_4bit" in note

@@ -23,7 +23,7 @@ from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
 from stepladder.reporting import runs
 from stepladder.training.watch import telemetry
-from stepladder.training.watch.utilization import Work
+from stepladder.training.watch.telemetry import Work
 
 pytestmark = pytest.mark.alone
 
@@ -147,7 +147,7 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
     """Guards the shares: a kernel's time stands with its operator, with itself and with an annotation around both."""
     from torch.autograd import DeviceType
 
-    from stepladder.training.watch import profiling
+    from stepladder.training.watch import terminal
 
     def one(key: str, device: DeviceType, microseconds: int, annotation: bool = False) -> SimpleNamespace:
         return SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, count=1,
@@ -156,11 +156,11 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
     cpu, cuda = DeviceType.CPU, DeviceType.CUDA
     found = [one("aten::mm", cpu, 3000), one("gemm", cuda, 3000), one("aten::add", cpu, 1000), one("add", cuda, 1000),
              one("Optimizer.step", cpu, 4000, True), one("Optimizer.step", cuda, 4000, True)]  # fmt: skip
-    head, *lines = profiling.costs(found, 2)
+    head, *lines = terminal.cost_lines(found, 2)
     assert head == "  where 2 steps spend their time on the GPU:"
     assert [line.split("%")[0].strip() for line in lines] == ["75.0", "25.0"]
 
-    profile, state = profiling.Profile(run.Run(tmp_path, is_writer=True)), SimpleNamespace(global_step=2, max_steps=2)
+    profile, state = terminal.Profile(run.Run(tmp_path, is_writer=True)), SimpleNamespace(global_step=2, max_steps=2)
     for _ in range(2):
         profile.on_step_begin(None, state, None)
         profile.on_step_end(None, state, None)
@@ -170,10 +170,10 @@ def test_a_profile_counts_once_on_a_gpu(tmp_path, capsys) -> None:
 
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capfd) -> None:
     """Guards the run on a full disk, where the profiler leaves no file; here its folder is gone. The costs are told."""
-    from stepladder.training.watch import profiling
+    from stepladder.training.watch import terminal
 
     record = run.Run(tmp_path / "run", is_writer=True)
-    profile = profiling.Profile(record)
+    profile = terminal.Profile(record)
     shutil.rmtree(record.folder, ignore_errors=True)
     for step in range(1, 5):
         profile.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=9), None)
@@ -192,11 +192,11 @@ def test_a_callback_of_ones_own(watched) -> None:
 
 def test_the_callback_of_the_docs(tmp_path) -> None:
     """Guards what Prometheus refuses: a node's figure by its name, what is no number. The page shows the file."""
-    from stepladder.training import callback
+    from stepladder.training import arguments
 
     file = "docs/prometheus.py"
     assert f"```python\n{(ROOT / file).read_text()}```" in (ROOT / "docs/monitoring.md").read_text()
-    (own,) = callback.of(str(ROOT / file))
+    (own,) = arguments.load_callback(str(ROOT / file))
     state = SimpleNamespace(global_step=1, is_world_process_zero=True)
     logs = {"loss": 1.0, "tokens_per_second": 2.0, "step_seconds": 3.0, "node_0/cpu_percent": 4.0, "text": "x"}
     own.on_log(SimpleNamespace(output_dir=str(tmp_path)), state, None, logs=dict(logs))
@@ -282,13 +282,13 @@ def test_a_line_that_is_damaged(line, tmp_path, capsys) -> None:
 def test_a_callback_that_is_none(content, tmp_path, tiny, learnable) -> None:
     """Guards a wrong --callback: one message, no traceback."""
     from stepladder.errors import LaunchError
-    from stepladder.training import callback
+    from stepladder.training import arguments
 
     file = tmp_path / "mine.py"
     if content:
         file.write_text(content)
     with pytest.raises(LaunchError, match="--callback"):
-        callback.of(str(file))
+        arguments.load_callback(str(file))
 
 
 def test_watch_by_the_command_line(watched) -> None:

@@ -24,7 +24,7 @@ from stepladder.recipe import explain, rules
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import launcher, ranks, strategy
+from stepladder.training.launch import devices, launcher
 
 KEYS = "keys"  # what --show prints where no number follows it
 
@@ -186,7 +186,7 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     """Of the recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
     done: list[Check] = []
     if recipe.get("use_cpu") and not machine.gpus:
-        ranks.hide_gpus()
+        devices.hide_gpus()
 
     def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
         try:
@@ -261,12 +261,12 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     """With the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
-        ranks.assert_no_gpu_named()
+        devices.assert_no_gpu_named()
         gpus = 1
-    name = strategy.named(machine.strategy, machine.nodes * gpus)
+    name = launcher.find_strategy(machine.strategy, machine.nodes * gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
-    notes = strategy.check(recipe, launch)
+    notes = arguments.check_strategy(recipe, launch)
     said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([said, *notes]), launch
 

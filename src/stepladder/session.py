@@ -27,10 +27,10 @@ from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
 from stepladder.reporting import page
 from stepladder.run import Run
-from stepladder.training import allocator, arguments, inputs
+from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import launcher, ranks, strategy
+from stepladder.training.launch import devices, launcher, ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,15 +112,15 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     """
     launch = launcher.launched()
     recipe = load.load(args.recipe, overrides)
-    allocator.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
-    allocator.let_segments_grow()
+    devices.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
+    devices.let_segments_grow()
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
     recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
-    notes = requirements.untested_versions() + recipe.notes + strategy.check(recipe, launch)
+    notes = requirements.untested_versions() + recipe.notes + arguments.check_strategy(recipe, launch)
     # One rank per node reads and prepares the rows; the others open what it made.
     train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.unread(recipe)
     templates.check_path(recipe)
@@ -140,7 +140,7 @@ def prepare(checked: Checked) -> Prepared:
     launch, recipe, record = checked.launch, checked.recipe, checked.record
     console.quiet_libraries()
     with console.quick_imports():
-        use_cpu = ranks.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
+        use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         import_libraries()
     console.quiet_progress_bars()
     precision = pretrained.precision(recipe)
@@ -150,7 +150,7 @@ def prepare(checked: Checked) -> Prepared:
     notes += launcher.leave_to_recipe(precision, checked.step.accumulation, recipe.get("max_grad_norm"))
     with ranks.meeting(launch):
         training_args = arguments.build(recipe, checked.step, precision, use_cpu, launch.strategy)
-    devices = ranks.assert_launch(launch, str(training_args.device))
+    rank_devices = ranks.assert_launch(launch, str(training_args.device))
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
@@ -163,7 +163,7 @@ def prepare(checked: Checked) -> Prepared:
         step = arguments.layout(recipe, launch.ranks)
         training_args = arguments.build(recipe, step, precision, use_cpu, launch.strategy)
     return Prepared(
-        checked, recipe, step, checkpoint, use_cpu, precision, devices, training_args, tokenizer, new_tokens,
+        checked, recipe, step, checkpoint, use_cpu, precision, rank_devices, training_args, tokenizer, new_tokens,
         train_set, eval_set, planned, notes,
     )  # fmt: skip
 
@@ -176,10 +176,9 @@ def import_libraries() -> None:
     from stepladder.evaluation import generation  # noqa: F401
     from stepladder.model import build  # noqa: F401
     from stepladder.planning import choose  # noqa: F401
-    from stepladder.training import callback, result, trainer  # noqa: F401
-    from stepladder.training.guard import out_of_memory, watchdog  # noqa: F401
-    from stepladder.training.launch import one_copy  # noqa: F401
-    from stepladder.training.watch import announce, profiling, progress, telemetry, trackers  # noqa: F401
+    from stepladder.training import result, trainer  # noqa: F401
+    from stepladder.training.guard import interruptions  # noqa: F401
+    from stepladder.training.watch import telemetry, terminal, trackers  # noqa: F401
 
 
 def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -244,17 +243,16 @@ def build(prepared: Prepared) -> Built:
 
     from stepladder.model import attention
     from stepladder.model import build as model_build
-    from stepladder.training.launch import one_copy
 
     checked, launch, recipe = prepared.checked, prepared.checked.launch, prepared.recipe
     device = prepared.arguments.device.type
     transformers.set_seed(prepared.arguments.seed)  # before the adapter draws its first weights
-    base = one_copy.base_model(recipe, prepared.precision, launch)
+    base = ranks.load_base_model(recipe, prepared.precision, launch)
     model = model_build.build(
         base, recipe, prepared.precision,
         lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
         prepared.tokenizer, prepared.new_tokens,
-        sharded=launch.strategy not in ("single", "ddp"), on_cpu=prepared.use_cpu,
+        sharded=launch.strategy.shards, on_cpu=prepared.use_cpu,
     )  # fmt: skip
     if prepared.checkpoint:
         model.notes.extend(attention.note_change(checked.record.manifest.get("attention") or {}, model.attention))
@@ -279,7 +277,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
         "devices": prepared.devices,
         "precision": prepared.precision,
         "attention": dataclasses.asdict(model.attention),
-        "allocator": allocator.name(),
+        "allocator": devices.allocator_name(),
         "global_batch_size": step.rows,
         "micro_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
@@ -295,8 +293,8 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
 def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
     """Train and save the result. run.json says finished, preempted or failed when this returns or raises."""
     from stepladder.training import result
-    from stepladder.training.guard import out_of_memory
-    from stepladder.training.watch import announce, profiling, progress, telemetry, trackers
+    from stepladder.training.guard import interruptions
+    from stepladder.training.watch import telemetry, terminal, trackers
 
     prepared, checked = built.prepared, built.prepared.checked
     record, train_rows, eval_rows = checked.record, checked.train_rows, checked.eval_rows
@@ -304,36 +302,36 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
         _announce(built)
         shapes = result.adapter_shapes(built.model.model)
         watchers = closing.enter_context(trackers.closing(record))
-        line = closing.enter_context(contextlib.closing(progress.ProgressLine()))
+        line = closing.enter_context(contextlib.closing(terminal.ProgressLine()))
         trainer = _trainer(built, callback_file, line, watchers)
         if profile and record.is_writer:
-            trainer.add_callback(profiling.Profile(record))  # after the meter, which does not count the writing
+            trainer.add_callback(terminal.Profile(record))  # after the meter, which does not count the writing
         peak = prepared.planned.get("peak_memory_bytes")
-        with out_of_memory.explained(prepared.recipe, checked.launch, prepared.step.micro, peak):
+        with interruptions.explain_out_of_memory(prepared.recipe, checked.launch, prepared.step.micro, peak):
             trainer.train(resume_from_checkpoint=prepared.checkpoint)
         record.update(
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
             final=telemetry.final(trainer.state),
             result_step=telemetry.result_step(trainer.state),
         )
-        if trainer.agreement.preempted:
+        if trainer.rank_sync.preempted:
             record.update(status="preempted")
             trackers.close(watchers, errors.EXIT_PREEMPTED)
             trainer.accelerator.wait_for_everyone()  # a queue ends all nodes with the first that has ended
-            console.say(announce.preempted(record))
+            console.say(terminal.preempted(record))
             return Trained(built, preempted=True)
         result.save(trainer, record, checked.recipe, shapes)
         if record.is_writer:
             # Once run.json says that it is finished; the audit before the page, so it comes last.
-            closing.callback(announce.written_beside, page.write_page, record.folder)
-            closing.callback(announce.written_beside, page.write_audit, record.folder, train_rows, eval_rows)
+            closing.callback(terminal.written_beside, page.write_page, record.folder)
+            closing.callback(terminal.written_beside, page.write_audit, record.folder, train_rows, eval_rows)
     return Trained(built, preempted=False)
 
 
 def _announce(built: Built) -> None:
     """The run's opening lines."""
     from stepladder.planning import choose
-    from stepladder.training.watch import announce
+    from stepladder.training.watch import terminal
 
     prepared, checked = built.prepared, built.prepared.checked
     train_set, train_rows, eval_rows = prepared.train_set, checked.train_rows, checked.eval_rows
@@ -345,25 +343,25 @@ def _announce(built: Built) -> None:
     sequences = len(train_set) if hasattr(train_set, "__len__") else None
     steps = choose.steps(prepared.recipe, sequences, prepared.step.rows)
     attends = str(built.model.attention)
-    console.say(announce.beginning(checked.record, prepared.recipe, steps, sequences, attends, notes))
+    console.say(terminal.beginning(checked.record, prepared.recipe, steps, sequences, attends, notes))
 
 
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
     from stepladder.evaluation import generation
-    from stepladder.training import callback, trainer
-    from stepladder.training.guard import watchdog
-    from stepladder.training.watch import telemetry, trackers, utilization
+    from stepladder.training import trainer
+    from stepladder.training.guard import interruptions
+    from stepladder.training.watch import telemetry, trackers
 
     prepared, checked = built.prepared, built.prepared.checked
     record, launch, recipe = checked.record, checked.launch, checked.recipe
-    work = utilization.work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
+    work = telemetry.model_work(built.base, record.manifest["parameters"], prepared.arguments, prepared.precision)
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
-    own = callback.of(callback_file)
+    own = arguments.load_callback(callback_file)
     ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.of(record, recipe, prepared.arguments, ask)
-    watch = watchdog.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
-    with arguments.refused(recipe):
+    watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
+    with arguments.library_errors_as_recipe_errors(recipe):
         return trainer.Trainer(
             model=built.model.model,
             layout=prepared.step,
@@ -385,7 +383,7 @@ def finish(trained: Trained) -> int | None:
     Returns:
         The exit code: None when the run is finished, 75 when it was preempted after a complete checkpoint.
     """
-    from stepladder.training.watch import announce
+    from stepladder.training.watch import terminal
 
     if trained.preempted:
         return errors.EXIT_PREEMPTED
@@ -395,5 +393,5 @@ def finish(trained: Trained) -> int | None:
         left_out = list(rows.left_out)
         record.update(rows_left_out=left_out)
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
-    console.say(announce.ending(record))
+    console.say(terminal.ending(record))
     return None

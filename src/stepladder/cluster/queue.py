@@ -22,7 +22,7 @@ from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPUS, MEMORY_PER_GPU
 from stepladder.model import adapter_recipe
 from stepladder.training import arguments
-from stepladder.training.launch import strategy
+from stepladder.training.launch import launcher
 
 SBATCH_NAMES = ("time", "partition", "account", "qos", "constraint", "exclude", "reservation")
 CPUS = 4  # of a rank without a GPU
@@ -91,7 +91,7 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     mixture.load(recipe)
     templates.check_path(recipe)
     asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
-    return "auto" if asked == "auto" else strategy.named(asked, ranks)
+    return "auto" if asked == "auto" else launcher.find_strategy(asked, ranks)
 
 
 def _resources(args: argparse.Namespace, share: tuple[int, int] | None, need: float) -> list[str]:
@@ -163,7 +163,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             way, args.strategy = best, best.strategy
             overrides += best.keys
         else:
-            way = plan.of_recipe(strategy.named(args.strategy, plan.ranks))
+            way = plan.of_recipe(launcher.find_strategy(args.strategy, plan.ranks))
         lines.append(f"plan: {way.strategy}, {way.batch}: {way.gib} of each {name}")
         if (times := best.tokens_per_second / way.tokens_per_second) > SLOWER:
             lines[-1] += (

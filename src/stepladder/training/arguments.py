@@ -1,27 +1,54 @@
-"""From a recipe to TRL's SFTConfig: what the recipe sets, and what follows from the ranks and the hardware."""
+"""What the trainer is built from, by recipe and launch: TRL's SFTConfig, the step's layout, the user's callback.
+
+And what a launch cannot train as one process does, which is refused, or noted where the run begins. ZeRO concatenates
+all weights and cuts them into equal slices: an optimizer sees slices, not matrices. Figures are differences of losses
+after 7 steps of the tiny model of tests/ (tests/test_train.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.errors import RecipeError
+from stepladder.errors import LaunchError, RecipeError
+from stepladder.model import start
 from stepladder.recipe import batch
 from stepladder.recipe.batch import Layout
 from stepladder.recipe.recipe import Recipe
+from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
     from trl import SFTConfig
 
 
-# On a CPU they do nothing but end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
+# On a CPU these would end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
 GPU_ONLY = ("activation_offloading", "use_liger_kernel")
+# Their update of a weight depends on that weight alone, so slices change nothing.
+ELEMENTWISE = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_anyprecision", "ademamix", "sgd", "adagrad", "rmsprop"),
+    *("lion_32bit", "paged_adamw_32bit", "paged_ademamix_32bit", "paged_lion_32bit", "rmsprop_bnb"),
+    *("rmsprop_bnb_32bit", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+}
+# Those that compute on FSDP's shards (DTensor); bitsandbytes' kernels, Adafactor and the rest need plain tensors.
+ON_SHARDS = {
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"),
+    *("sgd", "adagrad", "rmsprop", "grokadamw", "stable_adamw"),
+    *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
+}
+EMBEDDINGS = ("embed", "wte")  # in the names of input embeddings
+# Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
+# quantized tensors, which differ by a rounding once they were written as plain ones.
+NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
 
 
 def check_streaming(recipe: Recipe) -> None:
-    """Raise RecipeError where a stream, whose length nobody knows, is given no number of steps."""
+    """Raise RecipeError for a stream, whose length is unknown, without `max_steps`."""
     for key in ("streaming", "dataset_streaming"):
         if recipe.get(key) and recipe.get("max_steps") < 1:
             raise RecipeError(
@@ -32,8 +59,84 @@ def check_streaming(recipe: Recipe) -> None:
             )
 
 
-def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: str) -> SFTConfig:
-    """The training arguments, under a strategy as the launch names it. Creating them starts the process group.
+def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:
+    """Notes on what will differ from one process by more than rounding.
+
+    Raises:
+        RecipeError: the strategy cannot train or save the optimizer's state, the adapter or its embeddings.
+    """
+    notes, optimizer, where = [], str(recipe.get("optim")), recipe.where("optim")
+    if why := _unusable(optimizer, launch):
+        others = {"zero3": optimizer in ELEMENTWISE, "fsdp": optimizer in ON_SHARDS, "ddp": True}
+        instead = next(name for name, trains in others.items() if trains)
+        raise RecipeError(
+            f"optim: {optimizer} cannot run under {launch.strategy}",
+            where=where,
+            why=why,
+            help="optim: adamw_torch_fused"
+            + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
+        )
+    kind = recipe.get("peft_type")
+    if recipe.get("use_peft") and kind != "lora" and launch.strategy.shards_weights:
+        raise RecipeError(
+            f"peft_type: {kind} cannot run under {launch.strategy}",
+            where=recipe.where("peft_type"),
+            why="PEFT runs the virtual tokens through their encoder as it saves, on one rank, which has a shard of it",
+            help="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
+        )
+    if recipe.get("use_peft"):
+        _check_whole_modules(recipe, launch)
+    if recipe.get("load_in_8bit") and launch.ranks > 1:
+        notes.append(
+            f"{recipe.where('load_in_8bit')}: load_in_8bit finds outliers batch by batch, so evaluation "
+            "losses depend on how the rows lie over the ranks (by about 2e-4); load_in_4bit does not"
+        )
+    return notes
+
+
+def _unusable(optimizer: str, launch: Launch) -> str:
+    """Why an optimizer cannot compute or be saved under a strategy; empty where it can."""
+    if optimizer.startswith(NOT_SAVED):
+        return "a checkpoint cannot hold the whole of its state, so an interrupted run could not resume"
+    if optimizer == "lomo" and launch.ranks > 1:
+        return "it updates the weights in the backward pass, before the ranks have averaged their gradients"
+    if launch.strategy.is_fsdp and optimizer not in ON_SHARDS:
+        return "FSDP gives an optimizer sharded tensors (DTensor), and this one computes on plain tensors only"
+    if launch.strategy.is_zero and optimizer.endswith("8bit"):
+        return "it quantizes its state in blocks, which ZeRO's slices cut: a checkpoint cannot hold them"
+    if launch.strategy.is_zero and optimizer not in ELEMENTWISE:
+        return (
+            "it needs whole matrices and ZeRO gives an optimizer slices of all weights laid end to end: "
+            "the curve would be another one (adafactor's by 5e-2 within 7 steps)"
+        )
+    return ""
+
+
+def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
+    """Raise RecipeError for embeddings beside an adapter (`lora_modules_to_save`) that a strategy cannot train or save.
+
+    Whether its embeddings are tied is known only where the base is a folder.
+    """
+    whole = recipe.get("lora_modules_to_save") or []
+    inputs = [name for name in whole if any(part in name for part in EMBEDDINGS)]
+    why = ""
+    if inputs and launch.strategy.is_zero and launch.strategy.shards_weights:
+        why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
+    elif launch.strategy.is_fsdp and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
+        tied = start.read_if_readable(Path(start.find_for(recipe).base) / "config.json").get("tie_word_embeddings")
+        if tied:
+            why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
+    if why:
+        raise RecipeError(
+            f"lora_modules_to_save: {inputs[0]} cannot be trained under {launch.strategy}",
+            where=recipe.where("lora_modules_to_save"),
+            why=why,
+            help="accelerate_configs/ddp.yaml or zero2.yaml",
+        )
+
+
+def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
+    """The training arguments. Creating them starts the process group.
 
     Raises:
         RecipeError: the libraries refuse a combination.
@@ -47,7 +150,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
         "per_device_train_batch_size": step.micro,
         "gradient_accumulation_steps": step.accumulation,
         "padding_free": False,  # whether rows lie end to end is decided once the model is known (model/attention.py)
-        **(_accumulation(recipe) if strategy.startswith("fsdp") else {}),
+        **(_accumulation(recipe) if strategy.is_fsdp else {}),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,
@@ -64,7 +167,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
         # A NaN is shown, not replaced by the last loss that was a number.
         "logging_nan_inf_filter": False,
     }
-    with refused(recipe):
+    with library_errors_as_recipe_errors(recipe):
         return SFTConfig(**values)
 
 
@@ -76,15 +179,15 @@ def _accumulation(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def refused(recipe: Recipe) -> Iterator[None]:
-    """Raise RecipeError for what the libraries refuse in the block, such as a loss that this model does not have."""
+def library_errors_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
+    """Raise RecipeError for what TRL or Transformers refuse in the block, such as a loss that this model lacks."""
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        said = str(error).strip()
-        named = [recipe.where(word) for word in re.findall(r"\w+", said) if word in recipe.values]
+        message = str(error).strip()
+        key = next((word for word in re.findall(r"\w+", message) if word in recipe.values), None)
         raise RecipeError(
-            f"TRL or Transformers refuse these keys: {said}", where=named[0] if named else str(recipe.path)
+            f"TRL or Transformers refuse these keys: {message}", where=recipe.where(key) if key else str(recipe.path)
         ) from None
 
 
@@ -109,3 +212,30 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
             help="remove one of the two (global_batch_size gives the same curve on any number of ranks)",
         )
     return found
+
+
+def load_callback(path: str | None) -> list[TrainerCallback]:
+    """An instance of the class `Callback` of the user's Python file; empty without a file.
+
+    It comes before the trainer's others: what it adds to `logs` reaches metrics.jsonl and the trackers.
+
+    Raises:
+        LaunchError: the file holds no class `Callback` that is one of Transformers'.
+    """
+    from transformers import TrainerCallback
+
+    if path is None:
+        return []
+    file = Path(path)
+    help = "docs/prometheus.py is one"
+    if not os.path.isfile(file):  # unlike Path.is_file, it does not raise for a name that is too long
+        raise LaunchError(f"--callback {file}: there is no such file", help=help)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise LaunchError(f"--callback {file} is no Python file", help=help)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    callback = getattr(module, "Callback", None)
+    if not isinstance(callback, type) or not issubclass(callback, TrainerCallback):
+        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", help=help)
+    return [callback()]

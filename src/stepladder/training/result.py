@@ -1,18 +1,26 @@
-"""The end of a run: the model or adapter on disk, checked, with its tokenizer and a card."""
+"""The result of a run: the model or adapter on disk, verified by its loss, with its tokenizer and a card."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from stepladder import console
 from stepladder.errors import ModelError, TrainingError
 from stepladder.model import card, portable, weights
 from stepladder.run import Run
 from stepladder.settings import Settings
-from stepladder.training import reloaded
+from stepladder.training.checkpoint import state
 from stepladder.training.trainer import Trainer
+
+ROWS = 8  # of the training set, whose loss is compared
+# ZeRO-3 saves in 16 bits what it trained in fp32 copies, with a rounding error of 2^-9 of a weight.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}  # of the loss, relative above 1
 
 
 def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -28,12 +36,11 @@ def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
-    """All and trainable parameters; packed 4-bit values and ZeRO-3's shards count as what they stand for."""
+    """All and trainable parameters; packed 4-bit values and ZeRO-3's shards count unpacked and whole."""
     counts = {"all": 0, "trainable": 0}
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", None) or parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
-            # Two values in a byte, and several bytes in an element of the storage type.
+        if type(parameter).__name__ == "Params4bit":  # two values per byte, several bytes per element of storage
             count *= 2 * parameter.element_size()
         counts["all"] += count
         counts["trainable"] += count if parameter.requires_grad else 0
@@ -41,14 +48,12 @@ def parameter_counts(model: Any) -> dict[str, int]:
 
 
 def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Save what was trained into the run folder and check it; every rank calls it.
+    """Save the trained model into the run folder and verify it; every rank calls it.
 
     Raises:
         TrainingError: it cannot be written.
-        ModelError: the saved adapter is not the trained one, or the model is not whole.
+        ModelError: the saved weights are not the trained ones, or are incomplete.
     """
-    from safetensors import SafetensorError
-
     try:
         _save(trainer, run, recipe, shapes)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
@@ -63,16 +68,15 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
 def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
     trainer.save_model(str(run.folder))
     trainer.accelerator.wait_for_everyone()
-    run.update(saved=reloaded.check(trainer, run.folder, run.manifest["precision"]))
+    run.update(saved=verify_saved(trainer, run.folder, run.manifest["precision"]))
     if not run.is_writer:
         return
-    # Transformers pickles its arguments beside the model. Nothing reads them, and a pickle can
-    # run code on the machine of whoever opens it.
+    # Transformers pickles its arguments: nothing reads them, and a pickle can run code where it is opened.
     (run.folder / "training_args.bin").unlink(missing_ok=True)
     weights.share(run.folder)
     if shapes:
         weights.check_saved_adapter(run.folder, shapes)
-        # Where an answer ends, which the base may not say.
+        # The tokens that end an answer, which the base's configuration may lack.
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
@@ -85,12 +89,10 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
 
 
 def check_saved_model(folder: Path, parameters: int) -> None:
-    """A full model saved from sharded ranks must hold as many parameters as the one that was trained.
+    """Raise ModelError where a saved full model holds fewer parameters than the trained one.
 
     Counted rather than compared by name: Transformers may rename and fuse tensors as it saves.
     """
-    from safetensors import safe_open
-
     found = 0
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -101,3 +103,70 @@ def check_saved_model(folder: Path, parameters: int) -> None:
             where=str(folder),
             help="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
         )
+
+
+def verify_saved(trainer: Any, folder: Path, precision: str) -> dict[str, float | int | None]:
+    """Load the saved weights into the trained model and compare its loss; every rank calls it, after the training.
+
+    Sharded strategies have saved empty and partial weights without an error (trl#4416, peft#2450); names
+    and shapes may be right and the values another layer's.
+
+    Returns:
+        `tensors` read back, and the `loss` of the saved weights (nats per token); None where it is NaN for the trained
+        ones too (`on_nan: skip` leaves such rows out of the training).
+
+    Raises:
+        ModelError: the loss differs.
+    """
+    before = _loss(trainer)
+    count = _put_back(trainer, folder)
+    after = _loss(trainer)
+    if math.isnan(before) and math.isnan(after):
+        return {"tensors": count, "loss": None}
+    if not abs(after - before) <= TOLERANCE[precision] * max(1.0, before):
+        raise ModelError(
+            f"the saved weights are not the trained ones: loss {after:.6f} on {ROWS} rows, {before:.6f} before",
+            where=str(folder),
+            help="resume from the last checkpoint under another strategy, which saves again",
+        )
+    return {"tensors": count, "loss": after}
+
+
+def _put_back(trainer: Any, folder: Path) -> int:
+    trained = state.trainable_state(trainer)
+    names = _names_in_file(trainer, trained.parameters)
+    left = set(trained.parameters)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            # in the order of the file, which is the same on every rank: each put is collective
+            for key in tensors.keys():  # noqa: SIM118
+                if (name := names.get(key, key)) in left:
+                    trained.put_weights(name, tensors.get_tensor(key))
+                    left.remove(name)
+    return len(trained.parameters) - len(left)
+
+
+def _names_in_file(trainer: Any, parameters: dict[str, Any]) -> dict[str, str]:
+    """The model's name of each tensor of an adapter's file, in which PEFT leaves out the adapter's name."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        return {}
+    if model.active_peft_config.is_prompt_learning:  # one tensor, which PEFT saves under another name
+        return dict.fromkeys(["prompt_embeddings"], *parameters)
+    return dict(get_peft_model_state_dict(model, {name: name for name in parameters}, save_embedding_layers=False))
+
+
+def _loss(trainer: Any) -> float:
+    from datasets import Dataset
+
+    rows = trainer.train_dataset
+    sample = (
+        rows.select(range(min(ROWS, len(rows))))
+        if isinstance(rows, Dataset)
+        else Dataset.from_list(list(itertools.islice(rows, ROWS)))
+    )
+    loader = trainer.get_eval_dataloader(sample)
+    output = trainer.evaluation_loop(loader, "", prediction_loss_only=True, metric_key_prefix="saved")
+    return float(output.metrics["saved_loss"])

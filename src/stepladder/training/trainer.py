@@ -1,14 +1,16 @@
-"""SFTTrainer with the few differences that the promises need."""
+"""TRL's SFTTrainer with the differences that the same curve on every strategy needs."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -19,15 +21,14 @@ from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.recipe.batch import Layout
-from stepladder.training import gradients
+from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
-from stepladder.training.guard.rank_sync import Agreement, EvaluationLeftError
+from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync
 from stepladder.training.launch import launcher
-from stepladder.training.order import Order, StepStream, with_empty_row
-from stepladder.training.rows import Rows, WithRows
 from stepladder.training.watch.telemetry import Telemetry
 
+PART = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
@@ -76,14 +77,14 @@ class Trainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if name in adapter:
                 parameter.data = adapter[name].to(torch.float32)
-        gradients.reduce_in_fp32(self.accelerator)
+        reduce_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
-        for callback in (ProgressCallback, PrinterCallback):  # watch/progress.py takes their place
+        for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
             self.remove_callback(callback)
-        self.meter, self.rows = meter, Rows()
-        self.agreement = Agreement(self, on_nan)
-        for own in (meter, self.agreement):
+        self.meter, self.rows = meter, StepRows()
+        self.rank_sync = RankSync(self, on_nan)
+        for own in (meter, self.rank_sync):
             self.add_callback(own)
         # Transformers would delete checkpoints by it before the other ranks are known to be done.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -102,7 +103,7 @@ class Trainer(SFTTrainer):
         group = LENGTH_GROUP * self.layout.rows
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
-        return self._loader(with_empty_row(rows, pad_token_id), self.layout, self.flat, order)
+        return self._loader(with_padding_row(rows, pad_token_id), self.layout, self.flat, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -112,7 +113,7 @@ class Trainer(SFTTrainer):
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
         flat = self.flat or "seq_lengths" in rows.column_names
-        return self._loader(with_empty_row(rows, self.processing_class.pad_token_id), layout, flat, order)
+        return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
     def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
         args = self.args
@@ -120,7 +121,7 @@ class Trainer(SFTTrainer):
             rows,
             batch_size=layout.micro,
             sampler=order,
-            collate_fn=WithRows(dataclasses.replace(self.data_collator, padding_free=padding_free)),
+            collate_fn=RowNumberCollator(dataclasses.replace(self.data_collator, padding_free=padding_free)),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -150,21 +151,21 @@ class Trainer(SFTTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._norm_on_cpu:
             return super()._clip_grad_norm(model)
-        return gradients.clip(gradients.of(model), self.args.max_grad_norm)
+        return clip_gradients(_gradients(model), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._norm_on_cpu:  # max_grad_norm: 0 clips nothing
-            grad_norm = gradients.norm(gradients.of(model))
+            grad_norm = gradient_norm(_gradients(model))
         self._norm = super()._get_grad_norm(model, grad_norm)
         return self._norm
 
     @property
     def _norm_on_cpu(self) -> bool:
-        """DeepSpeed has a norm of its own, which is exact."""
+        """Whether the norm is computed here: DeepSpeed sums in fp64, and a GPU in a tree."""
         return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        if self.agreement.stop_asked():
+        if self.rank_sync.stop_asked():
             raise EvaluationLeftError
         inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -196,7 +197,7 @@ class Trainer(SFTTrainer):
         try:
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
         except EvaluationLeftError:
-            self.agreement.preempted = self.owes_evaluation = True
+            self.rank_sync.preempted = self.owes_evaluation = True
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -212,10 +213,10 @@ class Trainer(SFTTrainer):
         gradient = not self.args.fp16 and not math.isfinite(float(self._norm))
         return loss, gradient
 
-    def leave_out_step(self) -> None:
+    def skip_step(self) -> None:
         """Before the optimizer step: let it change nothing. The step's loss is not logged."""
         self.optimizer.zero_grad()  # no effect under DeepSpeed, which has left the step out by itself
-        self._tr_loss.copy_(self.agreement.loss_before)
+        self._tr_loss.copy_(self.rank_sync.loss_before)
         self._globalstep_last_logged += 1
 
     # ---- checkpoints
@@ -226,14 +227,14 @@ class Trainer(SFTTrainer):
         if better := bool(metrics) and super()._determine_best_metric(metrics, trial):  # none of one that was left
             self._best_before = before
             self.control.should_save |= self.args.load_best_model_at_end
-        return better or self.agreement.preempted
+        return better or self.rank_sync.preempted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.meter.saving():
             saved = saving.save(self)
         if saved:
             return
-        if self.agreement.preempted:
+        if self.rank_sync.preempted:
             raise TrainingError("no checkpoint could be written before the stop", help="mend that, and start again")
         if self.state.best_global_step == self.state.global_step:  # the best one is chosen among those that stand
             self.state.best_metric, self.state.best_global_step = self._best_before
@@ -259,7 +260,7 @@ class Trainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Transformers would train one step more where a run died after its last step, or a start stops before any."""
-        if self.state.global_step < self.state.max_steps and not self.agreement.preempted:
+        if self.state.global_step < self.state.max_steps and not self.rank_sync.preempted:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -271,7 +272,7 @@ class Trainer(SFTTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers calls `_load_best_model` where its own `_save_checkpoint` has named the folder."""
-        best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.agreement.preempted
+        best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.rank_sync.preempted
         self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
         if chooses and not best and self.args.process_index == 0:
             since = " since the metric or the evaluation rows changed" * self.meter.run.forgets_best
@@ -283,3 +284,52 @@ class Trainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card at every checkpoint: one is written at the end, from what the run has shown."""
+
+
+def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all gradients together (a scalar in fp64), over the ranks where they are sharded.
+
+    PyTorch's fp32 norm on CPU sums a whole tensor in a few running sums (pytorch#151761): of an embedding of
+    28 million weights it is 1.7e-3 too small, and of its halves under FSDP less. Clipping would carry that into the
+    curves.
+    """
+    squares, sharded = torch.zeros((), dtype=torch.float64), False
+    for gradient in gradients:
+        sharded = sharded or isinstance(gradient, DTensor)
+        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(PART)]
+        squares += torch.stack(parts).double().square().sum()
+    if sharded:
+        torch.distributed.all_reduce(squares)
+    return squares.sqrt()
+
+
+def clip_gradients(gradients: list[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale the gradients in place to a norm of at most `max_norm`; returns the norm before."""
+    before = gradient_norm(gradients)
+    scale = float(max_norm / (before + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
+    if scale < 1.0:
+        for gradient in gradients:
+            _local_part(gradient).mul_(scale)
+    return before
+
+
+def _local_part(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def reduce_in_fp32(accelerator: Any) -> None:
+    """Let FSDP sum gradients over the ranks in fp32 and return the loss unrounded; call it before it wraps the model.
+
+    For bf16 Accelerate sets all of FSDP's dtypes to bf16 (`FullyShardedDataParallelPlugin.set_mixed_precision`):
+    sums of gradients lose what DDP keeps, and the loss is rounded on its way out of the model, to
+    steps of 3e-2 for a loss above 4. Torchtitan reduces in fp32, too.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )

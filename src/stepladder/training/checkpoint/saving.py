@@ -90,7 +90,7 @@ def load(trainer: Any, folder: Path) -> None:
     Raises:
         CheckpointError: it is of other parameters than those that are trained here.
     """
-    here = state.of(trainer)
+    here = state.trainable_state(trainer)
     weights, states = _weights(folder, here.parameters), _tensors(folder, "optimizer")
     by_parameter: dict[str, dict[str, Callable[[], torch.Tensor]]] = defaultdict(dict)
     for name, read in states.items():
@@ -131,7 +131,7 @@ def load_weights(trainer: Any, folder: Path) -> None:
     """
     if fault := from_first(damage(folder, weights_only=True) if trainer.args.process_index == 0 else ""):
         raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, help=WITHOUT_BEST)
-    here = state.of(trainer)
+    here = state.trainable_state(trainer)
     with torch.no_grad():
         for name, read in _weights(folder, here.parameters).items():
             here.put_weights(name, read())
@@ -168,7 +168,7 @@ def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
     """Write this rank's files. A rank whose disk is full goes on gathering: the others wait for it."""
     rank, ranks = trainer.args.process_index, trainer.args.world_size
     model, optimizer = _Parts(folder, f"model-{rank}"), _Parts(folder, f"optimizer-{rank}")
-    here = state.of(trainer)
+    here = state.trainable_state(trainer)
     for number, name in enumerate(here.parameters):
         for key, value in here.get(name):
             if number % ranks == rank and key == state.WEIGHT:

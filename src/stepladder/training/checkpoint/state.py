@@ -18,7 +18,8 @@ WEIGHT = ""  # the key of the weights themselves, beside the optimizer's own (`e
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile and activation checkpointing rename so
 
 
-def of(trainer: Any) -> Plain | Zero:
+def trainable_state(trainer: Any) -> Plain | Zero:
+    """The trained parameters and their optimizer state, by the strategy that has sharded them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     for module in model.modules():
         # After a forward pass without a backward one (an evaluation), FSDP's root still shows its gathered

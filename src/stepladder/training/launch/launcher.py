@@ -37,15 +37,41 @@ OTHER_CURVE = {
 }
 
 
+class Strategy(str):
+    """How the ranks share a model: the name of a file in accelerate_configs/, or `single` for one process."""
+
+    @property
+    def is_zero(self) -> bool:
+        return self.startswith("zero")
+
+    @property
+    def is_fsdp(self) -> bool:
+        return self.startswith("fsdp")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds all weights."""
+        return self.startswith(("zero3", "fsdp"))
+
+    @property
+    def shards(self) -> bool:
+        """Whether gradients and optimizer states are sharded, with or without the weights."""
+        return self.is_zero or self.is_fsdp
+
+    @property
+    def offloads(self) -> bool:
+        return self.endswith("_offload")
+
+
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher's environment says; the strategy is named as its file in accelerate_configs/."""
+    """What the launcher's environment says."""
 
     ranks: int
     rank: int
     local_rank: int
     local_ranks: int
-    strategy: str
+    strategy: Strategy
 
 
 def launched() -> Launch:
@@ -82,7 +108,20 @@ def launched() -> Launch:
             f"env -u {copies} …, and an output_dir each",
             this_rank_only=True,
         )
-    return Launch(ranks, rank, local_rank, local_ranks, _strategy(ranks))
+    return Launch(ranks, rank, local_rank, local_ranks, Strategy(_strategy(ranks)))
+
+
+def find_strategy(asked: str | None, ranks: int) -> Strategy:
+    """The strategy that is asked for; where none is, what the ranks need: ddp or single.
+
+    Raises:
+        LaunchError: there is no such file in accelerate_configs/.
+    """
+    name = asked or ("ddp" if ranks > 1 else "single")
+    if not Path(f"accelerate_configs/{name}.yaml").is_file():
+        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
+        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
+    return Strategy(name)
 
 
 def _strategy(ranks: int) -> str:

@@ -1,4 +1,4 @@
-"""The ranks of a run: they meet, on devices of their own, and are as many as were launched.
+"""The ranks of a run: they meet, as many as were launched, each on its own device, and share work once per node.
 
 A launch that silently becomes something else is the costliest mistake (two ranks on one GPU:
 accelerate#1840), so all of it is asserted.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
-import hashlib
 import os
 import re
 import socket
@@ -18,105 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder import cache, hardware
+from stepladder import hardware
 from stepladder.console import say
 from stepladder.errors import LaunchError
+from stepladder.model import pretrained
+from stepladder.settings import Settings
 from stepladder.training.launch.launcher import OF_A_RANK, Launch, asked_for
-
-NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where a CPU is meant; the last is Slurm's
-
-
-def hide_gpus() -> None:
-    """For `use_cpu`, before CUDA is touched: precision, memory and random numbers are then those of a CPU too."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def assert_no_gpu_named() -> None:
-    """Raise LaunchError where PyTorch has no GPU and CUDA_VISIBLE_DEVICES names one: a CPU is not what was meant."""
-    import torch
-
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()) not in NO_GPU:
-        why = "has no GPU of that name" if torch.version.cuda else "is a build for CPUs"
-        raise LaunchError(
-            f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
-            where="the environment",
-            why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
-            help="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
-        )
-
-
-def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
-    """Fix what each rank computes on, before CUDA is touched. Returns whether that is the CPU, as with `use_cpu`.
-
-    One process and several GPUs: it takes the first and says so, since the alternative
-    (nn.DataParallel) is neither fast nor supported. On CPU, the cores are shared out evenly:
-    accelerate would give a single process one thread.
-    """
-    import torch
-
-    kept = [name for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP") if os.environ.get(name) == "true"]
-    if kept and "RANK" not in os.environ:
-        raise LaunchError(
-            f"{kept[0]}=true, and no launcher has started this",
-            where="the environment",
-            why="accelerate launch sets it for its ranks; a shell or a profile has kept it",
-            help=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
-        )
-    if use_cpu:
-        hide_gpus()
-    elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        gpus = torch.cuda.device_count()  # by NVML: CUDA itself reads the variable once, when it is first touched
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-        if gpus > 1:
-            say(f"note: {gpus} GPUs are here and one process uses the first; for all of them: accelerate launch")
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if launch.local_ranks > gpus:
-            raise LaunchError(
-                f"{launch.local_ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}",
-                why="two ranks on one GPU share its memory and slow each other down",
-                help=f"--num_processes {gpus}",
-            )
-        if launch.ranks == 1 and gpus > 1:
-            raise LaunchError(
-                f"one process sees {gpus} GPUs",
-                why="it uses one, and the libraries would split each batch among all (nn.DataParallel)",
-                help=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
-            )
-        return False
-    if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
-        return False
-    assert_no_gpu_named()
-    asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
-    if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
-        torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
-    if launch.strategy.startswith("zero"):
-        _load_cpu_collectives()
-    return True
-
-
-def _load_cpu_collectives() -> None:
-    """Load DeepSpeed's op for collectives on CPU, which it compiles on first use (40 s), one process after the other.
-
-    torch guards the build by a file that a killed build leaves behind, and every later start waits for its end
-    (`torch/utils/file_baton.py`). Here a lock that ends with its process comes first; a file that is then still
-    there is such a leftover.
-    """
-    import torch
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    # One folder per installation: each change of the installation, or of ninja, would trigger a rebuild.
-    here = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions" / here)))
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".stepladder").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in folder.rglob(f"{ShareMemCommBuilder.NAME}/lock"):
-            leftover.unlink()
-        ShareMemCommBuilder().load(verbose=False)
 
 
 def from_first(value: Any) -> Any:
@@ -228,7 +133,7 @@ def shard_on_cpu(launch: Launch) -> None:
     """
     from accelerate import DistributedType, PartialState
 
-    if launch.strategy.startswith("fsdp") and PartialState().distributed_type == DistributedType.MULTI_CPU:
+    if launch.strategy.is_fsdp and PartialState().distributed_type == DistributedType.MULTI_CPU:
         PartialState().distributed_type = DistributedType.MULTI_GPU
         os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
 
@@ -252,3 +157,32 @@ def one_a_node(launch: Launch, work: Callable[[], Path]) -> Path:
     dist.monitored_barrier(group, timeout=datetime.timedelta(days=30))
     dist.all_gather_object(folders, folders[0], group=group)
     return folders[launch.rank - launch.local_rank]
+
+
+def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
+    """The model to train, read once per node where FSDP can send the weights, else by each rank; every rank calls it.
+
+    Accelerate sends each parameter from rank 0 as it shards it (`fsdp2_load_full_state_dict`), so the other ranks of a
+    node need no weights.
+    """
+    if not launch.strategy.is_fsdp or launch.ranks == 1:
+        return pretrained.load_base(recipe, precision)
+    may_send, reads = pretrained.can_be_sent(recipe), launch.local_rank == 0
+    model = pretrained.load_base(recipe, precision) if reads or not may_send else None
+    sends = may_send and from_first(model is not None and can_be_sent(model))
+    if may_send and not sends and launch.rank == 0:
+        say("note: each rank reads all weights, since this model has more than Accelerate could send from rank 0")
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(sends).lower()  # read as the Trainer makes its Accelerator
+    if model is None:
+        model = pretrained.make_unread_model(recipe) if sends else pretrained.load_base(recipe, precision)
+    return model
+
+
+def can_be_sent(model: Any) -> bool:
+    """Whether Accelerate can send a model: it sends no persistent buffers, and ties what the configuration ties."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    ends = [getattr(layer, "weight", None) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
+    tied = ends[0] is ends[1]  # not where the file holds two, even if its configuration ties them
+    return named.keys() >= model.state_dict().keys() and tied == bool(
+        model.config.get_text_config().tie_word_embeddings
+    )

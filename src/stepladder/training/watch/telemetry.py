@@ -1,9 +1,10 @@
-"""What is measured while training: metrics.jsonl, throughput, waiting, memory. Defined here and nowhere else.
+"""What is measured while training: metrics.jsonl, throughput, data waits, memory, FLOPs; all metrics are defined here.
 
-`tokens_per_second` are the non-padding tokens that entered the model, over all ranks, by the wall time
-of the optimizer steps: waiting for their data is in it, evaluation and saving are not. Trained tokens
-(those with a loss) are counted apart. `padding` is the share of a batch's places that hold no token,
-`mfu` and `hfu` are defined in utilization.py. All clocks are monotonic: one that is set anew changes nothing.
+`tokens_per_second` counts the non-padding tokens that entered the model, over all ranks, by the wall time
+of the optimizer steps: waiting for their data is included, evaluation and saving are not. Loss tokens
+(`trained_tokens`) are counted apart. `padding` is the share of a batch's slots that hold no token. `mfu` and `hfu`
+are the shares of the hardware's peak rate that the model's operations take (`Work`), without and with the second
+forward pass of gradient checkpointing. All clocks are monotonic, so setting the system's clock changes nothing.
 `rows_checksum` is the same for two runs that trained the same rows since the last logged step, in
 any order, on any number of ranks.
 """
@@ -15,17 +16,89 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from stepladder import hardware
 from stepladder.run import Run, process_seconds
-from stepladder.training.watch.utilization import Work
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node
 COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
+# Rows and columns of the matrices whose product measures a rate: on a GPU the work must outlast the launch.
+GEMM, GEMM_ON_GPU = 1024, 8192
+# In its first tenth of a second a CPU may run both threads on one core, at half the rate: the MFU was 111 %.
+MEASURED_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one model on one kind of hardware.
+
+    Per token: 2 operations per parameter forward, 2 backward for the activations, and 2 more for the gradient of each
+    trainable parameter. So 6 N in full fine-tuning (Kaplan et al. 2020, arXiv:2001.08361), and 4 N with LoRA, whose
+    frozen weights get no gradient. Attention is counted apart: 4 operations per query–key pair and dimension forward,
+    twice that backward (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which counts the whole square of pairs;
+    here it is the causal half, of each row by itself).
+
+    `parameters` take part in matrix products (an embedding that is only looked up does not), `trainable`
+    of them get a gradient. `pair` is the operations of attention forward for one query–key pair, all
+    layers. `peak` is in operations a second, all ranks together.
+    """
+
+    parameters: int
+    trainable: int
+    pair: int
+    recomputes: bool
+    peak: float
+    peak_source: str
+
+    def shares(self, tokens: int, pairs: int, seconds: float) -> tuple[float, float]:
+        """MFU and HFU of `tokens` with `pairs` query–key pairs in `seconds`; HFU adds the recomputed forward pass."""
+        forward = 2 * self.parameters * tokens + self.pair * pairs
+        model = 2 * forward + 2 * self.trainable * tokens + self.pair * pairs
+        possible = self.peak * seconds
+        return model / possible, (model + self.recomputes * forward) / possible
+
+
+def model_work(model: Any, counts: dict[str, int], args: Any, precision: str) -> Work | None:
+    """The work of a model; None where the formula does not apply (experts, no attention)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or getattr(config, "num_experts_per_tok", None):
+        return None
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    rate, source = peak_rate(args.device, precision)
+    return Work(
+        counts["all"] - embedding,
+        counts["trainable"],
+        4 * width * config.num_hidden_layers,
+        args.gradient_checkpointing,
+        rate * args.world_size,
+        source,
+    )
+
+
+def peak_rate(device: Any, precision: str) -> tuple[float, str]:
+    """The peak of one device in operations per second, and its source: a data sheet, else a measurement here."""
+    if device.type == "cuda" and (row := hardware.gpu(torch.cuda.get_device_name(device))):
+        return row.tflops * 1e12, f"{row.source}, dense {'bf16' if row.bf16 else 'fp16'}"
+    dtype = hardware.dtype_of(precision)
+    size = GEMM_ON_GPU if device.type == "cuda" else GEMM
+    ones = torch.ones(size, size, dtype=dtype, device=device)  # not random: the run's random generators are not touched
+    seconds: list[float] = []
+    while sum(seconds) < MEASURED_SECONDS:
+        began = time.perf_counter()
+        (ones @ ones)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    source = f"the best of {MEASURED_SECONDS} s of {size}×{size} matrix products in {precision} at the start"
+    return 2 * size**3 / min(seconds), source
 
 
 class Telemetry(TrainerCallback):
@@ -60,7 +133,7 @@ class Telemetry(TrainerCallback):
         self.__dict__.update(values)
 
     def count(self, checksum: int, tokens: int, trained: int, places: int, pairs: int) -> None:
-        """Add a step's rows, summed over all ranks (see rows.py)."""
+        """Add a step's rows, summed over all ranks (`batches.StepRows`)."""
         self.rows_checksum += checksum
         self.tokens += tokens
         self.trained_tokens += trained
@@ -93,8 +166,6 @@ class Telemetry(TrainerCallback):
     @contextlib.contextmanager
     def forward(self, device: Any) -> Iterator[None]:
         """Around a forward pass, in which a rank under DDP waits for no other: it shows who is slow."""
-        import torch
-
         if device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -107,8 +178,6 @@ class Telemetry(TrainerCallback):
             self._forward += time.perf_counter() - began
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        import torch
-
         assert self._began is not None
         halts = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
         if halts and args.device.type != "cpu":
@@ -149,9 +218,6 @@ class Telemetry(TrainerCallback):
     def _gathered(self, device: Any) -> list[tuple[float, ...]]:
         """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, its
         peak memory in bytes; its load."""
-        import torch
-        import torch.distributed as dist
-
         for start, end in self._events:
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
@@ -193,9 +259,6 @@ def rates(counted: dict[str, float], work: Work | None) -> dict[str, float]:
 
 def load(device: Any) -> tuple[float, ...]:
     """What is in use of this machine's processors and memory, and of this rank's GPU, in percent; NaN: not known."""
-    import psutil
-    import torch
-
     gpu = gpu_memory = math.nan
     if torch.device(device).type == "cuda":
         with contextlib.suppress(Exception):  # it asks a library of the driver, which a container may lack
@@ -207,8 +270,6 @@ def load(device: Any) -> tuple[float, ...]:
 
 def peak_memory_bytes() -> int:
     """The most memory that this rank has held: the CUDA allocator's count, or the process's resident set."""
-    import torch
-
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return hardware.peak_resident_bytes()
@@ -219,11 +280,8 @@ def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
 
     The percentiles of the step times, the saves and the first step are of this start alone.
     """
-    import torch
-    import torch.distributed as dist
-
     peaks = [peak_memory_bytes()]
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         peaks = [0] * dist.get_world_size()
         dist.all_gather_object(peaks, peak_memory_bytes())
     times, work = sorted(telemetry.step_seconds), telemetry.work

@@ -31,6 +31,7 @@ from stepladder.console import say
 from stepladder.errors import EXIT_FAILED, EXIT_PREEMPTED
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
+from stepladder.training.launch.launcher import Strategy
 from stepladder.training.watch.telemetry import DROPPED
 
 Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
@@ -140,7 +141,7 @@ class Wandb(WandbCallback):
         wandb, recipe, facts = self._wandb, self.recipe, self.record.manifest
         if self.ask and not state.global_step:  # a resumed run has asked already
             self.record.update(samples={"before": self._asked(model), "after": []})
-        elif recipe.get("eval_dataset_name") and facts.get("strategy", "").startswith(("zero3", "fsdp")):
+        elif recipe.get("eval_dataset_name") and Strategy(facts["strategy"]).shards_weights:
             say(f"W&B is given no sample answers: under {facts['strategy']} no rank has the whole model to ask")
         for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
             os.environ.setdefault(name, PATIENCE)

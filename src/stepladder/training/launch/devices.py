@@ -1,0 +1,164 @@
+"""What a process fixes before CUDA and PyTorch start: its device, its threads, and how its memory is allocated."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from stepladder import cache, hardware
+from stepladder.console import say
+from stepladder.errors import LaunchError
+from stepladder.training.launch.launcher import Launch
+
+NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where a CPU is meant; the last is Slurm's
+TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
+GPUS = ("/dev/nvidiactl", "/dev/kfd")  # with a GPU, it is the GPU's memory that counts
+RESTARTED = "STEPLADDER_STARTED_WITH"
+
+
+def hide_gpus() -> None:
+    """For `use_cpu`, before CUDA starts: precision, memory and random numbers are then those of a CPU too."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def assert_no_gpu_named() -> None:
+    """Raise LaunchError where CUDA_VISIBLE_DEVICES names a GPU and PyTorch has none: a CPU is not what was meant."""
+    import torch
+
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()) not in NO_GPU:
+        why = "has no GPU of that name" if torch.version.cuda else "is a build for CPUs"
+        raise LaunchError(
+            f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
+            where="the environment",
+            why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
+            help="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
+        )
+
+
+def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
+    """Choose what each rank computes on, before CUDA starts. Returns whether that is the CPU, as with `use_cpu`.
+
+    One process with several GPUs takes the first and says so, since the alternative (nn.DataParallel) is
+    neither fast nor supported. On CPU, the ranks of a node divide its cores evenly: accelerate would give a
+    single process one thread.
+    """
+    import torch
+
+    kept = [name for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP") if os.environ.get(name) == "true"]
+    if kept and "RANK" not in os.environ:
+        raise LaunchError(
+            f"{kept[0]}=true, and no launcher has started this",
+            where="the environment",
+            why="accelerate launch sets it for its ranks; a shell or a profile has kept it",
+            help=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
+        )
+    if use_cpu:
+        hide_gpus()
+    elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        gpus = torch.cuda.device_count()  # by NVML: CUDA itself reads the variable once, when it is first touched
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+        if gpus > 1:
+            say(f"note: {gpus} GPUs are here and one process uses the first; for all of them: accelerate launch")
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if launch.local_ranks > gpus:
+            raise LaunchError(
+                f"{launch.local_ranks} ranks on a machine with {gpus} GPU{'s' * (gpus > 1)}",
+                why="two ranks on one GPU share its memory and slow each other down",
+                help=f"--num_processes {gpus}",
+            )
+        if launch.ranks == 1 and gpus > 1:
+            raise LaunchError(
+                f"one process sees {gpus} GPUs",
+                why="it uses one, and the libraries would split each batch among all (nn.DataParallel)",
+                help=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
+            )
+        return False
+    if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
+        return False
+    assert_no_gpu_named()
+    asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
+    if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
+        torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+    if launch.strategy.is_zero:
+        _load_cpu_collectives()
+    return True
+
+
+def _load_cpu_collectives() -> None:
+    """Load DeepSpeed's op for collectives on CPU, which it compiles on first use (40 s), one process at a time.
+
+    torch guards the build by a file, which a killed build leaves behind and every later start waits for
+    (`torch/utils/file_baton.py`). Here a lock that ends with its process comes first, so a file found under it is a
+    leftover.
+    """
+    import torch
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    # One folder per installation: each change of the installation, or of ninja, would trigger a rebuild.
+    here = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions" / here)))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".stepladder").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.rglob(f"{ShareMemCommBuilder.NAME}/lock"):
+            leftover.unlink()
+        ShareMemCommBuilder().load(verbose=False)
+
+
+def use_tcmalloc() -> None:
+    """Restart this process under tcmalloc in place of glibc's malloc: the same command and process id; or do nothing.
+
+    With batches of varying size glibc's heap fragments: recipes/lora.yaml grows from 3.5 GiB to 6.9 in 90 steps.
+    Under tcmalloc it stays near 3, as fast (docs/benchmarks.md). An allocator has to be loaded first, so the process
+    restarts with it, once, before the slow imports.
+
+    It does nothing without tcmalloc, on a machine with a GPU, and where LD_PRELOAD is set by the user.
+    """
+    if library := os.environ.pop(RESTARTED, None):
+        if os.environ.get("LD_PRELOAD") == library:
+            del os.environ["LD_PRELOAD"]  # for this process, not for the commands that it runs
+        return
+    late = "torch" in sys.modules  # as in tests that import it once for many runs
+    if late or os.environ.get("LD_PRELOAD") or any(map(os.path.exists, GPUS)):
+        return
+    if env := tcmalloc_environment():
+        env = {**os.environ, **env, RESTARTED: env["LD_PRELOAD"]}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def let_segments_grow() -> None:
+    """On an NVIDIA GPU, let PyTorch's memory segments grow, unless the user has configured its allocator.
+
+    Rows differ in length, and so do the blocks: otherwise free memory fragments into pieces too small to use.
+    """
+    if os.path.exists(GPUS[0]) and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def tcmalloc_environment() -> dict[str, str]:
+    """The environment in which a process has tcmalloc; empty where it is not installed."""
+    for library in TCMALLOC if sys.platform == "linux" else ():
+        # without the second it prints a line at each block of 1 GiB
+        env = {"LD_PRELOAD": library, "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": "0"}
+        # Tried in another process: loaded into this one, it would free memory that it has not allocated.
+        tried = subprocess.run([sys.executable, "-S", "-c", ""], env={**os.environ, **env}, capture_output=True)
+        if not tried.returncode and not tried.stderr:  # a loader that cannot load it prints so and goes on
+            return env
+    return {}
+
+
+def allocator_name() -> str:
+    """The allocator of this process, for run.json."""
+    with contextlib.suppress(OSError):
+        maps = Path("/proc/self/maps").read_text()
+        return next((known for known in ("tcmalloc", "jemalloc", "mimalloc") if f"/lib{known}" in maps), "libc")
+    return "libc"
