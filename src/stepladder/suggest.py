@@ -40,7 +40,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """At most three known words, the best first, none of them much farther away than the best."""
-    text, names = _plain(word), {_plain(name): name for name in known}
+    text, names = normalize(word), {normalize(name): name for name in known}
     if aliases := [name for name in ALIASES.get(text, []) if name in names]:
         return aliases
     if close := difflib.get_close_matches(text, names, n=3, cutoff=CUTOFF):
@@ -51,5 +51,5 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     return sorted((name for plain, name in names.items() if f"_{text}_" in f"_{plain}_"), key=len)[:3]
 
 
-def _plain(word: str) -> str:
+def normalize(word: str) -> str:
     return word.strip().casefold().replace("-", "_").replace(" ", "_")

@@ -232,13 +232,10 @@ def print_audit(audit: Audit, views: list[RowView]) -> None:
 
 
 def _figures(finding: Finding) -> str:
-    parts = [f"{name} {_number(value)}" for name, value in finding.figures.items()]
+    figures = finding.figures.items()
+    parts = [f"{name} {value:.1%}" if isinstance(value, float) else f"{name} {value:,}" for name, value in figures]
     rest = len(parts) - MOST_FIGURES
     return " · ".join(parts[:MOST_FIGURES]) + f" · and {rest} more" * (rest > 0)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.1%}" if isinstance(value, float) else f"{value:,}"
 
 
 def _places(finding: Finding) -> list[str]:

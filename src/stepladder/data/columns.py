@@ -11,49 +11,23 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from stepladder.data import formats
-from stepladder.data.conversation import KNOWN_KEYS, RoleMap, yaml_name
+from stepladder.data.conversation import KNOWN_KEYS, NAMES, RoleMap, invert_names, yaml_name
 from stepladder.data.formats import Example
 from stepladder.data.readers import Found, Row, quote
 from stepladder.errors import DataError, locate_errors
+from stepladder.suggest import normalize
 
 UNKNOWN_KEYS = "unknown_keys"
 MOST_NAMES = 20  # unused columns, or keys of messages, that are named
 LONG_NAME = 40  # characters from which a name is cut
 # Beside one of these a row of no known shape is no question without an answer.
 ANSWER_COLUMNS = ("response", "answer", "output", "completion", "reply", "target")
-# What an answer's column is called elsewhere.
-ANSWERS = (
-    *("output", "answer", "response", "completion", "solution", "generated_solution", "target", "targets", "reply"),
-    *("antwort", "respuesta", "réponse", "答案", "答", "回答"),
-)
-SUMMARIES = ("summary", "highlights")
-SPEAKERS = ("assistant", "bot", "gpt")
-# What a question's column is called elsewhere, the column that it is read as, and how its answer's may be called:
-# `user` beside `response` may be a name. The order decides between two.
-ASKED = {
-    **{name: (name, ANSWERS) for name in ("instruction", "question", "query", "prompt")},
-    "problem": ("question", ANSWERS),
-    **dict.fromkeys(("article", "document"), ("document", SUMMARIES)),
-    **dict.fromkeys(("user", "human"), ("input", SPEAKERS)),
-    **dict.fromkeys(("request", "inputs", "frage", "pregunta", "问题", "问", "指令", "input"), ("input", ANSWERS)),
-}
-PARTNER = {  # the column that the answer is read as, by the question's
-    "instruction": "output",
-    "question": "answer",
-    "query": "response",
-    "prompt": "completion",
-    "document": "summary",
-    "input": "output",
-}
-BESIDE = {  # columns beside question and answer, and what they are read as
-    **dict.fromkeys(("system", "system_prompt", "system_message"), "system"),
-    **dict.fromkeys(("tools", "functions"), "tools"),
-    "input": "input",
-    "context": "context",
-    "history": "history",
-}
-REASONING = ("reasoning", "thinking", "thought", "cot", "complex_cot", "chain_of_thought")
-TEXTS = ("text", "content", "body")  # documents without a question
+# What a question's column is called elsewhere, the column that it is read as, and how its answer's may be called.
+ASKED = {name: (kind["column"], NAMES[kind["answers"]]) for kind in NAMES["questions"] for name in kind["names"]}
+ANSWERS = NAMES["answers"]
+BESIDE = invert_names(NAMES["beside"])
+# The column that the answer is read as, by the question's: that of the first shape.
+PARTNER: dict[str, str] = dict(shape.name.split(" + ") for shape in formats.SHAPES[::-1] if shape.answer)
 ONE_SLIP = 0.86  # of difflib's ratio
 TYPO_LETTERS = 5  # from which length one slip in a name does not make it another word
 ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"messages": [{"role": "user", …}, …]}'
@@ -205,7 +179,7 @@ def _name(name: str) -> str:
 
 def _hint(row: Row) -> str:
     """What helps for a row of no known shape: a `column_map` that reads it rightly, or the form that it needs."""
-    names = {_normal(column): column for column in reversed(row)}
+    names = {normalize(column): column for column in reversed(row)}
     if "input_ids" in names:
         return "rows of token ids are not read: give the texts, which are tokenized and masked here"
     if "chosen" in names and "rejected" in names:
@@ -221,7 +195,9 @@ def _hint(row: Row) -> str:
         return 'rows {"messages": […]} with the calls as tool_calls: as text they would be trained as words'
     if mapping:
         return _in_recipe(mapping)
-    if text := next((names[name] for name in TEXTS if name in names and isinstance(row[names[name]], str)), None):
+    if text := next(
+        (names[name] for name in NAMES["documents"] if name in names and isinstance(row[names[name]], str)), None
+    ):
         return _in_recipe({"text": text}) + " (documents that are trained whole)"
     return ANY
 
@@ -234,14 +210,14 @@ def _map_unused(column: str, value: Any, used: frozenset[str], present: Row) -> 
         used: the columns that the set's shape reads.
         present: that row.
     """
-    name = _normal(column)
-    target = BESIDE.get(name) or ("reasoning_content" if name in REASONING and isinstance(value, str) else "")
+    name = normalize(column)
+    target = BESIDE.get(name) or ("reasoning_content" if name in NAMES["reasoning"] and isinstance(value, str) else "")
     if target in used and target not in present:
         return {target: column}
     if "text" in used and isinstance(value, str):
         if name == "label":
             return {"input": "text", "output": column}
-        if name in SUMMARIES:
+        if name in NAMES["summaries"]:
             return _changes({"document": "text", "summary": column})
     return {}
 
@@ -303,7 +279,7 @@ def _pair(row: Row, names: dict[str, str]) -> dict[str, str]:
 
 def _without_typo(name: str) -> str:
     """The recognized name that a long name is one slip away from; else the name itself."""
-    known = (*ASKED, *ANSWERS)
+    known = [*ASKED, *ANSWERS]
     if len(name) < TYPO_LETTERS or name in known:
         return name
     long = [other for other in known if len(other) >= TYPO_LETTERS and abs(len(other) - len(name)) < 2]
@@ -323,7 +299,3 @@ def _beside(names: dict[str, str], target: str) -> dict[str, str]:
 
 def _changes(mapping: dict[str, str]) -> dict[str, str]:
     return {new: old for new, old in mapping.items() if new != old}
-
-
-def _normal(column: str) -> str:
-    return column.strip().casefold().replace("-", "_").replace(" ", "_")

@@ -5,36 +5,25 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stepladder.data.readers import is_unicode, parse_nested, quote
 from stepladder.errors import DataError
+from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
 
 Message = dict[str, Any]
 
-# ShareGPT's names beside the chat templates' own.
-ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-}
-# What other tools call the roles: `role_map` is suggested for these, and not applied unasked.
-LIKELY_ROLES = {
-    **dict.fromkeys(("instruction", "context", "system_prompt"), "system"),
-    **dict.fromkeys(("customer", "client", "prompter", "question", "player", "me"), "user"),
-    **dict.fromkeys(("bot", "model", "ai", "agent", "chatbot", "chatgpt", "claude", "bard", "answer"), "assistant"),
-    **dict.fromkeys(("function_response", "ipython"), "tool"),
-}
+NAMES: dict[str, Any] = parse_yaml(read_text(Path(__file__).with_name("names.yaml")))
+
+
+def invert_names(names: dict[str, list[str]]) -> dict[str, str]:
+    """What each name stands for, from the names of each."""
+    return {name: meant for meant, listed in names.items() for name in listed}
+
+
+ROLES, LIKELY_ROLES = invert_names(NAMES["roles"]), invert_names(NAMES["likely_roles"])
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Of ms-swift, LLaMA-Factory, Axolotl, OpenAI, verl.
 MASKS = ("loss", "loss_weight", "loss_scale", "loss_mask", "training", "trainable", "train", "weight")

@@ -50,7 +50,9 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
         DataError: a file, row or column that cannot be used; shares that cannot be had; no data named.
     """
     sets = entries(settings)
-    evaluation = _evaluation(settings)
+    block, key = _evaluation_set(settings)
+    skips = settings.get("on_bad_row") == "skip"
+    evaluation = collect(_source(block, "", settings, key), skips) if block else None
     held_out = settings.get("test_split_size")
     if not evaluation and not held_out and settings.get("eval_strategy") != "no":
         raise DataError(
@@ -62,7 +64,7 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
         train = stream(settings)
         train.notes += [note for source in train.sources for note in head_notes(source)]
         return train, evaluation
-    parts = [collect(entry.source, settings.get("on_bad_row") == "skip") for entry in sets]
+    parts = [collect(entry.source, skips) for entry in sets]
     parts = _taken(parts, sets, settings)
     if held_out:
         parts, apart = _split(parts, held_out, settings)
@@ -186,11 +188,6 @@ def held_out(settings: Settings) -> str:
         return f"test_split_size: {settings.get('test_split_size'):g}"
     block, _ = _evaluation_set(settings)
     return str(block.get("path", ""))
-
-
-def _evaluation(settings: Settings) -> Rows | None:
-    block, key = _evaluation_set(settings)
-    return collect(_source(block, "", settings, key), settings.get("on_bad_row") == "skip") if block else None
 
 
 def _evaluation_set(settings: Settings) -> tuple[dict[str, Any], str]:

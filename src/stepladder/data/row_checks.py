@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,8 +72,8 @@ def check_texts(found: Rows, limits: Limits, evaluation: Rows | None = None) -> 
     return [
         *_too_short(found, limits),
         *_copies(found, evaluation),
-        *_suspects(found, _private, "private", "mask it, or remove the rows: what is trained can be recited"),
-        *_suspects(found, _odd, "odd_characters", "repair the text where it comes from"),
+        *_suspects(found, PRIVATE, "private", "mask it, or remove the rows: what is trained can be recited"),
+        *_suspects(found, ODD, "odd_characters", "repair the text where it comes from"),
         *_lengths(found),
         *_languages(found),
     ]
@@ -147,24 +147,16 @@ def _pieces(text: str) -> set[str]:
     return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
 
 
-def _suspects(found: Rows, look: Callable[[str], list[str]], name: str, help: str) -> Iterator[Finding]:
+def _suspects(found: Rows, patterns: dict[str, re.Pattern[str]], name: str, help: str) -> Iterator[Finding]:
     places: dict[str, list[str]] = {}
     for example, where in zip(found.examples, found.where, strict=True):
-        for kind in look(all_text(example)):
-            places.setdefault(kind, []).append(where)
+        text = all_text(example)
+        for kind, pattern in patterns.items():
+            if any(_is_meant(kind, match[0]) for match in pattern.finditer(text)):
+                places.setdefault(kind, []).append(where)
     for kind, where_all in places.items():
         what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
         yield Finding(WARNING, name, what, where_all, help)
-
-
-def _private(text: str) -> list[str]:
-    """The kinds of secrets and personal data that a text seems to hold."""
-    return [kind for kind, form in PRIVATE.items() if any(_is_meant(kind, m[0]) for m in form.finditer(text))]
-
-
-def _odd(text: str) -> list[str]:
-    """The kinds of characters in a text that no writer meant."""
-    return [kind for kind, form in ODD.items() if form.search(text)]
 
 
 def _is_meant(kind: str, text: str) -> bool:

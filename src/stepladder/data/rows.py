@@ -108,7 +108,8 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     # Message keys that the chat template does not read are reported as it renders (row_renderer.py).
     rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS]
     for example, where in pairs:
-        if (length := _length(example)) > LONG:
+        length = len(example.get("text", "")) + sum(len(message["content"]) for message in example.get("messages", ()))
+        if length > LONG:
             rows.notes.append(f"{where}: a row of {length:,} characters; is a line break missing?")
     return rows
 
@@ -132,12 +133,6 @@ def head_notes(source: Source) -> list[str]:
     for where, row in head:
         _example(where, row, converter)
     return [str(remark) for remark in converter.remarks(f" (its first {len(head):,} rows)")]
-
-
-def _length(example: formats.Example) -> int:
-    if "text" in example:
-        return len(example["text"])
-    return sum(len(message["content"]) for message in example["messages"])
 
 
 def examples(
