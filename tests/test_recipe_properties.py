@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import load, model_rules, ranges, renamed, rules
+from stepladder.recipe import legacy_keys, load, model_rules, ranges, rules
 from stepladder.recipe.ruling import RuleBreak
 from stepladder.recipe.schema import Key, known_keys
 
@@ -30,7 +30,7 @@ PLACES = [
     if (key := line.split(":")[0]) in known_keys()
 ]
 LETTERS = string.ascii_letters + string.digits + "_-."
-OLD_NAMES = {*renamed.RENAMED, *renamed.GONE, *renamed.HANDLERS}
+OLD_NAMES = {*legacy_keys.KEYS}.union(*(legacy_keys.table()[kind] for kind in ("renamed", "switches", "removed")))
 
 
 @st.composite

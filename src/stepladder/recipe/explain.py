@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import importlib.resources
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from stepladder import console
+from stepladder import console, files
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import config as axolotl_config
 from stepladder.recipe.axolotl import keys
@@ -69,10 +68,9 @@ class Entry:
 @functools.cache
 def explanations() -> dict[str, dict[str, Explanation]]:
     """By group, then key. Axolotl's key names are a group of their own."""
-    text = importlib.resources.files("stepladder.recipe").joinpath("explanations.yaml").read_text(encoding="utf-8")
     by_group: dict[str, dict[str, Explanation]] = {}
     known: dict[str, Explanation] = {}
-    for group, entries in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items():
+    for group, entries in files.read_table(Path(__file__).with_name("explanations.yaml")).items():
         # A word in place of an explanation is the key above that means the same.
         by_group[group] = {
             name: known[said]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib.resources
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe import convert, rules
 from stepladder.recipe.schema import known_keys
@@ -28,8 +28,7 @@ Tool = dict[str, Any]
 @functools.cache
 def tools() -> dict[str, Tool]:
     """The tools by name, as foreign.yaml has them."""
-    text = importlib.resources.files("stepladder.recipe").joinpath("foreign.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return files.read_table(Path(__file__).with_name("foreign.yaml"))
 
 
 def refuse(node: yaml.Node | None, path: Path) -> None:

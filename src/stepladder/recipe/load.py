@@ -12,7 +12,7 @@ import yaml
 
 from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import convert, foreign, renamed, rules
+from stepladder.recipe import convert, foreign, legacy_keys, rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
 from stepladder.suggest import nearest, suggest
@@ -133,7 +133,7 @@ class _Reading:
         if "extends" in pairs and (parent := self._parent(path, *pairs["extends"], parents)):
             self.file(parent, (*parents, path))
         source = convert.Source(str(path), self.recipe.notes, self.recipe.origins)
-        for name, (key_node, value_node) in renamed.translate(pairs, source, self.errors).items():
+        for name, (key_node, value_node) in legacy_keys.translate(pairs, source, self.errors).items():
             self._set(name, value_node, source.where(key_node), source)
         self._layer += 1
 
@@ -192,7 +192,7 @@ class _Reading:
             source = convert.Source(f"{COMMAND_LINE} --{name}", self.recipe.notes, self.recipe.origins)
             key_node = yaml.ScalarNode("tag:yaml.org,2002:str", name)
             value_node = _node(name, [text] if equals else words)
-            for key, (_, node) in renamed.translate({name: (key_node, value_node)}, source, self.errors).items():
+            for key, (_, node) in legacy_keys.translate({name: (key_node, value_node)}, source, self.errors).items():
                 if key == "extends":
                     self._wrong("--extends works in a file only", help="use --recipe")
                 elif key in given:
@@ -225,7 +225,7 @@ class _Reading:
 
 def _fault(name: str, words: list[str]) -> tuple[str, str] | None:
     """What is wrong with the number of words after a flag, and what helps."""
-    name = renamed.RENAMED.get(name, name)
+    name = legacy_keys.table()["renamed"].get(name, name)
     types = known_keys()[name].types if name in known_keys() else ("bool", "list")
     if not words and "bool" not in types:
         return "has no value", f"--{name} VALUE"
@@ -236,7 +236,7 @@ def _fault(name: str, words: list[str]) -> tuple[str, str] | None:
 
 def _node(name: str, words: list[str]) -> yaml.Node:
     """The words after a flag as YAML would hold them, without its traps: the shell has parsed them already."""
-    key = known_keys().get(renamed.RENAMED.get(name, name))
+    key = known_keys().get(legacy_keys.table()["renamed"].get(name, name))
     if len(words) > 1:
         return yaml.SequenceNode("tag:yaml.org,2002:seq", [_node(name, [word]) for word in words])
     if not words:  # a switch

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepladder.errors import RecipeErrors
-from stepladder.recipe import load, renamed
+from stepladder.recipe import legacy_keys, load
 from stepladder.recipe.schema import known_keys
 
 RECIPES = Path(__file__).parent / "fixtures/recipes"
@@ -111,12 +111,13 @@ def test_the_translation_is_final(name: str, tmp_path: Path) -> None:
 
 def test_no_old_name_is_a_present_one() -> None:
     """Guards against hiding a key that the libraries have again, and against a translation to nothing."""
-    keys = known_keys()
-    old = renamed.RENAMED.keys() | renamed.GONE.keys() | (renamed.HANDLERS.keys() - {"dataset_kwargs"})
+    keys, table = known_keys(), legacy_keys.table()
+    old = {*table["renamed"], *table["switches"], *table["removed"], *legacy_keys.KEYS} - {"dataset_kwargs"}
     assert not old & keys.keys()
-    assert {*renamed.RENAMED.values()} <= keys.keys()
-    for (name, before), after in renamed.RENAMED_VALUES.items():
-        assert after in keys[name].choices and (before not in keys[name].choices or before == "chunked_nll")
+    assert {*table["renamed"].values()} <= keys.keys()
+    for name, values in table["renamed_values"].items():
+        for before, after in values.items():
+            assert after in keys[name].choices and (before not in keys[name].choices or before == "chunked_nll")
 
 
 @pytest.mark.parametrize(
