@@ -219,17 +219,10 @@ class GGUFFile:
             self.rope.metadata(writer)
         if self.arch == "phi3":
             writer.add_sliding_window(config.sliding_window or 0)
-        lists: dict[str, Any] = {"tokens": writer.add_token_list, "scores": writer.add_token_scores}
-        lists |= {"token_type": writer.add_token_types, "merges": writer.add_token_merges}
+        kind = gguf.GGUFValueType
         for key, value in self.vocabulary.keys.items():
-            if key in lists:
-                lists[key](value)
-            elif isinstance(value, str):
-                writer.add_string(f"tokenizer.ggml.{key}", value)
-            elif isinstance(value, bool):
-                writer.add_bool(f"tokenizer.ggml.{key}", value)
-            else:
-                writer.add_uint32(f"tokenizer.ggml.{key}", value)
+            of_value = kind.UINT32 if type(value) is int else kind.get_type(value)
+            writer.add_key_value(f"tokenizer.ggml.{key}", value, of_value)
         if self.tokenizer.chat_template:
             writer.add_chat_template(self.tokenizer.get_chat_template())
 
