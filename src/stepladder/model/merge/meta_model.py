@@ -76,23 +76,15 @@ def map_keys(model: PreTrainedModel, disk: Weights) -> dict[str, str]:
     return keys
 
 
-def load(held: Held, read: Read) -> None:
-    """Give modules on the meta device their own parameters."""
+def fill(held: Held, read: Read | None) -> None:
+    """Give modules their own parameters; without `read` these go back to the meta device."""
     import torch
 
     for name, module in held:
         for part, parameter in module._parameters.items():
             if parameter is not None:
-                setattr(module, part, torch.nn.Parameter(read(f"{name}.{part}"), requires_grad=False))
-
-
-def unload(held: Held) -> None:
-    import torch
-
-    for _, module in held:
-        for part, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(module, part, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+                tensor = read(f"{name}.{part}") if read else torch.empty_like(parameter, device="meta")
+                setattr(module, part, torch.nn.Parameter(tensor, requires_grad=False))
 
 
 def stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read) -> None:
@@ -113,8 +105,8 @@ def stream(model: torch.nn.Module, names: dict[torch.nn.Module, str], read: Read
             within.update(modules)
         held = [(names[m], m) for m in modules if m in names and m._parameters]
         if held:
-            module.register_forward_pre_hook(lambda *_, held=held: load(held, read))
-            module.register_forward_hook(lambda *_, held=held: unload(held))
+            module.register_forward_pre_hook(lambda *_, held=held: fill(held, read))
+            module.register_forward_hook(lambda *_, held=held: fill(held, None))
 
 
 # ---- adapters ----

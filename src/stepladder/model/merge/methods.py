@@ -51,7 +51,6 @@ class StreamedMerge:
         self.disk, self.quantize, self.device = Weights(base), quantize, device
         self.config = pretrained.load_config(base)
         self._last: dict[str, torch.Tensor] = {}
-        self._streaming = False
         model = self._bare()
         text, rows = self.config.get_text_config(), meta_model.count_rows(model, adapters, tokens)
         if text.vocab_size != rows:
@@ -63,13 +62,12 @@ class StreamedMerge:
         self.keys = meta_model.map_keys(model, self.disk)
         self.quantized = meta_model.quantized_weights(model) if quantize else {}
         self.peft, self.replaced = meta_model.inject(model, base, adapters, scales, device)
+        meta_model.stream(self.peft, self.names, self.read)
         self.units = dict(self._units())
         self._check_shapes()
         self.untied = self._untied()
         if self.untied:
             self.config.tie_word_embeddings = False
-
-    # ---- building ----
 
     def _units(self) -> Iterator[tuple[str, Any]]:
         """Each weight of the base that changes, by its name, with the PEFT layer that changes it."""
@@ -111,11 +109,9 @@ class StreamedMerge:
         """Whether input and output embeddings, one tensor in the base, are two after the merge."""
         import torch
 
-        def same(name: str, other: str) -> bool:
-            return torch.equal(self.merged(name), self.merged(other))
-
         changed = self.units.keys() | self.replaced.keys()
-        return any(not same(*pair) for pair in self.tied.items() if changed & {*pair})
+        pairs = [(name, other) for name, other in self.tied.items() if changed & {name, other}]
+        return any(not torch.equal(self.merged(name), self.merged(other)) for name, other in pairs)
 
     # ---- weights, in fp32 ----
 
@@ -153,7 +149,7 @@ class StreamedMerge:
                 self._last = {f"{place}.{part}": p.data for part, p in unit.modules_to_save[active].named_parameters()}
             else:
                 held = [(self.names[m], m) for m in unit.get_base_layer().modules()]
-                meta_model.load(held, self.read)
+                meta_model.fill(held, self.read)
                 try:
                     unit.merge(adapter_names=list(unit.active_adapters))
                 except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -162,14 +158,11 @@ class StreamedMerge:
                     f"{place}.{part}": p.data for place, m in held for part, p in m._parameters.items() if p is not None
                 }
                 unit.merged_adapters.clear()
-                meta_model.unload(held)
+                meta_model.fill(held, None)
         return self._last[name]
 
     def reference(self) -> PeftModel:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""
-        if not self._streaming:
-            meta_model.stream(self.peft, self.names, self.read)
-            self._streaming = True
         return self.peft
 
     def exact(self) -> PreTrainedModel:
