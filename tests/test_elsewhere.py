@@ -136,7 +136,7 @@ def test_older_programs_rotate_alike(older: Any, tmp_path: Path) -> None:
     for name, (model, config) in ROPES.items():
         torch.manual_seed(0)
         model(config).save_pretrained(tmp_path / name)
-        assert portable.settle(tmp_path / name, None) == []  # type: ignore[arg-type]
+        assert portable.add_older_names(tmp_path / name, None) == []  # type: ignore[arg-type]
         folders.append(tmp_path / name)
     unsettled = tmp_path / "unsettled"
     LlamaForCausalLM.from_pretrained(tmp_path / "default").save_pretrained(unsettled)
@@ -150,12 +150,12 @@ def test_what_older_names_cannot_say(tmp_path: Path) -> None:
     ropes = {"full_attention": rope("default"), "sliding_attention": {"rope_type": "default", "rope_theta": 10.0}}
     config = Olmo3Config(**sizes(layer_types=["sliding_attention", "full_attention"], rope_parameters=ropes))
     config.save_pretrained(tmp_path / "thetas")
-    (remark,) = portable.settle(tmp_path / "thetas", None)  # type: ignore[arg-type]
+    (remark,) = portable.add_older_names(tmp_path / "thetas", None)  # type: ignore[arg-type]
     assert "this olmo3 needs Transformers 5 or newer: it rotates by two thetas" in remark
     factors = rope("longrope", attention_factor=2.0, **FACTORS)
     config = Phi3Config(**sizes(original_max_position_embeddings=64, rope_parameters=factors))
     config.save_pretrained(tmp_path / "factor")
-    (remark,) = portable.settle(tmp_path / "factor", None)  # type: ignore[arg-type]
+    (remark,) = portable.add_older_names(tmp_path / "factor", None)  # type: ignore[arg-type]
     assert "it has an attention_factor" in remark
 
 

@@ -111,7 +111,7 @@ def _convert(source: Path, target: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(target)
     weights.share(target)
     tokenizer.save_pretrained(target)
-    portable.settle(target, tokenizer)
+    portable.add_older_names(target, tokenizer)
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:
         raise ModelError("the converted model is not whole", help="report this with the versions installed")

@@ -34,7 +34,7 @@ PROBE = " It's 12,345 items:\n\n  déjà vu, 北京, 🎉; don't\t{'a': 1}"  # w
 THIS_MACHINE = ("is_local", "local_files_only", "backend")  # of the tokenizer's folder here, or of Transformers 5 only
 
 
-def settle(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Add the older names to the config and the tokenizer's config of a model or adapter folder.
 
     A file that Transformers reads otherwise with them stays as it was.
@@ -45,7 +45,7 @@ def settle(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Returns:
         What older programs cannot be told, one sentence each; empty where they can be told all.
     """
-    return _config(folder / "config.json") + _tokenizer(folder / "tokenizer_config.json", tokenizer)
+    return _add_to_config(folder / "config.json") + _add_to_tokenizer(folder / "tokenizer_config.json", tokenizer)
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def _write(file: Path, facts: dict[str, Any]) -> None:
 # ---- config.json ----
 
 
-def _config(file: Path) -> list[str]:
+def _add_to_config(file: Path) -> list[str]:
     if not file.is_file():
         return []  # an adapter's folder
     text = file.read_text(encoding="utf-8")
@@ -67,7 +67,8 @@ def _config(file: Path) -> list[str]:
             config["torch_dtype"] = config["dtype"]
         if config.get("rope_parameters"):
             remarks += [remark] if (remark := _older_rope(config)) else []
-    facts |= {"use_cache": True} if facts.get("use_cache") is False else {}  # it is off in training only
+    if facts.get("use_cache") is False:  # it is off in training only
+        facts["use_cache"] = True
     _write(file, facts)
     if not own_code and _ropes(file.parent) != before:
         write_whole(file, text)
@@ -142,7 +143,7 @@ def _unknown(kind: str, why: str) -> str:
 # ---- tokenizer_config.json ----
 
 
-def _tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _add_to_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Have tokenizer.json read as it stands, by a class that Transformers 4 and 5 know.
 
     Transformers 4's classes of one model (LlamaTokenizerFast, …) add tokens of their own accord, whatever

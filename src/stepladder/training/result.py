@@ -80,7 +80,7 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
         trainer.accelerator.unwrap_model(trainer.model).generation_config.save_pretrained(run.folder)
     else:
         check_saved_model(run.folder, run.manifest["parameters"]["all"])
-    for remark in portable.settle(run.folder, trainer.processing_class):
+    for remark in portable.add_older_names(run.folder, trainer.processing_class):
         console.say(f"  note: {remark}")
     base, (_, losses) = run.manifest["starts_from"]["base"], card.read_training(run.folder)
     licence = card.front_matter(Path(base)).get("license")

@@ -116,7 +116,7 @@ def _write(
     seconds = time.perf_counter() - writing
     _save_tokenizer(parts.tokenizer, parts.base, folder)
     remarks = [note for path in args.adapter if (note := fingerprint.note_other_base(path, str(parts.base)))]
-    remarks += portable.settle(folder, parts.tokenizer) + (parts.gguf.remarks if parts.gguf else [])
+    remarks += portable.add_older_names(folder, parts.tokenizer) + (parts.gguf.remarks if parts.gguf else [])
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)
     return {
