@@ -48,7 +48,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
     from transformers import LlamaConfig
 
     from stepladder.model import weights
-    from stepladder.model.merge import meta_model
+    from stepladder.model.merge import skeleton
 
     config = LlamaConfig(
         vocab_size=128_256, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
@@ -56,7 +56,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> None:
     )  # fmt: skip
     folder.mkdir()
     config.save_pretrained(folder)
-    model = meta_model.skeleton(config)
+    model = skeleton.make_skeleton(config)
     tensors = {
         n: weights.Tensor("", "BF16", tuple(p.shape)) for n, p in model.named_parameters() if n != "lm_head.weight"
     }
@@ -71,11 +71,11 @@ def make_adapter(base: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from stepladder.model.merge import meta_model
+    from stepladder.model.merge import skeleton
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(meta_model.skeleton(AutoConfig.from_pretrained(base)), config, low_cpu_mem_usage=True)
+    model = get_peft_model(skeleton.make_skeleton(AutoConfig.from_pretrained(base)), config, low_cpu_mem_usage=True)
     learned = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     folder.mkdir()
     save_file({n: 0.05 * torch.randn(p.shape) for n, p in learned.items()}, folder / "adapter_model.safetensors")

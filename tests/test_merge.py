@@ -22,9 +22,9 @@ from stepladder.errors import ModelError
 from stepladder.evaluation import sides
 from stepladder.model import fingerprint, weights
 from stepladder.model.merge import fold, llama_cpp_text
-from stepladder.model.merge.meta_model import RoundTrip, read_configs
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
+from stepladder.model.merge.skeleton import RoundTrip, read_configs
 
 ROWS = 64  # the vocabulary
 

@@ -19,9 +19,9 @@ from stepladder import console, files, hardware, run
 from stepladder.errors import ModelError
 from stepladder.model import card, fingerprint, portable, pretrained, start, weights
 from stepladder.model.merge import gguf_file, llama_cpp_text
-from stepladder.model.merge.meta_model import RoundTrip, read_configs
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
+from stepladder.model.merge.skeleton import RoundTrip, read_configs
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
 from stepladder.model import pretrained, weights
-from stepladder.model.merge import meta_model
-from stepladder.model.merge.meta_model import RoundTrip
+from stepladder.model.merge import skeleton
+from stepladder.model.merge.skeleton import RoundTrip
 from stepladder.model.start import CHANGES_BASE
 from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
 
@@ -32,7 +32,7 @@ class StreamedMerge:
         adapters: the adapters' folders.
         scales: each adapter's weight; the change is the sum of their changes, each by its weight.
         quantize: takes a weight to 4 bits and back, where the adapter goes onto the weights that it saw in
-            training (`meta_model.RoundTrip`); None leaves those of `base` as they are.
+            training (`skeleton.RoundTrip`); None leaves those of `base` as they are.
         tokens: the tokenizer's length; tokens beyond the base's vocabulary must come with the adapter.
 
     Raises:
@@ -52,17 +52,17 @@ class StreamedMerge:
         self.config = pretrained.load_config(base)
         self._last: dict[str, torch.Tensor] = {}
         model = self._bare()
-        text, rows = self.config.get_text_config(), meta_model.count_rows(model, adapters, tokens)
+        text, rows = self.config.get_text_config(), skeleton.count_rows(model, adapters, tokens)
         if text.vocab_size != rows:
             text.vocab_size = rows
             model = self._bare()
         self.names = {module: name for name, module in model.named_modules()}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self.keys = meta_model.map_keys(model, self.disk)
-        self.quantized = meta_model.quantized_weights(model) if quantize else {}
-        self.peft, self.replaced = meta_model.inject(model, base, adapters, scales, device)
-        meta_model.stream(self.peft, self.names, self.read)
+        self.keys = skeleton.map_keys(model, self.disk)
+        self.quantized = skeleton.quantized_weights(model) if quantize else {}
+        self.peft, self.replaced = skeleton.inject(model, base, adapters, scales, device)
+        skeleton.stream(self.peft, self.names, self.read)
         self.units = dict(self._units())
         self._check_shapes()
         self.untied = self._untied()
@@ -149,7 +149,7 @@ class StreamedMerge:
                 self._last = {f"{place}.{part}": p.data for part, p in unit.modules_to_save[active].named_parameters()}
             else:
                 held = [(self.names[m], m) for m in unit.get_base_layer().modules()]
-                meta_model.fill(held, self.read)
+                skeleton.fill(held, self.read)
                 try:
                     unit.merge(adapter_names=list(unit.active_adapters))
                 except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -158,7 +158,7 @@ class StreamedMerge:
                     f"{place}.{part}": p.data for place, m in held for part, p in m._parameters.items() if p is not None
                 }
                 unit.merged_adapters.clear()
-                meta_model.fill(held, None)
+                skeleton.fill(held, None)
         return self._last[name]
 
     def reference(self) -> PeftModel:
@@ -172,16 +172,16 @@ class StreamedMerge:
     def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written."""
         disk = Weights(folder)
-        keys = meta_model.map_keys(self._bare(), disk)
+        keys = skeleton.map_keys(self._bare(), disk)
         return self._streamed(lambda name: disk.read(keys.get(name) or keys[self.tied[name]]).to(self.device).float())
 
-    def _streamed(self, read: meta_model.Read) -> PreTrainedModel:
+    def _streamed(self, read: skeleton.Read) -> PreTrainedModel:
         model = self._bare()
-        meta_model.stream(model, {module: name for name, module in model.named_modules()}, read)
+        skeleton.stream(model, {module: name for name, module in model.named_modules()}, read)
         return model
 
     def _bare(self) -> PreTrainedModel:
-        return meta_model.skeleton(self.config, self.device)
+        return skeleton.make_skeleton(self.config, self.device)
 
     # ---- the result ----
 
@@ -310,11 +310,11 @@ def open_merge(
     device: str,
 ) -> tuple[StreamedMerge | WholeMerge, str | None]:
     """The merge of these adapters into this base, and why it is not streamed where it is not."""
-    because = _why_whole(meta_model.read_configs(adapters))
+    because = _why_whole(skeleton.read_configs(adapters))
     if not because:
         try:
             return StreamedMerge(base, adapters, scales, quantize, tokens, device), None
-        except meta_model.NotStreamed as reason:
+        except skeleton.NotStreamed as reason:
             because = str(reason)
     if quantize:
         raise ModelError("only a streamed merge can use the dequantized base", why=because, help="original")

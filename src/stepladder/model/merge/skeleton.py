@@ -31,7 +31,7 @@ class NotStreamed(Exception):
     """The tensors on disk are not the model's, one by one."""
 
 
-def skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
+def make_skeleton(config: object, device: str = "cpu") -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers on `device`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
