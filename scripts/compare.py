@@ -1,4 +1,4 @@
-"""Compare a base model with what was made of it: figures with intervals and tests, verdicts, answers side by side.
+"""Compare a base model with tuned ones: metrics with intervals and tests, verdicts, answers side by side.
 
     python scripts/compare.py --tuned runs/lora
     python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/lora --data data/techco_eval.jsonl
@@ -8,11 +8,11 @@
         --require "better, not memorized, did not forget"
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/compare.py …
 
-Without --data the rows are those that the run held out, without --base its base. Rows that a side was trained on
-are left out. --base takes a transcript of generate.py too. A server that speaks OpenAI's chat completions
-(--endpoint URL --model NAME) takes the side that is not given. Writes evaluation_results.md, compare.json and
-report.html into --output_dir (the first --tuned, where it is a run folder), and each other run's own compare.json
-into its folder. Exits with 3 where what --require asks for does not hold of each --tuned. See docs/evaluation.md.
+Without --data the rows are those that the run held out; without --base the base is the run's. Rows that one of the
+models was trained on are left out. --base also accepts a transcript of generate.py. A server with OpenAI's chat
+completions API (--endpoint URL --model NAME) takes the missing side, or is one more. Writes evaluation_results.md,
+compare.json and report.html into --output_dir (default: the first --tuned, if it is a run folder), and a compare.json
+into each other run folder. Exits with 3 if a claim of --require does not hold for a --tuned. See docs/evaluation.md.
 """
 
 import argparse
@@ -36,22 +36,22 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--base", help="the model before: a folder, a hub id, a transcript (.jsonl) (the run's)")
-    parser.add_argument("--tuned", action="append", default=[], help="a model after: a run folder, …; repeatable")
-    parser.add_argument("--endpoint", metavar="URL", help="a server in place of a side, such as http://localhost:11434")
-    parser.add_argument("--model", metavar="NAME", help="the server's model")
-    parser.add_argument("--timeout", type=flags.seconds, default=60, help="seconds that a server has to answer (60)")
-    parser.add_argument("--data", help="held-out rows: JSONL, … (those that the run held out)")
-    parser.add_argument("--prompts", type=Path, help="ask these in place of the data's questions: .txt or JSONL")
+    parser.add_argument("--base", help="the base: a folder, a hub id or a transcript (.jsonl) (default: the run's)")
+    parser.add_argument("--tuned", action="append", default=[], help="a tuned model: a run folder, …; repeatable")
+    parser.add_argument("--endpoint", metavar="URL", help="a server instead of a model, as http://localhost:11434")
+    parser.add_argument("--model", metavar="NAME", help="name of the server's model")
+    parser.add_argument("--timeout", type=flags.seconds, default=60, help="seconds per answer of a server (60)")
+    parser.add_argument("--data", help="held-out rows: JSONL, … (default: the run's)")
+    parser.add_argument("--prompts", type=Path, help="questions instead of the data's: .txt or JSONL")
     parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")
-    parser.add_argument("--general", metavar="FILE", help=f"general knowledge, against forgetting ({mixture.GENERAL})")
+    parser.add_argument("--general", metavar="FILE", help=f"general knowledge, to test forgetting ({mixture.GENERAL})")
     parser.add_argument("--behaviours", action="store_true",
-                        help=f"ask what the base can do besides, against forgetting ({behaviours.SUITE})")  # fmt: skip
+                        help=f"ask what else the base can do, to test forgetting ({behaviours.SUITE})")  # fmt: skip
     parser.add_argument("--require", action="append", default=[], metavar="CLAIMS",
-                        help='exit with 3 unless they hold: "better, did not forget, chrF not worse"')  # fmt: skip
-    parser.add_argument("--limit", type=flags.count, help="ask the first so many questions (all)")
+                        help='exit with 3 unless all hold: "better, did not forget, chrF not worse"')  # fmt: skip
+    parser.add_argument("--limit", type=flags.count, help="ask only the first N questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
-                        help=f"of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
+                        help=f"length limit of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
@@ -62,7 +62,7 @@ def main() -> int | None:
     notes: list[str] = []
     runs = held_out.Runs(notes)
     if not (args.data or args.prompts or (args.tuned and runs.of(args.tuned[0]))):
-        parser.error("--data FILE or --prompts FILE is needed: the first --tuned is no run, which holds rows out")
+        parser.error("--data FILE or --prompts FILE is needed: the first --tuned is not a run with held-out rows")
     if args.tuned and not (args.base or args.endpoint):
         args.base = runs.base_of(args.tuned[0])
     server = [Endpoint(args.endpoint, args.model, args.timeout)] if args.endpoint else []
@@ -99,7 +99,7 @@ def main() -> int | None:
         sides.check(source, on)
     length = sides.length(sources, args.max_new_tokens, on.notes)
     if folder is None:
-        parser.error("--output_dir is needed: the first --tuned is no run folder")
+        parser.error("--output_dir is needed: the first --tuned is not a run folder")
     run.make_folder(folder)
     rows = {str(name): found for name in sources[1:] if (found := sides.training_rows(name, runs))}
     on.notes += [] if on_training else held_out.asked_before(asked, rows)
@@ -109,7 +109,7 @@ def main() -> int | None:
 
     kept = endpoint.Kept(folder / "server_answers.jsonl", server[0], length) if server else None
     if kept and kept.known:
-        on.notes.append(f"{len(kept.known)} answers of {server[0]} were kept by a comparison that failed")
+        on.notes.append(f"{len(kept.known)} answers of {server[0]} are reused from a comparison that failed")
 
     launch = launcher.launched()
     console.quiet_libraries()

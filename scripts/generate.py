@@ -1,11 +1,11 @@
-"""Ask a model: a base, a run folder, an adapter or a merged model. The answer appears as it is made.
+"""Ask a model: a base, a run folder, an adapter or a merged model. Answers are printed as they are generated.
 
     python scripts/generate.py --model runs/lora --prompt "How do I track my order?"
     python scripts/generate.py --model runs/lora --chat --system "You are TechCo's support."
     python scripts/generate.py --model models/smollm2-135m-instruct --prompts questions.txt --transcript kept.jsonl
 
-A transcript is a side of a comparison: compare.py --base kept.jsonl --tuned runs/lora --prompts questions.txt
-One that is there already is kept unless --overwrite is given.
+A transcript can be a side of a comparison: compare.py --base kept.jsonl --tuned runs/lora --prompts questions.txt
+An existing transcript is kept unless --overwrite is given.
 """
 
 import argparse
@@ -21,16 +21,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="a folder or a hub id")
-    parser.add_argument("--base", help="of an adapter: where its base is now (where it was trained on it)")
+    parser.add_argument("--base", help="for an adapter: the path of its base (default: the one that it names)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a question; may be given several times")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="questions, one a line (.txt) or as JSONL rows")
-    what.add_argument("--chat", action="store_true", help="a conversation; /reset begins it anew")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="questions: one per line (.txt), or JSONL rows")
+    what.add_argument("--chat", action="store_true", help="a conversation; /reset restarts it")
     parser.add_argument("--system", help="a system prompt")
-    parser.add_argument("--transcript", type=Path, metavar="FILE", help="keep questions and answers as JSONL")
-    parser.add_argument("--overwrite", action="store_true", help="replace the transcript that is there")
+    parser.add_argument("--transcript", type=Path, metavar="FILE", help="save questions and answers as JSONL")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing transcript")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=generation.MAX_NEW_TOKENS)
-    parser.add_argument("--temperature", type=flags.from_0, default=0.0, help="above 0 samples; at 0 it is greedy (0)")
+    parser.add_argument("--temperature", type=flags.from_0, default=0.0, help="above 0: sampling; 0: greedy (default)")
     parser.add_argument("--top_p", "--top-p", type=flags.share, help="with --temperature")
     parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
     parser.add_argument("--repetition_penalty", "--repetition-penalty", type=flags.above_0)
@@ -40,7 +40,7 @@ def main() -> None:
     if (args.top_p or args.top_k) and not args.temperature:
         parser.error("--top_p and --top_k choose among sampled tokens: they need --temperature above 0")
     if args.overwrite and not args.transcript:
-        parser.error("--overwrite is of --transcript")
+        parser.error("--overwrite needs --transcript")
     system: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
     notes: list[str] = []
     listed = generation.read_questions(args, system, notes)

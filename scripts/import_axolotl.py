@@ -2,10 +2,10 @@
 
     python scripts/import_axolotl.py config.yml -o recipe.yaml
 
-The table says what became of each key: translated, dropped (it has no effect here, or asks for
-what happens anyway), or not supported, with the reason. A key that is not supported and would
+The table shows the outcome for each key: translated, dropped (it has no effect here, or asks for
+a default), or not supported, with the reason. A key that is not supported and would
 change the training (marked ✘) stops the import with exit code 2; --force leaves it out, and the
-recipe's first lines say so. A recipe that is there already is kept unless --overwrite is given.
+recipe's first lines say so. An existing recipe is kept unless --overwrite is given.
 """
 
 import argparse
@@ -23,8 +23,8 @@ def main() -> None:
     )
     parser.add_argument("config", type=Path, help="an Axolotl configuration")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the recipe to write")
-    parser.add_argument("--force", action="store_true", help="leave out what is not supported and changes the training")
-    parser.add_argument("--overwrite", action="store_true", help="replace the recipe that is there")
+    parser.add_argument("--force", action="store_true", help="leave out unsupported keys that change the training")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing recipe")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     args = parser.parse_args()
 

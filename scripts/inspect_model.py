@@ -1,10 +1,10 @@
-"""What a model is: name, base, task, data, method, size, template, and a prompt as it sees one.
+"""Describe a model: name, base, task, data, method, size, template, and an example prompt.
 
     python scripts/inspect_model.py runs/lora
     python scripts/inspect_model.py HuggingFaceTB/SmolLM2-360M-Instruct
 
-Reads the card and the configurations of a run folder, an adapter, a merged model or any other, on disk or
-on the hub; no weights are loaded.
+Reads the card and the configuration of a run folder, an adapter, a merged model or any other, on disk or
+on the hub. Loads no weights.
 """
 
 import argparse

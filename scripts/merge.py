@@ -1,10 +1,10 @@
-"""Fold an adapter into its base: streamed, proved, ready to serve.
+"""Merge an adapter into its base: streamed, verified, ready to serve.
 
     python scripts/merge.py --adapter runs/lora --output_dir merged/lora
     python scripts/merge.py --adapter runs/qlora --quantized_base dequantized --output_dir merged/qlora
 
-No more than one module is in memory at a time, whatever the model's size. The merged model must answer
-as base and adapter do, or nothing is written. What was done lies in OUT/merge.json and OUT/README.md.
+Only one module is in memory at a time, whatever the model's size. If the merged model does not answer as
+base and adapter do, nothing is written. OUT/merge.json and OUT/README.md describe the result.
 """
 
 import argparse
@@ -24,26 +24,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several add up")
-    parser.add_argument("--weights", type=flags.finite, nargs="+", help="one a --adapter (1 each)")
+    parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several are added")
+    parser.add_argument("--weights", type=flags.finite, nargs="+", help="one per --adapter (default: 1 each)")
     parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
-    parser.add_argument("--base", help="a folder or a hub id (the one that the adapter names)")
-    parser.add_argument("--dtype", choices=hardware.DTYPES, help="of the merged weights (the base's)")
+    parser.add_argument("--base", help="a folder or a hub id (default: the one that the adapter names)")
+    parser.add_argument("--dtype", choices=hardware.DTYPES, help="of the merged weights (default: the base's)")
     parser.add_argument("--quantized_base", "--quantized-base", choices=("original", "dequantized"))
     parser.add_argument("--max_shard_size", "--max-shard-size", type=flags.size, default="5GB", help="5GB, 500MB, …")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--prompts", help="rows for the proof: JSONL (the recipe's own)")
-    parser.add_argument("--gguf", choices=gguf_file.KINDS, help="write a file for llama.cpp and Ollama, too")
+    parser.add_argument("--prompts", help="rows for the verification: JSONL (default: the recipe's)")
+    parser.add_argument("--gguf", choices=gguf_file.KINDS, help="also write a file for llama.cpp and Ollama")
     parser.add_argument("--ollama", action="store_true", help="write a Modelfile: ollama create NAME -f OUT/Modelfile")
     parser.add_argument("--push_to_hub", "--push-to-hub", metavar="ID", help="upload the result, as a private model")
-    parser.add_argument("--no_verify", "--no-verify", action="store_true", help="write it unproved; the card says so")
+    parser.add_argument("--no_verify", "--no-verify", action="store_true", help="do not verify; the card says so")
     parser.add_argument("--json", action="store_true", help="print merge.json")
     args = parser.parse_args()
     fold.check_output(args.output_dir, args.overwrite)
     args.weights = args.weights or [1.0] * len(args.adapter)
     if len(args.weights) != len(args.adapter):
-        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", help="one each")
+        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", help="one per adapter")
     for folder in args.adapter:
         start.check_finished(folder)
         start.check_source(str(folder))

@@ -1,11 +1,11 @@
-"""Before the queue, without a GPU or the weights: what each rank will hold, whether it fits, what to type.
+"""Plan a run without a GPU or weights: the memory of each rank, whether it fits, and the command to use.
 
     python scripts/plan.py --recipe models/llama-3.1-8b/lora --gpus 1 --gpu 4090
     python scripts/plan.py --recipe models/qwen3-8b/full --nodes 2 --gpus 8 --gpu h100 --json
     python scripts/plan.py --recipe models/llama-3.1-8b/full --gpu h100 --scale 8,64,512
 
 Any key of the recipe can be set on the command line, as for sft.py. How it is computed, and how
-far it is off: docs/planning.md. Exit code 0: a way fits; 2: none does, or the input is wrong.
+accurate it is: docs/planning.md. Exit code 0: a plan fits; 2: none does, or the input is wrong.
 """
 
 import argparse
@@ -21,24 +21,24 @@ def main() -> None:
     )
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
     parser.add_argument("--nodes", type=flags.count, default=1)
-    parser.add_argument("--gpus", type=flags.count, default=8, help="of each node (default: 8)")
+    parser.add_argument("--gpus", type=flags.count, default=8, help="GPUs per node (default: 8)")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)"
     )
     parser.add_argument(
-        "--gpu_memory", "--gpu-memory", type=flags.above_0, metavar="GiB", help="for a GPU that has no name here"
+        "--gpu_memory", "--gpu-memory", type=flags.above_0, metavar="GiB", help="memory of a GPU that is not listed"
     )
     parser.add_argument(
         "--host_memory",
         "--host-memory",
         type=flags.above_0,
         metavar="GiB",
-        help="of each node: judged where it is given",
+        help="host memory per node; checked if set",
     )
     parser.add_argument("--strategy", help="only this one: single ddp zero2 zero3 fsdp …")
-    parser.add_argument("--scale", metavar="8,64,512", help="how it would go on so many GPUs, on paper")
-    parser.add_argument("--parts", action="store_true", help="what the peaks are made of: weights, gradients, …")
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    parser.add_argument("--scale", metavar="8,64,512", help="predict the scaling to these numbers of GPUs")
+    parser.add_argument("--parts", action="store_true", help="split the peaks: weights, gradients, …")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
     if start.find_for(recipe).adapter:  # other models need not be here

@@ -1,12 +1,12 @@
-"""One page on a run, or on several side by side: curves, verdicts, answers, recipe, data.
+"""Write one page on a run, or on several side by side: curves, verdicts, answers, recipe, data.
 
     python scripts/report.py runs/lora
     python scripts/report.py runs/lora runs/qlora -o compared.html
     python scripts/report.py runs/lora --project "Customer support"
     python scripts/report.py runs/lora --watch
 
-The page is one file that loads nothing; without -o it is RUN/report.html. A run that still goes
-on, was cut short or is damaged is shown as far as it can be read, and the page says what is amiss.
+The page is one self-contained file; without -o it is RUN/report.html. An unfinished, interrupted or
+damaged run is shown as far as it can be read, and the page says what is wrong.
 """
 
 import argparse
@@ -21,9 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; the first is compared with")
-    parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; needed for several runs)")
-    parser.add_argument("--project", metavar="DOMAIN", help="write RUN/mini_project_report.md too, on this domain")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; the first is the reference")
+    parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; required for several runs)")
+    parser.add_argument("--project", metavar="DOMAIN", help="also write RUN/mini_project_report.md, on this domain")
     parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
     parser.add_argument("--watch", action="store_true", help="follow one run in the terminal until it ends")
     args = parser.parse_args()

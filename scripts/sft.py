@@ -1,12 +1,12 @@
-"""Train: full fine-tuning, LoRA or QLoRA, as the recipe says.
+"""Train by a recipe: full fine-tuning, LoRA or QLoRA.
 
     python scripts/sft.py --recipe lora
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 scripts/sft.py --recipe qlora
 
 Any key of the recipe can be set on the command line: --max_steps 20 --learning_rate=1e-4.
-The result lies in output_dir (runs/<recipe>): run.json, metrics.jsonl, recipe.yaml, the model
-or adapter, report.html, loss.png. The same command again resumes a run that was interrupted,
-from its newest complete checkpoint; one that is finished is kept unless --overwrite is given.
+The result is in output_dir (runs/<recipe>): run.json, metrics.jsonl, recipe.yaml, the model
+or adapter, report.html, loss.png. Repeat the command to resume an interrupted run from its
+newest complete checkpoint. A finished run is kept unless --overwrite is given.
 See docs/reliability.md.
 """
 
@@ -26,8 +26,8 @@ def main() -> int | None:
     parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="default: auto")
     parser.add_argument("--allow_change", "--allow-change", action="append", default=[], metavar="KEY",
                         help="a key whose value or content may differ from the resumed run's; repeatable")  # fmt: skip
-    parser.add_argument("--profile", action="store_true", help="record two steps, and say where their time goes")
-    parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback watches the run too")
+    parser.add_argument("--profile", action="store_true", help="profile two steps, and print their largest costs")
+    parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback is added to the trainer")
     args, overrides = parser.parse_known_args()
 
     checked = session.check(args, overrides)

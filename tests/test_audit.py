@@ -322,7 +322,7 @@ def test_a_row_cannot_steer_the_terminal(write: Callable[..., Path], smollm2: Pa
         (("--data", "data/techco.jsonl", "--lora_r", 8), "--dataset_name FILE"),
         (("--data", "data/techco.jsonl", "--show", 3), "--dataset_name FILE"),
         (("lora", "--audit", "--explain"), "no other view"),
-        (("lora", "--min_output", 20), "go with --data"),
+        (("lora", "--min_output", 20), "need --data"),
         (("lora", "--audit", "--max_lenght", 5), "'max_length'"),
     ],
 )

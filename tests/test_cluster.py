@@ -194,7 +194,7 @@ def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
     assert done.code == 0 and "--cpus-per-gpu=8 --mem-per-gpu=125G" in done.out, done
     (slurm / "nodes").write_text(NODES.replace("RealMemory=1031000", "RealMemory=257000"))
     done = script("submit", *full, "--strategy", "zero2", "--partition", "all")
-    assert done.code == 2 and "zero2 takes 34 GiB of host memory a rank" in done.err and "zero3" in done.err, done
+    assert done.code == 2 and "zero2 takes 34 GiB of host memory per rank" in done.err and "zero3" in done.err, done
     assert "share of a node is 30" in done.err and "Traceback" not in done.err
     done = script("submit", *full, "--strategy", "auto", "--partition", "all")
     assert "# plan: fsdp" in done.out and "--mem-per-gpu=30G" in done.out, done  # which reads them once a node

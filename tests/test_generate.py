@@ -110,7 +110,7 @@ def test_a_transcript_is_the_base_on_the_command_line(generate, tiny, monkeypatc
         (["--temperature", 1, "--top_p", 1.5], "more than 1"),
         (["--transcript", "docs"], "name a file in it"),
         (["--transcript", "README.md"], "is there already"),
-        (["--overwrite"], "--overwrite is of --transcript"),
+        (["--overwrite"], "--overwrite needs --transcript"),
     ],
 )
 def test_slips_are_told_before_the_model_is_loaded(words: list, said: str, tiny) -> None:

@@ -48,11 +48,11 @@ def check(parser: argparse.ArgumentParser) -> int:
     bare = not args.recipe and overrides and not overrides[0].startswith("-")
     name = overrides.pop(0) if bare else args.recipe
     if args.data and (name or overrides or shows_rows or args.show):
-        parser.error("--data goes without a recipe; with one: --recipe NAME --dataset_name FILE --audit, or --show N")
+        parser.error("--data takes no recipe; with a recipe: --recipe NAME --dataset_name FILE --audit, or --show N")
     if (shows_rows or args.data) and (args.explain or args.show == KEYS):
-        parser.error("--audit and --data go with no other view than --show N")
+        parser.error("--audit and --data take no other view than --show N")
     if not (shows_rows or args.data) and (args.min_input, args.min_output) != (None, None):
-        parser.error("--min_input and --min_output go with --data, --audit or --show N")
+        parser.error("--min_input and --min_output need --data, --audit or --show N")
     lengths = {"input": args.min_input, "output": args.min_output}
     limits = Limits(**{key: least for key, least in lengths.items() if least is not None})
     if args.data:

@@ -172,13 +172,13 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
         if not way.fits:
             raise LaunchError(
                 f"it does not fit: {lines[-1].splitlines()[0]}",
-                why="an estimate (docs/planning.md); the job would wait for its turn and run out of memory",
+                why="an estimate (docs/planning.md): the job would wait in the queue, then run out of memory",
                 help=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
             )
         need = max(need, host := choose.host_bytes(plan, way) / GIB)
         if 0 < share < host:
             raise LaunchError(
-                f"{way.strategy} takes {host:.0f} GiB of host memory a rank, and a GPU's share of a node is {share}",
+                f"{way.strategy} takes {host:.0f} GiB of host memory per rank, and a GPU's share of a node is {share}",
                 why="each rank's own: weights that it loads in fp32, what is offloaded, a CUDA process's 4 GiB",
                 help="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
             )
