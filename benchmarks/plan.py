@@ -197,7 +197,7 @@ def table(cases: list[Case], found: dict[str, int], folder: Path) -> tuple[str, 
         plan, real = predict(case, folder), found[case.name]
         errors.append(100 * (plan / real - 1))
         method = case.method if case.optim == Case.optim else f"{case.method}, {case.optim}"
-        batch = f"{case.micro} × {case.length}" + (f", {case.steps_a_batch} a step" if case.steps_a_batch > 1 else "")
+        batch = f"{case.micro} × {case.length}" + (f", {case.steps_a_batch} per step" if case.steps_a_batch > 1 else "")
         ranks = f"{case.strategy} × {case.ranks}" if case.ranks > 1 else case.strategy
         cells = (case.model, method, ranks, batch, "on" if case.checkpointing else "off", case.precision)
         rows.append(f"| {' | '.join(cells)} | {real / 1e6:,.1f} | {plan / 1e6:,.1f} | {errors[-1]:+.2f} % |")
