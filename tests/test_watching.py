@@ -185,7 +185,7 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capfd) -> None:
 def test_a_callback_of_ones_own(watched) -> None:
     """Guards the seam, by the example of the docs: its metric is in metrics.jsonl, and Prometheus' file is whole."""
     folder, _ = watched
-    assert all("tokens_a_step" in row for row in metrics(folder) if "loss" in row)
+    assert all("tokens_per_step" in row for row in metrics(folder) if "loss" in row)
     lines = (folder / "metrics.prom").read_text().splitlines()
     assert "stepladder_step 6" in lines and all(re.fullmatch(r"stepladder_\w+ \S+", line) for line in lines)
 
