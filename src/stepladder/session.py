@@ -122,7 +122,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     arguments.check_streaming(recipe)
     notes = requirements.untested_versions() + recipe.notes + arguments.check_strategy(recipe, launch)
     # One rank per node reads and prepares the rows; the others open what it made.
-    train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.unread(recipe)
+    train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.load_stream(recipe)
     templates.check_path(recipe)
     record = Run(recipe.output_dir, is_writer=launch.rank == 0)
     basis = inputs.Inputs(recipe, eval_rows, reads=launch.rank == 0)

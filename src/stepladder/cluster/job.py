@@ -149,7 +149,7 @@ def main() -> None:
                 console.write_exactly(f"{merge_it}\n")
         case ["held_out", *words]:
             recipe = recipe_of(words)
-            if not (rows := mixture.held_out(recipe)):
+            if not (rows := mixture.name_held_out(recipe)):
                 raise errors.DataError(
                     "the recipe holds out no rows, so its comparison could only be made on rows that are trained on",
                     where=recipe.where("eval_strategy"),

@@ -27,7 +27,7 @@ ASKED = {name: (kind["column"], NAMES[kind["answers"]]) for kind in NAMES["quest
 ANSWERS = NAMES["answers"]
 BESIDE = invert_names(NAMES["beside"])
 # The column that the answer is read as, by the question's: that of the first shape.
-PARTNER: dict[str, str] = dict(shape.name.split(" + ") for shape in formats.SHAPES[::-1] if shape.answer)
+PARTNER: dict[str, str] = {shape.asked: shape.answer for shape in formats.SHAPES[::-1] if shape.answer}
 ONE_SLIP = 0.86  # of difflib's ratio
 TYPO_LETTERS = 5  # from which length one slip in a name does not make it another word
 ANY = 'in the recipe: column_map: {input: COLUMN, output: COLUMN}; or rows {"messages": [{"role": "user", …}, …]}'

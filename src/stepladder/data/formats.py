@@ -1,12 +1,10 @@
 """The shapes that rows come in, all turned into one: a list of messages, or plain text.
 
-A shape is recognized by its columns. Each `from_…` function takes a row of one shape and checks
-it; what it returns can be rendered without further looks at types.
+A shape is recognized by its columns. An example is checked: it can be rendered without further looks at types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from stepladder.data.conversation import (
@@ -39,60 +37,79 @@ RESERVED = frozenset({
 
 
 class Shape(NamedTuple):
-    """A shape: the columns it needs, and how a row of it becomes an example.
+    """A shape: the columns `asked` and `answer` that it needs, and those that are read where a row has them.
 
-    `used` are these and the columns that are read where a row has them; `answer` is the column that
-    a question lacks (empty where the answer has no column of its own).
+    `answer` is empty where one column holds all. The texts of the columns `before` and `after` become part of the
+    question; `used` are all columns that are read.
     """
 
     name: str
-    columns: frozenset[str]
-    convert: Callable[[Row, RoleMap | None], Example]
-    used: frozenset[str]
+    asked: str
     answer: str
+    columns: frozenset[str]
+    used: frozenset[str]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
 
 
-def from_prompt_completion(row: Row, role_map: RoleMap | None) -> Example:
+def _shape(name: str, before: tuple[str, ...] = (), after: tuple[str, ...] = ()) -> Shape:
+    columns = name.split(" + ")
+    asked, answer = columns if len(columns) == 2 else (name, "")
+    beside = FOR_ANSWER if answer else FOR_TEMPLATE if name != "text" else frozenset[str]()
+    return Shape(name, asked, answer, frozenset(columns), beside.union(columns, before, after), before, after)
+
+
+SHAPES = [  # in the order in which they are looked for
+    _shape("messages"),
+    _shape("conversations"),
+    _shape("prompt + completion"),
+    _shape("instruction + output", after=("input", "context")),
+    _shape("instruction + response", after=("input", "context")),
+    _shape("question + answer", before=("context",)),
+    _shape("question + answers", before=("context",)),
+    _shape("query + response"),
+    _shape("document + summary"),
+    _shape("input + output"),
+    _shape("text"),
+]
+COLUMNS = frozenset().union(*(shape.used for shape in SHAPES))
+
+
+def _convert(row: Row, shape: Shape, role_map: RoleMap | None) -> Example:
+    """What the columns of a row's shape hold, as an example."""
+    if shape.name == "text":
+        return _document(row)
+    if not shape.answer:
+        return {"messages": conversation(row[shape.asked], role_map)}
+    question, answer = row[shape.asked], row[shape.answer]
+    if shape.asked == "prompt" and (isinstance(question, list) or isinstance(answer, list)):
+        return _prompt_completion(row, role_map)
+    if shape.answer == "answers":  # the first of several; a question may have none
+        answer = next(iter(listed_answers(answer)), None)
+    example = pair(question, shape.asked, answer, shape.answer)
+    before = ["Summarize:"] if shape.asked == "document" else [_optional(row, column) for column in shape.before]
+    texts = [*before, example["messages"][0]["content"], *(_optional(row, column) for column in shape.after)]
+    example["messages"][0]["content"] = "\n\n".join(filter(None, texts))
+    return example
+
+
+def _prompt_completion(row: Row, role_map: RoleMap | None) -> Example:
+    """TRL's conversational form of prompt and completion: two lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        for column in ("history", "reasoning_content"):
-            if is_filled(row.get(column)):
-                raise DataError(f"'{column}' beside a prompt of messages", help="put it into them")
-        example: Example = {"messages": conversation(prompt + completion, role_map)}
-        if any(message["role"] == "assistant" for message in example["messages"][: len(prompt)]):
-            example["prompt_messages"] = len(prompt)  # whose answers are context, not training
-        return example
-    if isinstance(prompt, list) or isinstance(completion, list):
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise DataError(
             "of prompt and completion, one is a list of messages and the other is not",
             help="both as text, or both as lists of messages",
         )
-    return pair(prompt, "prompt", completion, "completion")
-
-
-def from_instruction(row: Row, role_map: RoleMap | None) -> Example:
-    """Alpaca's and Dolly's rows: the instruction, then `input`, then `context`."""
-    column = "output" if "output" in row else "response"
-    example = pair(row["instruction"], "instruction", row[column], column)
-    for beside in ("input", "context"):
-        if more := _optional(row, beside):
-            example["messages"][0]["content"] += f"\n\n{more}"
-    return example
-
-
-def from_question_answer(row: Row, role_map: RoleMap | None) -> Example:
-    """The question, after the `context` that it is about."""
-    if "answer" in row:
-        answer, column = row["answer"], "answer"
-    else:  # the first of several; a question may have none
-        answer, column = next(iter(listed_answers(row["answers"])), None), "answers"
-    example = pair(row["question"], "question", answer, column)
-    if context := _optional(row, "context"):
-        question = example["messages"][0]
-        question["content"] = f"{context}\n\n{question['content']}"
+    for column in ("history", "reasoning_content"):
+        if is_filled(row.get(column)):
+            raise DataError(f"'{column}' beside a prompt of messages", help="put it into them")
+    example: Example = {"messages": conversation(prompt + completion, role_map)}
+    if any(message["role"] == "assistant" for message in example["messages"][: len(prompt)]):
+        example["prompt_messages"] = len(prompt)  # whose answers are context, not training
     return example
 
 
@@ -102,13 +119,7 @@ def listed_answers(answers: Any) -> list[Any]:
     return found if isinstance(found, list) else [found]
 
 
-def from_summary(row: Row, role_map: RoleMap | None) -> Example:
-    example = pair(row["document"], "document", row["summary"], "summary")
-    example["messages"][0]["content"] = "Summarize:\n\n" + example["messages"][0]["content"]
-    return example
-
-
-def from_text(row: Row, role_map: RoleMap | None) -> Example:
+def _document(row: Row) -> Example:
     """A document. Chat logs have one turn per row, which would train what the customers say."""
     if speaker := next((name for name in ("role", "speaker", "from", "author") if is_filled(row.get(name))), None):
         raise DataError(
@@ -118,35 +129,6 @@ def from_text(row: Row, role_map: RoleMap | None) -> Example:
             "or documents without that column (columns: [text] of datasets)",
         )
     return {"text": text(row["text"], "row", "text")}
-
-
-def _shape(columns: str, convert: Callable[[Row, RoleMap | None], Example] | None = None, *optional: str) -> Shape:
-    """A shape by its name; without `convert`, one column is a conversation, and two are a question and its answer."""
-    asked, *answered = needed = columns.split(" + ")
-
-    def from_columns(row: Row, role_map: RoleMap | None) -> Example:
-        if answered:
-            return pair(row[asked], asked, row[answered[0]], answered[0])
-        return {"messages": conversation(row[asked], role_map)}
-
-    used = (FOR_ANSWER if answered else FOR_TEMPLATE).union(needed, optional)
-    return Shape(columns, frozenset(needed), convert or from_columns, used, "".join(answered))
-
-
-SHAPES = [  # in the order in which they are looked for
-    _shape("messages"),
-    _shape("conversations"),
-    _shape("prompt + completion", from_prompt_completion),
-    _shape("instruction + output", from_instruction, "input", "context"),
-    _shape("instruction + response", from_instruction, "input", "context"),
-    _shape("question + answer", from_question_answer, "context"),
-    _shape("question + answers", from_question_answer, "context"),
-    _shape("query + response"),
-    _shape("document + summary", from_summary),
-    _shape("input + output"),
-    Shape("text", frozenset({"text"}), from_text, frozenset({"text"}), ""),
-]
-COLUMNS = frozenset().union(*(shape.used for shape in SHAPES))
 
 
 def to_example(row: Row, where: str, shape: Shape, role_map: RoleMap | None = None) -> Example:
@@ -250,7 +232,7 @@ def _read(row: Row, shape: Shape, role_map: RoleMap | None) -> Example:
         for column in MEDIA_COLUMNS.intersection(row):
             if row[column]:
                 raise multimodal(f"the column '{column}'")
-    example = shape.convert(row, role_map)
+    example = _convert(row, shape, role_map)
     if "messages" not in example:
         return example
     messages = example["messages"]

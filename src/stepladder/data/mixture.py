@@ -60,12 +60,12 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
             where=settings.where("eval_strategy"),
             help='eval_dataset_name: FILE, or test_split_size: 0.1, or eval_strategy: "no"',
         )
-    if streams(settings):
-        train = stream(settings)
+    if is_streamed(settings):
+        train = make_stream(settings)
         train.notes += [note for source in train.sources for note in head_notes(source)]
         return train, evaluation
     parts = [collect(entry.source, skips) for entry in sets]
-    parts = _taken(parts, sets, settings)
+    parts = _take_shares(parts, sets, settings)
     if held_out:
         parts, apart = _split(parts, held_out, settings)
         evaluation = Rows.join(apart)
@@ -74,16 +74,16 @@ def load(settings: Settings) -> tuple[Rows | Stream, Rows | None]:
     return Rows.join(parts), evaluation
 
 
-def unread(settings: Settings) -> tuple[Stream | None, None]:
+def load_stream(settings: Settings) -> tuple[Stream | None, None]:
     """What a rank has that reads no rows itself: a stream, which each rank reads as it trains."""
-    return stream(settings) if streams(settings) else None, None
+    return make_stream(settings) if is_streamed(settings) else None, None
 
 
-def streams(settings: Settings) -> bool:
+def is_streamed(settings: Settings) -> bool:
     return bool(settings.get("streaming") or settings.get("dataset_streaming"))
 
 
-def stream(settings: Settings) -> Stream:
+def make_stream(settings: Settings) -> Stream:
     """The training rows of a recipe with `streaming` or `dataset_streaming`, read when they are needed.
 
     Raises:
@@ -176,13 +176,13 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
         data_files=block.get("data_files"),
         columns=block.get("columns"),
         column_map=column_map,
-        streaming=streams(settings),
+        streaming=is_streamed(settings),
         where=settings.where(place + named_by),
         role_map=role_map,
     )
 
 
-def held_out(settings: Settings) -> str:
+def name_held_out(settings: Settings) -> str:
     """What the evaluation rows are, without reading them: a set, or `test_split_size`; empty where there are none."""
     if settings.get("test_split_size"):
         return f"test_split_size: {settings.get('test_split_size'):g}"
@@ -231,7 +231,7 @@ def _shares(sets: list[Entry], key: str, settings: Settings) -> list[float] | No
     return shares
 
 
-def _taken(parts: list[Rows], sets: list[Entry], settings: Settings) -> list[Rows]:
+def _take_shares(parts: list[Rows], sets: list[Entry], settings: Settings) -> list[Rows]:
     """What the shares and counts leave of each set. No row is taken twice: the scarcest set limits the others.
 
     By `fraction` these are a set's first rows, as TRL documents it; by `weight` and `rows` they are drawn.
@@ -251,7 +251,7 @@ def _taken(parts: list[Rows], sets: list[Entry], settings: Settings) -> list[Row
             )
         if count < len(part):
             part.notes.append(f"{count:,} of the {len(part):,} rows of {part.name} are taken")
-            part = part.take(range(count) if fractions else _drawn(len(part), count, settings, str(number)))
+            part = part.take(range(count) if fractions else _draw(len(part), count, settings, str(number)))
         taken.append(part)
     return taken
 
@@ -263,7 +263,7 @@ def _count(rows: float | None, total: int) -> int:
     return round(total * rows) if rows < 1 else int(rows)
 
 
-def _drawn(total: int, count: int, settings: Settings, purpose: str) -> list[int]:
+def _draw(total: int, count: int, settings: Settings, purpose: str) -> list[int]:
     """Positions drawn by the recipe's seed, in their order; another `purpose` draws others."""
     return sorted(random.Random(f"{settings.get('seed')}:{purpose}").sample(range(total), count))
 
@@ -278,7 +278,7 @@ def _split(parts: list[Rows], size: float, settings: Settings) -> tuple[list[Row
             where=settings.where("test_split_size"),
             help="a share between 0 and 1, or a number of rows",
         )
-    held_out = set(_drawn(total, count, settings, "test"))
+    held_out = set(_draw(total, count, settings, "test"))
     train, apart, begin = [], [], 0
     for part in parts:
         train.append(part.take(i for i in range(len(part)) if begin + i not in held_out))
@@ -300,7 +300,7 @@ def _general(rows: int, share: float, settings: Settings) -> Rows:
             why="none is repeated",
             help=f"mix_general: {largest} at most, or more rows in {GENERAL}",
         )
-    return general.take(_drawn(len(general), count, settings, "general"))
+    return general.take(_draw(len(general), count, settings, "general"))
 
 
 @dataclass(frozen=True)

@@ -199,36 +199,34 @@ def refuse_other_content(path: Path) -> None:
 
 def refuse_metadata(path: Path) -> None:
     """Raise DataError for a file that tells of a data set and holds none of its rows."""
-    if path.name not in METADATA:
-        return
-    if sets := llama_factory_sets(path):
-        files = [file for entry in sets.values() if (file := path.parent / str(entry.get("file_name"))).is_file()]
+    if path.name in METADATA:
+        refuse_llama_factory(path)
         raise DataError(
-            f"{printable(path.parent)} is a data folder of LLaMA-Factory",
-            why=f"its {path.name} lists {len(sets)} sets, which are not one",
-            help=f"in the recipe, one of its files: dataset_name: {printable(files[0])}" if files else JSON_FORM,
+            f"{printable(path)} describes a data set and holds no rows",
+            help=f"name the folder: {printable(path.parent)}",
         )
-    raise DataError(
-        f"{printable(path)} describes a data set and holds no rows",
-        help=f"name the folder: {printable(path.parent)}",
-    )
 
 
-def llama_factory_sets(path: Path) -> dict[str, dict[str, Any]]:
-    """The sets that a `dataset_info.json` of LLaMA-Factory's lists; empty for any other file.
+def refuse_llama_factory(path: Path) -> None:
+    """Raise DataError where a `dataset_info.json` is LLaMA-Factory's: the files beside it are sets of their own.
 
     Raises:
-        DataError: the file is not JSON or may not be read, so that a folder's files may be sets of their own.
+        DataError: also where the file is not JSON or may not be read.
     """
     try:
         listed = read_json(path)
     except ValueError as error:
         help = "mend it; or remove it, if the files beside it are one set"
         raise DataError(f"it cannot be read: {error}", where=printable(path), help=help) from None
+    entries = [entry for entry in listed.values() if isinstance(entry, dict)] if isinstance(listed, dict) else []
     places = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "om_hub_url"}
-    if not isinstance(listed, dict):
-        return {}
-    return {name: entry for name, entry in listed.items() if isinstance(entry, dict) and places & entry.keys()}
+    if sets := [entry for entry in entries if places & entry.keys()]:
+        files = [file for entry in sets if (file := path.parent / str(entry.get("file_name"))).is_file()]
+        raise DataError(
+            f"{printable(path.parent)} is a data folder of LLaMA-Factory",
+            why=f"its {path.name} lists {len(sets)} sets, which are not one",
+            help=f"in the recipe, one of its files: dataset_name: {printable(files[0])}" if files else JSON_FORM,
+        )
 
 
 def inner_splits(path: Path) -> list[str]:

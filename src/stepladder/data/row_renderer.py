@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.data.formats import Example
+from stepladder.data.readers import quote
 from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
 from stepladder.data.templates.layout import ChatTemplate, Layout, Point, Turn
 from stepladder.errors import DataError
@@ -22,6 +23,12 @@ FOREIGN_END = re.compile(r"(</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|en
 # The keys of a message that have a meaning here, whether or not a template reads them.
 HANDLED = READ | {"train", "tool_call_id"}
 NAMES = {"content": "text of a message", "result": "tool's result", "name": "tool call"}
+LOSS_HELP = {
+    "reasoning": "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip",
+    "content": "another chat_template, or remove the row; or on_bad_row: skip",
+    "tools": "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); "
+    "or on_bad_row: skip",
+}
 REMARKS: dict[str, dict[str, Any]] = parse_yaml(read_text(Path(__file__).with_name("remarks.yaml")))
 
 
@@ -147,9 +154,9 @@ class RowRenderer:
                 help="another chat_template, or a fixed value in chat_template_kwargs",
             )
         return DataError(
-            f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {_short(slot.text)}",
+            f"the chat template changes the {NAMES.get(slot.kind, slot.kind)}: {quote(slot.text)}",
             why="what is trained must be what the row says",
-            help="another chat_template, or remove the row; or on_bad_row: skip",
+            help=LOSS_HELP["content"],
         )
 
     def _within_blocks(self, text: str, spans: list[Span], blocks: list[tuple[int, int]]) -> list[Span]:
@@ -165,7 +172,7 @@ class RowRenderer:
             if not inside:
                 raise DataError(
                     "the template's {% generation %} blocks leave out an answer of this row",
-                    why=f"outside of them: {_short(text[span.start : span.end])}",
+                    why=f"outside of them: {quote(text[span.start : span.end])}",
                     help="mark every assistant turn in the template, or train: false on the message",
                 )
             found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
@@ -227,7 +234,7 @@ class RowRenderer:
         own = [found[0] for found in self.template.special.finditer(before)]
         if own and slot.kind == "content" and slot.text.startswith(own[-1]):
             raise DataError(
-                f"a text of this row is rendered already: {_short(slot.text)}",
+                f"a text of this row is rendered already: {quote(slot.text)}",
                 why=f"the chat template would put {own[-1]} before it once more",
                 help="give the texts without the template's tokens, or the whole as a column 'text'",
             )
@@ -237,7 +244,7 @@ class RowRenderer:
                 opens = header[found[-1].start() :].strip()
                 if opens in slot.text:
                     raise DataError(
-                        f"a text of this row opens an assistant's turn: {_short(slot.text)}",
+                        f"a text of this row opens an assistant's turn: {quote(slot.text)}",
                         why=f"it holds {opens!r}, with which the chat template begins an answer",
                         help="write the token otherwise, or remove the row; or on_bad_row: skip",
                     )
@@ -288,18 +295,10 @@ def refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
     if lost:
         kind, text = lost[0]
         raise DataError(
-            f"the chat template does not render the {NAMES.get(kind, kind)}: {_short(text)}",
+            f"the chat template does not render the {NAMES.get(kind, kind)}: {quote(text)}",
             why="it would be lost without a word",
-            help=_help(kind),
+            help=LOSS_HELP.get(kind, LOSS_HELP["tools"]),
         )
-
-
-def _help(kind: str) -> str:
-    if kind == "reasoning":
-        return "a chat_template that renders reasoning (qwen3), or remove it from the row; or on_bad_row: skip"
-    if kind == "content":
-        return "another chat_template, or remove the row; or on_bad_row: skip"
-    return "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); or on_bad_row: skip"
 
 
 def template_refusal(error: Refusal) -> DataError:
@@ -307,7 +306,3 @@ def template_refusal(error: Refusal) -> DataError:
         f"the chat template refuses this conversation: {error}",
         help="what it asks for in the rows, another chat_template, or remove the row; or on_bad_row: skip",
     )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:59] + "…")

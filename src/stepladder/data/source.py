@@ -22,12 +22,11 @@ from stepladder.data.read import (
     inner_splits,
     is_saved,
     kind,
-    llama_factory_sets,
     near_file,
     other_kind,
     printable,
     read,
-    refuse_metadata,
+    refuse_llama_factory,
     stem,
 )
 from stepladder.data.readers import Found, first_line
@@ -218,8 +217,8 @@ def _in_folder(folder: Path, split: str, name: str | None = None) -> list[Path]:
             is not read beside data that is; a folder of LLaMA-Factory's.
     """
     inside = _files_in(folder)
-    if Path(LLAMA_FACTORY) in inside and llama_factory_sets(folder / LLAMA_FACTORY):
-        refuse_metadata(folder / LLAMA_FACTORY)
+    if Path(LLAMA_FACTORY) in inside:
+        refuse_llama_factory(folder / LLAMA_FACTORY)
     if saved := _saved_splits(folder, inside):
         if split not in saved:
             raise DataError(f"the folder {folder} has no split '{split}'", help=f"one of {', '.join(saved)}")

@@ -82,11 +82,10 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
             template = value if is_inline(value) else source(tokenizer, value) or load_template(value)
         _check_syntax(template, value if key == "chat_template_path" else key)
     tokenizer.chat_template = template
-    if key != "prompt_template":
-        new = _add_turn_tokens(tokenizer)
+    new = [] if key == "prompt_template" else _add_turn_tokens(tokenizer)
     if key == "prompt_template" or (key == "chat_template" and not is_inline(value)):
         _begin_as_texts(tokenizer)
-    return [] if key == "prompt_template" else new
+    return new
 
 
 def is_inline(value: str) -> bool:

@@ -193,7 +193,9 @@ class ChatTemplate(TemplateProgram):
             raise Refusal("it prints parts as they are")
         literals, order = parts(text)
         lost = [number for number, slot in enumerate(slots) if slot.required and number not in order]
-        if _shows_python(marked, text):
+        calls = [call["function"]["arguments"] for m in marked["messages"] for call in m.get("tool_calls", ())]
+        # `{{ arguments }}` of an object is Python's way to write it, not JSON.
+        if any(str(arguments) in text for arguments in calls if arguments):
             lost += [number for number, slot in enumerate(slots) if slot.kind == "name"]
         layout = Layout(dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
         self._find_turns(layout, slots, marked)
@@ -376,12 +378,6 @@ def _common(text: str, other: str) -> int:
 
 def _loss(layout: Layout) -> tuple[int, bool]:
     return len(layout.lost) + len(layout.lost_tools) + len(layout.lost_keys), layout.changed
-
-
-def _shows_python(marked: Example, text: str) -> bool:
-    """`{{ arguments }}` of an object is Python's way to write it, not JSON."""
-    calls = (call for message in marked["messages"] for call in message.get("tool_calls", ()))
-    return any(str(call["function"]["arguments"]) in text for call in calls if call["function"]["arguments"])
 
 
 def _lost_tools(marked: Example, literals: str) -> list[str]:
