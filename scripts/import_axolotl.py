@@ -52,7 +52,7 @@ FORCE = errors.RecipeError(
 
 
 def _error(row: axolotl_import.Row) -> errors.RecipeError:
-    what = f"{row.key}: {axolotl_import.short(row.value)} is not supported"
+    what = f"{row.key}: {axolotl_import.shorten(row.value)} is not supported"
     return errors.RecipeError(what, where=row.where, why=row.outcome.reason)
 
 

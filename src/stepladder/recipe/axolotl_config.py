@@ -18,6 +18,7 @@ import yaml
 from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, load
+from stepladder.recipe.legacy_keys import is_one_of
 from stepladder.recipe.schema import known_keys
 from stepladder.suggest import nearest, suggest
 
@@ -96,16 +97,15 @@ def read_config(path: Path) -> Config:
         foreign.refuse(root, path)
     errors: list[RecipeError] = []
     places: dict[str, str] = {}
-    _places(root, str(path), "", places, errors)
+    _find_places(root, str(path), "", places, errors)
     if errors:
         raise RecipeErrors(errors)
     values = {}
     for key_node, value_node in root.value:
         try:
-            values[str(key_node.value)] = yaml.SafeLoader("").construct_object(value_node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
-            what = f"{key_node.value}: {getattr(error, 'problem', error)}"
-            raise RecipeError(what, where=convert.position(str(path), key_node)) from None
+            values[str(key_node.value)] = convert.constructed(value_node)
+        except ValueError as error:
+            raise RecipeError(f"{key_node.value}: {error}", where=convert.position(str(path), key_node)) from None
     config = Config(values, places, path)
     if not config.has("base_model"):
         near = nearest("base_model", values)
@@ -118,16 +118,16 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def _places(node: yaml.Node, file: str, prefix: str, places: dict[str, str], errors: list[RecipeError]) -> None:
+def _find_places(node: yaml.Node, file: str, prefix: str, places: dict[str, str], errors: list[RecipeError]) -> None:
     """Where each key stands, by its path (`datasets[0].type`); a key that stands twice is an error."""
     if isinstance(node, yaml.MappingNode):
         for name, (key_node, value_node) in convert.mapping(node, file, errors).items():
             places[prefix + name] = convert.position(file, key_node)
-            _places(value_node, file, f"{prefix}{name}.", places, errors)
+            _find_places(value_node, file, f"{prefix}{name}.", places, errors)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             places[f"{prefix[:-1]}[{number}]"] = convert.position(file, item)
-            _places(item, file, f"{prefix[:-1]}[{number}].", places, errors)
+            _find_places(item, file, f"{prefix[:-1]}[{number}].", places, errors)
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,19 @@ class Outcome:
     changes_training: bool = False
 
 
-def sets(reason: str = "", **recipe: Any) -> Outcome:
+def set_keys(reason: str = "", **recipe: Any) -> Outcome:
     return Outcome(TRANSLATED, reason, recipe)
 
 
-def in_set(reason: str = "", **block: Any) -> Outcome:
+def set_in_block(reason: str = "", **block: Any) -> Outcome:
     return Outcome(TRANSLATED, reason, block=block)
 
 
-def dropped(reason: str) -> Outcome:
+def drop(reason: str) -> Outcome:
     return Outcome(DROPPED, reason)
 
 
-def unsupported(reason: str, changes_training: bool = True) -> Outcome:
+def refuse(reason: str, changes_training: bool = True) -> Outcome:
     return Outcome(UNSUPPORTED, reason, changes_training=changes_training)
 
 
@@ -205,7 +205,7 @@ def apply_row(row: dict[str, Any], key: str, value: Any, config: Config) -> Outc
         RecipeError: a number is needed and the value is none.
     """
     if "needs" in row and not any(_look_up(name, config) for name in row["needs"].split()):
-        return dropped(row.get("otherwise", f"no {row['needs']}"))
+        return drop(row.get("otherwise", f"no {row['needs']}"))
     if row.get("number"):
         value = config.number(key, 0)
     for case in row.get("cases", [row]):
@@ -213,45 +213,45 @@ def apply_row(row: dict[str, Any], key: str, value: Any, config: Config) -> Outc
         if ("is" not in case or _fits(case["is"], value, config)) and all(
             _fits(test, _look_up(name, config), config) for name, test in others
         ):
-            return _outcome(case, value, config)
+            return _find_outcome(case, value, config)
     return None
 
 
-def _outcome(case: dict[str, Any], value: Any, config: Config) -> Outcome:
+def _find_outcome(case: dict[str, Any], value: Any, config: Config) -> Outcome:
     if "by" in case:
         return RULES[case["by"]](value, config)
     if value is not None and not value and case.keys() & {"usual", "switch", "spare"}:
-        return dropped("off")
-    if _is_one_of(value, case.get("usual", []) + case.get("only", [])):
-        return dropped("as here")
+        return drop("off")
+    if is_one_of(value, case.get("usual", []) + case.get("only", [])):
+        return drop("as here")
     for kind, changes_training in (("stop", True), ("spare", False)):
         if kind in case:
-            return unsupported(case[kind].replace("$", str(value)), changes_training)
+            return refuse(case[kind].replace("$", str(value)), changes_training)
     if "drop" in case:
-        return dropped(case["drop"])
+        return drop(case["drop"])
     if "choice" in case:
         name, choices = str(value).lower(), known_keys()[case["choice"]].choices
         if name not in choices:
-            return unsupported(suggest(name, choices) or case["otherwise"])
-        return sets(**{case["choice"]: name})
+            return refuse(suggest(name, choices) or case["otherwise"])
+        return set_keys(**{case["choice"]: name})
     keys = {case["switch"]: True} if isinstance(case.get("switch"), str) else case.get("switch", case.get("to", {}))
-    environment = _filled(case.get("env", {}), value, config)
+    environment = _fill(case.get("env", {}), value, config)
     return Outcome(
         TRANSLATED,
         case.get("why", ""),
-        recipe=_filled(keys, value, config),
-        block=_filled(case.get("in_set", {}), value, config),
+        recipe=_fill(keys, value, config),
+        block=_fill(case.get("in_set", {}), value, config),
         environment={name: str(text).lower() if text is True else str(text) for name, text in environment.items()},
         strategy=case.get("launch", ""),
     )
 
 
-def _filled(template: str | dict[str, Any], value: Any, config: Config) -> dict[str, Any]:
+def _fill(template: str | dict[str, Any], value: Any, config: Config) -> dict[str, Any]:
     """The keys of a template: `$` is the value, `$name` another key or a condition, left out where it is not set."""
     filled = {}
     for name, item in ({template: "$"} if isinstance(template, str) else template).items():
         if isinstance(item, dict):
-            item = _filled(item, value, config)
+            item = _fill(item, value, config)
         elif isinstance(item, str) and item.startswith("$"):
             item = _look_up(item[1:], config) if item[1:] else value
         if item is not None:
@@ -267,15 +267,10 @@ def _fits(test: Any, value: Any, config: Config) -> bool:
     if isinstance(test, bool):
         return bool(value) is test
     if isinstance(test, list):
-        return _is_one_of(value, test)
+        return is_one_of(value, test)
     if isinstance(test, dict):
         limits = {"least": operator.ge, "most": operator.le, "below": operator.lt}
         return all(limits[name](value, limit) for name, limit in test.items())
     if test.startswith("$"):
         return value == config.get(test[1:])
     return bool(re.search(test, str(value)))
-
-
-def _is_one_of(value: Any, values: list[Any]) -> bool:
-    """Whether a value of the same type is among them: false is not 0."""
-    return any(value == item and type(value) is type(item) for item in values)

@@ -28,10 +28,10 @@ from stepladder.recipe.axolotl_config import (
     Config,
     Outcome,
     apply_row,
-    dropped,
+    drop,
+    refuse,
     rows,
     table,
-    unsupported,
 )
 from stepladder.recipe.schema import Key, known_keys
 from stepladder.screen import Screen
@@ -83,15 +83,15 @@ class Translation:
         block = self.blocks.setdefault(place, {}) if place else {}
         inside = {key.name: key for key in known_keys()["datasets"].nested}
         try:
-            recipe = self._checked(row, row.outcome.recipe, known_keys(), self.recipe)
-            entry = self._checked(row, row.outcome.block, inside, block)
+            recipe = self._check_values(row, row.outcome.recipe, known_keys(), self.recipe)
+            entry = self._check_values(row, row.outcome.block, inside, block)
             if row.outcome.strategy and self.strategy not in ("", row.outcome.strategy):
                 raise RecipeError(f"contradicts accelerate_configs/{self.strategy}.yaml: keep one")
         except RecipeError as error:
             if row.implied:
                 return  # another key has said it
             faults = [fault.what for fault in getattr(error, "errors", [error])]
-            row.outcome = unsupported("; ".join(faults))
+            row.outcome = refuse("; ".join(faults))
         else:
             self.recipe |= recipe
             block |= entry
@@ -99,7 +99,7 @@ class Translation:
             self.strategy = row.outcome.strategy or self.strategy
         self.rows.append(row)
 
-    def _checked(
+    def _check_values(
         self, row: Row, keys: dict[str, Any], schema: dict[str, Key], target: dict[str, Any]
     ) -> dict[str, Any]:
         """The values in their keys' own types, joined with those that are there.
@@ -113,7 +113,7 @@ class Translation:
                 raise RecipeError(f"the installed TRL and Transformers have no {name}")
             nested = [key.name for key in schema[name].nested]
             if nested and not isinstance(value, dict):
-                raise RecipeError(f"{name} takes a block of keys, found {short(value)}")
+                raise RecipeError(f"{name} takes a block of keys, found {shorten(value)}")
             if nested and (unknown := sorted(value.keys() - nested)):
                 raise RecipeError(f"no {unknown[0]} in {name}; {suggest(unknown[0], nested)}".rstrip("; "))
             node = yaml.representer.SafeRepresenter().represent_data(value)
@@ -124,7 +124,7 @@ class Translation:
                 new = [*old, *(item for item in new if item not in old)]
             elif name in target and old != new:
                 setter = next(r.key for r in self.rows if name in r.outcome.recipe or name in r.outcome.block)
-                raise RecipeError(f"contradicts {setter}, from which {name}: {short(old)} follows: keep one")
+                raise RecipeError(f"contradicts {setter}, from which {name}: {shorten(old)} follows: keep one")
             checked[name] = new
         return checked
 
@@ -138,14 +138,14 @@ class Translation:
             self.recipe |= {FLAT[key]: value for key, value in blocks[0].items()}
         elif blocks:
             self.recipe["datasets"] = blocks
-        while broken := self._broken():
+        while broken := self._find_breaks():
             for key, outcome in broken.items():
                 del self.recipe[key]
                 row = next(row for row in self.rows if key in row.outcome.recipe)
                 rest = {name: value for name, value in row.outcome.recipe.items() if name != key}
                 row.outcome = replace(row.outcome, recipe=rest) if rest else outcome
 
-    def _broken(self) -> dict[str, Outcome]:
+    def _find_breaks(self) -> dict[str, Outcome]:
         """The recipe keys that break a rule; one break at a time, since the next may be its consequence."""
         setters = {key: row for row in self.rows for key in row.outcome.recipe}
         layers = {key: 0 if key in setters and setters[key].implied else 1 for key in self.recipe}
@@ -153,18 +153,18 @@ class Translation:
         recipe = load.Recipe(self.source.stem, self.source, dict(self.recipe), origins, layers=layers)
         breaks = rules.check(recipe)
         if idle := setters.keys() & self.recipe.keys() - recipe.values.keys():  # defaults yield to what is set
-            return {key: dropped("it has no effect beside the other keys") for key in idle}
+            return {key: drop("it has no effect beside the other keys") for key in idle}
         for found in breaks:
             if keys := [key for key in found.keys if key in setters]:
                 without_effect = "no effect" in found.what
-                return {keys[-1]: dropped(found.what) if without_effect else unsupported(f"{found.what}: {found.why}")}
+                return {keys[-1]: drop(found.what) if without_effect else refuse(f"{found.what}: {found.why}")}
         return {}
 
     def target(self, row: Row) -> str:
         """What a key was translated to, in words of the recipe and of the launch command."""
         flat = "datasets" not in self.recipe
         block = {FLAT.get(key, key) if flat else key: value for key, value in row.outcome.block.items()}
-        parts = [f"{key}: {short(value)}" for key, value in {**block, **row.outcome.recipe}.items()]
+        parts = [f"{key}: {shorten(value)}" for key, value in {**block, **row.outcome.recipe}.items()]
         parts += [f"{name}={value}" for name, value in row.outcome.environment.items()]
         if row.outcome.strategy:
             parts.append(f"accelerate_configs/{row.outcome.strategy}.yaml")
@@ -182,7 +182,9 @@ class Translation:
         lines = [f"# From {self.source.name}, an Axolotl configuration.", f"#   {self.command(recipe)}"]
         if self.strategy:
             lines.append("# (--num_processes: as many as there are GPUs)")
-        lines += [f"# Left out: {row.key}: {short(row.value)} ({row.outcome.reason})" for row in self.rows if row.stops]
+        lines += [
+            f"# Left out: {row.key}: {shorten(row.value)} ({row.outcome.reason})" for row in self.rows if row.stops
+        ]
         lines = [printable(line).replace("\n", " ") for line in lines]  # a comment ends with its line
         banners = {name: tuple(starts.split()) for name, starts in table()["banners"].items()}
         banner_of = {
@@ -195,7 +197,7 @@ class Translation:
         return "\n".join(lines) + "\n"
 
 
-def short(value: Any, limit: int = 40) -> str:
+def shorten(value: Any, limit: int = 40) -> str:
     """A value in one line."""
     text = " ".join(yaml.safe_dump(value, default_flow_style=True, **YAML).removesuffix("\n...\n").split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -212,7 +214,7 @@ def translate(config: Config) -> Translation:
     """
     result = Translation(config.file)
     for key, value in config.values.items():
-        for row in _account(key, value, _plain_name(key), config):
+        for row in _account(key, value, _flatten_name(key), config):
             result.add(row)
     for default in table()["defaults"]:
         key = default["keys"]
@@ -223,7 +225,7 @@ def translate(config: Config) -> Translation:
     return result
 
 
-def _plain_name(key: str) -> str:
+def _flatten_name(key: str) -> str:
     """A key as the table has it: a dot in it leads nowhere."""
     return re.sub(r"[.\[\]*]", " ", key)
 
@@ -236,48 +238,48 @@ def _account(path: str, value: Any, name: str, config: Config) -> Iterator[Row]:
         below = Config(block, config.places, config.file, config.root, f"{path}.")
         for key, item in block.items():
             plain = key.removeprefix("fsdp_") if name == "fsdp_config" else key
-            yield from _account(f"{path}.{key}", item, f"{name}.{_plain_name(plain)}", below)
+            yield from _account(f"{path}.{key}", item, f"{name}.{_flatten_name(plain)}", below)
     elif value and _leads_on(inside):
         items = config.entries(name) if _leads_on(f"{inside}.") else value if isinstance(value, list) else [value]
         for number, item in enumerate(items):
             yield from _account(f"{path}[{number}]", item, inside, config)
     else:
         shown = "…" if SECRET.search(name) else value
-        yield Row(path, shown, _outcome(path, value, name, config), config.places.get(path, str(config.file)))
+        yield Row(path, shown, _find_outcome(path, value, name, config), config.places.get(path, str(config.file)))
 
 
 def _leads_on(start: str) -> bool:
     return any(known.startswith(start) for known in rows())
 
 
-def _outcome(path: str, value: Any, name: str, config: Config) -> Outcome:
+def _find_outcome(path: str, value: Any, name: str, config: Config) -> Outcome:
     start, _, last = name.rpartition(".")
     row = rows().get(name)
     if row is None and (families := [key for key in rows() if key.endswith("*") and name.startswith(key[:-1])]):
         row = rows()[max(families, key=len)]
     if row is None:
         if _leads_on(f"{name}.") or _leads_on(f"{name}["):
-            return unsupported("it takes a block of keys") if value else dropped("empty")
+            return refuse("it takes a block of keys") if value else drop("empty")
         beside = [key.rpartition(".") for key in rows() if not key.endswith("*")]
         near = suggest(last, (key for block, _, key in beside if block == start))
-        return unsupported(f"no key that is known here; {near or 'a slip?'}")
+        return refuse(f"no key that is known here; {near or 'a slip?'}")
     if value in EMPTY:
-        return dropped("empty")
+        return drop("empty")
     if re.match(r"test_datasets\[[1-9]", path):
-        return unsupported("a recipe evaluates on one set: the first", changes_training=False)
+        return refuse("a recipe evaluates on one set: the first", changes_training=False)
     outcome = apply_row(row, last, value, config)
     assert outcome, name  # the last case of each row applies always
-    return _evaluation_outcome(last, value, config, outcome) if name.startswith("test_datasets") else outcome
+    return _convert_to_evaluation(last, value, config, outcome) if name.startswith("test_datasets") else outcome
 
 
-def _evaluation_outcome(key: str, value: Any, entry: Config, outcome: Outcome) -> Outcome:
+def _convert_to_evaluation(key: str, value: Any, entry: Config, outcome: Outcome) -> Outcome:
     """The same key in `test_datasets`: one file or hub data set, read as the first of `datasets` is."""
     if outcome.block.keys() <= EVALUATION.keys():
         recipe = {**outcome.recipe, **{EVALUATION[name]: item for name, item in outcome.block.items()}}
         return replace(outcome, block={}, recipe=recipe)
     if any(trained.get(key) == value for trained in entry.root.entries("datasets")[:1]):
-        return dropped("as in datasets")
-    return unsupported("the evaluation set is read as the first of datasets is", changes_training=False)
+        return drop("as in datasets")
+    return refuse("the evaluation set is read as the first of datasets is", changes_training=False)
 
 
 # ---- what is written ----
@@ -342,7 +344,7 @@ def print_table(translation: Translation) -> None:
     lines = []
     for row in translation.rows:
         kind = f"✘ {row.outcome.kind}" if row.stops else row.outcome.kind
-        value = "(not set)" if row.implied else short(row.value)
+        value = "(not set)" if row.implied else shorten(row.value)
         target = translation.target(row)
         note = "; ".join(part for part in (target and f"→ {target}", row.outcome.reason) if part)
         lines.append((row.key, value, kind, note))

@@ -20,12 +20,12 @@ from stepladder.recipe.axolotl_config import (
     TRANSLATED,
     Config,
     Outcome,
-    dropped,
-    in_set,
+    drop,
+    refuse,
     rule,
-    sets,
+    set_in_block,
+    set_keys,
     table,
-    unsupported,
 )
 from stepladder.suggest import suggest
 
@@ -117,7 +117,7 @@ def qlora(value: Any, config: Config) -> Outcome:
     keys: dict[str, Any] = {"use_peft": True, "load_in_4bit": True}
     keys |= {} if "bnb_4bit_quant_type" in custom else {"bnb_4bit_quant_type": "nf4"}
     keys |= {} if "bnb_4bit_use_double_quant" in custom else {"use_bnb_nested_quant": True}
-    return sets("NF4 with double quantization, as Axolotl has it", **keys)
+    return set_keys("NF4 with double quantization, as Axolotl has it", **keys)
 
 
 @rule
@@ -125,12 +125,12 @@ def target_modules(value: Any, config: Config) -> Outcome:
     if not config.get("lora_target_linear"):
         pattern = isinstance(value, str) and not value.replace(".", "_").isidentifier()
         why = "a regular expression over whole module names: a run whose model has none that matches does not begin"
-        return sets(why if pattern else "", lora_target_modules=value)
+        return set_keys(why if pattern else "", lora_target_modules=value)
     names = {*map(str, value)} if isinstance(value, list) else {str(value)}
     if ATTENTION_AND_MLP <= names <= ATTENTION_AND_MLP | {"gate_proj"}:
-        return dropped("lora_target_linear covers them")
+        return drop("lora_target_linear covers them")
     why = "contradicts lora_target_linear, with which Axolotl trains every linear layer besides these: keep one"
-    return unsupported(why)
+    return refuse(why)
 
 
 # ---- training ----
@@ -138,7 +138,7 @@ def target_modules(value: Any, config: Config) -> Outcome:
 
 @rule
 def optimizer_arguments(value: Any, config: Config) -> Outcome:
-    return sets(optim_args=",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value)
+    return set_keys(optim_args=",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value)
 
 
 @rule
@@ -146,18 +146,18 @@ def batch_size(value: Any, config: Config) -> Outcome:
     micro = config.number("micro_batch_size", 1)
     steps, rest = divmod(config.number("batch_size", 1), micro) if micro > 0 else (0, 1)
     if rest or steps < 1:
-        return unsupported("not a multiple of micro_batch_size")
-    return sets("batch_size ÷ micro_batch_size", gradient_accumulation_steps=int(steps))
+        return refuse("not a multiple of micro_batch_size")
+    return set_keys("batch_size ÷ micro_batch_size", gradient_accumulation_steps=int(steps))
 
 
 @rule
 def evals_per_epoch(value: Any, config: Config) -> Outcome:
-    return _per_epoch("eval", config) or sets(eval_strategy="no")
+    return _per_epoch("eval", config) or set_keys(eval_strategy="no")
 
 
 @rule
 def saves_per_epoch(value: Any, config: Config) -> Outcome:
-    return _per_epoch("save", config) or dropped("off")
+    return _per_epoch("save", config) or drop("off")
 
 
 def _per_epoch(what: str, config: Config) -> Outcome | None:
@@ -166,9 +166,9 @@ def _per_epoch(what: str, config: Config) -> Outcome | None:
     if times <= 0:
         return None
     if times == 1 or times * epochs <= 1:
-        return sets(**{f"{what}_strategy": "epoch"})
+        return set_keys(**{f"{what}_strategy": "epoch"})
     why = f"{times:g} times in each of {epochs:g} epochs, as a share of all steps"
-    return sets(why, **{f"{what}_strategy": "steps", f"{what}_steps": round(1 / (times * epochs), 6)})
+    return set_keys(why, **{f"{what}_strategy": "steps", f"{what}_steps": round(1 / (times * epochs), 6)})
 
 
 @rule
@@ -180,7 +180,7 @@ def deepspeed(value: Any, config: Config) -> Outcome:
     """
     settings = value if isinstance(value, dict) else _read_json(str(value), config)
     if others := [key for key in ("optimizer", "scheduler", "tensor_parallel", "autotp_size") if settings.get(key)]:
-        return unsupported(f"its {others[0]} would decide in place of the configuration: the strategy's file has none")
+        return refuse(f"its {others[0]} would decide in place of the configuration: the strategy's file has none")
     zero = settings.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     name = "" if isinstance(value, dict) else str(value).lower()
@@ -193,7 +193,7 @@ def deepspeed(value: Any, config: Config) -> Outcome:
         why = "gradients are sharded too" if stage == 1 else "the optimizer's state stays on the GPUs" * offloads
         return Outcome(TRANSLATED, why, strategy="zero2")
     why = "its ZeRO stage cannot be told: with zero2.yaml or zero3.yaml the curve is the same"
-    return unsupported(why, changes_training=False)
+    return refuse(why, changes_training=False)
 
 
 def _read_json(name: str, config: Config) -> dict[str, Any]:
@@ -214,8 +214,8 @@ def _read_json(name: str, config: Config) -> dict[str, Any]:
 def shards(value: Any, entry: Config) -> Outcome:
     """Axolotl shuffles the rows and takes one shard of them."""
     if value < 1 or value % 1:
-        return unsupported("a whole number from 1 up")
-    return in_set("as many rows as one shard holds, though not the same ones", rows=round(1 / value, 6))
+        return refuse("a whole number from 1 up")
+    return set_in_block("as many rows as one shard holds, though not the same ones", rows=round(1 / value, 6))
 
 
 @rule
@@ -224,7 +224,7 @@ def properties(value: Any, entry: Config) -> Outcome:
     names = value if isinstance(value, dict) else {}
     known = {"role": ("role", "from"), "content": ("content", "value"), **dict.fromkeys(REASONING, REASONING)}
     others = [name for name, source in names.items() if source not in known.get(name, (name,))]
-    return unsupported(f"the {others[0]} is not read from '{names[others[0]]}'") if others else dropped("recognized")
+    return refuse(f"the {others[0]} is not read from '{names[others[0]]}'") if others else drop("recognized")
 
 
 @rule
@@ -233,12 +233,12 @@ def roles(value: Any, entry: Config) -> Outcome:
     role_map: dict[str, str] = {}
     for role, names in value.items() if isinstance(value, dict) else [("", [])]:
         if role not in ROLES.values() or not isinstance(names, list):
-            return unsupported(f"a list of names for each role; roles are {', '.join(dict.fromkeys(ROLES.values()))}")
+            return refuse(f"a list of names for each role; roles are {', '.join(dict.fromkeys(ROLES.values()))}")
         for name in map(str, names):
             if ROLES.get(name, role) != role or role_map.get(name, role) != role:
-                return unsupported(f"{name} is another role: rename it in the rows")
+                return refuse(f"{name} is another role: rename it in the rows")
             role_map |= {} if name in ROLES else {name: role}
-    return in_set(role_map=role_map) if role_map else dropped("recognized")
+    return set_in_block(role_map=role_map) if role_map else drop("recognized")
 
 
 def _rendering(kind: Any) -> str | None:
@@ -255,7 +255,7 @@ def _rendering(kind: Any) -> str | None:
 def data_type(value: Any, entry: Config) -> Outcome:
     if not isinstance(value, dict) and str(value) not in table()["prompts"]:
         hint = suggest(str(value), table()["prompts"]) or "its text can be given as prompt_template"
-        return unsupported(f"not known here: without it the chat template renders what the columns show; {hint}")
+        return refuse(f"not known here: without it the chat template renders what the columns show; {hint}")
     return _prompt(value, entry)
 
 
@@ -268,12 +268,12 @@ def custom_text(value: Any, kind: Config) -> Outcome:
 def _prompt(kind: Any, config: Config) -> Outcome:
     prompt = _rendering(kind)
     if prompt == PLAIN:
-        return dropped("a column 'text' is trained as it is")  # longer ones: see the default of excess_length_strategy
+        return drop("a column 'text' is trained as it is")  # longer ones: see the default of excess_length_strategy
     if not {_rendering(entry.get("type")) for entry in config.root.entries("datasets")} - {PLAIN} <= {prompt}:
-        return unsupported("a recipe has one rendering for all its data sets: make them of one type")
+        return refuse("a recipe has one rendering for all its data sets: make them of one type")
     if prompt is CHAT:
-        return dropped("recognized by its columns, rendered by the chat template")
-    return sets("a row's `input` follows its instruction after an empty line", prompt_template=prompt)
+        return drop("recognized by its columns, rendered by the chat template")
+    return set_keys("a row's `input` follows its instruction after an empty line", prompt_template=prompt)
 
 
 @rule
@@ -286,23 +286,23 @@ def chat_template(value: Any, config: Config) -> Outcome:
     entries = root.entries("datasets")
     chats = [entry for entry in entries if _rendering(entry.get("type")) is CHAT]
     if entries and not chats:
-        return dropped("no data set is rendered by it")
+        return drop("no data set is rendered by it")
     used = {_template_name(entry) or _template_name(root.values) or "tokenizer_default" for entry in chats}
     if len(used) > 1:
-        return unsupported("a recipe has one template for all its data sets")
+        return refuse("a recipe has one template for all its data sets")
     if used and name not in used:
-        return dropped("the data sets have one of their own")
+        return drop("the data sets have one of their own")
     if name == "tokenizer_default":
-        return dropped("the model's own, as here")
+        return drop("the model's own, as here")
     if name == "jinja":
         return _jinja(config.get("chat_template_jinja") or config.root.get("chat_template_jinja"), config)
     if name in table()["templates"]:
         ends = "; it ends a conversation with EOS too" if name.startswith("phi_") else ""
         why = f"TRL's of that family, in place of the model's own{ends}"
-        return sets(why, chat_template=table()["templates"][name])
+        return set_keys(why, chat_template=table()["templates"][name])
     if name.startswith("tokenizer_default_fallback_"):
-        return unsupported("whether the model has one of its own decides: tokenizer_default if it has, else the name")
-    return unsupported("not known here: without it the model's own is used, which tokenizer_default asks for")
+        return refuse("whether the model has one of its own decides: tokenizer_default if it has, else the name")
+    return refuse("not known here: without it the model's own is used, which tokenizer_default asks for")
 
 
 def _template_name(values: dict[str, Any]) -> str:
@@ -313,8 +313,8 @@ def _template_name(values: dict[str, Any]) -> str:
 def _jinja(value: Any, config: Config) -> Outcome:
     text = str(value or "")
     if "{%" in text or "{{" in text:
-        return sets(chat_template=text)
+        return set_keys(chat_template=text)
     for file in (config.file.parent / text, Path(text)) if text else ():
         if file.is_file():
-            return sets(chat_template_path=str(file))
-    return unsupported("chat_template_jinja is a template's text, or a file that is there")
+            return set_keys(chat_template_path=str(file))
+    return refuse("chat_template_jinja is a template's text, or a file that is there")
