@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 
 from stepladder import errors
-from stepladder.recipe.axolotl import config, importer, outcome_table
-from stepladder.recipe.axolotl.translation import Row, short
+from stepladder.recipe import axolotl_config, axolotl_import
 
 
 def main() -> None:
@@ -28,19 +27,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     args = parser.parse_args()
 
-    importer.check_output(args.config, args.output, args.overwrite)
-    translation = importer.translate(config.read(args.config))
+    axolotl_import.check_output(args.config, args.output, args.overwrite)
+    translation = axolotl_import.translate(axolotl_config.read_config(args.config))
     stops = [row for row in translation.rows if row.stops]
     written = args.force or not stops
     if written:
-        importer.write(translation, args.output)
+        axolotl_import.write_recipe(translation, args.output)
     if args.json:
-        print(json.dumps(outcome_table.as_json(translation, args.output if written else None), indent=2, default=str))
+        print(json.dumps(axolotl_import.as_json(translation, args.output if written else None), indent=2, default=str))
     else:
-        outcome_table.write(translation)
+        axolotl_import.print_table(translation)
         if written:
             counts = [
-                f"{sum(r.outcome.kind == kind for r in translation.rows)} {kind}" for kind in outcome_table.STYLES
+                f"{sum(r.outcome.kind == kind for r in translation.rows)} {kind}" for kind in axolotl_import.STYLES
             ]
             print(f"\n✔ wrote {args.output}: {'; '.join(counts)}\n  {translation.command(str(args.output))}")
     if not written:
@@ -52,8 +51,8 @@ FORCE = errors.RecipeError(
 )
 
 
-def _error(row: Row) -> errors.RecipeError:
-    what = f"{row.key}: {short(row.value)} is not supported"
+def _error(row: axolotl_import.Row) -> errors.RecipeError:
+    what = f"{row.key}: {axolotl_import.shorten(row.value)} is not supported"
     return errors.RecipeError(what, where=row.where, why=row.outcome.reason)
 
 

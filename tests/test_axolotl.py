@@ -16,11 +16,9 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder.errors import RecipeError
-from stepladder.recipe import load
-from stepladder.recipe.axolotl import config, importer
-from stepladder.recipe.axolotl.keys import KEYS
-from stepladder.recipe.axolotl.outcome import DROPPED, TRANSLATED, UNSUPPORTED
-from stepladder.recipe.axolotl.translation import Translation
+from stepladder.recipe import axolotl_config, axolotl_import, load
+from stepladder.recipe.axolotl_config import DROPPED, TRANSLATED, UNSUPPORTED
+from stepladder.recipe.axolotl_import import Translation
 
 FIXTURES = ROOT / "tests/fixtures/axolotl"
 CASES = [
@@ -33,7 +31,7 @@ CASES = [
 def translate(tmp_path: Path, content: dict[str, Any]) -> Translation:
     file = tmp_path / "config.yml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return importer.translate(config.read(file))
+    return axolotl_import.translate(axolotl_config.read_config(file))
 
 
 def outcome(translation: Translation, key: str):
@@ -79,13 +77,13 @@ def test_every_key(key: str, case: dict[str, Any], tmp_path: Path) -> None:
         assert result.environment.items() >= case.get("env", {}).items()
         assert result.strategy == case.get("launch", result.strategy)
         assert result.target(next(row for row in result.rows if row.key == path))
-    importer.write(result, tmp_path / "recipe.yaml")
+    axolotl_import.write_recipe(result, tmp_path / "recipe.yaml")
 
 
 def test_the_table_of_cases_is_whole() -> None:
     """Guards the guard: a new row without a case is found. `test_datasets` has the rows of `datasets`."""
     tested = {case.values[0] for case in CASES}  # type: ignore[attr-defined]
-    rows = {key for key in KEYS if not key.startswith("test_datasets")}
+    rows = {key for key in axolotl_config.rows() if not key.startswith("test_datasets")}
     untested = {key for key in rows - tested if not key.endswith("*")}
     for family in (key for key in rows if key.endswith("*")):
         members = [key for key in tested - rows if key.startswith(family[:-1])]
@@ -326,7 +324,6 @@ def test_templates_of_one_name_render_one_text() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     from stepladder.data import templates
-    from stepladder.recipe.axolotl.data import TEMPLATES
 
     gemma = "<BOS><start_of_turn>user\nHi?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
     gemma4 = "<BOS><|turn>user\nHi?<turn|>\n<|turn>model\nYes.<turn|>\n"
@@ -350,10 +347,10 @@ def test_templates_of_one_name_render_one_text() -> None:
         "deepseek_v3": "<BOS><｜User｜>Hi?<｜Assistant｜>Yes.<｜end▁of▁sentence｜>",
     }
     # those with another end, and with today's date
-    assert TEMPLATES.keys() - rendered.keys() == {"phi_3", "phi_35", "llama3_2_vision"}
+    assert axolotl_config.table()["templates"].keys() - rendered.keys() == {"phi_3", "phi_35", "llama3_2_vision"}
     messages = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
     for name, text in rendered.items():
-        template = templates.load_template(TEMPLATES[name])
+        template = templates.load_template(axolotl_config.table()["templates"][name])
         shown = render_jinja_template([messages], chat_template=template, bos_token="<BOS>")[0][0]
         assert shown == text, name
 
@@ -383,7 +380,7 @@ def test_comments_stay_comments(tmp_path: Path) -> None:
     """Guards the recipe's head: a value with a line break must not become a key of the recipe."""
     content = {"base_model": "m", "wandb_project": "a\nmax_steps: 1", "lora_rnak": "b\nmax_steps: 2"}
     result = translate(tmp_path, content)
-    importer.write(result, tmp_path / "r.yaml")
+    axolotl_import.write_recipe(result, tmp_path / "r.yaml")
     assert load.load(str(tmp_path / "r.yaml"), []).values == result.recipe
 
 
@@ -475,10 +472,8 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
 
 def test_a_library_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards imports under another TRL: a key that it lacks is accounted for, not written."""
-    from stepladder.recipe.axolotl import translation
-
-    keys = {name: key for name, key in translation.known_keys().items() if name != "neftune_noise_alpha"}
-    monkeypatch.setattr(translation, "known_keys", lambda: keys)
+    keys = {name: key for name, key in axolotl_import.known_keys().items() if name != "neftune_noise_alpha"}
+    monkeypatch.setattr(axolotl_import, "known_keys", lambda: keys)
     result = translate(tmp_path, {"base_model": "m", "neftune_noise_alpha": 5})
     assert outcome(result, "neftune_noise_alpha").changes_training
     assert "neftune_noise_alpha" not in result.recipe

@@ -11,8 +11,7 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder.errors import RecipeError
-from stepladder.recipe import foreign, load
-from stepladder.recipe.axolotl import config
+from stepladder.recipe import axolotl_config, foreign, load
 from stepladder.recipe.schema import known_keys
 
 # What people have: tool, file name, content, and the values that a recipe made of the message's lines must hold.
@@ -225,7 +224,7 @@ def test_the_importer_names_the_tool_too(tmp_path: Path) -> None:
     """Guards import_axolotl.py against "no base_model" for a file that is no Axolotl configuration at all."""
     _, name, content, _ = FILES["LLaMA-Factory"]
     with pytest.raises(RecipeError, match="configuration of LLaMA-Factory"):
-        config.read(write(tmp_path, name, content))
+        axolotl_config.read_config(write(tmp_path, name, content))
 
 
 def test_a_parent_of_another_tool(tmp_path: Path) -> None:

@@ -24,9 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from stepladder import console, files
-from stepladder.recipe import convert, load, rules
-from stepladder.recipe.axolotl import config as axolotl_config
-from stepladder.recipe.axolotl import keys
+from stepladder.recipe import axolotl_config, convert, load, rules
 from stepladder.recipe.schema import known_keys
 from stepladder.screen import Screen
 from stepladder.suggest import suggest
@@ -159,7 +157,7 @@ def is_axolotl(path: Path) -> bool:
 
 def of_axolotl(path: Path) -> list[Entry]:
     """The keys that an Axolotl configuration sets, in its own order."""
-    config = axolotl_config.read(path)
+    config = axolotl_config.read_config(path)
     entries = []
     for name, value in config.values.items():
         entries.append(Entry(name, value, RECIPE, config.where(name), _axolotl_explanation(name)))
@@ -171,7 +169,7 @@ def _axolotl_explanation(name: str) -> Explanation:
     known = explanations()[AXOLOTL]
     if name in known:
         return known[name]
-    names = {key.replace("[]", "") for key in keys.KEYS}
+    names = {key.replace("[]", "") for key in axolotl_config.rows()}
     if name in names and name in known_keys():
         return explanation(name)
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in names):

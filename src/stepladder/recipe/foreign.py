@@ -41,8 +41,9 @@ def refuse(node: yaml.Node | None, path: Path) -> None:
         alone = [key for key in names for mark in tool["alone"] if fnmatch.fnmatchcase(key, mark)]
         together = [key for key in tool.get("together", ()) if key in names]
         if alone or len(together) > 1:
-            marks = list(dict.fromkeys([*alone, *together]))
-            raise _error(f"this is a configuration of {name}", _because(marks[:4]), name, values, path)
+            marks = list(dict.fromkeys([*alone, *together]))[:4]
+            why = f"its key {marks[0]} says so" if len(marks) == 1 else f"its keys {', '.join(marks)} say so"
+            raise _error(f"this is a configuration of {name}", why, name, values, path)
 
 
 def refuse_script(text: str, path: Path) -> None:
@@ -74,21 +75,18 @@ def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, Any
                 yield name, None
 
 
-def _because(keys: list[str]) -> str:
-    return f"its key {keys[0]} says so" if len(keys) == 1 else f"its keys {', '.join(keys)} say so"
-
-
 def _error(what: str, why: str, name: str, values: dict[str, Any], path: Path) -> RecipeError:
     hint = tools()[name].get("hint")
-    return RecipeError(what, where=str(path), why=why, help=hint.format(file=path) if hint else _begin(name, values))
+    help = hint.format(file=path) if hint else _first_lines(name, values)
+    return RecipeError(what, where=str(path), why=why, help=help)
 
 
-def _begin(name: str, values: dict[str, Any]) -> str:
+def _first_lines(name: str, values: dict[str, Any]) -> str:
     """The lines that a recipe can begin with, each with the key that it stands for, and what has no counterpart."""
     lines: dict[str, str] = {}  # a key of the recipe is written once
     notes, others = [], []
     for key, value in values.items():
-        line = None if value is None else _line(key, value, tools()[name]["keys"])
+        line = None if value is None else _recipe_line(key, value, tools()[name]["keys"])
         if line is None:
             others += [key] if value is not None else []
         elif line.startswith("#"):
@@ -102,7 +100,7 @@ def _begin(name: str, values: dict[str, Any]) -> str:
     return "\n".join(["write a recipe; it can begin with", *lines.values(), *notes, *left, defaults])
 
 
-def _line(key: str, value: Any, table: dict[str, Any]) -> str | None:
+def _recipe_line(key: str, value: Any, table: dict[str, Any]) -> str | None:
     """The recipe's line for a key and its value, a comment, nothing to write (empty), or None: not known."""
     target = table.get(key, key)
     if isinstance(target, dict):
@@ -114,10 +112,10 @@ def _line(key: str, value: Any, table: dict[str, Any]) -> str | None:
         return target
     if " " in target:
         return f"# {key}: {target}"
-    return _written(target, value)
+    return _key_line(target, value)
 
 
-def _written(key: str, value: Any) -> str | None:
+def _key_line(key: str, value: Any) -> str | None:
     """`key: value`, where the recipe would take it."""
     if key not in known_keys() or key in rules.REFUSED:
         return None

@@ -23,6 +23,11 @@ def table() -> dict[str, dict[str, Any]]:
     return files.read_table(Path(__file__).with_name("legacy.yaml"))
 
 
+def is_one_of(value: Any, values: list[Any]) -> bool:
+    """Whether a value of the same type is among them: false is not 0."""
+    return any(value == item and type(value) is type(item) for item in values)
+
+
 def translate(pairs: Pairs, source: Source, errors: list[RecipeError]) -> Pairs:
     """The keys of one file (or one flag) in today's words; a key that is not old comes back as it is."""
     translation = _Translation(pairs, source, errors)
@@ -69,7 +74,7 @@ class _Translation:
 
     def _leave_out(self, name: str, why: str, harmless: list[Any] | None = None, help: str = "remove it") -> None:
         value = self._value(name)
-        if harmless is None or any(value == good and type(value) is type(good) for good in harmless):
+        if harmless is None or is_one_of(value, harmless):
             self._note(name, f"{name} is left out: {why}")
         else:
             self._error(name, f"{name}: {value} is not possible any more", why=why, help=help)
