@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import load, model_rules, ranges, renamed, rules
-from stepladder.recipe.ruling import RuleBreak
+from stepladder.recipe import load, ranges, renamed, rules
+from stepladder.recipe.rule_engine import RuleBreak
 from stepladder.recipe.schema import Key, known_keys
 
 RECIPES = ROOT / "recipes"
@@ -80,9 +80,7 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
     """Any value that a key may have, of each of its types."""
     name = f"{above}{key.name}"
     if key.nested:
-        known = {
-            nested.name: value_of(nested, f"{name}.") for nested in key.nested if nested.name not in model_rules.OWN_KEY
-        }
+        known = {nested.name: value_of(nested, f"{name}.") for nested in key.nested if nested.name not in rules.OWN_KEY}
         needed = {nested.name: known.pop(nested.name) for nested in key.nested if nested.required}
         block = st.fixed_dictionaries(needed, optional=known)
         return st.lists(block, max_size=3) if "list" in key.types else block

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import importlib.resources
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from stepladder import console
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import config as axolotl_config
 from stepladder.recipe.axolotl import keys
-from stepladder.recipe.schema import known_keys
+from stepladder.recipe.schema import known_keys, read_table
 from stepladder.screen import Screen
 from stepladder.suggest import suggest
 
@@ -69,10 +68,9 @@ class Entry:
 @functools.cache
 def explanations() -> dict[str, dict[str, Explanation]]:
     """By group, then key. Axolotl's key names are a group of their own."""
-    text = importlib.resources.files("stepladder.recipe").joinpath("explanations.yaml").read_text(encoding="utf-8")
     by_group: dict[str, dict[str, Explanation]] = {}
     known: dict[str, Explanation] = {}
-    for group, entries in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items():
+    for group, entries in read_table("explanations.yaml").items():
         # A word in place of an explanation is the key above that means the same.
         by_group[group] = {
             name: known[said]

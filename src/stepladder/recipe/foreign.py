@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import importlib.resources
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import yaml
 
 from stepladder.errors import RecipeError
 from stepladder.recipe import convert, rules
-from stepladder.recipe.schema import known_keys
+from stepladder.recipe.schema import known_keys, read_table
 
 SCRIPTS = (".sh", ".bash", ".sbatch")
 FLAG = re.compile(r"(?<!\S)--([\w.-]+)(?:[ =]+(?!--)('[^']*'|\"[^\"]*\"|[^\s\\]+))?")
@@ -28,8 +27,7 @@ Tool = dict[str, Any]
 @functools.cache
 def tools() -> dict[str, Tool]:
     """The tools by name, as foreign.yaml has them."""
-    text = importlib.resources.files("stepladder.recipe").joinpath("foreign.yaml").read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return read_table("foreign.yaml")
 
 
 def refuse(node: yaml.Node | None, path: Path) -> None:

@@ -12,6 +12,7 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import os
 import re
@@ -21,6 +22,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from stepladder import cache, console
 
@@ -168,6 +171,12 @@ class Key:
 
 
 Schema = dict[str, Key]
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """The YAML table of this name that lies beside this module."""
+    text = importlib.resources.files("stepladder.recipe").joinpath(name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def versions() -> dict[str, str]:
