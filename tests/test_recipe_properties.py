@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import load, ranges, renamed, rules
+from stepladder.recipe import convert, load, renamed, rules
 from stepladder.recipe.rule_engine import RuleBreak
 from stepladder.recipe.schema import Key, known_keys
 
@@ -86,7 +86,7 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
         return st.lists(block, max_size=3) if "list" in key.types else block
     text = st.sampled_from(key.choices) if key.choices else st.text(WITHOUT_NUL, min_size=1, max_size=20)
     element = st.booleans() if key.items == ("bool",) else text
-    inside = (lambda x: ranges.RANGES[name].holds(x)) if name in ranges.RANGES else (lambda x: True)
+    inside = (lambda x: convert.HOLDS[convert.RANGES[name]](x)) if name in convert.RANGES else (lambda x: True)
     by_type = {
         "bool": st.booleans(),
         "dict": st.dictionaries(st.text(WITHOUT_NUL, max_size=10), element, max_size=3),
