@@ -14,7 +14,7 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import load, ranges
+from stepladder.recipe import convert, load
 from stepladder.recipe.schema import Key, known_keys
 from stepladder.suggest import ALIASES, nearest, suggest
 
@@ -192,7 +192,7 @@ def test_every_number_has_a_range() -> None:
             found |= numbers(list(key.nested), f"{name}.")
         return found
 
-    assert numbers(list(known_keys().values())) == ranges.RANGES.keys()
+    assert numbers(list(known_keys().values())) == convert.RANGES.keys()
 
 
 # ---- YAML's traps ----

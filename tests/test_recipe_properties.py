@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import legacy_keys, load, model_rules, ranges, rules
-from stepladder.recipe.ruling import RuleBreak
+from stepladder.recipe import convert, legacy_keys, load, rules
+from stepladder.recipe.rule_engine import RuleBreak
 from stepladder.recipe.schema import Key, known_keys
 
 RECIPES = ROOT / "recipes"
@@ -80,15 +80,13 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
     """Any value that a key may have, of each of its types."""
     name = f"{above}{key.name}"
     if key.nested:
-        known = {
-            nested.name: value_of(nested, f"{name}.") for nested in key.nested if nested.name not in model_rules.OWN_KEY
-        }
+        known = {nested.name: value_of(nested, f"{name}.") for nested in key.nested if nested.name not in rules.OWN_KEY}
         needed = {nested.name: known.pop(nested.name) for nested in key.nested if nested.required}
         block = st.fixed_dictionaries(needed, optional=known)
         return st.lists(block, max_size=3) if "list" in key.types else block
     text = st.sampled_from(key.choices) if key.choices else st.text(WITHOUT_NUL, min_size=1, max_size=20)
     element = st.booleans() if key.items == ("bool",) else text
-    inside = (lambda x: ranges.RANGES[name].holds(x)) if name in ranges.RANGES else (lambda x: True)
+    inside = (lambda x: convert.HOLDS[convert.RANGES[name]](x)) if name in convert.RANGES else (lambda x: True)
     by_type = {
         "bool": st.booleans(),
         "dict": st.dictionaries(st.text(WITHOUT_NUL, max_size=10), element, max_size=3),

@@ -131,11 +131,6 @@ def parse_json(text: str) -> Any:
     return found
 
 
-def read_table(path: Path) -> Any:
-    """The value of a YAML file that belongs to the package; libyaml reads it where it is installed."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def compose(text: str) -> yaml.Node | None:
     """YAML as nodes, which know their line and column; the value of each alias is the node that it stands for.
 

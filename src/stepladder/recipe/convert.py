@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,17 +12,30 @@ import yaml
 
 from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
-from stepladder.recipe import ranges
-from stepladder.recipe.schema import Key
+from stepladder.recipe.schema import ANYTHING, Key, read_table
 from stepladder.suggest import suggest
 
-ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 TYPE_NAMES |= {"list": "a list", "dict": "a block of keys", "none": "null"}
 # Keys whose values may name a file or a folder.
 PATHS = {"model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name", "output_dir"}
 PATHS |= {"datasets.path", "datasets.data_dir", "datasets.data_files", "run_name"}
+
+# Whether a number is within a range, by the words for the range. The libraries read a number below 1 as a share of
+# all, any other as a count.
+HOLDS: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda x: x > 0,
+    "0 or more": lambda x: x >= 0,
+    "1 or more": lambda x: x >= 1,
+    "from 0 up to, but not including, 1": lambda x: 0 <= x < 1,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "a share below 1, or a whole number from 1 up": lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
+    "0, a share below 1, or a whole number from 1 up": lambda x: 0 <= x < 1 or (x >= 1 and x % 1 == 0),
+    "-1 (off), or 1 or more": lambda x: x == -1 or x >= 1,
+    "from 0 to 4294967295": lambda x: 0 <= x < 2**32,
+}
+RANGES: dict[str, str] = {key: words for words, keys in read_table("keys.yaml")["ranges"].items() for key in keys}
 
 Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
@@ -134,7 +148,7 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             why="an empty text names nothing; a shell variable that is not set leaves one",
             help=f"remove {key.name}, or give it a text",
         )
-    if expected := ranges.outside(key.name, result):
+    if expected := expected_range(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
     for text in (text for text in named if isinstance(text, str)):
         is_path = re.sub(r"\[\d+\]", "", key.name) in PATHS
@@ -142,6 +156,16 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             said = text if len(text) <= 60 else f"{text[:60]}…"
             raise RecipeError(f"{key.name} {said!r} cannot be used: {fault}", where=where)
     return result
+
+
+def expected_range(name: str, value: Any) -> str:
+    """What the number `value` of the key `name` should be, in words; empty where it is that, or no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    if not math.isfinite(value):
+        return "finite"
+    words = RANGES.get(re.sub(r"\[\d+\]", "", name), "")
+    return "" if not words or HOLDS[words](value) else words
 
 
 def _block(key: Key, node: yaml.MappingNode, where: str, source: Source) -> dict[str, Any]:

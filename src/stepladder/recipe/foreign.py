@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe import convert, rules
-from stepladder.recipe.schema import known_keys
+from stepladder.recipe.schema import known_keys, read_table
 
 SCRIPTS = (".sh", ".bash", ".sbatch")
 FLAG = re.compile(r"(?<!\S)--([\w.-]+)(?:[ =]+(?!--)('[^']*'|\"[^\"]*\"|[^\s\\]+))?")
@@ -28,7 +27,7 @@ Tool = dict[str, Any]
 @functools.cache
 def tools() -> dict[str, Tool]:
     """The tools by name, as foreign.yaml has them."""
-    return files.read_table(Path(__file__).with_name("foreign.yaml"))
+    return read_table("foreign.yaml")
 
 
 def refuse(node: yaml.Node | None, path: Path) -> None:

@@ -7,20 +7,19 @@ note to the recipe; a key whose feature is gone is an error that says so.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe.convert import Pairs, Source, constructed, mapping, unknown_key
+from stepladder.recipe.schema import read_table
 
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
     """The sections of legacy.yaml."""
-    return files.read_table(Path(__file__).with_name("legacy.yaml"))
+    return read_table("legacy.yaml")
 
 
 def is_one_of(value: Any, values: list[Any]) -> bool:

@@ -38,6 +38,8 @@ NOT_OF_THE_CURVE = NOT_PART_OF_THE_RUN | {
     # how the global batch is cut; that it stays the same is checked when the ranks are known
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
 }
+# Schedules that follow a metric of the evaluation (rules.yaml names them too).
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass

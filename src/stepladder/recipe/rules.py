@@ -1,94 +1,190 @@
-"""No key without effect: what a recipe's keys need of each other, one named rule a function.
+"""No key without effect: the rules that need code, and the check of a recipe by all rules.
 
-A rule's docstring is the reason that a person reads. Where a key lost its use because the command
-line (or a recipe that extends another) set a different one, nobody made a mistake: it is left out
-with a note, so that `--max_steps 20` works on any recipe.
+rules.yaml holds the other rules. The docstring of a rule's function is the reason that a person reads. Where a key
+lost its use because the command line (or a recipe that extends another) set a different one, nobody made a mistake:
+it is left out with a note, so that `--max_steps 20` works on any recipe.
 """
 
 from __future__ import annotations
 
-from stepladder.recipe import model_rules, optimizer_rules, outcome_rules  # noqa: F401 - registers their rules
-from stepladder.recipe.recipe import Recipe
-from stepladder.recipe.ruling import RULES, RuleBreak, conflict, idle, rule, shown
-from stepladder.recipe.schema import known_keys
+import re
 
-AT_LAUNCH = "the strategy is chosen at launch, so that one recipe runs under all of them"
-USE_LAUNCHER = "accelerate launch --config_file accelerate_configs/zero3.yaml (or fsdp.yaml, zero2.yaml …)"
-FIXED_BATCH = "per_device_train_batch_size: a smaller one, and global_batch_size keeps the curve"
-OWN_LOADER = "rows come in an order of their own, the same on any number of ranks"
+from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.rule_engine import TABLE, Check, RuleBreak, build_rules, conflict, format_key, idle
+from stepladder.recipe.schema import known_keys
+from stepladder.suggest import suggest
+
+ATTENTION = ("auto", "sdpa", "eager", *(f"flash_attention_{n}" for n in (2, 3, 4)), "flex_attention")
+# Keys of a block in model_init_kwargs that the recipe has at its top, by which name.
+OWN_KEY = {
+    **{"attn_implementation": "attn_implementation", "dtype": "dtype", "torch_dtype": "dtype"},
+    **{"quantization_config": "load_in_4bit", "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit"},
+    **{"revision": "model_revision", "trust_remote_code": "trust_remote_code"},
+    "use_safetensors": "",  # always true
+}
 OWN_SPLIT = "eval_dataset_name: null holds a part of the training rows out; or no test_split_size"
 OWN_ROWS = "--eval_dataset_name FILE, --test_split_size 0.1 to hold out a part of your own rows, or --eval_strategy no"
-LOSS_ONLY = "an evaluation here computes the loss and nothing else"
 
-# Keys of TRL and Transformers that would change nothing here, or break a promise: why, and the way
-# out where it is not to remove them. Their default says what happens anyway and is accepted.
-REFUSED: dict[str, tuple[str, str]] = {
-    "auto_find_batch_size": ("the micro-batch is a part of the global batch, which decides the curve", FIXED_BATCH),
-    "average_tokens_across_devices": ("the curve would depend on the number of ranks", ""),
-    "batch_eval_metrics": (LOSS_ONLY, ""),
-    "bf16_full_eval": ("evaluation runs while the model trains, in training's precision", ""),
-    "dataloader_drop_last": ("an epoch's last step is filled up with rows that train nothing", ""),
-    "dataloader_in_order": (OWN_LOADER, ""),
-    "dataloader_multiprocessing_context": (OWN_LOADER, ""),
-    "dataset_kwargs": ("rows reach TRL tokenized and labelled: it prepares nothing", ""),
-    "deepspeed": (AT_LAUNCH, USE_LAUNCHER),
-    "enable_jit_checkpoint": ("each rank decides by itself when to save, and ranks that differ hang or break it", ""),
-    "eval_accumulation_steps": (LOSS_ONLY, ""),
-    "eval_do_concat_batches": (LOSS_ONLY, ""),
-    "eval_use_gather_object": (LOSS_ONLY, ""),
-    "fp16_full_eval": ("evaluation runs while the model trains, in training's precision", ""),
-    "fsdp": (AT_LAUNCH, USE_LAUNCHER),
-    "fsdp_config": (AT_LAUNCH, USE_LAUNCHER),
-    "hub_token": ("it would stand in run.json for everyone to read", "hf auth login, or export HF_TOKEN=…"),
-    "ignore_bias_buffers": ("nothing in TRL reads it", ""),
-    "ignore_data_skip": ("a resumed run would see other rows than the one it continues", ""),
-    "include_for_metrics": (LOSS_ONLY, ""),
-    "length_column_name": ("lengths are counted from the tokens", ""),
-    "logging_nan_inf_filter": ("a loss that is no number is shown, not replaced by the last one that was", ""),
-    "lora_task_type": ("only causal language models are trained", ""),
-    "parallelism_config": (AT_LAUNCH, USE_LAUNCHER),
-    "prediction_loss_only": (LOSS_ONLY, ""),
-    "remove_unused_columns": ("a batch holds tokens and labels, whatever the rows hold", ""),
-    "resume_from_checkpoint": ("Transformers' train() never reads it: the run would start anew without a word", ""),
-    "skip_memory_metrics": ("peak memory is in run.json always, without the profiler that slows training", ""),
-    "truncation_mode": ("rows are cut at their end, so that none loses its question", ""),
-}
-ACCEPTED = {"logging_nan_inf_filter": False}  # what happens here, where it is not the library's default
+# By key: why it is refused, maybe what helps, and which value beside its default is accepted.
+REFUSED: dict[str, dict] = TABLE["refused"]
 
-# Not ruled here: data/ reads them in a loop or only where they are set (`templates.prepare`,
-# `render.mode`), and padding_free is TRL's collator's.
-DATA_KEYS = {
-    *("assistant_only_loss", "chat_template", "chat_template_path", "completion_only_loss", "eos_token"),
-    *("pad_token", "padding_free", "prompt_template"),
-}
+CHECKS: dict[str, Check] = {}
 
-WORKERS = ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+
+def register(check: Check) -> Check:
+    CHECKS[check.__name__] = check
+    return check
 
 
 def check(recipe: Recipe) -> list[RuleBreak]:
     """All rules that the recipe breaks. Keys that an override made idle are taken out of it, with a note."""
-    broken = [found for rule in RULES.values() if (found := rule(recipe))]
-    for key, (why, help) in REFUSED.items():
-        accepted = ACCEPTED.get(key, known_keys()[key].default)
+    broken = [found for rule in RULES.values() if (found := rule.broken_by(recipe))]
+    for key, row in REFUSED.items():
+        accepted = row.get("accepted", known_keys()[key].default)
         if key in recipe.values and recipe.values[key] not in (accepted, None):
             # a token is not repeated: the message goes into a job's log
-            what = f"{key if key == 'hub_token' else shown(recipe, key)} cannot be used"
-            out = help or "remove it"
-            broken.append(RuleBreak(what, keys=[key], why=why, help=out, where=recipe.where(key)))
+            what = f"{key if key == 'hub_token' else format_key(recipe, key)} cannot be used"
+            out = row.get("help", "remove it")
+            broken.append(RuleBreak(what, keys=[key], why=row["why"], help=out, where=recipe.where(key)))
     return broken
 
 
-# ---- data ----
+# ---- model and method ----
 
 
-@rule
-def datasets_or_dataset_name(recipe: Recipe) -> RuleBreak | None:
-    """The list of data sets is the whole of the training data, each with its own split and configuration."""
-    keys = ["dataset_name", "dataset_config", "dataset_train_split"]
-    return idle(recipe, "datasets", keys, "make it an entry of datasets") if recipe.get("datasets") else None
+@register
+def attention_is_a_kernel_that_trains(recipe: Recipe) -> RuleBreak | None:
+    """It is one of Transformers' kernels or a repository of kernels on the hub; the `paged` ones are for generation."""
+    key = "attn_implementation"
+    named = recipe.get(key)
+    if named is None or named in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", named):
+        return None
+    help = suggest(named, ATTENTION) or f"one of {', '.join(ATTENTION)}"
+    return conflict(recipe, f"{key}: there is no '{named}' to train with", [key], help)
 
 
-@rule
+@register
+def target_modules_are_names_or_one_pattern(recipe: Recipe) -> RuleBreak | None:
+    """PEFT takes a list of module names, the word all-linear, or one regular expression over whole module names."""
+    key = "lora_target_modules"
+    modules = recipe.get(key) or []
+    others = [name for name in modules if not name.replace(".", "_").isidentifier()]
+    if len(modules) > 1 and others:
+        what = f"{key}: '{others[0]}' is no module name, and stands in a list"
+        return conflict(recipe, what, [key], f"{key}: '{others[0]}' alone, or names only")
+    try:
+        re.compile(others[0] if others else "")
+    except (re.error, OverflowError, RecursionError) as error:
+        what = f"{key}: '{others[0]}' is no regular expression: {error}"
+        return conflict(recipe, what, [key], f"{key}: '.*\\.(q|v)_proj', or a list of names")
+    return None
+
+
+@register
+def dtype_of_a_quantized_base(recipe: Recipe) -> RuleBreak | None:
+    """What is not quantized is held in the precision that training computes in, which bf16 and fp16 decide."""
+    bf16, fp16 = recipe.get("bf16"), recipe.get("fp16")
+    precision = "bfloat16" if bf16 is True else "float16" if fp16 else "float32" if bf16 is False else "auto"
+    if recipe.get("dtype") == precision != "auto":
+        return None  # it says what happens anyway
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if recipe.get(key):
+            return idle(recipe, key, ["dtype"], "bf16: true for bfloat16, fp16: true for float16")
+    return None
+
+
+@register
+def model_init_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
+    """What the recipe has a key of its own for is said there, once."""
+    for name in (name for name in recipe.get("model_init_kwargs") or {} if name in OWN_KEY):
+        at = f"model_init_kwargs.{name}"
+        help = f"{OWN_KEY[name]}: …" if OWN_KEY[name] else "remove it: weights are read from safetensors only"
+        return conflict(recipe, f"{at} cannot be used", ["model_init_kwargs"], help, at=at)
+    return None
+
+
+# ---- learning-rate schedules ----
+
+
+@register
+def schedule_arguments_fit_the_schedule(recipe: Recipe) -> RuleBreak | None:
+    """Each schedule reads its own arguments; the others would be ignored, or stop the run at its start."""
+    schedule, given = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
+    takers = {key.name: key.owner.split() for key in known_keys()["lr_scheduler_kwargs"].nested}
+    wrong = [name for name in given if schedule not in takers[name]]
+    if not wrong:
+        return None
+    at = f"lr_scheduler_kwargs.{wrong[0]}"
+    taken = [name for name, schedules in takers.items() if schedule in schedules]
+    help = f"{wrong[0]} belongs to {', '.join(takers[wrong[0]])}; {schedule} takes {', '.join(taken) or 'none'}"
+    if len(wrong) == len(given) and not idle(recipe, "lr_scheduler_type", ["lr_scheduler_kwargs"]):
+        return None  # the schedule was overridden, and the whole block is left out
+    what = f"{at} has no effect with lr_scheduler_type: {schedule}"
+    return conflict(recipe, what, ["lr_scheduler_type", "lr_scheduler_kwargs"], help, at=at)
+
+
+@register
+def schedule_arguments_are_there(recipe: Recipe) -> RuleBreak | None:
+    """The schedule cannot be computed otherwise."""
+    schedule, given = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
+    keys = ["lr_scheduler_kwargs", "lr_scheduler_type"]
+    needed = ["min_lr", "min_lr_rate"] if schedule.endswith("with_min_lr") else []
+    if needed and sum(given.get(name) is not None for name in needed) != 1:
+        what = f"lr_scheduler_type: {schedule} takes either min_lr or min_lr_rate"
+        return conflict(recipe, what, keys, "lr_scheduler_kwargs: {min_lr_rate: 0.1}")
+    if schedule == "warmup_stable_decay" and given.get("num_decay_steps") is None:
+        what = f"lr_scheduler_type: {schedule} needs num_decay_steps"
+        return conflict(recipe, what, keys, "lr_scheduler_kwargs: {num_decay_steps: 100}")
+    return None
+
+
+# ---- evaluation and saving ----
+
+
+@register
+def evaluation_keys_need_evaluation(recipe: Recipe) -> RuleBreak | None:
+    """Nothing is evaluated."""
+    if recipe.get("eval_strategy") != "no":
+        return None
+    # Many recipes carry these along; where the data lies may stay when evaluation is switched off in so many words.
+    carried = ["per_device_eval_batch_size", "dataset_test_split"]
+    carried += ["eval_dataset_name"] if "eval_strategy" in recipe.values else []
+    idle(recipe, "eval_strategy", carried, harmless=True)
+    keys = ["eval_dataset_name", "eval_steps", "eval_delay", "eval_on_start"]
+    return idle(recipe, "eval_strategy", keys, "eval_strategy: epoch, or steps")
+
+
+@register
+def best_model_is_evaluated_and_saved(recipe: Recipe) -> RuleBreak | None:
+    """The best checkpoint is chosen among those that were both evaluated and saved."""
+    evaluates, saves = recipe.get("eval_strategy"), recipe.get("save_strategy")
+    if not recipe.get("load_best_model_at_end") and saves != "best":
+        return None
+    keys = ["eval_strategy", "save_strategy", "load_best_model_at_end"]
+    key = "load_best_model_at_end" if recipe.get("load_best_model_at_end") else "save_strategy"
+    if evaluates == "no":
+        return conflict(recipe, f"{format_key(recipe, key)} without evaluation", keys, "eval_strategy: epoch", at=key)
+    if saves == "best":
+        if recipe.get("metric_for_best_model") is None:
+            return conflict(recipe, "save_strategy: best without a metric", keys, "metric_for_best_model: loss", at=key)
+        return None
+    if saves != evaluates:
+        what = f"load_best_model_at_end with eval_strategy: {evaluates} and save_strategy: {saves}"
+        return conflict(recipe, what, keys, f"save_strategy: {evaluates}", at=key)
+    every = recipe.get("eval_steps") or recipe.get("logging_steps")
+    times = recipe.get("save_steps") / every
+    if evaluates == "steps" and (abs(times - round(times)) > 1e-6 or (recipe.get("save_steps") < 1) != (every < 1)):
+        what = f"load_best_model_at_end with save_steps {recipe.get('save_steps'):g} and eval_steps {every:g}"
+        return conflict(
+            recipe, what, [*keys, "save_steps", "eval_steps"], "save_steps: a multiple of eval_steps", at=key
+        )
+    return None
+
+
+# ---- data and batches ----
+
+
+@register
 def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
     """Evaluation rows have one source: eval_dataset_name, test_split_size, or the test split of dataset_name."""
     keys = ["eval_dataset_name", "test_split_size"]
@@ -102,7 +198,7 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
             key = "datasets" if recipe.get("datasets") else "dataset_name"
             recipe.notes.append(
                 f"⚠ {recipe.where('eval_dataset_name')}: {foreign} came with other training data and is kept: "
-                f"evaluation loss, best checkpoint and verdicts are about it, not about {shown(recipe, key)} "
+                f"evaluation loss, best checkpoint and verdicts are about it, not about {format_key(recipe, key)} "
                 f"({recipe.where(key)}); {OWN_ROWS}"
             )
         return None
@@ -112,81 +208,14 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
     return None
 
 
-@rule
+@register
 def one_template(recipe: Recipe) -> RuleBreak | None:
     """A conversation is rendered by one template."""
     keys = [key for key in ("chat_template", "chat_template_path", "prompt_template") if recipe.get(key)]
     return conflict(recipe, f"{' and '.join(keys)} are both set", keys, "keep one of them") if len(keys) > 1 else None
 
 
-@rule
-def packing_strategy_needs_packing(recipe: Recipe) -> RuleBreak | None:
-    """Every row is a sequence of its own."""
-    packs = recipe.get("packing") or recipe.get("eval_packing")
-    return None if packs else idle(recipe, "packing", ["packing_strategy"], "packing: true")
-
-
-@rule
-def packing_needs_a_length(recipe: Recipe) -> RuleBreak | None:
-    """Rows are packed into sequences of max_length tokens."""
-    if recipe.get("packing") and recipe.get("max_length") is None:
-        return conflict(recipe, "packing: true with max_length: null", ["packing", "max_length"], "max_length: 2048")
-    return None
-
-
-# ---- rows ----
-
-
-@rule
-def accelerator_config_leaves_the_rows_alone(recipe: Recipe) -> RuleBreak | None:
-    """Which rows a step trains is settled by the global batch and the seed alone."""
-    config = recipe.get("accelerator_config") or {}
-    for name, used in {
-        "even_batches": config.get("even_batches") is False,
-        "gradient_accumulation_kwargs.num_steps": (config.get("gradient_accumulation_kwargs") or {}).get("num_steps"),
-        "split_batches": config.get("split_batches"),
-        "use_seedable_sampler": config.get("use_seedable_sampler") is False,
-    }.items():
-        if used:
-            at, help = f"accelerator_config.{name}", "remove it; global_batch_size sets the global batch"
-            return conflict(recipe, f"{at} cannot be used", ["accelerator_config"], help, at=at)
-    return None
-
-
-@rule
-def rows_stay_on_their_rank(recipe: Recipe) -> RuleBreak | None:
-    """Rows that are dealt out by length would make the curve depend on the number of ranks."""
-    key = "train_sampling_strategy"
-    if recipe.get(key) == "batch_rebalance":
-        return conflict(recipe, f"{shown(recipe, key)} cannot be used", [key], f"{key}: group_by_length")
-    return None
-
-
-# ---- training ----
-
-
-@rule
-def max_steps_or_epochs(recipe: Recipe) -> RuleBreak | None:
-    """A positive max_steps ends the run, however many epochs that is."""
-    return idle(recipe, "max_steps", ["num_train_epochs"], "max_steps: -1") if recipe.get("max_steps") > 0 else None
-
-
-@rule
-def one_mixed_precision(recipe: Recipe) -> RuleBreak | None:
-    """Training computes in one format."""
-    if recipe.get("fp16") and recipe.get("bf16") is True:
-        return conflict(recipe, "bf16 and fp16 are both true", ["bf16", "fp16"], "bf16: false, or fp16: false")
-    return None
-
-
-@rule
-def smoothing_needs_the_plain_loss(recipe: Recipe) -> RuleBreak | None:
-    """TRL smooths the labels of the plain loss only."""
-    smooths = recipe.get("loss_type") != "dft"
-    return None if smooths else idle(recipe, "loss_type", ["label_smoothing_factor"], "loss_type: nll")
-
-
-@rule
+@register
 def a_planned_micro_batch_needs_the_global_one(recipe: Recipe) -> RuleBreak | None:
     """The plan cuts the global batch as the memory allows: were it not fixed, the curve would follow the hardware."""
     if recipe.get("per_device_train_batch_size") != "auto":
@@ -201,74 +230,4 @@ def a_planned_micro_batch_needs_the_global_one(recipe: Recipe) -> RuleBreak | No
     return None
 
 
-@rule
-def one_name_for_checkpointing(recipe: Recipe) -> RuleBreak | None:
-    """It is Transformers' older name for activation_checkpointing, which wins."""
-    for end in ("", "_kwargs"):
-        if recipe.get(f"activation_checkpointing{end}") is not None:
-            found = idle(recipe, f"activation_checkpointing{end}", [f"gradient_checkpointing{end}"])
-            if found:
-                return found
-    return None
-
-
-@rule
-def checkpointing_arguments_need_checkpointing(recipe: Recipe) -> RuleBreak | None:
-    """No activation is recomputed."""
-    newer = recipe.get("activation_checkpointing") is not None
-    key = "activation_checkpointing" if newer else "gradient_checkpointing"
-    keys = ["gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"]
-    return None if recipe.get(key) else idle(recipe, key, keys, f"{key}: true")
-
-
-@rule
-def selective_checkpointing_is_not_reentrant(recipe: Recipe) -> RuleBreak | None:
-    """Selective checkpointing keeps some activations, which reentrant checkpointing cannot."""
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        block = recipe.get(key) or {}
-        if block.get("selective") and block.get("use_reentrant"):
-            what = f"{key}: selective and use_reentrant are both true"
-            return conflict(recipe, what, [key], "use_reentrant: false", at=f"{key}.use_reentrant")
-    return None
-
-
-@rule
-def compile_keys_need_compilation(recipe: Recipe) -> RuleBreak | None:
-    """It would be switched on for them, without a word, by Transformers."""
-    keys = ["torch_compile_backend", "torch_compile_mode"]
-    return None if recipe.get("torch_compile") else idle(recipe, "torch_compile", keys, "torch_compile: true")
-
-
-@rule
-def liger_config_needs_liger(recipe: Recipe) -> RuleBreak | None:
-    """It chooses among Liger's kernels."""
-    if recipe.get("use_liger_kernel"):
-        return None
-    return idle(recipe, "use_liger_kernel", ["liger_kernel_config"], "use_liger_kernel: true")
-
-
-@rule
-def liger_leaves_the_loss_alone(recipe: Recipe) -> RuleBreak | None:
-    """TRL computes the loss without logits itself, and refuses Liger's."""
-    at = "liger_kernel_config.fused_linear_cross_entropy"
-    if (recipe.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
-        return conflict(recipe, f"{at}: true", ["liger_kernel_config"], "remove it", at=at)
-    return None
-
-
-@rule
-def loader_keys_need_workers(recipe: Recipe) -> RuleBreak | None:
-    """Without worker processes the rows are read in the training process itself."""
-    if recipe.get("dataloader_num_workers"):
-        return None
-    return idle(recipe, "dataloader_num_workers", WORKERS, "dataloader_num_workers: 2")
-
-
-@rule
-def a_stream_is_read_once(recipe: Recipe) -> RuleBreak | None:
-    """Each worker process would read the whole stream, and its rows be trained once for each."""
-    key = "dataloader_num_workers"
-    for stream in ("streaming", "dataset_streaming"):
-        if recipe.get(key) and recipe.get(stream):
-            return conflict(recipe, f"{shown(recipe, key)} with {stream}: true", [stream, key], f"{key}: 0", at=key)
-    return None
+RULES = build_rules(CHECKS)

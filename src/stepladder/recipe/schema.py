@@ -12,124 +12,24 @@ import enum
 import functools
 import hashlib
 import importlib.metadata
+import importlib.resources
+import inspect
 import json
 import os
 import re
 import sys
 import tempfile
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from stepladder import cache, console
 
-
-@dataclass
-class StepladderArguments:
-    """The keys that Stepladder adds to TRL's and Transformers' own."""
-
-    extends: str | None = field(
-        default=None, metadata={"help": "Another recipe that this one starts from, relative to this file."}
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Sequences per optimizer step over all ranks. Gradient accumulation follows from it, the "
-            "micro-batch (`per_device_train_batch_size`) and the number of ranks, so that the loss curve is the "
-            "same on any number of them."
-        },
-    )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Data file or hub id to evaluate on, where it is not a split of the training set."},
-    )
-    column_map: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Names for a data file's columns: {input: frage, output: antwort} reads `frage` as `input`."},
-    )
-    role_map: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Roles for a conversation's own names: {bot: assistant, customer: user}."},
-    )
-    mix_general: float = field(
-        default=0.0,
-        metadata={"help": "Share of general-knowledge rows mixed in against forgetting; 0.1 to 0.2 is usual."},
-    )
-    on_bad_row: str = field(
-        default="stop",
-        metadata={
-            "help": "What a row that cannot be used does: stop the run, or be skipped, counted and listed.",
-            "choices": ["stop", "skip"],
-        },
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "A template for a model that has none: chatml, the name of one that TRL ships (llama3, gemma, "
-            "phi3 …), or a Jinja template as text."
-        },
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "For base models: the text before the answer, such as '### User: {input}\\n### Assistant: '."
-        },
-    )
-    peft_type: str = field(
-        default="lora",
-        metadata={
-            "help": "With use_peft, what is trained: low-rank matrices beside the weights, or virtual tokens before "
-            "every prompt, by their keys and values in each layer (prefix) or their embeddings (prompt).",
-            "choices": ["lora", "prefix", "prompt"],
-        },
-    )
-    num_virtual_tokens: int = field(default=20, metadata={"help": "How many tokens prefix or prompt tuning learns."})
-    virtual_tokens_text: str = field(
-        default="You are a helpful assistant. Answer the user's question in the style of the examples.",
-        metadata={"help": "What the virtual tokens begin as, cut or repeated to their number."},
-    )
-    on_nan: str = field(
-        default="stop",
-        metadata={
-            "help": "What a loss or gradient that is no finite number does: stop the run, or leave the step out (at "
-            "most 10 times).",
-            "choices": ["stop", "skip"],
-        },
-    )
-    hang_timeout: float = field(
-        default=1200.0,
-        metadata={"help": "Seconds without any progress after which a run ends and says where each rank stands."},
-    )
-    wandb_entity: str | None = field(
-        default=None, metadata={"help": "The W&B user or team that the run belongs to; the project is `project`."}
-    )
-    wandb_run_group: str | None = field(default=None, metadata={"help": "The group of the run in W&B."})
-    wandb_tags: list[str] | None = field(default=None, metadata={"help": "Tags of the run in W&B."})
-    wandb_log_model: bool = field(
-        default=False, metadata={"help": "Whether the adapter or model is kept in W&B too, as an artifact of the run."}
-    )
-    train_on: str = field(
-        default="all_turns",
-        metadata={
-            "help": "Which tokens are trained: the assistant's in every turn, in the last one, or all tokens.",
-            "choices": ["all_turns", "last_turn", "everything"],
-        },
-    )
-
-
-@dataclass
-class DatasetEntryArguments:
-    """What Stepladder adds to each entry of TRL's `datasets`."""
-
-    column_map: dict[str, str] | None = field(default=None, metadata={"help": "As the recipe's own, for this set."})
-    role_map: dict[str, str] | None = field(default=None, metadata={"help": "As the recipe's own, for this set."})
-    weight: float | None = field(default=None, metadata={"help": "This set's share relative to the others'."})
-    rows: float | None = field(
-        default=None, metadata={"help": "How many of its rows are taken; below 1: which share of them."}
-    )
-
-
+ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 # Keys whose `auto` the plan answers: how a step is cut and what it keeps, but not what it computes.
 BY_PLAN = ("per_device_train_batch_size", "gradient_checkpointing")
 # Our own meaning for keys that TRL or Transformers know: `auto` where they have only a value.
@@ -137,14 +37,25 @@ AUTO_KEYS = {"bf16", "padding_free", *BY_PLAN}
 DEFAULTS = {"attn_implementation": "auto"}  # in place of the libraries'; it is one of their names, or auto
 # Fields of TRL's dataclasses that a recipe does not set: the launcher or the script does.
 NOT_FOR_RECIPES = {"local_rank", "do_train", "do_eval", "do_predict"}
-
-
 # The values that the libraries allow without saying so in a type.
 CHOICES = {
     "debug": ("underflow_overflow",),  # the other is for TPUs, and ends a run anywhere else
     "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
     "include_num_input_tokens_seen": ("no", "all", "non_padding"),
 }
+
+# Parameters that every schedule gets from the Trainer.
+FROM_THE_TRAINER = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+# Parameters of from_pretrained that a recipe cannot write, or that would load something else than the recipe's model.
+NOT_IN_A_RECIPE = {
+    *("self", "cls", "pretrained_model_name_or_path", "model_args", "kwargs", "config", "state_dict", "tqdm_class"),
+    *("output_loading_info", "generation_config", "distributed_config", "device_mesh", "tp_plan", "tp_size"),
+    *("fusion_config", "gguf_file", "weights_only", "adapter_kwargs", "adapter_name", "token"),
+    # The Trainer sets these again, from its own arguments and from the tokenizer.
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
+# Known to from_pretrained without a trace in its signature or its body.
+ALSO_FROM_PRETRAINED = {"attn_implementation", "experts_implementation", "load_in_4bit", "load_in_8bit"}
 
 
 @dataclass(frozen=True)
@@ -170,6 +81,12 @@ class Key:
 Schema = dict[str, Key]
 
 
+def read_table(name: str) -> dict[str, Any]:
+    """The YAML table of this name that lies beside this module."""
+    text = importlib.resources.files("stepladder.recipe").joinpath(name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def versions() -> dict[str, str]:
     """The installed libraries that decide which keys exist."""
     return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "accelerate", "torch")}
@@ -179,7 +96,7 @@ def versions() -> dict[str, str]:
 def known_keys() -> Schema:
     """All keys by name, from the cache where it is of the installed versions."""
     # The code that looks counts as a version: a change of it must not meet an old cache.
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "blocks.py")]
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "keys.yaml")]
     stamp = hashlib.sha256(json.dumps([versions(), sys.version_info[:2], code]).encode()).hexdigest()[:16]
     root = cache.folder()
     file = root / f"keys-{stamp}.json"
@@ -204,22 +121,30 @@ def introspect() -> Schema:
     from trl import ModelConfig, SFTConfig
     from trl.scripts.utils import DatasetMixtureConfig, ScriptArguments
 
-    from stepladder.recipe import blocks
-
-    nested, choices = blocks.block_keys(), CHOICES | {"report_to": blocks.tracker_names()}
+    nested, choices = block_keys(), CHOICES | {"report_to": tracker_names()}
+    libraries = [
+        key for owner in (SFTConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig) for key in keys_of(owner)
+    ]
     schema: Schema = {}
-    # Later owners win: our own meaning of a key stands before TRL's.
-    for owner in (SFTConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, StepladderArguments):
-        for key in keys_of(owner):
-            if key.name not in NOT_FOR_RECIPES:
-                schema[key.name] = dataclasses.replace(
-                    key,
-                    # not the path of a JSON file: its keys would be checked by nobody
-                    types=tuple(kind for kind in key.types if kind != "str" or key.name not in nested),
-                    nested=nested.get(key.name, key.nested),
-                    choices=choices.get(key.name, key.choices),
-                )
+    # Later keys win: our own meaning of a key stands before TRL's.
+    for key in (*libraries, *own_keys("recipe")):
+        if key.name not in NOT_FOR_RECIPES:
+            schema[key.name] = dataclasses.replace(
+                key,
+                # not the path of a JSON file: its keys would be checked by nobody
+                types=tuple(kind for kind in key.types if kind != "str" or key.name not in nested),
+                nested=nested.get(key.name, key.nested),
+                choices=choices.get(key.name, key.choices),
+            )
     return schema
+
+
+def own_keys(block: str) -> tuple[Key, ...]:
+    """Stepladder's own keys at the top of a recipe ("recipe") or in each entry of `datasets` ("datasets")."""
+    rows = read_table("keys.yaml")[block]
+    return tuple(
+        _key_from_json({"name": name, "owner": "Stepladder", "default": None, **row}) for name, row in rows.items()
+    )
 
 
 def keys_of(owner: type) -> list[Key]:
@@ -286,7 +211,7 @@ def _nested(hint: Any) -> tuple[Key, ...]:
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint) or (None,)
         if dataclasses.is_dataclass(item):
-            return (*keys_of(item), *keys_of(DatasetEntryArguments))  # type: ignore[arg-type]
+            return (*keys_of(item), *own_keys("datasets"))  # type: ignore[arg-type]
     return ()
 
 
@@ -307,6 +232,117 @@ def _documented(owner: type) -> dict[str, str]:
 
 
 def _key_from_json(item: dict[str, Any]) -> Key:
-    nested = tuple(_key_from_json(key) for key in item["nested"])
-    lists = {name: tuple(item[name]) for name in ("types", "choices", "items")}
+    nested = tuple(_key_from_json(key) for key in item.get("nested", ()))
+    lists = {name: tuple(item.get(name, ())) for name in ("types", "choices", "items")}
     return Key(**{**item, **lists, "nested": nested})
+
+
+# ---- the keys inside the blocks that TRL and Transformers take as plain dictionaries ----
+#
+# The libraries would swallow a wrong one, or raise over an hour into the queue. The names are read off the functions
+# and dataclasses that the blocks are handed to.
+
+
+def block_keys() -> dict[str, tuple[Key, ...]]:
+    """The known keys of each block, by the block's own name."""
+    checkpointing = _checkpointing()
+    return {
+        "accelerator_config": _accelerator(),
+        "activation_checkpointing_kwargs": checkpointing,
+        "gradient_checkpointing_kwargs": checkpointing,
+        "liger_kernel_config": _liger(),
+        "lr_scheduler_kwargs": _schedules(),
+        "model_init_kwargs": _model_init(),
+    }
+
+
+def tracker_names() -> tuple[str, ...]:
+    """What `report_to` may name."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    return ("none", "all", *INTEGRATION_TO_CALLBACK)
+
+
+def _accelerator() -> tuple[Key, ...]:
+    from accelerate.utils import GradientAccumulationPlugin
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    accumulation = tuple(keys_of(GradientAccumulationPlugin))
+    return tuple(
+        Key(key.name, key.owner, key.types, key.default, nested=accumulation)
+        if key.name == "gradient_accumulation_kwargs"
+        else key
+        for key in keys_of(AcceleratorConfig)
+    )
+
+
+def _checkpointing() -> tuple[Key, ...]:
+    from torch.utils.checkpoint import CheckpointFunction, checkpoint
+    from transformers import PreTrainedModel
+
+    found = _parameters(checkpoint, skip={"function", "args", "kwargs", "context_fn"})
+    skip = {"self", "activation_checkpointing_kwargs"}
+    found |= _parameters(PreTrainedModel.activation_checkpointing_enable, skip=skip)
+    # torch pops this one from **kwargs, and TRL takes `selective` for itself: neither is in a signature.
+    flags = ("preserve_rng_state", "selective")
+    assert "preserve_rng_state" in inspect.getsource(checkpoint) + inspect.getsource(CheckpointFunction)
+    return (*found.values(), *(Key(name, "checkpoint", ("bool",), None) for name in flags))
+
+
+def _liger() -> tuple[Key, ...]:
+    """Liger drops names that it does not know; Transformers' documentation lists those that it does."""
+    from transformers import TrainingArguments
+
+    documented = re.search(r"liger_kernel_config \(.*?If `None`", TrainingArguments.__doc__ or "", flags=re.DOTALL)
+    names = re.findall(r'"(\w+)"', documented[0] if documented else "")
+    return tuple(Key(name, "Liger", ("bool",), None) for name in dict.fromkeys([*names, "geglu", "layer_norm"]))
+
+
+def _schedules() -> tuple[Key, ...]:
+    """Every parameter of every schedule; its owner lists the schedules that take it."""
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
+
+    behind = {"reduce_lr_on_plateau": ReduceLROnPlateau, "greedy": GreedyLR}  # their functions take **kwargs
+    found: dict[str, Key] = {}
+    for schedule, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        name = str(schedule.value)
+        for key in _parameters(behind.get(name, function), skip=FROM_THE_TRAINER).values():
+            known = found.get(key.name)
+            owner, types = (f"{known.owner} {name}", {*known.types, *key.types}) if known else (name, key.types)
+            found[key.name] = Key(key.name, owner, tuple(sorted(types)), None)
+    return tuple(found.values())
+
+
+def _model_init() -> tuple[Key, ...]:
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+    found = _parameters(PreTrainedModel.from_pretrained, skip=NOT_IN_A_RECIPE)
+    bodies = [inspect.getsource(cls.from_pretrained) for cls in (PreTrainedModel, AutoModelForCausalLM)]
+    popped = {name for body in bodies for name in re.findall(r"= .*kwargs\.pop\(\"([a-z]\w*)\"", body)}
+    for name in sorted((popped | ALSO_FROM_PRETRAINED) - NOT_IN_A_RECIPE - found.keys()):
+        found[name] = Key(name, "from_pretrained", ANYTHING, None)
+    # Other names change the model's configuration; Llama's are those that most models share. A name that
+    # the model's own configuration lacks is an error of from_pretrained, so none of them is silent.
+    every_model = {item.name for item in dataclasses.fields(PreTrainedConfig)}
+    for item in dataclasses.fields(LlamaConfig):
+        if item.name not in every_model | NOT_IN_A_RECIPE:
+            found.setdefault(item.name, Key(item.name, "LlamaConfig", ANYTHING, None))
+    return tuple(found.values())
+
+
+def _parameters(function: Callable[..., Any], skip: set[str]) -> dict[str, Key]:
+    """The parameters of a function as keys: typed by their annotation, else by their default."""
+    try:
+        hints = typing.get_type_hints(function if inspect.isfunction(function) else function.__init__)
+    except (NameError, TypeError):
+        hints = {}
+    keys = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in skip:
+            continue
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        types, choices, _ = types_of(hints.get(name, type(default)))
+        known = tuple(sorted(types)) if types - {"none"} else ANYTHING
+        keys[name] = Key(name, function.__name__, known, default, choices=choices)
+    return keys

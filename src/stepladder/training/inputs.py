@@ -16,8 +16,7 @@ from stepladder.data.rows import Rows
 from stepladder.errors import LaunchError, ModelError
 from stepladder.model import fingerprint
 from stepladder.model.fingerprint import Parts
-from stepladder.recipe.optimizer_rules import BY_METRIC
-from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.recipe import BY_METRIC, Recipe
 from stepladder.run import package_versions
 
 if TYPE_CHECKING:

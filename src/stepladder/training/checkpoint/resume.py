@@ -17,8 +17,7 @@ from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError, StepladderError
 from stepladder.files import read_object
 from stepladder.model import start
-from stepladder.recipe.optimizer_rules import BY_METRIC
-from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.recipe import BY_METRIC, Recipe
 from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
 from stepladder.training.inputs import EVALUATION, Inputs
 
