@@ -257,7 +257,9 @@ def build(prepared: Prepared) -> Built:
     )  # fmt: skip
     if prepared.checkpoint:
         model.notes.extend(attention.changed(checked.record.manifest.get("attention") or {}, model.attention))
-    checked.record.begin(checked.recipe.to_yaml(), resume.entry(prepared.checkpoint), **_facts(prepared, model))
+    checked.record.begin(
+        checked.recipe.to_yaml(), resume.resumption_entry(prepared.checkpoint), **_facts(prepared, model)
+    )
     signals.install(trains=True)
     return Built(prepared, base, model)
 
