@@ -304,7 +304,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
     with contextlib.ExitStack() as closing, record.recording():
         _announce(built)
         shapes = result.adapter_shapes(built.model.model)
-        watchers = closing.enter_context(trackers.closing(record))
+        watchers = closing.enter_context(trackers.close_at_end(record))
         line = closing.enter_context(contextlib.closing(terminal.ProgressLine()))
         trainer = _trainer(built, callback_file, line, watchers)
         if profile and record.is_writer:
@@ -362,7 +362,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
     own = arguments.load_callback(callback_file)
     ask = samples.asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
-    watchers += trackers.of(record, recipe, prepared.arguments, ask)
+    watchers += trackers.create_trackers(record, recipe, prepared.arguments, ask)
     watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.library_errors_as_recipe_errors(recipe):
         return trainer.Trainer(
