@@ -119,7 +119,7 @@ def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: I
     if inputs and whole_steps(folder):
         inputs.resume(before, allowed, folder)
     chosen = None if resume == "auto" else Path(resume)
-    found = _checked(chosen, folder) if chosen else newest_whole(folder)
+    found = _check_chosen(chosen, folder) if chosen else newest_whole(folder)
     if finished:
         _check_longer(recipe, folder, found)
     if found and (why := _outdated_best(found, before, recipe, inputs)):
@@ -259,7 +259,7 @@ def damage(checkpoint: Path, weights_only: bool = False) -> str:
     return ""
 
 
-def listed(checkpoint: Path) -> list[Path]:
+def listed_files(checkpoint: Path) -> list[Path]:
     """The files that `COMPLETE.json` lists, sorted by name: no other file of the folder is to be read.
 
     Raises:
@@ -336,7 +336,7 @@ def digest(file: Path) -> str:
     return found.hexdigest()
 
 
-def _checked(chosen: Path, folder: Path) -> Path:
+def _check_chosen(chosen: Path, folder: Path) -> Path:
     if chosen.absolute().parent.resolve() != folder.resolve() or step_of(chosen) not in whole_steps(folder):
         raise _no_checkpoint_of(chosen, folder)
     if fault := damage(chosen):

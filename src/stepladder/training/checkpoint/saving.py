@@ -43,7 +43,7 @@ from stepladder.training.checkpoint.resume import (
     WITHOUT_BEST,
     damage,
     digest,
-    listed,
+    listed_files,
     of_step,
     whole_steps,
 )
@@ -148,7 +148,7 @@ def load_position(trainer: Any, folder: Path) -> None:
     for key, values in saved["since_log"]["metrics"].items():
         trainer._metrics["train"][key].extend(values)
     file = folder / f"rng-{trainer.args.process_index}.safetensors"
-    if file not in listed(folder):  # more ranks than before: there is no state to continue
+    if file not in listed_files(folder):  # more ranks than before: there is no state to continue
         torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
         return
     with safe_open(file, framework="pt") as tensors:
@@ -333,7 +333,7 @@ def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[],
 def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Each tensor's name, and how to read it: only what is asked for is read."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
-    for file in listed(folder):
+    for file in listed_files(folder):
         if not file.name.startswith(f"{kind}-"):
             continue
         tensors = safe_open(file, framework="pt").__enter__()

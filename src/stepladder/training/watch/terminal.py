@@ -54,7 +54,7 @@ OPERATION_WORDS = {
 }
 
 
-def beginning(
+def opening_block(
     run: Run, recipe: Recipe, steps: int | None, sequences: int | None, attention: str, notes: list[str]
 ) -> str:
     """What will happen, in one block before it does.
@@ -261,7 +261,7 @@ def cost_lines(averages: Any, steps: int) -> list[str]:
     return lines
 
 
-def ending(run: Run) -> str:
+def closing_block(run: Run) -> str:
     """What happened, and where it lies."""
     totals, last = run.manifest["totals"], run.manifest["final"]
     losses = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in last.items())  # none of a short run
@@ -290,7 +290,7 @@ def ending(run: Run) -> str:
     return "\n".join(lines)
 
 
-def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
+def write_page(write: Callable[..., Any], folder: Path, *args: Any) -> None:
     """Write a page of a run that is finished. What goes wrong is said: the result stands without its page."""
     try:
         write(folder, *args)
@@ -302,7 +302,7 @@ def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
         say(f"  the result stands; for its page, once that is mended: python scripts/report.py {quoted(folder)}")
 
 
-def preempted(run: Run) -> str:
+def preemption_message(run: Run) -> str:
     """That it stopped as it was asked to, and how to go on."""
     if not (steps := run.manifest["totals"]["steps"]):
         return "stopped before the first step: the same command again begins anew (exit code 75)"
