@@ -314,7 +314,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
             trainer.train(resume_from_checkpoint=prepared.checkpoint)
         record.update(
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
-            final=telemetry.final(trainer.state),
+            final=telemetry.final_losses(trainer.state),
             result_step=telemetry.result_step(trainer.state),
         )
         if trainer.rank_sync.preempted:

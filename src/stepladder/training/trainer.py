@@ -143,9 +143,9 @@ class Trainer(SFTTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""
+        """Let metrics.jsonl, the trackers and the terminal receive the same metrics."""
         if "loss" in logs:
-            logs |= self.meter.figures(self.args.device)
+            logs |= self.meter.step_metrics(self.args.device)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
