@@ -48,7 +48,7 @@ def main() -> None:
             meter.count(seen.checksum(), *seen.counts.tolist())
             seen.clear()
             meter.on_step_end(of_cpu, state, logged)
-            meter.on_log(None, state, None, {"loss": 1.0, **meter.figures(device)})
+            meter.on_log(None, state, None, {"loss": 1.0, **meter.step_metrics(device)})
         cost = (time.perf_counter() - began) / STEPS
     if not first:
         return

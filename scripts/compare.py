@@ -111,7 +111,7 @@ def main() -> int | None:
     if kept and kept.known:
         on.notes.append(f"{len(kept.known)} answers of {server[0]} are reused from a comparison that failed")
 
-    launch = launcher.launched()
+    launch = launcher.read_launch()
     console.quiet_libraries()
     with console.quick_imports():
         use_cpu = devices.choose_device(launch)

@@ -29,7 +29,7 @@ def main(each: Callable[[dict, int], None]) -> None:
     console.quiet_libraries()
     with console.quick_imports():
         import_all()
-    launch = launcher.launched()
+    launch = launcher.read_launch()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         failed = Path(f"{job['log']}.failed")
         if (child := os.fork()) == 0:

@@ -134,8 +134,8 @@ def test_what_no_strategy_here_does_is_refused(kind, block, said, tmp_path, monk
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     if not said:
-        assert launcher.launched().strategy in ("fsdp", "zero2", "zero3")
+        assert launcher.read_launch().strategy in ("fsdp", "zero2", "zero3")
         return
     with pytest.raises(LaunchError) as caught:
-        launcher.launched()
+        launcher.read_launch()
     assert said in str(caught.value), caught.value

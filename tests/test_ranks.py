@@ -48,13 +48,13 @@ def environment(monkeypatch):
 )
 def test_the_strategy_is_named_as_its_config(variables, strategy, environment) -> None:
     environment(**variables)
-    assert launcher.launched().strategy == strategy
+    assert launcher.read_launch().strategy == strategy
 
 
 def test_a_deepspeed_file_that_is_not_there(environment) -> None:
     environment(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE="elsewhere/zero2.json")
     with pytest.raises(LaunchError, match="elsewhere") as caught:
-        launcher.launched()
+        launcher.read_launch()
     assert "ds_configs" in caught.value.help
 
 
@@ -88,7 +88,7 @@ def test_a_kept_strategy_without_a_launcher(name, environment) -> None:
     """Guards DeepSpeed's traceback, which looks for MPI where it is told of no ranks."""
     environment(**{name: "true"})
     with pytest.raises(LaunchError, match=f"{name}=true, and no launcher"):
-        devices.choose_device(launcher.launched())
+        devices.choose_device(launcher.read_launch())
 
 
 def test_where_the_ranks_of_a_kept_world_size_would_meet(environment, monkeypatch, capsys) -> None:
@@ -99,10 +99,10 @@ def test_where_the_ranks_of_a_kept_world_size_would_meet(environment, monkeypatc
         monkeypatch.delenv(name, raising=False)
     environment(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
     with pytest.raises(LaunchError, match=f"{NO_PLACE} MASTER_ADDR, MASTER_PORT") as caught:
-        ranks.meeting(launcher.launched()).__enter__()
+        ranks.meeting(launcher.read_launch()).__enter__()
     assert caught.value.this_rank_only
     environment(**WHOLE)
-    with ranks.meeting(launcher.launched()):
+    with ranks.meeting(launcher.read_launch()):
         pass
     assert "rank 1 waits for the others of WORLD_SIZE=2 at 127.0.0.1:29500" in capsys.readouterr().err
 
@@ -111,7 +111,7 @@ def test_fewer_ranks_than_launched(environment) -> None:
     """Guards against QLoRA collapsing to one rank without a word (axolotl#3839)."""
     environment(WORLD_SIZE="4")
     with pytest.raises(LaunchError, match="4 ranks were launched and 1 joined"):
-        ranks.assert_launch(launcher.launched(), "cpu")
+        ranks.assert_launch(launcher.read_launch(), "cpu")
 
 
 def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
@@ -122,7 +122,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     with pytest.raises(LaunchError, match="2 ranks on a machine with 1 GPU") as caught:
-        devices.choose_device(launcher.launched())
+        devices.choose_device(launcher.read_launch())
     assert "--num_processes 1" in caught.value.help
 
 
@@ -150,9 +150,9 @@ def test_one_process_on_a_box_of_eight(visible, seen, environment, monkeypatch, 
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is None:
         with pytest.raises(LaunchError, match="one process sees 2 GPUs"):
-            devices.choose_device(launcher.launched())
+            devices.choose_device(launcher.read_launch())
         return
-    assert devices.choose_device(launcher.launched()) is False
+    assert devices.choose_device(launcher.read_launch()) is False
     assert touched == [seen]
     assert ("8 GPUs are here" in capsys.readouterr().out) == (visible is None)
 
@@ -168,7 +168,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", shared_out.append)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     environment(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="0")
-    assert devices.choose_device(launcher.launched(), use_cpu=True) and not torch.cuda.is_available()
+    assert devices.choose_device(launcher.read_launch(), use_cpu=True) and not torch.cuda.is_available()
     assert len(shared_out) == 1
     for threads, run_id, taken in (("3", "of-torchrun", 1), ("1", "of-torchrun", 2), ("1", "", 2)):
         # a user's number holds; a launcher's own 1 does not
@@ -176,7 +176,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
         if not run_id:
             monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-        devices.choose_device(launcher.launched(), use_cpu=True)
+        devices.choose_device(launcher.read_launch(), use_cpu=True)
         assert len(shared_out) == taken
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     recipe = load.load("lora", ["--use_cpu", "true"])
@@ -194,4 +194,4 @@ def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:
     monkeypatch.setattr(dist, "all_gather_object", lambda out, item: out.__setitem__(slice(None), [item, item]))
     environment(WORLD_SIZE="2")
     with pytest.raises(LaunchError, match="two ranks run on"):
-        ranks.assert_launch(launcher.launched(), "cuda:0")
+        ranks.assert_launch(launcher.read_launch(), "cuda:0")

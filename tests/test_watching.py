@@ -320,7 +320,7 @@ def test_a_clock_that_jumps_changes_no_figure(tmp_path: Path, monkeypatch) -> No
         time.sleep(0.002)
         meter.count(1, tokens=10, trained=5, places=16, pairs=50)
         meter.on_step_end(args, None, TrainerControl(should_log=True))
-    found = meter.figures("cpu")
+    found = meter.step_metrics("cpu")
     assert all(0 <= seconds < 60 for seconds in meter.step_seconds) and 0 < found["step_seconds"] < 60
     assert found["tokens"] == 40 and found["padding"] == 1 - 40 / 64 and found["tokens_per_second"] > 0
 
@@ -353,7 +353,7 @@ def test_what_is_in_a_step(tmp_path: Path, monkeypatch) -> None:
         meter.count(1, tokens=10, trained=5, places=20, pairs=50)
         meter.on_step_end(args, None, TrainerControl(**by))
         takes(1000.0)  # an evaluation, or a checkpoint
-    found, totals = meter.figures("cpu"), telemetry.totals(meter, 3)
+    found, totals = meter.step_metrics("cpu"), telemetry.totals(meter, 3)
     assert meter.step_seconds == [21.0, 24.5, 26.5] and totals["seconds"] == 72.0
     assert found["data_wait_seconds"] == totals["data_wait_seconds"] == 1 + 2 * 2 + 2 * 3
     assert found["tokens_per_second"] == round(30 / 72, 1) and found["padding"] == 0.5
@@ -376,7 +376,7 @@ def test_the_figures_of_several_ranks_and_nodes(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-    found = telemetry.Telemetry(run.Run(tmp_path, is_writer=True), ranks_a_node=2).figures("cpu")
+    found = telemetry.Telemetry(run.Run(tmp_path, is_writer=True), ranks_a_node=2).step_metrics("cpu")
     assert (found["slowest_rank"], found["slowest_rank_lag_seconds"]) == (2, 8 - 3.5)
     assert (found["peak_memory_bytes"], found["data_wait_seconds"]) == (300, 2.0)
     assert {key: value for key, value in found.items() if key.startswith("node_")} == {

@@ -1,11 +1,11 @@
 """A training run, in the one order that its parts can come in: check, prepare, build, train, finish.
 
-`check` answers a user's mistake in a tenth of a second, so it runs before PyTorch is imported; only what it has found
-right may restart the process under another allocator. `prepare` imports the libraries, after the device is chosen,
-since CUDA reads its environment once. The ranks meet there: from then on each of them takes the same way through this
-module, or all would wait for the one that does not. `build` draws the adapter's first weights, after the seed is set.
-The run folder begins last of all that can fail, so that a start that fails leaves an older run as it was. `train` keeps
-what happens in `run.json`; `finish` says how it ended.
+`check` answers a user's mistake in a tenth of a second, so it runs before PyTorch is imported; only a valid recipe may
+restart the process under another allocator. `prepare` imports the libraries, after the device is chosen,
+since CUDA reads its environment once. The ranks meet there: from then on all of them take the same path through this
+module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
+set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
+the run in `run.json`; `finish` prints the result.
 
 Each stage returns a frozen value, which the next one takes.
 """
@@ -105,12 +105,12 @@ class Trained:
 
 
 def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
-    """Whatever can be wrong, before PyTorch is imported: recipe, versions, data, launch, run folder.
+    """Validate recipe, versions, data, launch and run folder before PyTorch is imported.
 
     Raises:
-        StepladderError: what is wrong, why, and what helps.
+        StepladderError: what is wrong, why, and how to fix it.
     """
-    launch = launcher.launched()
+    launch = launcher.read_launch()
     recipe = load.load(args.recipe, overrides)
     devices.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
     devices.let_segments_grow()
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
     notes = requirements.untested_versions() + recipe.notes + arguments.check_strategy(recipe, launch)
-    # One rank per node reads and prepares the rows; the others open what it made.
+    # One rank per node reads and prepares the rows; the others open the result.
     train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.load_stream(recipe)
     templates.check_path(recipe)
     record = Run(recipe.output_dir, is_writer=launch.rank == 0)
@@ -134,14 +134,14 @@ def prepare(checked: Checked) -> Prepared:
     """Import the libraries, let the ranks meet, tokenize the rows once per node, and plan the memory.
 
     Raises:
-        StepladderError: the launch is not what it was asked for, a row or the template cannot be used, or it does
+        StepladderError: the launch differs from what was asked for, a row or the template is invalid, or the run does
             not fit.
     """
     launch, recipe, record = checked.launch, checked.recipe, checked.record
     console.quiet_libraries()
     with console.quick_imports():
         use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
-        import_libraries()
+        _import_libraries()
     console.quiet_progress_bars()
     precision = pretrained.precision(recipe)
     notes = checked.notes + [
@@ -168,8 +168,8 @@ def prepare(checked: Checked) -> Prepared:
     )  # fmt: skip
 
 
-def import_libraries() -> None:
-    """What the following stages use: imported together, while nothing else prints (`console.quick_imports`)."""
+def _import_libraries() -> None:
+    """Import what the next stages use, together, while nothing else prints (`console.quick_imports`)."""
     import transformers  # noqa: F401
 
     from stepladder.data import prepare  # noqa: F401
@@ -182,7 +182,7 @@ def import_libraries() -> None:
 
 
 def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer with the recipe's template, and the tokens that it adds; both are held against a resumed run's."""
+    """The tokenizer with the recipe's template, and the tokens that it adds; compared with those of a resumed run."""
     tokenizer = pretrained.load_tokenizer_for(checked.recipe)
     own_template = tokenizer.chat_template
     checked.inputs.add_tokenizer(tokenizer)
@@ -197,7 +197,7 @@ def _prepare_rows(checked: Checked, tokenizer: PreTrainedTokenizerBase, notes: l
     from stepladder.data import prepare
 
     launch, train_rows, eval_rows = checked.launch, checked.train_rows, checked.eval_rows
-    folder = ranks.one_a_node(launch, lambda: prepare.prepare_rows(train_rows, eval_rows, tokenizer, checked.recipe))
+    folder = ranks.once_per_node(launch, lambda: prepare.prepare_rows(train_rows, eval_rows, tokenizer, checked.recipe))
     train_set, eval_set = prepare.open_prepared(folder)
     if launch.rank == 0:
         notes += checked.inputs.notes
@@ -209,11 +209,11 @@ def _prepare_rows(checked: Checked, tokenizer: PreTrainedTokenizerBase, notes: l
 
 
 def _plan(checked: Checked, train_set: Any, precision: str, use_cpu: bool, notes: list[str]) -> dict[str, Any]:
-    """The plan as `run.json` holds it, or a note why there is none. The files that it foresees must have room.
+    """The plan as `run.json` holds it; empty, with a note why, where there is none.
 
     Raises:
         ModelError: `auto` needs a plan, and there is none.
-        LaunchError: the disk is too small.
+        LaunchError: the disk is too small for the planned files.
     """
     from stepladder.data import prepare
     from stepladder.planning import choose
@@ -234,10 +234,10 @@ def _plan(checked: Checked, train_set: Any, precision: str, use_cpu: bool, notes
 
 
 def build(prepared: Prepared) -> Built:
-    """Load the base, make it the model that trains, and begin the run folder.
+    """Load the base, build the model that trains, and begin the run folder.
 
     Raises:
-        StepladderError: the base cannot be loaded or trained so, or the folder cannot be written.
+        StepladderError: the base cannot be loaded or trained by this recipe, or the folder cannot be written.
     """
     import transformers
 
@@ -256,13 +256,15 @@ def build(prepared: Prepared) -> Built:
     )  # fmt: skip
     if prepared.checkpoint:
         model.notes.extend(attention.note_change(checked.record.manifest.get("attention") or {}, model.attention))
-    checked.record.begin(checked.recipe.to_yaml(), resume.entry(prepared.checkpoint), **_facts(prepared, model))
+    checked.record.begin(
+        checked.recipe.to_yaml(), resume.resumption_entry(prepared.checkpoint), **_facts(prepared, model)
+    )
     signals.install(trains=True)
     return Built(prepared, base, model)
 
 
 def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
-    """Of this start, for `run.json`."""
+    """What `run.json` records of this start."""
     from stepladder.training import result
 
     checked, launch, recipe, step = prepared.checked, prepared.checked.launch, prepared.checked.recipe, prepared.step
@@ -291,7 +293,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
 
 
 def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
-    """Train and save the result. run.json says finished, preempted or failed when this returns or raises."""
+    """Train and save the result. `run.json` holds the status finished, preempted or failed at its end."""
     from stepladder.training import result
     from stepladder.training.guard import interruptions
     from stepladder.training.watch import telemetry, terminal, trackers
@@ -301,7 +303,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
     with contextlib.ExitStack() as closing, record.recording():
         _announce(built)
         shapes = result.adapter_shapes(built.model.model)
-        watchers = closing.enter_context(trackers.closing(record))
+        watchers = closing.enter_context(trackers.close_at_end(record))
         line = closing.enter_context(contextlib.closing(terminal.ProgressLine()))
         trainer = _trainer(built, callback_file, line, watchers)
         if profile and record.is_writer:
@@ -311,25 +313,25 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
             trainer.train(resume_from_checkpoint=prepared.checkpoint)
         record.update(
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
-            final=telemetry.final(trainer.state),
+            final=telemetry.final_losses(trainer.state),
             result_step=telemetry.result_step(trainer.state),
         )
         if trainer.rank_sync.preempted:
             record.update(status="preempted")
             trackers.close(watchers, errors.EXIT_PREEMPTED)
-            trainer.accelerator.wait_for_everyone()  # a queue ends all nodes with the first that has ended
-            console.say(terminal.preempted(record))
+            trainer.accelerator.wait_for_everyone()  # a queue ends all nodes when the first one has ended
+            console.say(terminal.preemption_message(record))
             return Trained(built, preempted=True)
         result.save(trainer, record, checked.recipe, shapes)
         if record.is_writer:
-            # Once run.json says that it is finished; the audit before the page, so it comes last.
-            closing.callback(terminal.written_beside, page.write_page, record.folder)
-            closing.callback(terminal.written_beside, page.write_audit, record.folder, train_rows, eval_rows)
+            # Called in reverse order, once run.json has the status finished: first the audit, then the page.
+            closing.callback(terminal.write_page, page.write_page, record.folder)
+            closing.callback(terminal.write_page, page.write_audit, record.folder, train_rows, eval_rows)
     return Trained(built, preempted=False)
 
 
 def _announce(built: Built) -> None:
-    """The run's opening lines."""
+    """Print the run's opening block."""
     from stepladder.planning import choose
     from stepladder.training.watch import terminal
 
@@ -343,7 +345,7 @@ def _announce(built: Built) -> None:
     sequences = len(train_set) if hasattr(train_set, "__len__") else None
     steps = choose.steps(prepared.recipe, sequences, prepared.step.rows)
     attends = str(built.model.attention)
-    console.say(terminal.beginning(checked.record, prepared.recipe, steps, sequences, attends, notes))
+    console.say(terminal.opening_block(checked.record, prepared.recipe, steps, sequences, attends, notes))
 
 
 def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
@@ -359,7 +361,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     meter = telemetry.Telemetry(record, work, launch.local_ranks)
     own = arguments.load_callback(callback_file)
     ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
-    watchers += trackers.of(record, recipe, prepared.arguments, ask)
+    watchers += trackers.create_trackers(record, recipe, prepared.arguments, ask)
     watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.library_errors_as_recipe_errors(recipe):
         return trainer.Trainer(
@@ -378,7 +380,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
 
 
 def finish(trained: Trained) -> int | None:
-    """Say what came out of it.
+    """Print the result.
 
     Returns:
         The exit code: None when the run is finished, 75 when it was preempted after a complete checkpoint.
@@ -393,5 +395,5 @@ def finish(trained: Trained) -> int | None:
         left_out = list(rows.left_out)
         record.update(rows_left_out=left_out)
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
-    console.say(terminal.ending(record))
+    console.say(terminal.closing_block(record))
     return None

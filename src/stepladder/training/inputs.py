@@ -1,7 +1,7 @@
-"""What a run's curve rests on beside its recipe: recorded at its begin, compared as it is resumed.
+"""The inputs that a run's curve depends on beside its recipe: recorded at its start, compared when it resumes.
 
-A recipe names a base model, a template, evaluation rows; the files of these names may hold something else by the next
-start. run.json holds a short hash of each of their parts as `inputs`: `{thing: {part: hash}}`. (The training rows are
+A recipe names a base model, a template and evaluation rows, and their files may have other contents at the next
+start. run.json holds a short hash of each of their parts as `inputs`: `{input: {part: hash}}`. (The training rows are
 in its `datasets`; see `Run.begin`.)
 """
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 MODEL, TOKENIZER, TEMPLATE, EVALUATION = "model", "tokenizer", "chat_template", "evaluation_rows"
 MODEL_KEYS = ("model_name_or_path", "model_revision")
-# Keys by which evaluation rows come from what is trained on.
+# Keys that decide which training rows are held out for evaluation.
 SPLIT_KEYS = ("dataset_name", "datasets", "dataset_test_split", "test_split_size", "seed")
-ELSEWHERE = {"gguf_file", "subfolder", "variant"}  # of model_init_kwargs: other files than the usual ones are loaded
-SHOWN = 3  # parts of a thing that are named where they differ
+ELSEWHERE = {"gguf_file", "subfolder", "variant"}  # keys of model_init_kwargs that load other files than the usual ones
+SHOWN_PARTS = 3  # of an input, named in a message
 
 
 class Inputs:
     """The inputs of this start, and of the run that it resumes.
 
-    Made on every rank, it reads and compares on rank 0 alone: `claim` compares what is known before torch is
-    imported, and `add_tokenizer` and `add_template` the rest.
+    Every rank creates it; rank 0 alone reads and compares: `claim` compares what is known before torch is
+    imported, `add_tokenizer` and `add_template` the rest.
 
     Args:
         evaluation: the rows that the run is evaluated on, if it is.
@@ -42,7 +42,7 @@ class Inputs:
 
     Attributes:
         found: what run.json records of this start.
-        notes: what a person should know of differences that are not refused.
+        notes: on differences that are not refused.
 
     Raises:
         ModelError: a file of the base model cannot be read.
@@ -178,5 +178,5 @@ def _named(recipe: Recipe, key: str) -> str:
 def _differences(before: Parts, now: Parts) -> str:
     """`file: old → new` of the parts that differ."""
     parts = [part for part in {**before, **now} if before.get(part) != now.get(part)]
-    shown = [f"{part} {before.get(part, 'none')[:8]} → {now.get(part, 'none')[:8]}" for part in parts[:SHOWN]]
-    return ", ".join(shown) + f" and {len(parts) - SHOWN} more" * (len(parts) > SHOWN)
+    shown = [f"{part} {before.get(part, 'none')[:8]} → {now.get(part, 'none')[:8]}" for part in parts[:SHOWN_PARTS]]
+    return ", ".join(shown) + f" and {len(parts) - SHOWN_PARTS} more" * (len(parts) > SHOWN_PARTS)

@@ -38,14 +38,17 @@ def has_experts(config: Any) -> bool:
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer on rows that are tokenized already.
+    """TRL's trainer on tokenized rows.
 
-    It differs in what the same curve on every strategy needs: the adapter is in fp32, the rows
+    It differs where the same curve on every strategy requires it: the adapter is in fp32, the rows
     come in `Order`, the gradient norm is exact, and the evaluation loss is the mean over all
-    tokens, each row counted once. Its checkpoints are those of `checkpoint/saving.py`.
+    tokens, each row counted once. It writes the checkpoints of `checkpoint/saving.py`.
 
     Args:
-        flat: whether the rows of a batch lie end to end.
+        layout: how an optimizer step is cut into micro-batches.
+        meter: measures the run.
+        on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
+        flat: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu`.
     """
 
@@ -68,12 +71,12 @@ class Trainer(SFTTrainer):
         }
         args = kwargs["args"]
         if args.ddp_find_unused_parameters is None:
-            # Transformers lets DDP look for weights without a gradient in each step; only experts can be such.
+            # Transformers lets DDP search for unused weights in each step; only experts can be unused.
             args.ddp_find_unused_parameters = has_experts(model.config)
         super().__init__(model=model, **kwargs)
         # TRL casts the adapter of a quantized model to bf16 (`sft_trainer.py`, after
-        # `_is_quantized_model`), where small updates round to nothing, and ZeRO keeps an fp32 copy
-        # of it while DDP and FSDP do not, so that their curves part by 1e-3. It is put back here.
+        # `_is_quantized_model`), where small updates round to zero, and ZeRO keeps an fp32 copy
+        # of it while DDP and FSDP do not: their curves would differ by 1e-3. Here it is restored.
         for name, parameter in model.named_parameters():
             if name in adapter:
                 parameter.data = adapter[name].to(torch.float32)
@@ -86,14 +89,14 @@ class Trainer(SFTTrainer):
         self.rank_sync = RankSync(self, on_nan)
         for own in (meter, self.rank_sync):
             self.add_callback(own)
-        # Transformers would delete checkpoints by it before the other ranks are known to be done.
+        # By it Transformers would delete checkpoints before the other ranks are known to be done.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._order: Order | None = None
         self._bad_losses = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._norm: Any = 0.0
-        self._best_before: tuple[float | None, int | None] = (None, None)  # metric and step before the best ones
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and trained tokens of this rank
-        self.owes_evaluation = False  # of the step that is saved: it was left for a stop
+        self._best_before: tuple[float | None, int | None] = (None, None)  # the previous best metric and its step
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and loss tokens of this rank
+        self.owes_evaluation = False  # whether the saved step's evaluation was interrupted by a stop
 
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
@@ -109,9 +112,9 @@ class Trainer(SFTTrainer):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         micro, ranks = self.args.per_device_eval_batch_size, self.args.world_size
         layout = Layout(micro * ranks, micro, ranks, accumulation=1)
-        # The mean over all tokens is the same in any order: rows of alike length side by side are padded least.
+        # The mean over all tokens does not depend on the order: by length, rows need the least padding.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
-        # `eval_packing` is apart from `packing`, by which alone TRL chooses its collator.
+        # TRL chooses its collator by `packing` alone, and `eval_packing` may differ.
         flat = self.flat or "seq_lengths" in rows.column_names
         return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
@@ -143,9 +146,9 @@ class Trainer(SFTTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """All that watch the run (metrics.jsonl, the trackers, the terminal) are told the same figures."""
+        """Let metrics.jsonl, the trackers and the terminal receive the same metrics."""
         if "loss" in logs:
-            logs |= self.meter.figures(self.args.device)
+            logs |= self.meter.step_metrics(self.args.device)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -174,7 +177,7 @@ class Trainer(SFTTrainer):
         return result
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Transformers averages the batches' means; the mean over tokens does not depend on how rows are batched."""
+        """Report the mean over tokens, whatever the batches; Transformers averages the means of batches."""
         self._evaluated.zero_()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self.accelerator.reduce(self._evaluated.to(self.args.device, torch.float32)).tolist()
@@ -182,15 +185,15 @@ class Trainer(SFTTrainer):
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Loaders draw random numbers: kept apart, so that how often a run is evaluated leaves its curve alone."""
+        """Keep the random numbers that loaders draw apart, so that evaluations do not change the curve."""
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """Leave the evaluation at the next batch where a stop is asked for. The next start makes it before it trains.
+        """Interrupt the evaluation at the next batch when a stop is requested; the next start repeats it first.
 
-        Transformers asks for that one by `eval_on_start`, which `saving.load` sets, and without what follows from
+        Transformers runs that one by `eval_on_start`, which `saving.load` sets, without the consequences of
         an evaluation: the schedule's step and the best metric.
         """
         owed = skip_scheduler and self.state.global_step > 0
@@ -206,25 +209,27 @@ class Trainer(SFTTrainer):
         return metrics
 
     def not_finite(self) -> tuple[bool, bool]:
-        """Whether this rank saw a loss, or a gradient norm, that is no finite number since it was last asked."""
+        """Whether the loss, or the gradient norm, of this rank was NaN or infinite since the last call."""
         loss = bool(self._bad_losses)
         self._bad_losses.zero_()
-        # fp16 finds its loss scale by gradients that overflow, and leaves those steps out by itself
+        # fp16 finds its loss scale by overflowing gradients, and skips those steps by itself
         gradient = not self.args.fp16 and not math.isfinite(float(self._norm))
         return loss, gradient
 
     def skip_step(self) -> None:
-        """Before the optimizer step: let it change nothing. The step's loss is not logged."""
-        self.optimizer.zero_grad()  # no effect under DeepSpeed, which has left the step out by itself
+        """Let the coming optimizer step change nothing, and do not log its loss."""
+        self.optimizer.zero_grad()  # no effect under DeepSpeed, which has skipped the step by itself
         self._tr_loss.copy_(self.rank_sync.loss_before)
         self._globalstep_last_logged += 1
 
     # ---- checkpoints
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Save the best step, whatever `save_steps` says, and the step that a signal stops at, whatever its metric."""
+        """Save the best step whatever `save_steps` is, and the step of a stop whatever its metric is."""
         before = self.state.best_metric, self.state.best_global_step
-        if better := bool(metrics) and super()._determine_best_metric(metrics, trial):  # none of one that was left
+        if better := bool(metrics) and super()._determine_best_metric(
+            metrics, trial
+        ):  # none from an interrupted evaluation
             self._best_before = before
             self.control.should_save |= self.args.load_best_model_at_end
         return better or self.rank_sync.preempted
@@ -236,11 +241,11 @@ class Trainer(SFTTrainer):
             return
         if self.rank_sync.preempted:
             raise TrainingError("no checkpoint could be written before the stop", help="mend that, and start again")
-        if self.state.best_global_step == self.state.global_step:  # the best one is chosen among those that stand
+        if self.state.best_global_step == self.state.global_step:  # the best step is one of those that are saved
             self.state.best_metric, self.state.best_global_step = self._best_before
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing yet: weights and optimizer are put back together, once the strategy has sharded them."""
+        """Do nothing: weights and optimizer are put back together, once the strategy has sharded them."""
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         launcher.assert_no_mismatch(self)
@@ -259,19 +264,19 @@ class Trainer(SFTTrainer):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Transformers would train one step more where a run died after its last step, or a start stops before any."""
+        """Skip the epoch after the last step, or a stop before the first: Transformers would train one step more."""
         if self.state.global_step < self.state.max_steps and not self.rank_sync.preempted:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        """Transformers calls it as the last thing before the first step."""
+        """Put the position back: Transformers calls it last before the first step."""
         if checkpoint_folder is not None:
             saving.load_position(self, Path(checkpoint_folder))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers calls `_load_best_model` where its own `_save_checkpoint` has named the folder."""
+        """Name the best folder in place of Transformers' `_save_checkpoint`: it makes `_load_best_model` run."""
         best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.rank_sync.preempted
         self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
         if chooses and not best and self.args.process_index == 0:
@@ -283,7 +288,7 @@ class Trainer(SFTTrainer):
         saving.load_weights(self, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card at every checkpoint: one is written at the end, from what the run has shown."""
+        """Do nothing: a card is written once, with the result."""
 
 
 def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:

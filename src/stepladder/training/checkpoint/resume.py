@@ -1,6 +1,6 @@
-"""What the next start of a run does: begin, resume from the newest whole checkpoint, or refuse with a reason.
+"""What the next start of a run does: begin, resume from the newest complete checkpoint, or fail with a reason.
 
-Decided on rank 0 before torch is imported; nothing here is more than files and JSON.
+Rank 0 decides it before torch is imported, by files and JSON alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WITHOUT_BEST = (
 
 
 class Finished(StepladderError):
-    """There is nothing left to do, which is no mistake."""
+    """The run is finished already, which is no error."""
 
     exit_code = 0
 
@@ -65,7 +65,7 @@ def claim(
 
     Args:
         resume: `auto`, `never`, or a checkpoint of this run folder.
-        overwrite: a run that is there is replaced.
+        overwrite: whether to replace an existing run.
         allowed: keys of the curve that may differ from the run's recipe, in their values or the files they name.
         inputs: of this start; compared with those of a run that is resumed.
 
@@ -73,10 +73,9 @@ def claim(
         The checkpoint to resume from; None for a run from its beginning, and on other ranks than 0.
 
     Raises:
-        LaunchError: the folder is no run's, or its run is finished, in use, stuck, or of another recipe or inputs.
-        CheckpointError: there are checkpoints and none of them is whole.
-        Finished: this job was queued again after it had finished the run. Every rank sees it and ends: one that went
-            on would wait for the others.
+        LaunchError: the folder is not a run's, or its run is finished, in use, stuck, or of another recipe or inputs.
+        CheckpointError: there are checkpoints and none of them is complete.
+        Finished: this job was queued again after it had finished the run; raised on every rank, so that none waits.
     """
     if run.is_requeued() and status(run.folder) == "finished" and not recipe.changes(run.read()["recipe"]):
         raise Finished(f"the run in {run.folder} is finished: this job was queued again after its end")
@@ -90,17 +89,21 @@ def claim(
     folder, where = run.folder, recipe.where("output_dir")
     if os.path.lexists(folder / METRICS) and not os.path.isfile(folder / METRICS) and not overwrite:
         raise LaunchError(f"{folder / METRICS} is no file", where=where, help="remove it, or another --output_dir")
-    chosen = None if resume in ("auto", "never") else Path(resume)
     if not overwrite:
         _rebuild_manifest(run)
     if not run.exists(where) or overwrite:
-        if chosen:
-            raise _no_checkpoint_of(chosen, folder)
+        if resume not in ("auto", "never"):
+            raise _no_checkpoint_of(Path(resume), folder)
         run.replaces = run.exists(where)
         if run.replaces:
             _check_reads(recipe, folder)
         return None
-    before = run.read()
+    return _resume(run, recipe, resume, [key.replace("-", "_") for key in allowed], inputs)
+
+
+def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: Inputs | None) -> Path | None:
+    """Continue the run in the folder; returns its checkpoint, None where it has none yet. Raises as `claim` does."""
+    folder, where, before = run.folder, recipe.where("output_dir"), run.read()
     changes = recipe.changes(before["recipe"])
     finished = before["status"] == "finished"
     if (finished and not changes.keys() & {*LENGTH}) or resume == "never":
@@ -114,7 +117,8 @@ def claim(
     _check_recipe(recipe, before["recipe"], [*allowed, *(LENGTH if finished else [])], where)
     if inputs and whole_steps(folder):
         inputs.resume(before, allowed, folder)
-    found = _checked(chosen, folder) if chosen else newest_whole(folder)
+    chosen = None if resume == "auto" else Path(resume)
+    found = _check_chosen(chosen, folder) if chosen else newest_whole(folder)
     if finished:
         _check_longer(recipe, folder, found)
     if found and (why := _outdated_best(found, before, recipe, inputs)):
@@ -122,7 +126,7 @@ def claim(
         say(f"⚠ the best step so far was chosen by {why}: it is chosen anew from the evaluations after {found.name}")
     elif found and recipe.get("load_best_model_at_end"):
         _check_best(found)
-    step = int(found.name.split("-")[1]) if found else 0
+    step = (found and step_of(found)) or 0
     starts = 1 if chosen or before.get("progress", {}).get("step") != step else before["progress"]["starts"] + 1
     if starts > STUCK_AFTER:
         run.manifest = {**before, "status": "stuck"}
@@ -135,13 +139,13 @@ def claim(
         )
     if found is None:
         say(f"the run in {folder} ended before its first checkpoint: it starts anew")
-        run.clear(but=METRICS)  # it tells the trackers which steps they know
+        run.clear(but=METRICS)  # by which trackers know the steps that they have
     else:
         _set_aside(folder, step)
     run.manifest = {**before, "progress": {"step": step, "starts": starts}}
     if found is None:
-        run.update()  # a start that ends before it trains leaves the count of starts, and the run's id in W&B
-    run.allowed = [key.replace("-", "_") for key in allowed]
+        run.update()  # keeps the count of starts and the run's id in W&B if this start ends before it trains
+    run.allowed = allowed
     run.changes = {key: list(values) for key, values in changes.items()}
     return found
 
@@ -189,7 +193,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _rebuild_manifest(run: Run) -> None:
-    """Write a run.json that is lost, empty or damaged anew, from the newest checkpoint that holds its content."""
+    """Rebuild a run.json that is lost, empty or damaged from the newest checkpoint that holds its content."""
     if status(run.folder) != "unreadable":
         return
     for step in reversed(whole_steps(run.folder)):
@@ -202,18 +206,16 @@ def _rebuild_manifest(run: Run) -> None:
         return run.update()
 
 
-def entry(checkpoint: Path | None) -> dict[str, Any] | None:
-    """What run.json says of a resumption."""
-    if checkpoint is None:
-        return None
-    return {"step": int(checkpoint.name.split("-")[1]), "from": str(checkpoint)}
+def resumption_entry(checkpoint: Path | None) -> dict[str, Any] | None:
+    """What run.json records of a resumption."""
+    return {"step": step_of(checkpoint), "from": str(checkpoint)} if checkpoint else None
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there, by size and hash; what is wrong with newer ones is said.
+    """The newest checkpoint whose files are complete by size and hash; prints what is wrong with newer ones.
 
     Raises:
-        CheckpointError: there are some, and none is whole.
+        CheckpointError: there are some, and none is complete.
     """
     marked = [file.parent for file in folder.glob(f"checkpoint-*/{COMPLETE}") if ASIDE not in file.parent.name]
     faults = [f"{checkpoint}: not the name of a checkpoint" for checkpoint in marked if step_of(checkpoint) is None]
@@ -233,7 +235,7 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def damage(checkpoint: Path, weights_only: bool = False) -> str:
-    """What is wrong with a checkpoint, or nothing; `weights_only` where no more than its weights is needed."""
+    """What is wrong with a checkpoint, or nothing; `weights_only` where only its weights are needed."""
     try:
         content, files = _content(checkpoint)
         if not content["resumable"] and not weights_only:
@@ -256,8 +258,8 @@ def damage(checkpoint: Path, weights_only: bool = False) -> str:
     return ""
 
 
-def listed(checkpoint: Path) -> list[Path]:
-    """The files that `COMPLETE.json` lists, in the order of their names: no other file of the folder is to be read.
+def listed_files(checkpoint: Path) -> list[Path]:
+    """The files that `COMPLETE.json` lists, sorted by name: no other file of the folder is to be read.
 
     Raises:
         CheckpointError: the list cannot be read, or names anything but ordinary files of the folder.
@@ -289,8 +291,8 @@ def _check_ordinary(path: Path, is_kind: Callable[[int], bool] = stat.S_ISREG) -
 def _outdated_best(checkpoint: Path, before: dict[str, Any], recipe: Recipe, inputs: Inputs | None) -> str:
     """Why the best step so far and the coming ones are not measured alike, or nothing.
 
-    The checkpoint knows how it was measured. run.json may not: a start that was allowed to change it may have died
-    before a checkpoint of its own.
+    The checkpoint records how it was measured. run.json may not: a start that was allowed to change it may have died
+    before its own first checkpoint.
     """
     began = read_object(checkpoint / COMPLETE).get("run")
     began = began if isinstance(began, dict) and isinstance(began.get("recipe"), dict) else before
@@ -313,7 +315,7 @@ def _choice(values: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _check_best(checkpoint: Path) -> None:
-    """Raise CheckpointError where the best checkpoint so far, which may become the result, is not whole."""
+    """Raise CheckpointError where the best checkpoint so far, which may become the result, is damaged."""
     try:
         step = read_object(checkpoint / TRAINER_STATE)["best_global_step"]
         if not isinstance(step, int | None):
@@ -333,7 +335,7 @@ def digest(file: Path) -> str:
     return found.hexdigest()
 
 
-def _checked(chosen: Path, folder: Path) -> Path:
+def _check_chosen(chosen: Path, folder: Path) -> Path:
     if chosen.absolute().parent.resolve() != folder.resolve() or step_of(chosen) not in whole_steps(folder):
         raise _no_checkpoint_of(chosen, folder)
     if fault := damage(chosen):
@@ -350,7 +352,6 @@ def _no_checkpoint_of(chosen: Path, folder: Path) -> LaunchError:
 
 
 def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], where: str) -> None:
-    allowed = [key.replace("-", "_") for key in allowed]
     changes = {key: change for key, change in recipe.changes(before).items() if key not in allowed}
     if changes:
         raise LaunchError(
@@ -371,10 +372,10 @@ def _check_recipe(recipe: Recipe, before: dict[str, Any], allowed: list[str], wh
 
 
 def _set_aside(folder: Path, step: int) -> None:
-    """Rename saves that were cut off, and the checkpoints after the step that is resumed from.
+    """Rename interrupted saves, and the checkpoints after the step that is resumed from.
 
-    The run, when it comes to such a step again, would take it for saved. What an earlier start set
-    aside is removed then: what one start sets aside is kept, not that of a hundred starts of a queue.
+    The run, when it reaches such a step again, would take it for saved. What an earlier start has set
+    aside is removed, so that the many starts of a queue do not fill the disk.
     """
     earlier = [*folder.glob(f"checkpoint-*{ASIDE}*")]
     for checkpoint in sorted(folder.glob("checkpoint-*")):

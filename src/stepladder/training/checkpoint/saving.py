@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or absent, in one format for every strategy and number of ranks.
+"""Atomic checkpoints, in one format for every strategy and number of ranks.
 
-    checkpoint-N/model-RANK-PART.safetensors      the trained weights by name, whole tensors in fp32
-                 optimizer-RANK-PART.safetensors  `<weight>/<key>`, whole tensors
+    checkpoint-N/model-RANK-PART.safetensors      the trained weights by name, unsharded, in fp32
+                 optimizer-RANK-PART.safetensors  `<weight>/<key>`, unsharded
                  rng-RANK.safetensors             the random generators of each rank
                  trainer_state.json               Transformers' own
                  state.json                       scheduler, scaler, counters
-                 COMPLETE.json                    written last: what makes it a checkpoint
+                 COMPLETE.json                    written last: marks the checkpoint as complete
 
-Tensors and JSON only: nothing in it can run code. Each rank writes every world-size-th parameter. A
-rename as the last step was tried upstream twice and raced between ranks (transformers#27925,
-#35580), hence a file that one rank writes after all have said that theirs are on the disk.
+Tensors and JSON only: nothing in it can run code. Each rank writes every world-size-th parameter. Upstream
+tried a rename as the last step twice, which raced between ranks (transformers#27925, #35580); hence a
+file that one rank writes after all have reported that theirs are on the disk.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from stepladder.training.checkpoint.resume import (
     WITHOUT_BEST,
     damage,
     digest,
-    listed,
+    listed_files,
     of_step,
     whole_steps,
 )
 from stepladder.training.launch.ranks import from_first
 
-PART = 1 << 30  # bytes that a rank gathers before it writes them: what a save costs in memory
-RULED_BY_RECIPE = ("lr_lambdas", "base_lrs")  # of a scheduler's state: not to be put back
+PART = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
+SET_BY_RECIPE = ("lr_lambdas", "base_lrs")  # keys of a scheduler's state that are not put back
 
 
 def save(trainer: Any) -> bool:
     """Write `checkpoint-<global_step>`; every rank calls it at a step's end.
 
     Returns:
-        Whether it stands. Where it could not be written (disk full, read-only), rank 0 has warned
-        and removed what there was; the older ones are untouched, and the next save tries again.
+        Whether it was written. If not (disk full, read-only), rank 0 has warned and removed the incomplete folder;
+        older checkpoints are untouched, and the next save tries again.
     """
     folder = of_step(Path(trainer.args.output_dir), trainer.state.global_step)
     if whole_steps(folder.parent)[-1:] == [trainer.state.global_step]:
@@ -88,7 +88,7 @@ def load(trainer: Any, folder: Path) -> None:
     """Put weights, optimizer, scheduler and scaler back; every rank calls it, on any strategy.
 
     Raises:
-        CheckpointError: it is of other parameters than those that are trained here.
+        CheckpointError: its parameters are not those that are trained here.
     """
     here = state.trainable_state(trainer)
     weights, states = _weights(folder, here.parameters), _tensors(folder, "optimizer")
@@ -110,10 +110,10 @@ def load(trainer: Any, folder: Path) -> None:
 
 
 def compare_rates(trainer: Any) -> None:
-    """Say where the steps so far were trained with other rates than this recipe gives them: it may end elsewhere."""
+    """Warn if the steps so far were trained with other learning rates than this recipe gives them."""
     scheduler, done = trainer.lr_scheduler, trainer.state.global_step
-    told = trainer.args.process_index == 0 and isinstance(scheduler, LambdaLR)
-    if not told or scheduler.last_epoch != done:  # fp16 leaves steps out
+    warns = trainer.args.process_index == 0 and isinstance(scheduler, LambdaLR)
+    if not warns or scheduler.last_epoch != done:  # fp16 leaves steps out
         return
     for row in trainer.meter.run.rows():
         here = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](row["step"] - 1)
@@ -127,7 +127,7 @@ def load_weights(trainer: Any, folder: Path) -> None:
     """Put the weights alone back; every rank calls it.
 
     Raises:
-        CheckpointError: it is not whole, or of other parameters than those that are trained here.
+        CheckpointError: it is damaged, or its parameters are not those that are trained here.
     """
     if fault := from_first(damage(folder, weights_only=True) if trainer.args.process_index == 0 else ""):
         raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, help=WITHOUT_BEST)
@@ -138,9 +138,9 @@ def load_weights(trainer: Any, folder: Path) -> None:
 
 
 def load_position(trainer: Any, folder: Path) -> None:
-    """Put back what counts between two logged steps, and the random generators.
+    """Put back the sums since the last logged step, and the random generators.
 
-    Call it as the last thing before the first step: the loaders before it draw random numbers.
+    Call it last before the first step: the loaders draw random numbers.
     """
     saved = json.loads((folder / STATE).read_text())
     trainer._tr_loss += saved["since_log"]["loss"]
@@ -148,7 +148,7 @@ def load_position(trainer: Any, folder: Path) -> None:
     for key, values in saved["since_log"]["metrics"].items():
         trainer._metrics["train"][key].extend(values)
     file = folder / f"rng-{trainer.args.process_index}.safetensors"
-    if file not in listed(folder):  # more ranks than before: there is no state to continue
+    if file not in listed_files(folder):  # more ranks than before: there is no state to continue
         torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
         return
     with safe_open(file, framework="pt") as tensors:
@@ -165,7 +165,7 @@ def load_position(trainer: Any, folder: Path) -> None:
 
 
 def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
-    """Write this rank's files. A rank whose disk is full goes on gathering: the others wait for it."""
+    """Write this rank's files. A rank whose disk is full still gathers, since the others wait for it."""
     rank, ranks = trainer.args.process_index, trainer.args.world_size
     model, optimizer = _Parts(folder, f"model-{rank}"), _Parts(folder, f"optimizer-{rank}")
     here = state.trainable_state(trainer)
@@ -195,7 +195,7 @@ def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 class _Parts:
-    """Tensors on their way into files of about `PART` bytes."""
+    """Collects tensors into files of about `PART` bytes."""
 
     def __init__(self, folder: Path, stem: str):
         self.folder, self.stem = folder, stem
@@ -230,7 +230,7 @@ def _write_random_states(file: Path) -> None:
 def _counters(trainer: Any, loss: float) -> dict[str, Any]:
     scaler = _scaler(trainer)
     return {
-        "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in RULED_BY_RECIPE},
+        "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in SET_BY_RECIPE},
         "scaler": scaler.state_dict() if scaler else None,
         "telemetry": trainer.meter.checkpointed(),
         "tokens": trainer._total_train_tokens,
@@ -245,7 +245,7 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
 
 
 def _flush(file: Path, files: dict[str, Any]) -> None:
-    """Wait until a file is on the disk, then note its size and hash."""
+    """Wait until a file is on the disk, then record its size and hash."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
     files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
@@ -275,22 +275,22 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _delete_older(trainer: Any) -> None:
-    """Keep `save_total_limit` whole checkpoints: the newest, and the best where there is one."""
+    """Keep `save_total_limit` complete checkpoints: the newest, and the best if there is one."""
     folder, limit = Path(trainer.args.output_dir), trainer.save_total_limit
     steps = whole_steps(folder)
     kept = {steps[-1], trainer.state.best_global_step} & {*steps}
-    # Last of all the best one before: where the newest is damaged, the one that is resumed from may name it.
+    # The previous best goes last: if the newest is damaged, the one that is resumed from may name it.
     steps.sort(key=lambda step: step == trainer._best_before[1])
     for step in list(steps) if limit else []:
         if len(steps) > max(limit, len(kept)) and step not in kept:
-            # without its mark first: killed in between, it is a leftover and no damaged checkpoint
+            # its mark first: if the process is killed in between, it is a leftover, not a damaged checkpoint
             (of_step(folder, step) / COMPLETE).unlink()
             shutil.rmtree(of_step(folder, step), ignore_errors=True)
             steps = [other for other in steps if other != step]
 
 
 def _attempt(do: Callable[..., Any], *args: Any) -> str:
-    """What went wrong, or nothing. safetensors has an error of its own for a full disk."""
+    """The error of `do(*args)`, or nothing. safetensors has its own error for a full disk."""
     from safetensors import SafetensorError
 
     try:
@@ -301,7 +301,7 @@ def _attempt(do: Callable[..., Any], *args: Any) -> str:
 
 
 def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All ranks' files, or nothing where one of them failed, which rank 0 then says; a true answer is never empty."""
+    """The files of all ranks; empty if a rank failed, which rank 0 prints; never empty otherwise."""
     answers = [(fault, files or {})]
     if dist.is_initialized():
         answers = [("", {})] * dist.get_world_size()
@@ -318,7 +318,7 @@ def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str
 
 
 def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
-    """The weights of a checkpoint, which must be those of the parameters."""
+    """How to read each weight of a checkpoint. Raises CheckpointError if they are not those of `parameters`."""
     weights = _tensors(folder, "model")
     if set(weights) != set(parameters):
         missing, extra = sorted({*parameters} - {*weights}), sorted({*weights} - {*parameters})
@@ -331,9 +331,9 @@ def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[],
 
 
 def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Each tensor's name, and how to read it: only what is asked for is read."""
+    """How to read each tensor, by name: nothing is read before."""
     found: dict[str, Callable[[], torch.Tensor]] = {}
-    for file in listed(folder):
+    for file in listed_files(folder):
         if not file.name.startswith(f"{kind}-"):
             continue
         tensors = safe_open(file, framework="pt").__enter__()
@@ -343,7 +343,7 @@ def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
 
 
 def _put_scheduler(trainer: Any, saved: dict[str, Any]) -> None:
-    """Continue the schedule. ZeRO leaves out empty parameter groups, so their number may be another."""
+    """Continue the schedule. ZeRO omits empty parameter groups, so their number may differ."""
     groups, rates, scheduler = trainer.optimizer.param_groups, saved["_last_lr"], trainer.lr_scheduler
     if len(rates) != len(groups):
         rates = rates[:1] * len(groups)
@@ -356,7 +356,7 @@ def _put_scheduler(trainer: Any, saved: dict[str, Any]) -> None:
 
 
 class _ZeroScaler:
-    """DeepSpeed's own fp16 loss scaler, by the calls of torch's."""
+    """DeepSpeed's fp16 loss scaler, with the interface of torch's."""
 
     def __init__(self, scaler: Any):
         self.scaler = scaler
@@ -369,7 +369,7 @@ class _ZeroScaler:
 
 
 def _scaler(trainer: Any) -> Any:
-    """What scales the loss for fp16; None without."""
+    """The loss scaler of fp16; None without fp16."""
     if not trainer.args.fp16:
         return None
     if trainer.is_deepspeed_enabled:

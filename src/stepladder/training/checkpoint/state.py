@@ -1,8 +1,8 @@
-"""The trainable weights and their optimizer state by parameter name, whole, however a strategy has sharded them.
+"""The trainable weights and their optimizer state by parameter name, unsharded, under any strategy.
 
-This is what makes a checkpoint independent of the strategy and of the number of ranks. Both classes
-gather and put back one parameter at a time, so that no rank ever holds more than one whole; each
-call is collective: every rank makes it, for the same parameter, in the same order.
+This makes a checkpoint independent of the strategy and of the number of ranks. Both classes gather and put back
+one parameter at a time, so no rank holds more than one unsharded; each call is collective: every rank makes
+it, for the same parameter, in the same order.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 WEIGHT = ""  # the key of the weights themselves, beside the optimizer's own (`exp_avg`, `step` …)
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # torch.compile and activation checkpointing rename so
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # added by torch.compile and activation checkpointing
 
 
 def trainable_state(trainer: Any) -> Plain | Zero:
     """The trained parameters and their optimizer state, by the strategy that has sharded them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     for module in model.modules():
-        # After a forward pass without a backward one (an evaluation), FSDP's root still shows its gathered
-        # parameters: the optimizer knows no state of them, and what is written into them is lost.
+        # After a forward pass without a backward pass (an evaluation), FSDP's root still has its gathered
+        # parameters: the optimizer has no state for them, and what is written into them is lost.
         if isinstance(module, FSDPModule):
             module.reshard()
     parameters = {}
@@ -55,11 +55,11 @@ class Plain:
         _fill(self.parameters[name].data, value)
 
     def put_states(self, states: Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]) -> None:
-        """Put the optimizer's states back: `states[name][key]()` reads one whole.
+        """Put the optimizer's states back: `states[name][key]()` reads one, unsharded.
 
-        The optimizer makes them itself, by a step that changes nothing (as torch's own
-        `distributed.checkpoint.state_dict` does), so that each is of the kind, the type and on the
-        device that it wants; then they are filled. Call it before the weights are put back.
+        The optimizer creates them itself, by a step without effect (as torch's own
+        `distributed.checkpoint.state_dict` does), so that type, dtype and device are right; then they are
+        filled. Call it before the weights are put back.
         """
         for name, parameter in self.parameters.items():
             parameter.grad = torch.zeros_like(parameter) if states.get(name) else None
@@ -75,9 +75,9 @@ class Plain:
 
 
 class Zero:
-    """DeepSpeed's ZeRO stages 1 to 3, with or without offloading, by its own documented calls.
+    """DeepSpeed's ZeRO stages 1 to 3, with or without offloading, by its documented API.
 
-    The weights here are ZeRO's fp32 ones, from which those that the model computes with follow.
+    The weights are ZeRO's fp32 ones, from which the model's own are derived.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], zero: Any):
@@ -87,9 +87,9 @@ class Zero:
         self._link()
 
     def _link(self) -> None:
-        """Let ZeRO-1 and 2 find each parameter's part of the optimizer's states.
+        """Link each parameter to its part of the optimizer's states, under ZeRO-1 and 2.
 
-        DeepSpeed (0.19.8) does it after the first step of the first parameter group, when the other
+        DeepSpeed (0.19.8) does so after the first step of the first parameter group, when the other
         groups have no state yet: `safe_get_full_optimizer_state` then fails for their parameters.
         """
         from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
@@ -131,7 +131,7 @@ class Zero:
         kept = [flat.grad for flat in self.flat]
         for flat in self.flat:
             flat.grad = torch.zeros_like(flat)
-        if self.sharded:  # ZeRO-3 hangs one sub-group at a time into the optimizer, and so it is done here
+        if self.sharded:  # as ZeRO-3 does: one sub-group at a time is in the optimizer
             for number, flat in enumerate(self.flat):
                 group = self.optimizer.param_groups[self.zero.sub_group_to_group_id[number]]
                 group["params"] = [flat]
@@ -158,8 +158,8 @@ class Zero:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _share(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor. ZeRO-3 pads to a multiple of the ranks, which its own
-        `safe_set_full_…` forget, so that they fail where the size is none.
+        """This rank's part of an unsharded tensor. ZeRO-3 pads to a multiple of the ranks, which its own
+        `safe_set_full_…` functions do not: they fail for other sizes.
         """
         size = parameter.ds_tensor.numel()
         start = size * torch.distributed.get_rank(parameter.ds_process_group)
@@ -179,16 +179,16 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _whole(value: Any) -> torch.Tensor:
-    if isinstance(value, DTensor):  # offloaded shards meet on the device that the ranks talk through
+    if isinstance(value, DTensor):  # offloaded shards are gathered on the device of the collectives
         there: Any = value.to(value.device_mesh.device_type)
         return there.full_tensor()
     if isinstance(value, torch.Tensor):
-        return value if value.dim() else value.clone()  # ZeRO has one `step` for many, which safetensors refuses
+        return value if value.dim() else value.clone()  # ZeRO shares one `step`, and safetensors refuses shared tensors
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
+    """Copy an unsharded tensor into one that may be sharded."""
     if isinstance(target, DTensor):
         mesh = target.device_mesh
         shard = distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)

@@ -1,12 +1,12 @@
-"""Signals that ask a run to end: remembered here, answered at a step's end by all ranks together.
+"""Signals that ask a run to end: recorded here, handled at a step's end by all ranks together.
 
-Handlers do no more than set a flag: whatever else they did would run in the middle of a step, on
-one rank alone. They stand from the first moment, so that a signal during start-up counts too.
+A handler only sets a flag: anything else would run in the middle of a step, on one rank alone. Handlers are
+installed first of all, so that a signal during start-up counts too.
 
-SIGHUP (a closed terminal or ssh session) asks as SIGTERM does, unless it was ignored at the start (nohup).
+SIGHUP (a closed terminal or ssh session) is handled like SIGTERM, unless it was ignored at the start (nohup).
 
-SIGUSR1 is blocked instead, and asked for: a queue sends it to every process of a job, and a compiler
-or a worker that a rank has started would die of it. A blocked signal stays blocked in them.
+SIGUSR1 is blocked and polled instead: a queue sends it to every process of a job, and would kill a compiler
+or a worker that a rank has started. Child processes inherit the block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import time
 from types import FrameType
 
-USR1: signal.Signals | None = getattr(signal, "SIGUSR1", None)  # Windows knows none
+USR1: signal.Signals | None = getattr(signal, "SIGUSR1", None)  # Windows has none
 HUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
 # A terminal sends Ctrl-C to the launcher and to the ranks, and the launcher passes it on: the
 # second SIGINT is a person's only where some time lies between.
@@ -36,11 +36,11 @@ def stop_asked() -> bool:
 
 
 def install(trains: bool = False) -> None:
-    """Call it first thing, and with `trains` when all ranks are about to train.
+    """Call it first thing, and again with `trains` when all ranks are about to train.
 
-    Before that, several ranks keep SIGTERM's own meaning: nothing is trained yet that a save could
-    keep, and by it the launcher ends those that wait for a rank which has refused its input. A
-    handler would hold them there until they are killed 30 s later.
+    Before that, several ranks keep the default action of SIGTERM: there is nothing to save yet, and the launcher
+    ends with it the ranks that wait for one which has failed. With a handler they would wait until they are killed
+    30 s later.
     """
     global _launcher
     launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -52,7 +52,7 @@ def install(trains: bool = False) -> None:
     answered = trains or (os.environ.get("WORLD_SIZE") or "1") == "1"
     if answered:
         signal.signal(signal.SIGTERM, _remember)
-    # torchrun catches SIGHUP under nohup too, and ends its ranks by it: they have a session of their own, and no
+    # torchrun catches SIGHUP under nohup too, and ends its ranks with it: they run in a session of their own, so no
     # terminal sends them another one.
     if HUP and (launched or signal.getsignal(HUP) != signal.SIG_IGN):
         signal.signal(HUP, _remember if answered else signal.SIG_DFL)

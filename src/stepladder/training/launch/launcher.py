@@ -1,7 +1,7 @@
-"""What a launcher asks for: the ranks, under which strategy; and what its configuration may not decide.
+"""What a launcher asks for: ranks and strategy; and what its configuration may not decide.
 
 A launch that silently becomes something else is the costliest mistake (QLoRA collapsing to one rank: axolotl#3839), so
-what no strategy here does is refused, and what the recipe decides is left to it.
+unsupported options are refused, and the recipe's values hold.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 from stepladder import files
 from stepladder.errors import LaunchError
 
-# How a sharded model is saved, in the launcher's words.
-WHOLE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
-# What a launcher tells each of its ranks, and where others say how many copies they have started.
-OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-COPIES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# The launcher's variables by which a sharded model is saved unsharded.
+UNSHARDED_SAVE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+# The variables that a launcher sets for each rank, and those by which others count the copies that they start.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+COPY_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHER = "the launcher's configuration"
-GATHERS = "stage3_gather_16bit_weights_on_model_save"
-# Blocks of DeepSpeed's file that decide on the curve, and what the recipe has instead.
+GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
+# Blocks of DeepSpeed's file that would change the curve, and what the recipe has instead.
 OTHER_CURVE = {
     "optimizer": "the recipe's optim, learning_rate and weight_decay decide",
     "scheduler": "the recipe's lr_scheduler_type and warmup_steps decide",
@@ -74,11 +74,11 @@ class Launch:
     strategy: Strategy
 
 
-def launched() -> Launch:
-    """Read the environment that `accelerate launch`, torchrun or a plain `python` set. Imports nothing heavy.
+def read_launch() -> Launch:
+    """Read the environment that `accelerate launch`, torchrun or a plain `python` set; imports nothing heavy.
 
     Raises:
-        LaunchError: its numbers are those of no rank, or copies were started that do not know of each other.
+        LaunchError: its numbers fit no rank, or several copies were started without a launcher.
     """
     env = os.environ
 
@@ -92,13 +92,13 @@ def launched() -> Launch:
     rank, local_rank, local_ranks = number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", ranks)
     if not (0 <= rank < ranks and 0 <= local_rank < local_ranks <= ranks):
         raise LaunchError(
-            f"{' '.join(f'{name}={env[name]}' for name in OF_A_RANK if env.get(name))} is no rank of a launch",
+            f"{' '.join(f'{name}={env[name]}' for name in RANK_VARIABLES if env.get(name))} is no rank of a launch",
             where="the environment",
             why="a launcher sets these for each rank; a shell or a profile has kept some",
-            help=f"unset {' '.join(OF_A_RANK)}",
+            help=f"unset {' '.join(RANK_VARIABLES)}",
             this_rank_only=True,
         )
-    copies = next((name for name in COPIES if number(name, 1) > 1), None)
+    copies = next((name for name in COPY_COUNTS if number(name, 1) > 1), None)
     if copies and not env.get("WORLD_SIZE"):
         raise LaunchError(
             f"{env[copies]} copies of this were started, and no launcher joins them to one run",
@@ -138,12 +138,12 @@ def _strategy(ranks: int) -> str:
                 why="no run's memory, checkpoints and curve are checked under it",
                 help="stage 2: it shards the gradients too, and sends no more",
             )
-        if file and stage == "3" and zero.get(GATHERS) is not True:
+        if file and stage == "3" and zero.get(GATHER_WEIGHTS) is not True:
             raise LaunchError(
-                f"{GATHERS} is {json.dumps(zero.get(GATHERS, False))}",
+                f"{GATHER_WEIGHTS} is {json.dumps(zero.get(GATHER_WEIGHTS, False))}",
                 where=file,
                 why="each rank would save its shards of the result, and none the model",
-                help=f'"{GATHERS}": true',
+                help=f'"{GATHER_WEIGHTS}": true',
             )
         offloads = zero.get("offload_optimizer") or {"device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")}
         offload = isinstance(offloads, dict) and (offloads.get("device") or "none") != "none"
@@ -154,10 +154,10 @@ def _strategy(ranks: int) -> str:
 
 
 def _checked_config(file: str) -> dict:
-    """The `zero_optimization` of DeepSpeed's file.
+    """The `zero_optimization` block of DeepSpeed's file.
 
     Raises:
-        LaunchError: the file cannot be read, or would train something else than the recipe says.
+        LaunchError: the file cannot be read, or would override the recipe.
     """
     try:
         config = files.read_object(file)
@@ -182,10 +182,7 @@ def _checked_config(file: str) -> dict:
 
 
 def _check_launcher() -> None:
-    """Raise LaunchError for what a launcher's configuration asks for and no strategy here does.
-
-    Each was tried, and ended in a traceback or trained another curve.
-    """
+    """Raise LaunchError for options of a launcher's configuration that end in a traceback or train another curve."""
     env = os.environ
     refused = {
         "Megatron-LM": (env.get("ACCELERATE_USE_MEGATRON_LM") == "true", "it is not one of the strategies here"),
@@ -219,8 +216,8 @@ def _check_launcher() -> None:
             )  # fmt: skip
 
 
-def asked_for() -> int | None:
-    """The number of ranks that the `accelerate launch` above this process was asked for; None where none is above."""
+def requested_ranks() -> int | None:
+    """The number of ranks asked of the `accelerate launch` that started this process; None without one."""
     import psutil
     import yaml
 
@@ -244,8 +241,8 @@ def asked_for() -> int | None:
 def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> list[str]:
     """Let the recipe decide what a launcher's configuration may set too.
 
-    Call it before the training arguments are made: Transformers takes the launcher's precision where the recipe asks
-    for fp32, and DeepSpeed its accumulation and clipping.
+    Call it before the training arguments are created: Transformers would take the launcher's precision where the recipe
+    asks for fp32, and DeepSpeed its accumulation and clipping.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`.
@@ -253,7 +250,7 @@ def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> 
         max_grad_norm: what gradients are clipped to.
 
     Returns:
-        A note for each of the launcher's values that is another and is not used.
+        A note for each of the launcher's values that differs and is not used.
     """
     ours = {
         "mixed_precision": "no" if precision == "fp32" else precision,
@@ -266,7 +263,7 @@ def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> 
         if theirs not in ("auto", "no", str(value), f"{value}.0"):
             notes.append(f"{key}: {theirs} of the launcher is not used: the recipe decides, and it is {value} here")
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(ours["mixed_precision"])
-    for key, value in WHOLE.items():  # else the result of a run could not be saved
+    for key, value in UNSHARDED_SAVE.items():  # else the result of a run could not be saved
         if os.environ.get(key, value) != value:
             notes.append(f"{key.removeprefix('ACCELERATE_').lower()}: {value} here, since the result is saved whole")
             os.environ[key] = value

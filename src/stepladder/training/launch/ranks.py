@@ -21,11 +21,11 @@ from stepladder.console import say
 from stepladder.errors import LaunchError
 from stepladder.model import pretrained
 from stepladder.settings import Settings
-from stepladder.training.launch.launcher import OF_A_RANK, Launch, asked_for
+from stepladder.training.launch.launcher import RANK_VARIABLES, Launch, requested_ranks
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Rank 0's value on every rank."""
     import torch.distributed as dist
 
     values = [value]
@@ -67,20 +67,21 @@ def meeting(launch: Launch) -> Iterator[None]:
 
 
 def _check_meeting_place(launch: Launch) -> None:
-    """Raise LaunchError where the others cannot be found; say for whom a rank waits that no torchrun has started."""
+    """Raise LaunchError without the variables by which ranks meet; without torchrun, print for whom a rank waits."""
+    unset = f"unset {' '.join(RANK_VARIABLES)}"
     if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         raise LaunchError(
             f"WORLD_SIZE={launch.ranks} without {', '.join(missing)}",
             where="the environment",
             why="a launcher sets all of them for each rank; a shell or a profile has kept some",
-            help=f"accelerate launch --num_processes {launch.ranks} …; for one process: unset {' '.join(OF_A_RANK)}",
+            help=f"accelerate launch --num_processes {launch.ranks} …; for one process: {unset}",
             this_rank_only=True,
         )
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         print(
             f"note: rank {launch.rank} waits for the others of WORLD_SIZE={launch.ranks} at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, as the environment has it, and no torchrun; for "
-            f"one process: unset {' '.join(OF_A_RANK)}",
+            f"one process: {unset}",
             file=sys.stderr,
             flush=True,
         )
@@ -111,7 +112,7 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
             why="the run would silently train on fewer ranks than you pay for",
             help="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
         )
-    if joined != (asked := asked_for() or joined):
+    if joined != (asked := requested_ranks() or joined):
         raise LaunchError(
             f"{asked} ranks were asked for and {joined} joined",
             why="distributed_type: NO starts one process, and DeepSpeed's own launchers, without a hostfile, train on "
@@ -138,11 +139,11 @@ def shard_on_cpu(launch: Launch) -> None:
         os.environ["FSDP_OFFLOAD_PARAMS"] = "false"
 
 
-def one_a_node(launch: Launch, work: Callable[[], Path]) -> Path:
+def once_per_node(launch: Launch, work: Callable[[], Path]) -> Path:
     """The folder that `work` returns, from the one rank of this node that does it; every rank calls it once.
 
-    The others wait however long it takes: in a group of their own, since NCCL gives up after
-    `ddp_timeout` (half an hour), which the preparation of a large set may outlast.
+    The others wait as long as it takes, in a group of their own: NCCL gives up after
+    `ddp_timeout` (half an hour), which preparing a large data set may exceed.
 
     Raises:
         LaunchError: the ranks did not find each other.

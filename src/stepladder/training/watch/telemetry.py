@@ -105,28 +105,28 @@ class Telemetry(TrainerCallback):
     """Counts and times the steps, and writes metrics.jsonl as they are logged.
 
     Args:
-        work: the operations of the model; None where they are not known, and there is no MFU then.
-        ranks_a_node: where the ranks are more, each node's load is told too; a tracker sees rank 0's alone.
+        work: the operations of the model; None where they are unknown: there is no MFU then.
+        ranks_a_node: with more ranks than these, each node's load is logged too.
     """
 
     def __init__(self, run: Run, work: Work | None = None, ranks_a_node: int = 0):
         self.run, self.work, self.ranks_a_node = run, work, ranks_a_node
-        # Over all ranks, since the run began: tokens, those of them with a loss, places of the batches,
-        # query–key pairs; optimizer steps, their seconds, and those of them in which a rank waited for data.
+        # Over all ranks, since the run began: tokens, loss tokens, slots of the batches, query–key pairs;
+        # optimizer steps, their seconds, and the seconds in which a rank waited for data.
         self.tokens = self.trained_tokens = self.places = self.pairs = self.steps = 0
         self.seconds = self.waited = 0.0
         self.rows_checksum = 0  # of the rows trained since the last logged step
         self.step_seconds: list[float] = []  # of each step since this start
-        self.save_seconds: list[float] = []  # for which each checkpoint of this start kept the steps waiting
+        self.save_seconds: list[float] = []  # that each checkpoint of this start delayed the steps
         self.first_step: float | None = None  # seconds from this start's command to its first step
         self._since_log: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._waits = self._forward = 0.0  # of this rank, since the last logged step
         self._events: list[tuple[Any, Any]] = []  # around each forward pass on a GPU, which runs on by itself
         self._began: float | None = None
-        load("cpu")  # the share of the processors in use is since the call before
+        load("cpu")  # psutil measures the use of the processors since the previous call
 
     def checkpointed(self) -> dict[str, Any]:
-        """What a resumed run goes on counting from."""
+        """The counts from which a resumed run continues."""
         return {key: getattr(self, key) for key in (*COUNTED, "rows_checksum", "_since_log")}
 
     def restore(self, values: dict[str, Any]) -> None:
@@ -141,9 +141,9 @@ class Telemetry(TrainerCallback):
         self.pairs += pairs
 
     def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
-        """A step's batches: the step begins, and how long each is waited for is counted.
+        """A step's batches, at whose first one the step begins; counts how long each is waited for.
 
-        Not the first of a start, for which workers are started and a resumed stream is skipped.
+        The first batch of a start is not counted, since workers start and a resumed stream is skipped before it.
         """
         first, began = self._began is None, time.perf_counter()
         self._began = began
@@ -158,14 +158,14 @@ class Telemetry(TrainerCallback):
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around a checkpoint's writing."""
+        """Time the saving of a checkpoint."""
         began = time.perf_counter()
         yield
         self.save_seconds.append(time.perf_counter() - began)
 
     @contextlib.contextmanager
     def forward(self, device: Any) -> Iterator[None]:
-        """Around a forward pass, in which a rank under DDP waits for no other: it shows who is slow."""
+        """Time a forward pass: under DDP a rank waits for no other in it, so it shows the slow ones."""
         if device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -181,16 +181,16 @@ class Telemetry(TrainerCallback):
         assert self._began is not None
         halts = control.should_log or control.should_evaluate or control.should_save or control.should_training_stop
         if halts and args.device.type != "cpu":
-            # The optimizer may still run on the device. Most steps wait for it in the next one; before what follows
-            # now, which is in no step, nobody would (the log reads the loss).
+            # The optimizer may still run on the device. Usually the next step waits for it, but what follows now
+            # belongs to no step.
             torch.accelerator.synchronize(args.device)
         self.step_seconds.append(time.perf_counter() - self._began)
         self.seconds += self.step_seconds[-1]
         self.steps += 1
 
-    def figures(self, device: Any) -> dict[str, float]:
-        """What a logged step shows of the steps since the last one; every rank calls it."""
-        waits, forwards, memory, *loads = self._gathered(device)
+    def step_metrics(self, device: Any) -> dict[str, float]:
+        """The metrics of the steps since the last logged one; every rank calls it."""
+        waits, forwards, memory, *loads = self._gather(device)
         self.waited += max(waits)
         new = {key: getattr(self, key) - self._since_log[key] for key in COUNTED}
         self._since_log = {key: getattr(self, key) for key in COUNTED}
@@ -215,9 +215,8 @@ class Telemetry(TrainerCallback):
                         found[f"node_{first // self.ranks_a_node}/{name}"] = round(share, 1)
         return found
 
-    def _gathered(self, device: Any) -> list[tuple[float, ...]]:
-        """Of each rank since the last logged step: seconds of waiting for data, seconds in forward passes, its
-        peak memory in bytes; its load."""
+    def _gather(self, device: Any) -> list[tuple[float, ...]]:
+        """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
         for start, end in self._events:
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
@@ -242,7 +241,7 @@ class Telemetry(TrainerCallback):
 
 
 def rates(counted: dict[str, float], work: Work | None) -> dict[str, float]:
-    """The figures that follow from counts: tokens a second, share of padding, and where the work is known MFU, HFU."""
+    """The metrics that follow from counts: tokens per second, padding, and where the work is known MFU and HFU."""
     tokens, seconds = counted["tokens"], counted["seconds"]
     if not seconds:  # resumed after the last step
         return {}
@@ -258,7 +257,7 @@ def rates(counted: dict[str, float], work: Work | None) -> dict[str, float]:
 
 
 def load(device: Any) -> tuple[float, ...]:
-    """What is in use of this machine's processors and memory, and of this rank's GPU, in percent; NaN: not known."""
+    """The use of this machine's processors and memory and of this rank's GPU, in percent; NaN where unknown."""
     gpu = gpu_memory = math.nan
     if torch.device(device).type == "cuda":
         with contextlib.suppress(Exception):  # it asks a library of the driver, which a container may lack
@@ -269,16 +268,16 @@ def load(device: Any) -> tuple[float, ...]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this rank has held: the CUDA allocator's count, or the process's resident set."""
+    """The peak memory of this rank: the CUDA allocator's count, or the process's resident set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return hardware.peak_resident_bytes()
 
 
 def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:
-    """The `totals` of run.json; every rank calls it, to tell its peak memory.
+    """The `totals` of run.json; every rank calls it, for its peak memory.
 
-    The percentiles of the step times, the saves and the first step are of this start alone.
+    Percentiles of step times, saves and the first step are of this start alone.
     """
     peaks = [peak_memory_bytes()]
     if dist.is_initialized():
@@ -310,7 +309,7 @@ def result_step(state: Any) -> int:
     return int(state.best_global_step if state.best_model_checkpoint else state.global_step)
 
 
-def final(state: Any) -> dict[str, float]:
+def final_losses(state: Any) -> dict[str, float]:
     """The last training and evaluation loss up to the step that is the result, from the trainer's state."""
     last: dict[str, float] = {}
     for entry in state.log_history:

@@ -54,19 +54,23 @@ OPERATION_WORDS = {
 }
 
 
-def beginning(
+def opening_block(
     run: Run, recipe: Recipe, steps: int | None, sequences: int | None, attention: str, notes: list[str]
 ) -> str:
-    """What will happen, in one block before it does.
+    """What a run will do, printed before it begins.
 
     Args:
-        steps: of the whole run; and sequences of an epoch: None of a stream.
-        attention: what computes it, and how rows lie.
+        steps: of the whole run; None where unknown, as `sequences` per epoch is for a stream.
+        attention: the implementation, and whether rows are padded.
     """
     f = run.manifest
     counts, origin = f["parameters"], f["starts_from"]
     data = ", ".join(f"{d['name']} ({d['rows']} rows)" for d in f["datasets"])
     ranks = f"{f['world_size']} rank{'s' * (f['world_size'] > 1)}"
+    adapter = (
+        [f"adapter     {origin['adapter']} is trained on; its base is {origin['base']}"] if "adapter" in origin else []
+    )
+    epochs = f" ({steps / math.ceil(sequences / f['global_batch_size']):.3g} epochs)" if steps and sequences else ""
     return "\n".join(
         (
             f"recipe      {f['recipe_name']} ({f['recipe_hash']}) → {run.folder}",
@@ -78,13 +82,8 @@ def beginning(
             f"parameters  {counts['trainable']:,} trainable of {counts['all']:,} "
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
-            *(
-                f"adapter     {origin[key]} is trained on; its base is {origin['base']}"
-                for key in ("adapter",)
-                if key in origin
-            ),
-            f"run         {_method(recipe)}, {steps} steps{_epochs(steps, sequences, f['global_batch_size'])}, "
-            f"{_checkpoints(recipe)}",
+            *adapter,
+            f"run         {_method(recipe)}, {steps} steps{epochs}, {_checkpoints(recipe)}",
             f"watch       {_watched(recipe, f['plan'])}",
             *(f"resumed     from step {r['step']}, {r['from']}" for r in f["resumed"][-1:]),
             *(f"note        {note}" for note in notes),
@@ -100,10 +99,6 @@ def _method(recipe: Recipe) -> str:
     return f"{name} on 4-bit weights" if recipe.get("load_in_4bit") else name
 
 
-def _epochs(steps: int | None, sequences: int | None, batch: int) -> str:
-    return f" ({steps / math.ceil(sequences / batch):.3g} epochs)" if steps and sequences else ""
-
-
 def _checkpoints(recipe: Recipe) -> str:
     every = {"no": "no checkpoints", "epoch": "a checkpoint each epoch", "best": "a checkpoint at each better loss"}
     strategy = str(getattr(recipe.get("save_strategy"), "value", recipe.get("save_strategy")))
@@ -113,7 +108,7 @@ def _checkpoints(recipe: Recipe) -> str:
 
 
 def _watched(recipe: Recipe, plan: dict[str, Any]) -> str:
-    """Where its figures go, and the memory that it is planned to take."""
+    """Where the metrics go, and the planned peak memory."""
     names = recipe.get("report_to") or []
     names = [names] if isinstance(names, str) else names
     told = ", ".join(["metrics.jsonl", *(name for name in names if name != "none")])
@@ -122,7 +117,7 @@ def _watched(recipe: Recipe, plan: dict[str, Any]) -> str:
 
 
 def _unused(f: dict[str, Any]) -> str:
-    """Places of a step that no row takes, which cost time and change nothing."""
+    """Slots of a step without a row, which cost time and change nothing."""
     places = f["micro_batch_size"] * f["gradient_accumulation_steps"] * f["world_size"]
     empty = places - f["global_batch_size"]
     return f", {empty} of {places} places empty (another per_device_train_batch_size may take none)" if empty else ""
@@ -261,8 +256,8 @@ def cost_lines(averages: Any, steps: int) -> list[str]:
     return lines
 
 
-def ending(run: Run) -> str:
-    """What happened, and where it lies."""
+def closing_block(run: Run) -> str:
+    """The result of a finished run, where it is, and what to do next."""
     totals, last = run.manifest["totals"], run.manifest["final"]
     losses = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in last.items())  # none of a short run
     starts = len(run.manifest["resumed"]) + 1
@@ -290,8 +285,8 @@ def ending(run: Run) -> str:
     return "\n".join(lines)
 
 
-def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
-    """Write a page of a run that is finished. What goes wrong is said: the result stands without its page."""
+def write_page(write: Callable[..., Any], folder: Path, *args: Any) -> None:
+    """Write a page of a finished run. An error is printed, and the result stands without its page."""
     try:
         write(folder, *args)
     except Exception as error:
@@ -302,8 +297,8 @@ def written_beside(write: Callable[..., Any], folder: Path, *args: Any) -> None:
         say(f"  the result stands; for its page, once that is mended: python scripts/report.py {quoted(folder)}")
 
 
-def preempted(run: Run) -> str:
-    """That it stopped as it was asked to, and how to go on."""
+def preemption_message(run: Run) -> str:
+    """That the run stopped on a signal, and how to resume it."""
     if not (steps := run.manifest["totals"]["steps"]):
         return "stopped before the first step: the same command again begins anew (exit code 75)"
     return f"stopped after step {steps}, and saved: the same command again goes on from there (exit code 75)"

@@ -1,12 +1,13 @@
 """W&B, TensorBoard, Trackio and the others of `report_to`: one run and one curve, however often it is resumed.
 
-None of them may end or slow a run: what one raises is said once, and it is left alone from then on. They are
-told by rank 0 alone, and the same figures as metrics.jsonl.
+None of them may end or slow a run: an error of one is reported once, and it is disabled. Rank 0 alone reports to
+them, and the same metrics as in metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import io
 import itertools
@@ -34,10 +35,10 @@ from stepladder.run import Run
 from stepladder.training.launch.launcher import Strategy
 from stepladder.training.watch.telemetry import DROPPED
 
-Ask = Callable[[Any], list[dict[str, str]]]  # of the model: each question, its reference and its answer
-PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server; its own variables set others
+Ask = Callable[[Any], list[dict[str, str]]]  # model → each question, its reference and its answer
+PATIENCE = "30"  # seconds that a start, and an end, waits for W&B's server, unless W&B's own variables set others
 MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, that the upload of the result may take
-WRITING = 10  # seconds that its service may take to write what it was given, on a machine under load
+WRITING = 10  # seconds that its service may take to write its file on a machine under load
 BLOCK = 1 << 15  # bytes, of W&B's file (LevelDB's log format)
 NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "result_step", "saved",
                      "error", "samples"}  # fmt: skip
@@ -45,89 +46,80 @@ NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
 
 
 class Tracker(TrainerCallback):
-    """Passes the events that trackers use on to one of them, until it fails."""
+    """Passes the events that trackers use to one of them, until it fails."""
 
     def __init__(self, callback: TrainerCallback):
         self.callback: TrainerCallback | None = callback
 
-    def tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:
         if self.callback is None:
             return
         try:
             getattr(self.callback, event)(*args, **kwargs)
         except Exception as error:
-            left_out(type(self.callback).__name__.removesuffix("Callback"), error)
+            _warn_left_out(type(self.callback).__name__.removesuffix("Callback"), error)
             self.callback = None
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("on_train_begin", *args, **kwargs)
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("on_log", *args, **kwargs)
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("on_save", *args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.tell("on_train_end", *args, **kwargs)
+    on_train_begin = functools.partialmethod(_notify, "on_train_begin")
+    on_log = functools.partialmethod(_notify, "on_log")
+    on_save = functools.partialmethod(_notify, "on_save")
+    on_train_end = functools.partialmethod(_notify, "on_train_end")
 
     def close(self, code: int) -> None:
-        """With the run's exit code. Where it is 0, the run is whole and its page written."""
+        """Close it with the run's exit code: with 0 the run is complete and its page written."""
         if hasattr(self.callback, "close"):
-            self.tell("close", code)
+            self._notify("close", code)
         self.callback = None
 
 
 @contextlib.contextmanager
-def closing(record: Run) -> Iterator[list[Tracker]]:
-    """A list of trackers that are closed at the end of the block, by what run.json says of the run then."""
-    told: list[Tracker] = []
+def close_at_end(record: Run) -> Iterator[list[Tracker]]:
+    """A list of trackers that are closed at the end of the block, by the status of the run in run.json."""
+    trackers: list[Tracker] = []
     try:
-        yield told
+        yield trackers
     finally:
-        close(told, {"finished": 0, "preempted": EXIT_PREEMPTED}.get(record.manifest["status"], EXIT_FAILED))
+        close(trackers, {"finished": 0, "preempted": EXIT_PREEMPTED}.get(record.manifest["status"], EXIT_FAILED))
 
 
-def close(told: list[Tracker], code: int) -> None:
-    for tracker in told:
+def close(trackers: list[Tracker], code: int) -> None:
+    for tracker in trackers:
         tracker.close(code)
 
 
-def left_out(name: str, error: Exception) -> None:
+def _warn_left_out(name: str, error: Exception) -> None:
     say(f"⚠ {name} fails and is left out: {brief(error)}; the run goes on, and metrics.jsonl holds everything")
 
 
-def of(record: Run, recipe: Recipe, args: Any, ask: Ask | None = None) -> list[Tracker]:
-    """The trackers that `report_to` names; none on other ranks than 0. Transformers adds none of its own then.
+def create_trackers(record: Run, recipe: Recipe, args: Any, ask: Ask | None = None) -> list[Tracker]:
+    """The trackers that `report_to` names, on rank 0 alone. Clears `args.report_to`, so that Transformers adds none.
 
     Args:
         ask: asks the model a few questions, for W&B's table of answers before and after the training.
     """
     names, args.report_to = args.report_to, []
     own = {"wandb": Wandb, "tensorboard": TensorBoard, "trackio": Trackio}
-    if not record.is_writer:
-        return []
-    made = []
-    for name in names:
+    trackers = []
+    for name in names if record.is_writer else []:
         try:
-            found = own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]()
+            callback = own[name](record, recipe) if name in own else get_reporting_integration_callbacks([name])[0]()
         except Exception as error:
-            left_out(name, error)
+            _warn_left_out(name, error)
             continue
-        if isinstance(found, Wandb):
-            found.ask = ask
-        made.append(Tracker(found))
-    return made
+        if isinstance(callback, Wandb):
+            callback.ask = ask
+        trackers.append(Tracker(callback))
+    return trackers
 
 
 class Wandb(WandbCallback):
-    """One W&B run: its id lies in run.json and in the checkpoints, its `_step` is the optimizer step.
+    """One W&B run: its id is in run.json and in the checkpoints, its `_step` is the optimizer step.
 
-    W&B takes no step twice, so a resumed run first sends what its server does not have yet of metrics.jsonl,
-    and steps that it has are left out (the curve is the same). Offline each start has a file of its own, and
-    the newest one holds the whole run, so that it alone is to be synced. (The client can rewind
-    too, `resume_from`, but not offline, and not every server can.) By its `_step` W&B draws all of them
-    already, so no axes are declared.
+    W&B accepts no step twice, so a resumed run first sends the rows of metrics.jsonl that its server lacks,
+    and omits the steps that it has (the curve is the same). Offline each start writes its own file, and
+    the newest one holds the whole run, so only that one is to be synced. (The client can rewind
+    too, `resume_from`, but not offline, and not every server can.) W&B draws all metrics over `_step`
+    by default, so no axes are declared.
     """
 
     def __init__(self, record: Run, recipe: Recipe):
@@ -145,7 +137,7 @@ class Wandb(WandbCallback):
             say(f"W&B is given no sample answers: under {facts['strategy']} no rank has the whole model to ask")
         for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
             os.environ.setdefault(name, PATIENCE)
-        # no git: a remote's address may hold a password, and the commit is in the configuration
+        # no git: a remote's address may hold a password; the commit is in the configuration
         settings = wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout_raises=True)
         mode = wandb.setup(settings).settings.mode
         project = recipe.values.get("project") or os.environ.get("WANDB_PROJECT") or args.project
@@ -168,7 +160,7 @@ class Wandb(WandbCallback):
             self.run = wandb.init(**asked, mode=mode)
         except Exception as error:
             why = f", since its server cannot be used ({brief(error)})"
-            wandb.teardown()  # its service holds the id of the run that did not come to be
+            wandb.teardown()  # its service keeps the id of the run that failed to start
             self.run = wandb.init(**asked, mode="offline")
         if mode == "disabled":
             say("W&B is told nothing, since WANDB_MODE is disabled")
@@ -192,7 +184,7 @@ class Wandb(WandbCallback):
             self._show(state.global_step, logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Ask again. Transformers would save the model once more here, which a sharded one cannot."""
+        """Ask again. Transformers would save the model here once more, which fails for a sharded one."""
         if self.ask and state.global_step >= state.max_steps:
             before = self.record.manifest.get("samples", {}).get("before", [])
             self.record.update(samples={"before": before, "after": self._asked(model)})
@@ -206,10 +198,10 @@ class Wandb(WandbCallback):
             return []
 
     def close(self, code: int) -> None:
-        """End the run as it ended here, and wait for the upload, but not for long.
+        """End the W&B run with the exit code of this one, and wait for the upload, for a limited time.
 
-        Offline, W&B stops recording for good at its first error, such as a disk that is full for a moment, and says
-        nothing: what it has written is looked at, and written anew where it lacks the end.
+        Offline, W&B silently stops recording at its first error, such as a disk that is full for a moment: its file is
+        checked, and rewritten where it lacks the end.
         """
         if self.run is None:
             return
@@ -225,7 +217,7 @@ class Wandb(WandbCallback):
         say(f"  to upload the run later: wandb sync {self.run.settings.sync_dir}")
 
     def _is_whole(self) -> bool:
-        """Whether the file of this offline run holds its last entry, which W&B's service may write a little later."""
+        """Whether the file of this offline run holds its last entry, which W&B's service may write with a delay."""
         file, end = next(Path(self.run.settings.sync_dir).glob("*.wandb")), time.monotonic() + WRITING
         while not (found := self._holds_end(file)) and time.monotonic() < end:
             time.sleep(0.2)
@@ -274,7 +266,7 @@ class Wandb(WandbCallback):
 
 
 class TensorBoard(TensorBoardCallback):
-    """All starts of a run write into one folder; what came after the checkpoint is purged."""
+    """All starts of a run write into one folder; steps after the resumed checkpoint are purged."""
 
     def __init__(self, record: Run, recipe: Recipe):
         from torch.utils.tensorboard import SummaryWriter
@@ -290,7 +282,7 @@ class TensorBoard(TensorBoardCallback):
 
 
 class Trackio(TrackioCallback):
-    """Trackio finds a run again by its name, so that has the run's id; steps that it has are not told again."""
+    """Trackio identifies a run by its name, which therefore holds the run's id; its steps are not sent again."""
 
     def __init__(self, record: Run, recipe: Recipe):
         super().__init__()
@@ -298,7 +290,7 @@ class Trackio(TrackioCallback):
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         args.run_name = f"{args.run_name or self.record.folder.name}-{self.record.manifest['wandb_run_id']}"
-        with contextlib.redirect_stdout(io.StringIO()):  # it has five lines to say, and this is what they come to:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints five lines, which the next one sums up
             super().setup(args, state, model, **kwargs)
         say(f"Trackio shows the run as {args.run_name} with: trackio show --project {args.project}")
 
@@ -333,5 +325,5 @@ def brief(error: Exception) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """WANDB_BASE_URL may hold a password, and the client prints it."""
+    """Cut the password that WANDB_BASE_URL may hold, which the client prints."""
     return re.sub(r"//[^/@\s]+@", "//", text)
