@@ -61,7 +61,7 @@ def main() -> int | None:
         parser.error("--endpoint and --model go together")
     notes: list[str] = []
     runs = held_out.Runs(notes)
-    if not (args.data or args.prompts or (args.tuned and runs.of(args.tuned[0]))):
+    if not (args.data or args.prompts or (args.tuned and runs.run_folders(args.tuned[0]))):
         parser.error("--data FILE or --prompts FILE is needed: the first --tuned is no run, which holds rows out")
     if args.tuned and not (args.base or args.endpoint):
         args.base = runs.base_of(args.tuned[0])
@@ -82,13 +82,17 @@ def main() -> int | None:
     if args.data or not args.prompts:
         compared = mixture.from_name(args.data) if args.data else runs.held_out(args.tuned[0])
         notes += compared.notes
-        compared = held_out.once(compared, notes)
+        compared = held_out.leave_out_copies(compared, notes)
         given = len(compared)
-        compared, on_training = held_out.apart(compared, trained, notes)
+        compared, on_training = held_out.leave_out_trained(compared, trained, notes)
         if on_training and args.prompts:
             raise errors.DataError("each row of --data was trained on", help="other rows, or --prompts alone")
     asked = questions.read_prompts(args.prompts, notes) if args.prompts else questions.extract_questions(compared)
-    asked = held_out.prompts_apart(held_out.prompts_once(asked, notes), trained, notes) if args.prompts else asked
+    asked = (
+        held_out.leave_out_trained_prompts(held_out.leave_out_copied_prompts(asked, notes), trained, notes)
+        if args.prompts
+        else asked
+    )
     notes += questions.remarks(asked, None if args.prompts else compared)
     asked = asked[: args.limit]
     on = sides.Measured(asked, compared, notes=notes, base=sources[0])

@@ -16,13 +16,12 @@ from stepladder.errors import DataError, ModelError
 from stepladder.evaluation import (
     compare,
     learned,
-    loss,
     metrics,
     questions,
     sides,
 )
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.held_out import RowLoss, mean_loss, measure_losses
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 
@@ -200,7 +199,7 @@ def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path
                 log_p = model(ids).logits[0, :-1].log_softmax(-1)
             trained = labels != IGNORED
             expected.append((-log_p[trained].gather(1, labels[trained, None]).sum().item(), int(trained.sum())))
-        found = loss.of_rows(model, tokenizer, rows, batch_size=2)
+        found = measure_losses(model, tokenizer, rows, batch_size=2)
         assert [row.tokens for row in found] == [tokens for _, tokens in expected]
         # Sums of some hundred nats in fp32; a token too few or many is several nats.
         assert [row.nats for row in found] == pytest.approx([nats for nats, _ in expected], abs=1e-3)
@@ -209,7 +208,7 @@ def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path
 def test_models_of_other_tokenizers_are_compared_by_the_same_unit() -> None:
     """Guards against a tokenizer with shorter tokens that makes any model look better a token."""
     base, tuned = [RowLoss(20.0, 10)], [RowLoss(20.0, 40)]
-    assert loss.mean(tuned, base) == loss.mean(base) == 2 and learned.loss_test(base, tuned).mean == 0
+    assert mean_loss(tuned, base) == mean_loss(base) == 2 and learned.loss_test(base, tuned).mean == 0
 
 
 def test_copies_are_found_by_their_longest_run() -> None:

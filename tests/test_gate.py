@@ -19,7 +19,7 @@ from stepladder.errors import DataError, StepladderError
 from stepladder.evaluation import behaviours, compare, gate, learned, metrics
 from stepladder.evaluation.behaviours import Task, Tried
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.held_out import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 

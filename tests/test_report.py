@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, metrics, script
 from stepladder.evaluation import compare
 from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.held_out import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 from stepladder.reporting.curves import judge_curves

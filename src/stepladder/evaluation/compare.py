@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.evaluation import behaviours, learned, loss, metrics
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation import behaviours, learned, metrics
+from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
@@ -122,8 +122,8 @@ def _verdicts(
         before, after = (side.training.get(tuned.name, []) for side in (base, tuned))
         losses = None
         if before and after and base.losses and tuned.losses:
-            held_out = loss.mean(base.losses), loss.mean(tuned.losses, base.losses)
-            losses = (loss.mean(before), loss.mean(after, before)), held_out
+            held_out = mean_loss(base.losses), mean_loss(tuned.losses, base.losses)
+            losses = (mean_loss(before), mean_loss(after, before)), held_out
         if losses or tuned.texts:
             yield learned.memorized(trained, tuned.texts, [question.reference for question in questions], losses)
     if base.general and tuned.general:
@@ -269,7 +269,7 @@ def _facts(side: Side, base: Side) -> dict[str, Any]:
         ("training_loss", side.training.get(side.name), base.training.get(side.name)),
     ):
         if mine:
-            facts[key] = loss.mean(mine, of or None)
+            facts[key] = mean_loss(mine, of or None)
     if tried := side.tried:
         facts["behaviours"] = [
             {"behaviour": task.behaviour, "question": task.question.text, "answer": answer, "kept": kept}

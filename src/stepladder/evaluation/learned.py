@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from stepladder.evaluation import loss, metrics
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation import metrics
+from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import words
 from stepladder.verdict import FAULT, GOOD, LEVEL, LOOK, Verdict
 
@@ -99,7 +99,7 @@ def memorized(
 
 def forgot(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     """Whether the loss on general knowledge, which was not trained on, has risen."""
-    before, after = loss.mean(base), loss.mean(tuned, base)
+    before, after = mean_loss(base), mean_loss(tuned, base)
     test = loss_test(base, tuned)
     rise, figures = after - before, {"before": before, "after": after, "p": test.p, "rows": float(len(base))}
     evidence = f"general knowledge: {before:.3f} before, {after:.3f} after ({rise:+.3f}, p = {test.p:.2g})"
@@ -116,7 +116,7 @@ def not_held_out(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[Verdict]
     what, help = "Each row was trained on, so nothing shows what it does on others.", "--data with other rows"
     evidence, figures = "no row was held out", {}
     if base and tuned:
-        before, after = loss.mean(base), loss.mean(tuned, base)
+        before, after = mean_loss(base), mean_loss(tuned, base)
         figures = {"before": before, "after": after}
         evidence = f"loss on training rows {before:.3f} before, {after:.3f} after, on {len(base)} rows"
         if after < KNOWN:
@@ -127,7 +127,7 @@ def not_held_out(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[Verdict]
 
 def better(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
     """Whether the held-out loss fell by more than chance."""
-    before, after, test = loss.mean(base), loss.mean(tuned, base), loss_test(base, tuned)
+    before, after, test = mean_loss(base), mean_loss(tuned, base), loss_test(base, tuned)
     figures = {"before": before, "after": after, "p": test.p}
     evidence = f"held-out loss {before:.3f} before, {after:.3f} after, on {len(base)} rows (p = {test.p:.2g})"
     if test.p >= LEVEL:

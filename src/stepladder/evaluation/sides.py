@@ -12,7 +12,7 @@ from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError
-from stepladder.evaluation import behaviours, endpoint, generation, held_out, loss, questions
+from stepladder.evaluation import behaviours, endpoint, generation, held_out, questions
 from stepladder.evaluation.compare import Side
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Question
@@ -75,11 +75,11 @@ def measure(
     conversations = [question.example for question in on.questions]
     side = Side(source, generation.generate_answers(model, tokenizer, conversations, max_new_tokens=max_new_tokens))
     if on.held_out:
-        side.losses = loss.of_rows(model, tokenizer, on.held_out)
+        side.losses = held_out.measure_losses(model, tokenizer, on.held_out)
     if on.general:
-        side.general = loss.of_rows(model, tokenizer, on.general)
+        side.general = held_out.measure_losses(model, tokenizer, on.general)
     own = {source: on.training[source]} if source in on.training else on.training  # the base: all sides' rows
-    side.training = {name: loss.of_rows(model, tokenizer, rows) for name, rows in own.items()}
+    side.training = {name: held_out.measure_losses(model, tokenizer, rows) for name, rows in own.items()}
     if on.suite and is_model(on.base):
         side.tried = behaviours.ask(model, tokenizer, on.suite, behaviours.REPETITIONS if source == on.base else 0)
         if source == on.base and None in side.tried.kept:
@@ -182,7 +182,7 @@ def is_transcript(source: str) -> bool:
 
 def training_rows(tuned: str | Endpoint, runs: held_out.Runs) -> Rows | None:
     """Rows that a model was trained on, to know them by heart; None where that cannot be told, with a note."""
-    if isinstance(tuned, Endpoint) or not runs.of(tuned):
+    if isinstance(tuned, Endpoint) or not runs.run_folders(tuned):
         note = "is no run folder: what it was trained on is not known, nor whether it knows it by heart"
         runs.notes.append(f"{tuned} {note}")
         return None
