@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.evaluation import behaviours, learned, metrics
+from stepladder.evaluation import behaviours, metrics, verdicts
 from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
@@ -39,16 +39,16 @@ class Side:
         return [answer.text for answer in self.answers]
 
 
-def whole(
+def build_comparison(
     sides: list[Side],
     questions: list[Question],
     rules: list[Rule],
-    trained: dict[str, learned.Trained],
+    trained: dict[str, verdicts.Trained],
     on_training: bool = False,
 ) -> dict[str, Any]:
     """Figures and verdicts, as JSON can hold them; `on_training` where each row was trained on."""
-    compared = compare(sides, questions, rules, on_training)
-    judged = verdicts(sides, questions, trained, rules, on_training)
+    compared = tabulate(sides, questions, rules, on_training)
+    judged = judge_sides(sides, questions, trained, rules, on_training)
     for number, found in enumerate(judged, start=1):
         verdict = behaviours.verdict(compared["metrics"], number)
         if verdict and not any(other["name"] == "diverged" for other in found["verdicts"]):
@@ -56,7 +56,7 @@ def whole(
     return as_json(compared | {"verdicts": judged})
 
 
-def compare(
+def tabulate(
     sides: list[Side], questions: list[Question], rules: list[Rule], on_training: bool = False
 ) -> dict[str, Any]:
     """The first side against each of the others.
@@ -85,10 +85,10 @@ def compare(
     }
 
 
-def verdicts(
+def judge_sides(
     sides: list[Side],
     questions: list[Question],
-    trained: dict[str, learned.Trained],
+    trained: dict[str, verdicts.Trained],
     rules: Sequence[Rule] = (),
     on_training: bool = False,
 ) -> list[dict[str, Any]]:
@@ -107,17 +107,17 @@ def verdicts(
 
 
 def _verdicts(
-    base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None, on_training_rows: bool
+    base: Side, tuned: Side, questions: list[Question], trained: verdicts.Trained | None, on_training_rows: bool
 ) -> Iterator[Verdict]:
     for side in (tuned, base):
         on_training = side.training.get(tuned.name, [])
-        if verdict := learned.diverged([*side.losses, *side.general, *on_training], side.name):
+        if verdict := verdicts.judge_divergence([*side.losses, *side.general, *on_training], side.name):
             yield verdict
             return
     if on_training_rows:
-        yield from learned.not_held_out(base.losses, tuned.losses)
+        yield from verdicts.judge_training_rows(base.losses, tuned.losses)
     elif base.losses and tuned.losses:
-        yield learned.better(base.losses, tuned.losses)
+        yield verdicts.judge_improvement(base.losses, tuned.losses)
     if trained and not on_training_rows:  # which the references of training rows are copies of
         before, after = (side.training.get(tuned.name, []) for side in (base, tuned))
         losses = None
@@ -125,9 +125,11 @@ def _verdicts(
             held_out = mean_loss(base.losses), mean_loss(tuned.losses, base.losses)
             losses = (mean_loss(before), mean_loss(after, before)), held_out
         if losses or tuned.texts:
-            yield learned.memorized(trained, tuned.texts, [question.reference for question in questions], losses)
+            yield verdicts.judge_memorization(
+                trained, tuned.texts, [question.reference for question in questions], losses
+            )
     if base.general and tuned.general:
-        yield learned.forgot(base.general, tuned.general)
+        yield verdicts.judge_forgetting(base.general, tuned.general)
 
 
 def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> Iterator[Verdict]:
@@ -203,7 +205,7 @@ def _loss_row(sides: list[Side], on_training: bool = False) -> dict[str, Any]:
     weights = [float(row.tokens) for row in base]
     means = [_mean([a.nats / b.tokens for a, b in zip(side.losses, base, strict=True)], weights)
              if side.losses else None for side in sides]  # fmt: skip
-    tests = [vars(learned.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
+    tests = [vars(verdicts.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
              for side in sides[1:]]  # fmt: skip
     return _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
 
