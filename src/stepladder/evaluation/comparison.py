@@ -67,7 +67,7 @@ def tabulate(
     columns = [_columns(side, questions, rules) for side in sides]
     rows = []
     if any(side.losses for side in sides):
-        rows += [_loss_row(sides, on_training), _perplexity_row(sides)]
+        rows += _loss_rows(sides, on_training)
     for metric in dict.fromkeys(metric for side in columns for metric in side):
         row = _row(metric, [side.get(metric, []) for side in columns])
         rows += [row] if any(row["sides"]) else []
@@ -160,14 +160,12 @@ def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[M
     found: dict[Metric, Column] = {}
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
         figures = metrics.score_answer(answer, question.reference)
-        figures |= {_of_rule(rule): rule.kept(answer.text, question.reference) for rule in rules}
+        for rule in rules:
+            metric = Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
+            figures[metric] = rule.kept(answer.text, question.reference)
         for metric, value in figures.items():
             found.setdefault(metric, []).append(value)
     return found
-
-
-def _of_rule(rule: Rule) -> Metric:
-    return Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
 
 
 def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
@@ -200,22 +198,18 @@ def _behaviour_rows(sides: list[Side]) -> list[dict[str, Any]]:
     return rows
 
 
-def _loss_row(sides: list[Side], on_training: bool = False) -> dict[str, Any]:
+def _loss_rows(sides: list[Side], on_training: bool) -> list[dict[str, Any]]:
+    """The loss, and the perplexity: e to the loss and to its interval."""
     base = next(side.losses for side in sides if side.losses)
     weights = [float(row.tokens) for row in base]
     means = [_mean([a.nats / b.tokens for a, b in zip(side.losses, base, strict=True)], weights)
              if side.losses else None for side in sides]  # fmt: skip
     tests = [vars(verdicts.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
              for side in sides[1:]]  # fmt: skip
-    return _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
-
-
-def _perplexity_row(sides: list[Side]) -> dict[str, Any]:
-    """e to the loss and to its interval; the test is the loss's."""
-    row = _loss_row(sides)
-    means = [side and {key: math.exp(min(value, 700)) for key, value in side.items() if key != "rows"}
-             for side in row["sides"]]  # fmt: skip
-    return _entry(Metric("perplexity", NEITHER, "a token"), means)
+    powers = [mean and {key: math.exp(min(value, 700)) for key, value in mean.items() if key != "rows"}
+              for mean in means]  # fmt: skip
+    loss = _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
+    return [loss, _entry(Metric("perplexity", NEITHER, "a token"), powers)]
 
 
 def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
