@@ -9,12 +9,10 @@ from typing import Any
 
 from stepladder.evaluation import behaviours, metrics, verdicts
 from stepladder.evaluation.held_out import RowLoss, mean_loss
-from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
+from stepladder.evaluation.metrics import HIGHER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 
-LOSS = Metric("held-out loss", LOWER, "nats a token")
-TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
 
 
@@ -208,7 +206,7 @@ def _loss_rows(sides: list[Side], on_training: bool) -> list[dict[str, Any]]:
              for side in sides[1:]]  # fmt: skip
     powers = [mean and {key: math.exp(min(value, 700)) for key, value in mean.items() if key != "rows"}
               for mean in means]  # fmt: skip
-    loss = _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
+    loss = _entry(metrics.TRAINING_LOSS if on_training else metrics.LOSS, means, [None, *tests])
     return [loss, _entry(Metric("perplexity", NEITHER, "a token"), powers)]
 
 

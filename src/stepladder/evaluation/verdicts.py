@@ -26,7 +26,6 @@ KNOWN, HALF_KNOWN = 0.1, 0.7  # nats a token: each of a training answer is given
 GAP, WIDE_GAP = 0.3, 1.0  # nats a token, beyond the base's: perplexity 1.35 and 2.7 times that on training rows
 RISE, LOUD_RISE = 0.05, 0.3  # nats a token on general knowledge
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
-LOSS = "held-out loss"
 # The verdicts that can be required; those that are given in their place; and what they are drawn from.
 VERDICTS = {
     "better than the base": (
@@ -190,8 +189,10 @@ def read_claims(texts: Sequence[str], rules: Sequence[Rule]) -> list[Claim]:
     Raises:
         StepladderError: there is none, or nothing of that name can be required.
     """
-    known = _known(rules)
-    claims = []
+    possible = [Claim(name, wanted) for name in _figures(rules) for wanted in (BETTER, NOT_WORSE)]
+    possible += [Claim(BEHAVES), *map(Claim, VERDICTS)]
+    known = {_plain(str(claim)): claim for claim in possible} | {short: Claim(name) for short, name in SHORT.items()}
+    claims: list[Claim] = []
     for text in texts:
         # a rule's name may hold a comma: then its claim is a --require of its own
         for part in [text] if _plain(text) in known else text.split(","):
@@ -212,13 +213,7 @@ def read_claims(texts: Sequence[str], rules: Sequence[Rule]) -> list[Claim]:
 
 def _figures(rules: Sequence[Rule]) -> list[str]:
     own = [metric.name for metric in metrics.METRICS if metric.better != NEITHER]
-    return [LOSS, *own, *(rule.name for rule in rules), *behaviours.CHECKS, behaviours.ALL]
-
-
-def _known(rules: Sequence[Rule]) -> dict[str, Claim]:
-    claims = [Claim(name, wanted) for name in _figures(rules) for wanted in (BETTER, NOT_WORSE)]
-    claims += [Claim(BEHAVES), *map(Claim, VERDICTS)]
-    return {_plain(str(claim)): claim for claim in claims} | {short: Claim(name) for short, name in SHORT.items()}
+    return [metrics.LOSS.name, *own, *(rule.name for rule in rules), *behaviours.CHECKS, behaviours.ALL]
 
 
 def _plain(text: str) -> str:
@@ -245,15 +240,22 @@ def judge_claims(claims: Sequence[Claim], facts: dict[str, Any]) -> list[dict[st
     found = []
     for number, judged in enumerate(facts["verdicts"], start=1):
         verdicts = {verdict["name"]: verdict for verdict in judged["verdicts"]}
+        behaved = behaviours.verdict(facts["metrics"], number)
         for claim in claims:
-            if claim.wanted:
-                met, evidence = _figure(claim, facts["metrics"], number)
-            elif claim.subject == BEHAVES:
-                met, evidence = _behaves(facts["metrics"], number)
-            else:
+            if claim.wanted:  # a rule of a rubric may have the name of another figure: then both must hold
+                rows = [row for row in facts["metrics"] if row["name"].casefold() == claim.subject.casefold()]
+                each = [_row(claim.wanted, row, facts["metrics"], number) for row in rows]
+                met = bool(each) and all(holds for holds, _ in each)
+                evidence = "; ".join(why for _, why in each) or "not measured"
+            elif claim.subject != BEHAVES:
                 met, evidence = _verdict(claim.subject, verdicts)
-            if claim.subject == FORGET and met:
-                met, evidence = _nor_behaviours(evidence, facts["metrics"], number)
+                if claim.subject == FORGET and met and behaved:  # beside the loss; a base that could none loses none
+                    met, evidence = behaved.severity != FAULT, f"{evidence}; {behaved.name}: {behaved.evidence}"
+            elif behaved is None:
+                met, evidence = False, "not measured: both sides must be models"
+            else:
+                met = behaved.severity == GOOD
+                evidence = f"{behaved.name}: {behaved.what} " * (not met) + behaved.evidence
             found.append({"side": judged["side"], "claim": str(claim), "met": met, "evidence": evidence})
     return found
 
@@ -269,15 +271,6 @@ def _verdict(name: str, verdicts: dict[str, dict[str, Any]]) -> tuple[bool, str]
     if name == FORGET and rows is not None and not metrics.can_differ(int(rows)):
         return False, f"{int(rows)} rows of general knowledge are too few to show forgetting"
     return True, given["evidence"]
-
-
-def _figure(claim: Claim, table: list[dict[str, Any]], number: int) -> tuple[bool, str]:
-    """A rule of a rubric may have the name of another figure: then both must hold."""
-    rows = [row for row in table if row["name"].casefold() == claim.subject.casefold()]
-    found = [_row(claim.wanted, row, table, number) for row in rows]
-    if not found:
-        return False, "not measured"
-    return all(met for met, _ in found), "; ".join(evidence for _, evidence in found)
 
 
 def _row(wanted: str, row: dict[str, Any], table: list[dict[str, Any]], number: int) -> tuple[bool, str]:
@@ -307,28 +300,12 @@ def _tests(row: dict[str, Any], table: list[dict[str, Any]], number: int) -> int
     return sum(not ("noise" in one and one["name"] == behaviours.ALL) for one in family)
 
 
-def _behaves(table: list[dict[str, Any]], number: int) -> tuple[bool, str]:
-    verdict = behaviours.verdict(table, number)
-    if verdict is None:
-        return False, "not measured: both sides must be models"
-    failure = "" if verdict.severity == GOOD else f"{verdict.name}: {verdict.what} "
-    return verdict.severity == GOOD, failure + verdict.evidence
-
-
-def _nor_behaviours(evidence: str, table: list[dict[str, Any]], number: int) -> tuple[bool, str]:
-    """Beside the loss: no behaviour was lost; a base that could none has none to lose."""
-    verdict = behaviours.verdict(table, number)
-    if verdict is None:
-        return True, evidence
-    return verdict.severity != FAULT, f"{evidence}; {verdict.name}: {verdict.evidence}"
-
-
 def claim_lines(required: list[dict[str, Any]]) -> list[str]:
     """A line a claim, and how many hold."""
     several = len({one["side"] for one in required}) > 1
-    told = [
+    lines = [
         f"{'✔' if one['met'] else '✘'} required{' of ' + one['side'] if several else ''}: {one['claim']}: "
         f"{one['evidence']}"
         for one in required
     ]
-    return [*told, f"{sum(one['met'] for one in required)} of {len(required)} requirements hold"]
+    return [*lines, f"{sum(one['met'] for one in required)} of {len(required)} requirements hold"]
