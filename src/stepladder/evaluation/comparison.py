@@ -244,12 +244,12 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
 
 def _winner(row: dict[str, Any], names: list[str]) -> str:
     """The best of the sides that are better than the base; the base where all the others are worse."""
-    told = [(test["mean"], name, test["verdict"]) for test, name in zip(row["tests"], names, strict=True) if test]
-    if not told:
+    tests = [(test["mean"], name, test["verdict"]) for test, name in zip(row["tests"], names, strict=True) if test]
+    if not tests:
         return "–"
-    if better := [(mean, name) for mean, name, verdict in told if verdict == BETTER]:
+    if better := [(mean, name) for mean, name, verdict in tests if verdict == BETTER]:
         return (max if row["better"] == HIGHER else min)(better)[1]
-    return names[0] if all(verdict == WORSE for *_, verdict in told) else NO_DIFFERENCE
+    return names[0] if all(verdict == WORSE for *_, verdict in tests) else NO_DIFFERENCE
 
 
 def _facts(side: Side, base: Side) -> dict[str, Any]:
@@ -257,13 +257,13 @@ def _facts(side: Side, base: Side) -> dict[str, Any]:
     facts["stopped"] = [answer.stopped for answer in side.answers]
     if side.losses:
         facts["tokens"] = sum(row.tokens for row in side.losses)
-    for key, mine, of in (
+    for key, mine, reference in (
         ("loss", side.losses, base.losses),
         ("general_loss", side.general, base.general),
         ("training_loss", side.training.get(side.name), base.training.get(side.name)),
     ):
         if mine:
-            facts[key] = mean_loss(mine, of or None)
+            facts[key] = mean_loss(mine, reference or None)
     if tried := side.tried:
         facts["behaviours"] = [
             {"behaviour": task.behaviour, "question": task.question.text, "answer": answer, "kept": kept}

@@ -306,10 +306,11 @@ def measure_losses(
     return [losses[i] for i in range(len(items))]
 
 
-def mean_loss(losses: list[RowLoss], of: list[RowLoss] | None = None) -> float:
-    """Nats a token: every token counts once, whatever its row's length.
+def mean_loss(losses: list[RowLoss], base: list[RowLoss] | None = None) -> float:
+    """Nats per token: every token counts once, whatever its row's length.
 
-    `of` are the losses of another model on the same rows, whose tokens are the unit: two models with
-    tokenizers of their own cut the same text into different numbers of tokens.
+    Args:
+        base: the losses of another model on the same rows, by whose tokens is divided: two models with
+            tokenizers of their own cut the same text into different numbers of tokens.
     """
-    return sum(loss.nats for loss in losses) / sum(loss.tokens for loss in of or losses)
+    return sum(loss.nats for loss in losses) / sum(loss.tokens for loss in base or losses)

@@ -165,7 +165,7 @@ def judge_improvement(base: list[RowLoss], tuned: list[RowLoss]) -> Verdict:
 def loss_test(base: list[RowLoss], tuned: list[RowLoss]) -> metrics.Difference:
     """The test of two models' losses on the same rows; each row weighs what its tokens are to the base."""
     weights = [float(row.tokens) for row in base]
-    first, second = ([row.nats / of.tokens for row, of in zip(side, base, strict=True)] for side in (base, tuned))
+    first, second = ([row.nats / unit.tokens for row, unit in zip(side, base, strict=True)] for side in (base, tuned))
     return metrics.paired(first, second, weights)
 
 
@@ -262,15 +262,15 @@ def judge_claims(claims: Sequence[Claim], facts: dict[str, Any]) -> list[dict[st
 
 def _verdict(name: str, verdicts: dict[str, dict[str, Any]]) -> tuple[bool, str]:
     others, needs = VERDICTS[name]
-    given = next((verdicts[one] for one in (name, *others, *INSTEAD) if one in verdicts), None)
-    if given is None:
+    verdict = next((verdicts[one] for one in (name, *others, *INSTEAD) if one in verdicts), None)
+    if verdict is None:
         return False, f"not measured: {needs}"
-    if given["name"] != name:
-        return False, f"{given['name']}: {given['evidence']}"
-    rows = given["figures"].get("rows")
+    if verdict["name"] != name:
+        return False, f"{verdict['name']}: {verdict['evidence']}"
+    rows = verdict["figures"].get("rows")
     if name == FORGET and rows is not None and not metrics.can_differ(int(rows)):
         return False, f"{int(rows)} rows of general knowledge are too few to show forgetting"
-    return True, given["evidence"]
+    return True, verdict["evidence"]
 
 
 def _row(wanted: str, row: dict[str, Any], table: list[dict[str, Any]], number: int) -> tuple[bool, str]:
