@@ -55,8 +55,9 @@ def trl_loss(
 def play(contender: str, name: str) -> tuple[float, Any]:
     """Seconds, and the answers or the mean loss."""
     from stepladder.data import mixture
-    from stepladder.evaluation import loss, questions
+    from stepladder.evaluation import questions
     from stepladder.evaluation.generation import MAX_NEW_TOKENS, generate_answers
+    from stepladder.evaluation.held_out import mean_loss, measure_losses
     from stepladder.model import pretrained
 
     rows = mixture.from_name(str(ROWS))
@@ -69,7 +70,7 @@ def play(contender: str, name: str) -> tuple[float, Any]:
         ],
         ANSWERS[1]: lambda: pipeline_answers(model, tokenizer, conversations, 16),
         ANSWERS[2]: lambda: pipeline_answers(model, tokenizer, conversations, 1),
-        LOSSES[0]: lambda: loss.mean(loss.of_rows(model, tokenizer, rows)),
+        LOSSES[0]: lambda: mean_loss(measure_losses(model, tokenizer, rows)),
     }
     with tempfile.TemporaryDirectory() as folder:
         if contender == LOSSES[1]:

@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     args = parser.parse_args()
-    for given in (args.model, args.tasks):
-        if twice := next((name for name in given if given.count(name) > 1), None):
+    for names in (args.model, args.tasks):
+        if twice := next((name for name in names if names.count(name) > 1), None):
             parser.error(f"{twice} is given twice")
     rows = {name: mixture.from_name(name) for name in args.tasks if harness.is_data(name)}
     bases = {name: args.base if start.find(name).adapter else None for name in args.model}

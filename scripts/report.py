@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _difference(first: runs.LoggedRun, other: runs.LoggedRun) -> dict[str, str]:
-    found = curves.between(first.rows, other.rows)
+    found = curves.between(first, other)
     return {
         "run": other.name,
         "steps compared": f"{found.steps:,}",

@@ -14,15 +14,14 @@ from conftest import ROOT, launch, script
 from stepladder.data import mixture
 from stepladder.errors import DataError, ModelError
 from stepladder.evaluation import (
-    compare,
-    learned,
-    loss,
+    comparison,
     metrics,
     questions,
     sides,
+    verdicts,
 )
-from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.comparison import Side
+from stepladder.evaluation.held_out import RowLoss, mean_loss, measure_losses
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 
@@ -111,7 +110,7 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
     def judged(kept: int) -> dict[str, tuple[str, str]]:
         no, yes = Answer("no", True), Answer("See a doctor.", True)
         sides = [Side("base", [no] * 20), Side("tuned", [yes] * kept + [no] * (20 - kept))]
-        found = compare.whole(sides, asked, rules, {})
+        found = comparison.build_comparison(sides, asked, rules, {})
         assert [(row["required"], row["facts"]) for row in found["metrics"] if row["name"] == "names a doctor"] == [
             (0.95, False)
         ]
@@ -161,7 +160,7 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
     alike = Side(
         "alike", [Answer(f"perhaps {n}", n % 2 == 0) for n in range(20)], [RowLoss(30.0 + n, 10) for n in range(20)]
     )
-    found = compare.compare([base, good, alike], asked, TECHCO)
+    found = comparison.tabulate([base, good, alike], asked, TECHCO)
     rows = {row["name"]: row for row in found["metrics"]}
     for name in ("held-out loss", "chrF", "ROUGE-L", "exact match", "F1", "stops by itself"):
         assert rows[name]["winner"] == "good", rows[name]
@@ -169,10 +168,10 @@ def test_better_is_said_where_it_is_more_than_chance() -> None:
             rows[name]["tests"][1]["verdict"] == "better" and rows[name]["tests"][2]["verdict"] == "no difference shown"
         )
     assert rows["emojis"]["winner"] == "no difference shown" and rows["length"]["winner"] == "–"
-    worse = compare.compare([good, base], asked, [])
+    worse = comparison.tabulate([good, base], asked, [])
     assert {row["name"]: row["winner"] for row in worse["metrics"]}["chrF"] == "good"
     facts = found | {"command": "c", "made": "now", "held_out_rows": 20, "notes": ["a note"],
-                     "verdicts": compare.verdicts([base, good, alike], asked, {})}  # fmt: skip
+                     "verdicts": comparison.judge_sides([base, good, alike], asked, {})}  # fmt: skip
     text = markdown.evaluation_results(facts)
     assert "| chrF (0–100) |" in text and "good improved: held-out loss (3.950 → 2.950)" in text and "a note" in text
 
@@ -200,7 +199,7 @@ def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path
                 log_p = model(ids).logits[0, :-1].log_softmax(-1)
             trained = labels != IGNORED
             expected.append((-log_p[trained].gather(1, labels[trained, None]).sum().item(), int(trained.sum())))
-        found = loss.of_rows(model, tokenizer, rows, batch_size=2)
+        found = measure_losses(model, tokenizer, rows, batch_size=2)
         assert [row.tokens for row in found] == [tokens for _, tokens in expected]
         # Sums of some hundred nats in fp32; a token too few or many is several nats.
         assert [row.nats for row in found] == pytest.approx([nats for nats, _ in expected], abs=1e-3)
@@ -209,11 +208,11 @@ def test_the_loss_of_a_row_is_that_of_all_its_scores(keeps: bool, tiny, tmp_path
 def test_models_of_other_tokenizers_are_compared_by_the_same_unit() -> None:
     """Guards against a tokenizer with shorter tokens that makes any model look better a token."""
     base, tuned = [RowLoss(20.0, 10)], [RowLoss(20.0, 40)]
-    assert loss.mean(tuned, base) == loss.mean(base) == 2 and learned.loss_test(base, tuned).mean == 0
+    assert mean_loss(tuned, base) == mean_loss(base) == 2 and verdicts.loss_test(base, tuned).mean == 0
 
 
 def test_copies_are_found_by_their_longest_run() -> None:
-    trained = learned.Trained(["Open the box and take the red key from it, then go home.", "Something else entirely."])
+    trained = verdicts.Trained(["Open the box and take the red key from it, then go home.", "Something else entirely."])
     assert trained.longest_run("please open the box and take the red key") == 8
     assert trained.longest_run("open the box") == 0 and trained.longest_run("") == 0
     assert trained.copied(["Open the box and take the red key from it", "I do not know that."]) == (0.5, 10)
@@ -267,8 +266,8 @@ def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str
     asked = questions.extract_questions(held_out)
     on = sides.Measured(asked, held_out, {tuned: training}, general)
     both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
-    trained = {tuned: learned.Trained(sides.answers_of(training))}
-    return {v["name"]: v["severity"] for v in compare.verdicts(both, asked, trained)[0]["verdicts"]}
+    trained = {tuned: verdicts.Trained(sides.training_answers(training))}
+    return {v["name"]: v["severity"] for v in comparison.judge_sides(both, asked, trained)[0]["verdicts"]}
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +334,7 @@ def test_what_a_transcript_or_server_copies_is_seen_without_losses() -> None:
         Side("base", [Answer("No.", True)] * 4),
         *(Side(name, [Answer(text, True)] * 4) for name, text in said.items()),
     ]
-    found = compare.verdicts(both, asked, dict.fromkeys(said, learned.Trained([line])))
+    found = comparison.judge_sides(both, asked, dict.fromkeys(said, verdicts.Trained([line])))
     assert [[v["name"] for v in side["verdicts"]] for side in found] == [["memorized"], ["not memorized"]]
 
 

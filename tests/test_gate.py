@@ -16,10 +16,10 @@ from test_compare import ANIMALS, rows_of, train
 from conftest import ROOT, launch, run, script
 from stepladder.data import templates
 from stepladder.errors import DataError, StepladderError
-from stepladder.evaluation import behaviours, compare, gate, learned, metrics
+from stepladder.evaluation import behaviours, comparison, metrics, verdicts
 from stepladder.evaluation.behaviours import Task, Tried
-from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation.comparison import Side
+from stepladder.evaluation.held_out import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 
@@ -113,7 +113,7 @@ def tried(**kept: list[float | None]) -> Tried:
 
 
 def facts_of(*sides: Side) -> dict[str, Any]:
-    facts = compare.whole([*sides], ASKED, [], {})
+    facts = comparison.build_comparison([*sides], ASKED, [], {})
     return facts | {"command": "c", "made": "now", "held_out_rows": 20, "notes": []}
 
 
@@ -177,7 +177,7 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
 
 
 def required(text: str, facts: dict[str, Any], rules: list[metrics.Rule] | None = None) -> dict[str, tuple[bool, str]]:
-    judged = gate.judge(gate.read([text], rules or []), facts)
+    judged = verdicts.judge_claims(verdicts.read_claims([text], rules or []), facts)
     return {one["claim"]: (one["met"], one["evidence"]) for one in judged}
 
 
@@ -215,7 +215,7 @@ def test_a_claim_holds_where_it_was_shown() -> None:
 def test_too_few_rows_show_nothing() -> None:
     """Guards `not worse` and `did not forget` of a handful of rows, which no answer could have broken."""
     few = [Side(name, [Answer("a", True)] * 5, *[[RowLoss(20.0, 10)] * 5] * 2) for name in ("base", "tuned")]
-    facts = compare.whole(few, ASKED[:5], [], {})
+    facts = comparison.build_comparison(few, ASKED[:5], [], {})
     found = required("chrF not worse, did not forget", facts)
     assert not any(met for met, _ in found.values()) and "too few" in found["chrF not worse"][1], found
     assert "5 rows of general knowledge are too few" in found["did not forget"][1]
@@ -235,7 +235,7 @@ def test_too_few_rows_show_nothing() -> None:
 )
 def test_what_cannot_be_required_is_refused(text: str, said: str) -> None:
     with pytest.raises(StepladderError) as caught:
-        gate.read([text], [])
+        verdicts.read_claims([text], [])
     assert said in caught.value.render() and len(caught.value.render()) < 1000
 
 
@@ -243,10 +243,10 @@ def test_a_rule_of_a_rubric_can_be_required() -> None:
     """Guards rules with names of their own: with a comma, and of another figure, where both must hold."""
     rules = [metrics.Rule(name, re.compile("it is")) for name in ("kind, short", "exact match")]
     sides = [side("base", None), side("good", None, nats=20.0)]
-    facts = compare.whole(sides, ASKED, rules, {})
-    claims = gate.read(["kind, short better", "exact match better, kind, short better"][:1], rules)
+    facts = comparison.build_comparison(sides, ASKED, rules, {})
+    claims = verdicts.read_claims(["kind, short better", "exact match better, kind, short better"][:1], rules)
     assert [str(claim) for claim in claims] == ["kind, short better"]
-    found = gate.judge([*claims, *gate.read(["exact match better"], rules)], facts)
+    found = verdicts.judge_claims([*claims, *verdicts.read_claims(["exact match better"], rules)], facts)
     assert [one["met"] for one in found] == [True, True] and found[1]["evidence"].count(" → ") == 2
 
 
@@ -298,7 +298,7 @@ def test_the_gate_ends_with_3_and_says_which_failed(tiny, tmp_path: Path) -> Non
 def test_a_comparison_that_holds_another_required_is_left_out(tmp_path: Path) -> None:
     """Guards report.py against a compare.json that something else has written."""
     facts = facts_of(side("base", None), side("good", None, nats=20.0))
-    facts["required"] = gate.judge(gate.read(["better"], []), facts)
+    facts["required"] = verdicts.judge_claims(verdicts.read_claims(["better"], []), facts)
     shown = page.render_page([runs.LoggedRun(tmp_path, "r", comparison=facts)])
     assert (
         "better than the base</strong> of good" in shown
@@ -313,4 +313,4 @@ def test_a_comparison_that_holds_another_required_is_left_out(tmp_path: Path) ->
 
 
 def test_forgetting_counts_its_rows() -> None:
-    assert learned.forgot([RowLoss(1.0, 1)] * 5, [RowLoss(1.0, 1)] * 5).figures["rows"] == 5
+    assert verdicts.judge_forgetting([RowLoss(1.0, 1)] * 5, [RowLoss(1.0, 1)] * 5).figures["rows"] == 5

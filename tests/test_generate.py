@@ -45,9 +45,9 @@ def test_a_transcript_is_the_bases_side(generate, tiny, monkeypatch, tmp_path: P
     under = Question([{"role": "system", "content": "Be brief."}, *asked[0].messages])
     with pytest.raises(DataError, match="another conversation"):
         questions.transcript_answers(kept, [under])
-    assert sides.length([str(kept)], None, []) == 6, "models answer within what the transcript's did"
+    assert sides.choose_length([str(kept)], None, []) == 6, "models answer within what the transcript's did"
     with pytest.raises(DataError, match="within 6 tokens"):
-        sides.length([str(kept)], 7, [])
+        sides.choose_length([str(kept)], 7, [])
 
 
 def test_a_chat_remembers_until_reset(generate, tiny, monkeypatch, capsys, tmp_path: Path) -> None:

@@ -218,11 +218,12 @@ def test_prompts_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
     rows = mixture.from_name(str(file))
     notes: list[str] = []
     one = {"run": row_keys(rows.examples[:1])}
-    assert len(held_out.prompts_apart(questions.read_prompts(file), one, notes)) == 2 and "1 of 3 prompts" in notes[0]
+    free = held_out.leave_out_trained_prompts(questions.read_prompts(file), one, notes)
+    assert len(free) == 2 and "1 of 3 prompts" in notes[0]
     with pytest.raises(DataError, match="each prompt was trained on"):
-        held_out.prompts_apart(questions.read_prompts(file), {"run": row_keys(rows.examples)}, notes)
+        held_out.leave_out_trained_prompts(questions.read_prompts(file), {"run": row_keys(rows.examples)}, notes)
     plain = questions.read_prompts(tmp_path / "p.txt")
-    assert held_out.prompts_apart(plain, one, notes) == plain
+    assert held_out.leave_out_trained_prompts(plain, one, notes) == plain
     assert held_out.asked_before(plain, {"run": rows}) == ["1 of 2 questions were asked in the training of run too"]
 
 

@@ -81,8 +81,8 @@ def test_every_module_has_a_floor() -> None:
 
 # What is larger than a reader can hold. These lists may only become shorter.
 LONG_MODULES = {"run.py"}
-LONG_SCRIPTS = {"compare.py"}
-LONG_FUNCTIONS = {"compare.py:main"}
+LONG_SCRIPTS: set[str] = set()
+LONG_FUNCTIONS: set[str] = set()
 
 
 def test_modules_scripts_and_functions_fit_in_the_head() -> None:

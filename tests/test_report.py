@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, metrics, script
-from stepladder.evaluation import compare
-from stepladder.evaluation.compare import Side
-from stepladder.evaluation.loss import RowLoss
+from stepladder.evaluation import comparison
+from stepladder.evaluation.comparison import Side
+from stepladder.evaluation.held_out import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 from stepladder.reporting.curves import judge_curves
@@ -86,7 +86,7 @@ def answered(folder: Path, questions: list[str], *answers: list[str]) -> None:
         Side(f"side {number}", [Answer(text, True) for text in texts], [RowLoss(250 - 100 * number, 100)])
         for number, texts in enumerate(answers)
     ]
-    facts = compare.compare(sides, asked, []) | {"verdicts": compare.verdicts(sides, asked, {}), "notes": []}
+    facts = comparison.tabulate(sides, asked, []) | {"verdicts": comparison.judge_sides(sides, asked, {}), "notes": []}
     (folder / "compare.json").write_text(json.dumps(facts))
 
 

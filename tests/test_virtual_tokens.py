@@ -11,8 +11,8 @@ import torch
 
 from conftest import launch, losses, manifest, script
 from stepladder.data import mixture
-from stepladder.evaluation import loss
 from stepladder.evaluation.generation import generate_answers
+from stepladder.evaluation.held_out import mean_loss, measure_losses
 from stepladder.model import pretrained
 from stepladder.reporting import curves
 
@@ -56,7 +56,7 @@ def test_it_learns_and_is_saved_whole(kind: str, trained: dict[str, Path], tiny:
     assert curve[-1] < curve[0] - 0.05
     model, tokenizer = pretrained.load_for_inference(str(run))
     rows = mixture.from_name(facts["recipe"]["dataset_name"]).take(range(8))
-    assert loss.mean(loss.of_rows(model, tokenizer, rows)) == pytest.approx(facts["saved"]["loss"], abs=1e-5)
+    assert mean_loss(measure_losses(model, tokenizer, rows)) == pytest.approx(facts["saved"]["loss"], abs=1e-5)
 
 
 def test_it_begins_as_the_base_after_real_words(trained: dict[str, Path]) -> None:

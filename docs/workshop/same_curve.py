@@ -6,7 +6,7 @@ from pathlib import Path
 from stepladder.reporting import curves, runs
 
 first, other = runs.read_all([Path(name) for name in sys.argv[1:]])
-found = curves.between(first.rows, other.rows)
+found = curves.between(first, other)
 print(
     f"{other.name}: {found.steps} steps compared, losses at most {found.loss:.2g} apart, "
     f"gradient norms {found.grad_norm:.2g}"

@@ -33,7 +33,7 @@ class Endpoint(NamedTuple):
     timeout: float = 60.0
 
     def __str__(self) -> str:
-        return f"{self.model} at {shown(self.url)}"
+        return f"{self.model} at {redact(self.url)}"
 
 
 class Kept:
@@ -76,7 +76,7 @@ class Kept:
             self.file.unlink(missing_ok=True)
 
 
-def shown(url: str) -> str:
+def redact(url: str) -> str:
     """An address as it may be printed: without a password or a key that stands in it."""
     plain = re.sub(r"^(\w+://)?.*@", r"\1…@", url, flags=re.DOTALL)
     return re.sub(r"[?#].*", "?…", plain, flags=re.DOTALL)
@@ -88,7 +88,7 @@ def probe(endpoint: Endpoint, messages: list[Message]) -> None:
     Raises:
         ModelError: as `answers`.
     """
-    asyncio.run(_all(endpoint, [messages], Kept(None, endpoint, 1), []))
+    asyncio.run(_ask_all(endpoint, [messages], Kept(None, endpoint, 1)))
 
 
 def answers(
@@ -102,33 +102,27 @@ def answers(
 
     Args:
         kept: what the server answered before is not asked again.
-        notes: gets what had to be changed in an answer.
+        notes: a note is added where an answer holds halves of characters.
 
     Raises:
         ModelError: it is down, too slow or refuses, after all tries; it answers what is no chat completion.
     """
     kept = kept or Kept(None, endpoint, max_new_tokens)
-    mended: list[str] = []
-
-    def batch_of(batch: list[list[Message]]) -> list[tuple[Answer, str]]:
-        before = len(mended)
-        found = asyncio.run(_all(endpoint, batch, kept, mended))
-        return [(answer, "".join(mended[before:][:1])) for answer in found]
-
     batches = [conversations[start : start + AT_ONCE] for start in range(0, len(conversations), AT_ONCE)]
     try:
-        found = [pair for batch in parallel_map(batches, batch_of) for pair in batch]
+        asked = parallel_map(batches, lambda batch: asyncio.run(_ask_all(endpoint, batch, kept)))
     except ModelError as error:
         if not (kept.file and kept.file.is_file()):
             raise
         help = f"{error.help}\nwhat it answered is kept in {kept.file}: the same command again goes on from there"
         raise ModelError(error.what, why=error.why, help=help) from None
-    if notes is not None:
-        notes += dict.fromkeys(note for _, note in found if note)
-    return [answer for answer, _ in found]
+    found = [answer for batch in asked for answer in batch]
+    if notes is not None and any("\ufffd" in answer.text for answer in found):
+        notes.append(f"{endpoint} answers with halves of characters (lone surrogates), which are compared as \ufffd")
+    return found
 
 
-async def _all(endpoint: Endpoint, conversations: list[list[Message]], kept: Kept, mended: list[str]) -> list[Answer]:
+async def _ask_all(endpoint: Endpoint, conversations: list[list[Message]], kept: Kept) -> list[Answer]:
     """All of them at once; the first fault is raised when the others have answered, so that none is lost."""
     import httpx2
 
@@ -143,27 +137,22 @@ async def _all(endpoint: Endpoint, conversations: list[list[Message]], kept: Kep
         ) from None
     async with client:
 
-        async def one(messages: list[Message]) -> Answer:
+        async def ask(messages: list[Message]) -> Answer:
             if known := kept.known.get(json.dumps(messages)):
                 return known
-            said = await _post(client, address, endpoint, _question(endpoint, messages, kept.max_new_tokens))
-            answer = _read(endpoint, said, mended)
+            body = {"model": endpoint.model, "messages": messages, "max_tokens": kept.max_new_tokens}
+            answer = _read(endpoint, await _post(client, address, endpoint, body | {"temperature": 0, "seed": 42}))
             kept.add(messages, answer)
             return answer
 
-        found = await asyncio.gather(*map(one, conversations), return_exceptions=True)
+        found = await asyncio.gather(*map(ask, conversations), return_exceptions=True)
     for answer in found:
         if isinstance(answer, BaseException):
             raise answer
     return [answer for answer in found if isinstance(answer, Answer)]
 
 
-def _question(endpoint: Endpoint, messages: list[Message], max_new_tokens: int) -> dict[str, Any]:
-    asked = {"model": endpoint.model, "messages": messages, "max_tokens": max_new_tokens}
-    return asked | {"temperature": 0, "seed": 42}
-
-
-def _read(endpoint: Endpoint, said: bytes, mended: list[str]) -> Answer:
+def _read(endpoint: Endpoint, said: bytes) -> Answer:
     """The answer of a chat completion.
 
     Raises:
@@ -174,12 +163,10 @@ def _read(endpoint: Endpoint, said: bytes, mended: list[str]) -> Answer:
         text, stopped = choice["message"]["content"].strip(), choice.get("finish_reason") == "stop"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ModelError(
-            f"the endpoint {shown(endpoint.url)} answers what is no chat completion",
+            f"the endpoint {redact(endpoint.url)} answers what is no chat completion",
             why=f"it says: {_excerpt(said)!r}",
             help="is this an OpenAI-compatible server? Ollama: http://localhost:11434, vLLM: http://localhost:8000",
         ) from None
-    if HALF.search(text):
-        mended.append(f"{endpoint} answers with halves of characters (lone surrogates), which are compared as \ufffd")
     return Answer(HALF.sub("\ufffd", text), stopped)
 
 
@@ -199,12 +186,12 @@ def _address(endpoint: Endpoint) -> URL:
         right = False
     if "@" in endpoint.url or "?" in endpoint.url or "#" in endpoint.url:
         raise ModelError(
-            f"--endpoint {shown(endpoint.url)} holds more than an address",
+            f"--endpoint {redact(endpoint.url)} holds more than an address",
             why="a password or a key in it would be kept in compare.json, with the command",
             help=f"the server's address alone; a key goes into the environment: {KEY}",
         )
     if not right:
-        raise ModelError(f"'{shown(endpoint.url)}' is no address", help="--endpoint http://localhost:11434")
+        raise ModelError(f"'{redact(endpoint.url)}' is no address", help="--endpoint http://localhost:11434")
     return url.copy_with(path=url.path.rstrip("/").removesuffix("/v1") + "/v1/chat/completions")
 
 
@@ -236,7 +223,7 @@ async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dic
                     return await _whole(reply)
                 why = f"HTTP {reply.status_code}: {_excerpt(await _whole(reply, MOST_OF_A_FAULT))}"
             if reply.is_redirect:
-                there = shown(reply.headers.get("location", "")).removesuffix("/v1/chat/completions")
+                there = redact(reply.headers.get("location", "")).removesuffix("/v1/chat/completions")
                 why = f"HTTP {reply.status_code}: it sends us to {there!r}, where neither key nor questions are sent"
                 help = "--endpoint with the address that it moved to, if you trust that"
             if reply.status_code not in BUSY:
@@ -246,7 +233,7 @@ async def _post(client: AsyncClient, address: URL, endpoint: Endpoint, body: dic
         except (OSError, httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ValueError) as error:
             why = str(error) or type(error).__name__
     raise ModelError(
-        f"the endpoint {shown(endpoint.url)} gives no answer",
+        f"the endpoint {redact(endpoint.url)} gives no answer",
         why=f"{why} (try {number + 1} of {TRIES}, {endpoint.timeout:g} s each)",
         help=help,
     )

@@ -1,22 +1,29 @@
-"""The rows that a comparison may call held out: those that no side, nor what it was made of, was trained on."""
+"""The rows that no side of a comparison, nor what it was made of, was trained on; and the loss of a model on rows."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data import mixture
 from stepladder.data.formats import Example
 from stepladder.data.mixture import HeldOut
+from stepladder.data.render import IGNORED, render
 from stepladder.data.rows import Rows, Stream, normal_text, row_key, row_keys
 from stepladder.errors import DataError, RecipeError
-from stepladder.evaluation import questions
-from stepladder.evaluation.questions import Question
+from stepladder.evaluation.generation import parallel_map
+from stepladder.evaluation.questions import Question, extract_questions
 from stepladder.model.start import MERGE
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import RECIPE, read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_STREAMED = 50_000  # rows of a stream that are read again to know them
 OTHER_ROWS = "--data FILE with rows that it was not trained on"
@@ -32,19 +39,22 @@ class Runs:
         self._faults: dict[Path, str] = {}  # why a run's data or recipe cannot be read
         self._rows: dict[Path, tuple[Rows | None, Rows | None]] = {}
 
-    def of(self, source: str) -> list[Path]:
+    def run_folders(self, source: str) -> list[Path]:
         """The run folders that trained a model: its own, that of a checkpoint, or those of what was merged."""
-        folder = Path(source)
-        try:
-            merged = read_object(folder / MERGE).get("adapters")
-        except ValueError:
-            return _run_of(folder)
-        adapters = merged if isinstance(merged, list) else []
-        return [run for adapter in adapters if isinstance(adapter, str) for run in _run_of(Path(adapter))]
+        folders = [Path(source)]
+        with contextlib.suppress(ValueError):
+            merged = read_object(folders[0] / MERGE).get("adapters")
+            folders = [Path(name) for name in merged if isinstance(name, str)] if isinstance(merged, list) else []
+        found = []
+        for folder in folders:
+            if not (folder / RECIPE).is_file() and re.fullmatch(r"checkpoint-\d+", folder.name):
+                folder = folder.parent
+            found += [folder] if (folder / RECIPE).is_file() else []
+        return found
 
     def base_of(self, source: str) -> str | None:
         """The model that a run began from; None where that is not known."""
-        recipes = [recipe for folder in self.of(source) if (recipe := self._recipe(folder))]
+        recipes = [recipe for folder in self.run_folders(source) if (recipe := self._recipe(folder))]
         return str(recipes[0].get("model_name_or_path")) if recipes else None
 
     def lineage(self, source: str) -> list[Path]:
@@ -56,7 +66,7 @@ class Runs:
             if name in seen:
                 continue
             seen.add(name)
-            found |= {folder.resolve(): folder for folder in self.of(name)}
+            found |= {folder.resolve(): folder for folder in self.run_folders(name)}
             open_ += [base] if (base := self.base_of(name)) else []
         return list(found.values())
 
@@ -74,7 +84,7 @@ class Runs:
     def training_rows(self, source: str) -> Rows | None:
         """The rows that a model's own run was trained on, read again by its recipe; None where that cannot be."""
         parts = []
-        for folder in self.of(source):
+        for folder in self.run_folders(source):
             rows, kept = self.rows(folder)[0], mixture.read_held_out(folder)
             if rows is not None and kept and kept.trained is not None:
                 same = [i for i, example in enumerate(rows.examples) if row_key(example) in kept.trained]
@@ -97,7 +107,7 @@ class Runs:
         Raises:
             DataError: it held none out, or they are no longer where its recipe reads them.
         """
-        folder = self.of(source)[0]
+        folder = self.run_folders(source)[0]
         kept = mixture.read_held_out(folder)
         if kept and not kept.rows:
             raise DataError(f"{folder} held out no rows", help=f"{OTHER_ROWS}, or train with --test_split_size 0.1")
@@ -134,11 +144,9 @@ class Runs:
 
     def rows(self, folder: Path) -> tuple[Rows | None, Rows | None]:
         """What a run trains and evaluates on, by its recipe today; None where it cannot be read, with a note."""
-        if folder not in self._rows:
-            self._rows[folder] = self._read(folder)
-        return self._rows[folder]
-
-    def _read(self, folder: Path) -> tuple[Rows | None, Rows | None]:
+        if folder in self._rows:
+            return self._rows[folder]
+        self._rows[folder] = None, None
         recipe = self._recipe(folder)
         if recipe is None:
             return None, None
@@ -152,6 +160,7 @@ class Runs:
         except (DataError, RecipeError) as error:
             self._fails(folder, "data", error)
             return None, None
+        self._rows[folder] = train, evaluation
         return train, evaluation
 
     def _recipe(self, folder: Path) -> Recipe | None:
@@ -168,14 +177,7 @@ class Runs:
         self.notes.append(f"the {part} of {folder} cannot be read again: {error.what}")
 
 
-def _run_of(folder: Path) -> list[Path]:
-    if (folder / RECIPE).is_file():
-        return [folder]
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) and (folder.parent / RECIPE).is_file()
-    return [folder.parent] if is_checkpoint else []
-
-
-def apart(rows: Rows, trained: dict[str, set[str]], notes: list[str]) -> tuple[Rows, bool]:
+def leave_out_trained(rows: Rows, trained: dict[str, set[str]], notes: list[str]) -> tuple[Rows, bool]:
     """The rows that no side was trained on; where there is none, all of them, and True: they are training rows.
 
     Args:
@@ -193,7 +195,7 @@ def apart(rows: Rows, trained: dict[str, set[str]], notes: list[str]) -> tuple[R
     return (rows.take(free), False) if free else (rows, True)
 
 
-def once(rows: Rows, notes: list[str]) -> Rows:
+def leave_out_copies(rows: Rows, notes: list[str]) -> Rows:
     """Each row once: copies are not independent, and a test that counts them calls chance a difference."""
     first = _firsts(rows.examples)
     if copies := len(rows) - len(first):
@@ -204,8 +206,8 @@ def once(rows: Rows, notes: list[str]) -> Rows:
     return rows
 
 
-def prompts_once(asked: list[Question], notes: list[str]) -> list[Question]:
-    """Each prompt once, as `once`."""
+def leave_out_copied_prompts(asked: list[Question], notes: list[str]) -> list[Question]:
+    """Each prompt once, as `leave_out_copies`."""
     first = _firsts([_with_answer(question) for question in asked])
     if copies := len(asked) - len(first):
         notes.append(f"{copies} of {len(asked)} prompts are copies of another one: they are left out")
@@ -220,23 +222,19 @@ def _firsts(examples: list[Example]) -> list[int]:
     return list(found.values())
 
 
-def prompts_apart(asked: list[Question], trained: dict[str, set[str]], notes: list[str]) -> list[Question]:
+def leave_out_trained_prompts(asked: list[Question], trained: dict[str, set[str]], notes: list[str]) -> list[Question]:
     """The prompts that no side was trained on with their reference answers.
 
     Raises:
         DataError: none is left.
     """
     known: set[str] = set().union(*trained.values())
-    free = [question for question in asked if not question.reference or _answered(question) not in known]
+    free = [question for question in asked if not question.reference or row_key(_with_answer(question)) not in known]
     if not free:
         raise DataError("each prompt was trained on, with its answer", help="other prompts")
     if count := len(asked) - len(free):
         notes.append(f"{count} of {len(asked)} prompts were trained on, with their answers: they are left out")
     return free
-
-
-def _answered(question: Question) -> str:
-    return row_key(_with_answer(question))
 
 
 def _with_answer(question: Question) -> Example:
@@ -249,7 +247,67 @@ def asked_before(asked: list[Question], training: dict[str, Rows]) -> list[str]:
     mine = [row_key(question.example) for question in asked]
     notes = []
     for name, rows in training.items():
-        known = {row_key(question.example) for question in questions.extract_questions(rows)}
+        known = {row_key(question.example) for question in extract_questions(rows)}
         if count := sum(key in known for key in mine):
             notes.append(f"{count} of {len(asked)} questions were asked in the training of {name} too")
     return notes
+
+
+class RowLoss(NamedTuple):
+    """The negative log-likelihood of a row's trained tokens (nats, summed), and how many they are."""
+
+    nats: float
+    tokens: int
+
+
+def measure_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, batch_size: int = 8
+) -> list[RowLoss]:
+    """The loss of each row, in their order; the ranks share them out.
+
+    Raises:
+        ModelError: conversations and a tokenizer without a chat template.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    items = render(rows, tokenizer).remove_columns("rows").to_list()
+    # Rows of like length together: less padding. Their order is restored at the end.
+    order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def batch_of(numbers: list[int]) -> list[RowLoss]:
+        def padded(column: str, value: int) -> torch.Tensor:
+            cells = [torch.tensor(items[i][column]) for i in numbers]
+            return pad_sequence(cells, batch_first=True, padding_value=value).to(model.device)
+
+        # Without a mask: what a token sees lies before it, and the padding behind.
+        ids, labels = padded("input_ids", tokenizer.pad_token_id), padded("labels", IGNORED)[:, 1:]
+        # The prompts' scores are not asked for: with 150,000 words they would take most of the memory.
+        trained = (labels != IGNORED).any(0).tolist()
+        labels = labels[:, trained.index(True) if any(trained) else 0 :]
+        scored = {"logits_to_keep": labels.shape[1] + 1} if keeps else {}
+        with torch.inference_mode():
+            logits = model(ids, **scored).logits
+        found = []
+        # Counted from the end: before the first token there may be virtual ones.
+        for row, targets in zip(logits[:, -1 - labels.shape[1] : -1], labels, strict=True):
+            own = targets != IGNORED
+            nats = torch.nn.functional.cross_entropy(row[own].float(), targets[own], reduction="sum")
+            found.append(RowLoss(nats.item(), int(own.sum())))
+        return found
+
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    losses = dict(zip(order, (loss for batch in parallel_map(batches, batch_of) for loss in batch), strict=True))
+    return [losses[i] for i in range(len(items))]
+
+
+def mean_loss(losses: list[RowLoss], base: list[RowLoss] | None = None) -> float:
+    """Nats per token: every token counts once, whatever its row's length.
+
+    Args:
+        base: the losses of another model on the same rows, by whose tokens is divided: two models with
+            tokenizers of their own cut the same text into different numbers of tokens.
+    """
+    return sum(loss.nats for loss in losses) / sum(loss.tokens for loss in base or losses)

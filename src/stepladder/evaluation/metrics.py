@@ -48,6 +48,8 @@ F1 = Metric("F1", HIGHER, "0–1", True)
 REPETITION = Metric("repetition", LOWER, "share")
 STOPPED = Metric("stops by itself", HIGHER, "share")
 LENGTH = Metric("length", NEITHER, "words")
+LOSS = Metric("held-out loss", LOWER, "nats a token")
+TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
 METRICS = (CHRF, ROUGE_L, EXACT, F1, REPETITION, STOPPED, LENGTH)
 
 
@@ -217,10 +219,10 @@ def interval(values: Floats, weights: Floats) -> tuple[float, float, float]:
     v, w = np.asarray(values, float), np.asarray(weights, float)
     if not np.isfinite(v).all():
         return math.nan, math.nan, math.nan
-    made = np.random.default_rng(SEED)
+    generator = np.random.default_rng(SEED)
     drawn = []
     for _ in range(RESAMPLES // BLOCK):  # in blocks: thousands of rows times thousands of resamples are gigabytes
-        rows = made.integers(len(v), size=(BLOCK, len(v)))
+        rows = generator.integers(len(v), size=(BLOCK, len(v)))
         drawn.append((v * w)[rows].sum(1) / w[rows].sum(1))
     low, high = np.quantile(np.concatenate(drawn), [LEVEL / 2, 1 - LEVEL / 2])
     return float(np.average(v, weights=w)), float(low), float(high)
@@ -250,10 +252,10 @@ def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
     mean, low, high = interval(d.tolist(), weights)
     if not math.isfinite(mean):  # NaN is not “at least as extreme” as anything: p would be the smallest there is
         return Difference(mean, low, high, 1.0)
-    made = np.random.default_rng(SEED)
+    generator = np.random.default_rng(SEED)
     extreme, observed = 0, abs((d * w).sum()) * (1 - 1e-9)  # up to the rounding of the sums
     for _ in range(RESAMPLES // BLOCK):
-        signs = made.choice([-1.0, 1.0], size=(BLOCK, len(d)))
+        signs = generator.choice([-1.0, 1.0], size=(BLOCK, len(d)))
         extreme += int((abs((signs * d * w).sum(1)) >= observed).sum())
     return Difference(mean, low, high, (extreme + 1) / (RESAMPLES + 1))
 

@@ -8,16 +8,14 @@ second half, where the curve itself is nearly straight.
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from stepladder.reporting.runs import Curve, finite
+from stepladder.reporting.runs import Curve, LoggedRun, finite, read
 from stepladder.run import write_whole
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
@@ -222,17 +220,17 @@ class Difference:
 
 def difference(reference: Path, other: Path) -> Difference:
     """Compare two run folders step by step; a run of another length differs infinitely."""
-    first, second = (_rows(folder) for folder in (reference, other))
-    if any(len(_by_step(first, key)) != len(_by_step(second, key)) for key in ("loss", "grad_norm", "eval_loss")):
+    first, second = read(reference), read(other)
+    if any(len(first.curve(key)) != len(second.curve(key)) for key in ("loss", "grad_norm", "eval_loss")):
         return Difference(0, *[math.inf] * 5)
     return between(first, second)
 
 
-def between(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> Difference:
-    """Compare the logged rows of two runs over the steps that both have; what is no number differs infinitely."""
+def between(reference: LoggedRun, other: LoggedRun) -> Difference:
+    """Compare the curves of two runs over the steps that both have; what is no number differs infinitely."""
 
     def pairs(key: str) -> list[tuple[float, float]]:
-        first, second = _by_step(reference, key), _by_step(other, key)
+        first, second = reference.curve(key), other.curve(key)
         found = [(first[step], second[step]) for step in first if step in second]
         return [(a, b) if math.isfinite(a) and math.isfinite(b) else (0.0, math.inf) for a, b in found]
 
@@ -247,14 +245,6 @@ def between(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> Dif
         grad_norm_residual=sum(norm) / max(len(norm), 1),
         eval_loss=max(evaluation, default=0.0),
     )
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _by_step(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
-    return {row["step"]: row[key] for row in rows if isinstance(row.get(key), int | float)}
 
 
 def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:

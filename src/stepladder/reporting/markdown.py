@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.reporting.page import duration, judge_run, share
+from stepladder.reporting.page import duration, format_share, judge_run
 from stepladder.reporting.runs import LoggedRun
 from stepladder.verdict import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
 
@@ -118,12 +118,12 @@ def conclusion(facts: dict[str, Any]) -> list[str]:
     """A sentence a tuned side: what improved, what got worse."""
     lines = []
     for number, side in enumerate(facts["sides"][1:], start=1):
-        told: dict[str, list[str]] = {BETTER: [], WORSE: []}
+        changes: dict[str, list[str]] = {BETTER: [], WORSE: []}
         for row in facts["metrics"]:
-            if (test := row["tests"][number]) and test["verdict"] in told:
+            if (test := row["tests"][number]) and test["verdict"] in changes:
                 before, after = (_number(row, row["sides"][n]["mean"]) for n in (0, number))
-                told[test["verdict"]].append(f"{row['name']} ({before} → {after})")
-        better, worse = ("; ".join(told[key]) or "nothing beyond chance" for key in (BETTER, WORSE))
+                changes[test["verdict"]].append(f"{row['name']} ({before} → {after})")
+        better, worse = ("; ".join(changes[key]) or "nothing beyond chance" for key in (BETTER, WORSE))
         lines.append(f"{side['name']} improved{_on(facts)}: {better}. Worse: {worse}.")
     return lines
 
@@ -238,7 +238,7 @@ def _evaluation(run: LoggedRun) -> list[str]:
     head = ["figure", *(side["name"] for side in c["sides"]), "winner"]
     rows = []
     for row in c["metrics"]:
-        values = [share(side["mean"], row["unit"]) if side else "not measured" for side in row["sides"]]
+        values = [format_share(side["mean"], row["unit"]) if side else "not measured" for side in row["sides"]]
         rows.append([row["name"], *values, row["winner"]])
     return [*note, *_table([head, *rows])]
 

@@ -147,11 +147,11 @@ def _template() -> Any:
     import jinja2
 
     engine = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    engine.filters |= {"number": number, "value": format_value, "share": share}
+    engine.filters |= {"number": format_number, "value": format_value, "share": format_share}
     return engine.from_string((resources.files(__package__) / "page.html").read_text(encoding="utf-8"))
 
 
-def number(value: Any, digits: int = 4) -> str:
+def format_number(value: Any, digits: int = 4) -> str:
     """A figure with so many significant digits, and commas in large ones."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
@@ -160,11 +160,11 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def share(value: float | None, unit: str) -> str:
+def format_share(value: float | None, unit: str) -> str:
     """A figure of a comparison: a share in per cent, anything else in four digits."""
     if value is None:
         return "no number"
-    return f"{value:.0%}" if unit.startswith("share") else number(value)
+    return f"{value:.0%}" if unit.startswith("share") else format_number(value)
 
 
 def format_value(value: Any) -> str:
@@ -224,9 +224,9 @@ def _in_words(curve: Curve) -> str:
     (first, start), *_ = good.items()
     last, end = list(good.items())[-1]
     low, high = min(good, key=good.__getitem__), max(good, key=good.__getitem__)
-    words = f"{number(start)} at step {first}, {number(end)} at step {last}"
+    words = f"{format_number(start)} at step {first}, {format_number(end)} at step {last}"
     if len(good) > 2:
-        words += f"; lowest {number(good[low])} at {low}, highest {number(good[high])} at {high}"
+        words += f"; lowest {format_number(good[low])} at {low}, highest {format_number(good[high])} at {high}"
     return words + f"; {len(curve) - len(good)} values that are no number" * (len(good) < len(curve))
 
 
@@ -272,7 +272,7 @@ def _summary(run: LoggedRun) -> dict[str, str]:
     for label, make in (
         ("Tokens", lambda: f"{totals['tokens']:,}"),
         ("Time in steps", lambda: duration(totals["seconds"])),
-        ("Tokens a second", lambda: number(totals["tokens_per_second"])),
+        ("Tokens a second", lambda: format_number(totals["tokens_per_second"])),
         ("Peak memory a rank", lambda: gib(max(totals["peak_memory_bytes"]))),
         ("Trainable parameters", lambda: f"{counts['trainable']:,} of {counts['all']:,}"),
         ("Trained share", lambda: f"{counts['trainable'] / counts['all']:.2%}"),
@@ -299,7 +299,7 @@ def _predicted(run: LoggedRun) -> list[tuple[str, str, str]]:
     rows = []
     for label, key, words in (
         ("peak memory a rank", "peak_memory_bytes", gib),
-        ("tokens a second", "tokens_per_second", number),
+        ("tokens a second", "tokens_per_second", format_number),
     ):
         sides = [max(v, default=None) if isinstance(v, list) else v for v in (plan.get(key), totals.get(key))]
         if sides[0]:

@@ -25,15 +25,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < LARGEST
 
 
+def _has_numbers(value: dict[str, Any], *keys: str) -> bool:
+    return all(value.get(key) is None or _is_number(value[key]) for key in keys)
+
+
 def _are_totals(value: Any) -> bool:
     peaks = value.get("peak_memory_bytes", [0])
-    rest = [value.get(key) for key in ("steps", "tokens", "seconds", "tokens_per_second")]
-    return isinstance(peaks, list) and all(map(_is_number, peaks)) and all(v is None or _is_number(v) for v in rest)
-
-
-def _is_plan(value: Any) -> bool:
-    found = [value.get(key) for key in ("peak_memory_bytes", "tokens_per_second")]
-    return all(v is None or _is_number(v) for v in found)
+    rest = _has_numbers(value, "steps", "tokens", "seconds", "tokens_per_second")
+    return isinstance(peaks, list) and all(map(_is_number, peaks)) and rest
 
 
 def _are_held_out_rows(value: Any) -> bool:
@@ -42,19 +41,15 @@ def _are_held_out_rows(value: Any) -> bool:
     return len(value) == 3 and counts and isinstance(value.get("foreign"), str)
 
 
-def _is_recipe(value: Any) -> bool:
-    return isinstance(value.get("max_steps") or 0, int)
-
-
 # What the page looks into; a damaged or foreign manifest may hold anything.
 FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
-    "recipe": (dict, _is_recipe),
+    "recipe": (dict, lambda value: isinstance(value.get("max_steps") or 0, int)),
     "packages": (dict, bool),
     "starts_from": (dict, lambda value: isinstance(value.get("base"), str)),
     "parameters": (dict, lambda value: all(map(_is_number, value.values()))),
     "totals": (dict, _are_totals),
     "final": (dict, lambda value: all(v is None or isinstance(v, int | float) for v in value.values())),
-    "plan": (dict, _is_plan),
+    "plan": (dict, lambda value: _has_numbers(value, "peak_memory_bytes", "tokens_per_second")),
     "held_out": (dict, _are_held_out_rows),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }

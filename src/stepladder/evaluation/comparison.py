@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepladder.evaluation import behaviours, learned, loss, metrics
-from stepladder.evaluation.loss import RowLoss
-from stepladder.evaluation.metrics import HIGHER, LOWER, NEITHER, Metric, Rule
+from stepladder.evaluation import behaviours, metrics, verdicts
+from stepladder.evaluation.held_out import RowLoss, mean_loss
+from stepladder.evaluation.metrics import HIGHER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 
-LOSS = Metric("held-out loss", LOWER, "nats a token")
-TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
 
 
@@ -39,16 +37,16 @@ class Side:
         return [answer.text for answer in self.answers]
 
 
-def whole(
+def build_comparison(
     sides: list[Side],
     questions: list[Question],
     rules: list[Rule],
-    trained: dict[str, learned.Trained],
+    trained: dict[str, verdicts.Trained],
     on_training: bool = False,
 ) -> dict[str, Any]:
     """Figures and verdicts, as JSON can hold them; `on_training` where each row was trained on."""
-    compared = compare(sides, questions, rules, on_training)
-    judged = verdicts(sides, questions, trained, rules, on_training)
+    compared = tabulate(sides, questions, rules, on_training)
+    judged = judge_sides(sides, questions, trained, rules, on_training)
     for number, found in enumerate(judged, start=1):
         verdict = behaviours.verdict(compared["metrics"], number)
         if verdict and not any(other["name"] == "diverged" for other in found["verdicts"]):
@@ -56,7 +54,7 @@ def whole(
     return as_json(compared | {"verdicts": judged})
 
 
-def compare(
+def tabulate(
     sides: list[Side], questions: list[Question], rules: list[Rule], on_training: bool = False
 ) -> dict[str, Any]:
     """The first side against each of the others.
@@ -67,7 +65,7 @@ def compare(
     columns = [_columns(side, questions, rules) for side in sides]
     rows = []
     if any(side.losses for side in sides):
-        rows += [_loss_row(sides, on_training), _perplexity_row(sides)]
+        rows += _loss_rows(sides, on_training)
     for metric in dict.fromkeys(metric for side in columns for metric in side):
         row = _row(metric, [side.get(metric, []) for side in columns])
         rows += [row] if any(row["sides"]) else []
@@ -85,10 +83,10 @@ def compare(
     }
 
 
-def verdicts(
+def judge_sides(
     sides: list[Side],
     questions: list[Question],
-    trained: dict[str, learned.Trained],
+    trained: dict[str, verdicts.Trained],
     rules: Sequence[Rule] = (),
     on_training: bool = False,
 ) -> list[dict[str, Any]]:
@@ -107,27 +105,29 @@ def verdicts(
 
 
 def _verdicts(
-    base: Side, tuned: Side, questions: list[Question], trained: learned.Trained | None, on_training_rows: bool
+    base: Side, tuned: Side, questions: list[Question], trained: verdicts.Trained | None, on_training_rows: bool
 ) -> Iterator[Verdict]:
     for side in (tuned, base):
         on_training = side.training.get(tuned.name, [])
-        if verdict := learned.diverged([*side.losses, *side.general, *on_training], side.name):
+        if verdict := verdicts.judge_divergence([*side.losses, *side.general, *on_training], side.name):
             yield verdict
             return
     if on_training_rows:
-        yield from learned.not_held_out(base.losses, tuned.losses)
+        yield from verdicts.judge_training_rows(base.losses, tuned.losses)
     elif base.losses and tuned.losses:
-        yield learned.better(base.losses, tuned.losses)
+        yield verdicts.judge_improvement(base.losses, tuned.losses)
     if trained and not on_training_rows:  # which the references of training rows are copies of
         before, after = (side.training.get(tuned.name, []) for side in (base, tuned))
         losses = None
         if before and after and base.losses and tuned.losses:
-            held_out = loss.mean(base.losses), loss.mean(tuned.losses, base.losses)
-            losses = (loss.mean(before), loss.mean(after, before)), held_out
+            held_out = mean_loss(base.losses), mean_loss(tuned.losses, base.losses)
+            losses = (mean_loss(before), mean_loss(after, before)), held_out
         if losses or tuned.texts:
-            yield learned.memorized(trained, tuned.texts, [question.reference for question in questions], losses)
+            yield verdicts.judge_memorization(
+                trained, tuned.texts, [question.reference for question in questions], losses
+            )
     if base.general and tuned.general:
-        yield learned.forgot(base.general, tuned.general)
+        yield verdicts.judge_forgetting(base.general, tuned.general)
 
 
 def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> Iterator[Verdict]:
@@ -158,14 +158,12 @@ def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[M
     found: dict[Metric, Column] = {}
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
         figures = metrics.score_answer(answer, question.reference)
-        figures |= {_of_rule(rule): rule.kept(answer.text, question.reference) for rule in rules}
+        for rule in rules:
+            metric = Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
+            figures[metric] = rule.kept(answer.text, question.reference)
         for metric, value in figures.items():
             found.setdefault(metric, []).append(value)
     return found
-
-
-def _of_rule(rule: Rule) -> Metric:
-    return Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
 
 
 def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
@@ -198,22 +196,18 @@ def _behaviour_rows(sides: list[Side]) -> list[dict[str, Any]]:
     return rows
 
 
-def _loss_row(sides: list[Side], on_training: bool = False) -> dict[str, Any]:
+def _loss_rows(sides: list[Side], on_training: bool) -> list[dict[str, Any]]:
+    """The loss, and the perplexity: e to the loss and to its interval."""
     base = next(side.losses for side in sides if side.losses)
     weights = [float(row.tokens) for row in base]
     means = [_mean([a.nats / b.tokens for a, b in zip(side.losses, base, strict=True)], weights)
              if side.losses else None for side in sides]  # fmt: skip
-    tests = [vars(learned.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
+    tests = [vars(verdicts.loss_test(sides[0].losses, side.losses)) if sides[0].losses and side.losses else None
              for side in sides[1:]]  # fmt: skip
-    return _entry(TRAINING_LOSS if on_training else LOSS, means, [None, *tests])
-
-
-def _perplexity_row(sides: list[Side]) -> dict[str, Any]:
-    """e to the loss and to its interval; the test is the loss's."""
-    row = _loss_row(sides)
-    means = [side and {key: math.exp(min(value, 700)) for key, value in side.items() if key != "rows"}
-             for side in row["sides"]]  # fmt: skip
-    return _entry(Metric("perplexity", NEITHER, "a token"), means)
+    powers = [mean and {key: math.exp(min(value, 700)) for key, value in mean.items() if key != "rows"}
+              for mean in means]  # fmt: skip
+    loss = _entry(metrics.TRAINING_LOSS if on_training else metrics.LOSS, means, [None, *tests])
+    return [loss, _entry(Metric("perplexity", NEITHER, "a token"), powers)]
 
 
 def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
@@ -250,12 +244,12 @@ def _judge(rows: list[dict[str, Any]], names: list[str]) -> None:
 
 def _winner(row: dict[str, Any], names: list[str]) -> str:
     """The best of the sides that are better than the base; the base where all the others are worse."""
-    told = [(test["mean"], name, test["verdict"]) for test, name in zip(row["tests"], names, strict=True) if test]
-    if not told:
+    tests = [(test["mean"], name, test["verdict"]) for test, name in zip(row["tests"], names, strict=True) if test]
+    if not tests:
         return "–"
-    if better := [(mean, name) for mean, name, verdict in told if verdict == BETTER]:
+    if better := [(mean, name) for mean, name, verdict in tests if verdict == BETTER]:
         return (max if row["better"] == HIGHER else min)(better)[1]
-    return names[0] if all(verdict == WORSE for *_, verdict in told) else NO_DIFFERENCE
+    return names[0] if all(verdict == WORSE for *_, verdict in tests) else NO_DIFFERENCE
 
 
 def _facts(side: Side, base: Side) -> dict[str, Any]:
@@ -263,13 +257,13 @@ def _facts(side: Side, base: Side) -> dict[str, Any]:
     facts["stopped"] = [answer.stopped for answer in side.answers]
     if side.losses:
         facts["tokens"] = sum(row.tokens for row in side.losses)
-    for key, mine, of in (
+    for key, mine, reference in (
         ("loss", side.losses, base.losses),
         ("general_loss", side.general, base.general),
         ("training_loss", side.training.get(side.name), base.training.get(side.name)),
     ):
         if mine:
-            facts[key] = loss.mean(mine, of or None)
+            facts[key] = mean_loss(mine, reference or None)
     if tried := side.tried:
         facts["behaviours"] = [
             {"behaviour": task.behaviour, "question": task.question.text, "answer": answer, "kept": kept}
