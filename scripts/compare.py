@@ -22,12 +22,14 @@ import sys
 import time
 from pathlib import Path
 
-from stepladder import console, errors, flags, run
+from stepladder import console, errors, flags
 from stepladder.data import mixture
 from stepladder.evaluation import behaviours, compare, endpoint, gate, generate, held_out, learned, questions, results
 
 from stepladder.evaluation import rubric, sides  # isort: skip
 from stepladder.evaluation.endpoint import Endpoint
+from stepladder.files import make_folder, write_whole
+from stepladder.manifest import MANIFEST
 from stepladder.reporting import page
 from stepladder.training.launch import launcher, ranks
 
@@ -100,7 +102,7 @@ def main() -> int | None:
     length = sides.length(sources, args.max_new_tokens, on.notes)
     if folder is None:
         parser.error("--output_dir is needed: the first --tuned is no run folder")
-    run.make_folder(folder)
+    make_folder(folder)
     rows = {str(name): found for name in sources[1:] if (found := sides.training_rows(name, runs))}
     on.notes += [] if on_training else held_out.asked_before(asked, rows)
     on.training = {name: drawn for name, found in rows.items() if (drawn := sides.sample(found))}
@@ -156,7 +158,7 @@ def main() -> int | None:
         own = [side for side in own if os.access(side.name, os.W_OK)]
         files |= {Path(side.name) / "compare.json": as_text(found([measured[0], side])) for side in own}
         for file, text in files.items():  # all are made before the first is written
-            run.write_whole(file, text)
+            write_whole(file, text)
         if kept:
             kept.remove()
         if args.json:
@@ -175,7 +177,7 @@ def main() -> int | None:
 
 
 def is_run(name: str) -> bool:
-    return (Path(name) / run.MANIFEST).is_file()
+    return (Path(name) / MANIFEST).is_file()
 
 
 def as_text(facts: dict) -> str:

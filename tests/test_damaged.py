@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from conftest import script
-from stepladder import files
+from stepladder import files, manifest
 from stepladder import run as runs_folder
 from stepladder.cluster import job
 from stepladder.data import read
@@ -270,7 +270,7 @@ def speed(folder: Path) -> None:
 
 
 def follow(folder: Path) -> None:
-    if runs_folder.status(folder) not in ("running", "unreadable"):  # else it would follow on
+    if manifest.status(folder) not in ("running", "unreadable"):  # else it would follow on
         list(watch.follow(folder))
 
 
@@ -336,7 +336,7 @@ def test_any_content_of_a_run_file_is_said(name: str, folder: Path, settings: An
             only_messages(reader, folder, kind)
     recipe = settings(**RECIPE)
     for kind in (*NO_FILES, "a gigabyte"):
-        runs_folder.remove(folder / name)
+        files.remove(folder / name)
         made(kind, folder / name)
         for reader in READERS if kind != "a gigabyte" or name != "metrics.jsonl" else ():
             only_messages(reader, folder, kind)

@@ -14,12 +14,12 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "stepladder"
 FLOORS = [
     {
-        "cache",
         "errors",
         "console",
         "files",
         "flags",
         "hardware",
+        "manifest",
         "requirements",
         "screen",
         "settings",
@@ -80,7 +80,7 @@ def test_every_module_has_a_floor() -> None:
 
 
 # What is larger than a reader can hold. These lists may only become shorter.
-LONG_MODULES = {"run.py"}
+LONG_MODULES: set[str] = set()
 LONG_SCRIPTS = {"compare.py"}
 LONG_FUNCTIONS = {"compare.py:main", "resume.py:claim"}
 

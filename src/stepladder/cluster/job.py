@@ -20,9 +20,9 @@ import yaml
 
 from stepladder import console, errors, files
 from stepladder.data import mixture
+from stepladder.manifest import MANIFEST, STUCK_AFTER, read_manifest
 from stepladder.model import start
 from stepladder.recipe import load
-from stepladder.run import MANIFEST, STUCK_AFTER, read_manifest
 
 MAX_RESTARTS = 100  # of a job; STEPLADDER_MAX_RESTARTS sets another
 STOP = "stop"  # a file of this name in the run folder ends the chain: touch runs/lora/stop

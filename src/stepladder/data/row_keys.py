@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import run
+from stepladder import files, run
 from stepladder.data.conversation import REASONING
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
@@ -133,7 +133,7 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
             "not held out; check.py --audit names them"
         )
     try:
-        run.write_whole(record.folder / FILE, json.dumps(content) + "\n")
+        files.write_whole(record.folder / FILE, json.dumps(content) + "\n")
     except OSError as error:
         notes.append(f"⚠ {FILE} cannot be written ({error.strerror}): compare.py will read the data again instead")
     return notes
@@ -142,7 +142,7 @@ def keep(record: run.Run, train: Rows | Stream | None, evaluation: Rows | None, 
 def read(folder: Path) -> Kept | None:
     """The record of a run folder; None where it is missing or damaged."""
     try:
-        found: dict[str, Any] = run.read_object(folder / FILE)
+        found: dict[str, Any] = files.read_object(folder / FILE)
         kept = Kept(**{name: found[name] for name in Kept.__dataclass_fields__ if name != "trained"},
                     trained=None if found["trained"] is None else {*found["trained"]})  # fmt: skip
     except (ValueError, KeyError, TypeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from stepladder import console, run
+from stepladder import console, files
 from stepladder.errors import DataError
 from stepladder.evaluation import questions, transcript
 from stepladder.evaluation.generate import Message, answers, no_template, prompt_text
@@ -27,7 +27,7 @@ def read_questions(args: argparse.Namespace, system: list[Message], notes: list[
         found = [_under(system, question) for question in questions.from_file(args.prompts, notes)]
     start.checked(args.model, args.base)
     if args.transcript:
-        run.make_folder(args.transcript.parent)
+        files.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
             help = "name a file in it" if args.transcript.is_dir() else "another name, or --overwrite"
             raise DataError(f"the transcript {args.transcript} is there already", help=help)
@@ -59,7 +59,7 @@ def answer(args: argparse.Namespace, system: list[Message], listed: list[Questio
         (answer,) = answers(model, tokenizer, [question.example], streamer=streamer, **sampling)
         if args.transcript:
             kept.append(transcript.row(args.model, question.example, answer, args.max_new_tokens, args.temperature))
-            run.write_whole(args.transcript, "".join(kept))
+            files.write_whole(args.transcript, "".join(kept))
         if args.chat:
             question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:

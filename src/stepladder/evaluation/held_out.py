@@ -14,10 +14,11 @@ from stepladder.data.stream import Stream
 from stepladder.errors import DataError, RecipeError
 from stepladder.evaluation import questions
 from stepladder.evaluation.questions import Question
+from stepladder.files import read_object
+from stepladder.manifest import RECIPE
 from stepladder.model.merge import weights
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import RECIPE, read_object
 
 MOST_STREAMED = 50_000  # rows of a stream that are read again to know them
 OTHER_ROWS = "--data FILE with rows that it was not trained on"

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
+from stepladder.manifest import MANIFEST
 from stepladder.model import start
 from stepladder.model.adapter_config import ADAPTER, CHANGES_BASE
 from stepladder.model.merge.weights import Weights, more
 from stepladder.model.start import FIELDS, KEY
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
-from stepladder.run import MANIFEST
 
 # It belongs to a training, not to the adapter: a recipe may set another.
 OF_THE_TRAINING = "lora_dropout"

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import cache, console
+from stepladder import console
+from stepladder.files import cache_folder, read_object, write_whole
+from stepladder.manifest import MANIFEST
 from stepladder.model import start
 from stepladder.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from stepladder.model.merge.weights import INDEX
-from stepladder.run import MANIFEST, read_object, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def _of_base(begun: start.Start, with_code: bool) -> Parts:
 
 def of_folder(folder: Path, with_code: bool = False) -> Parts:
     """The hash of each file of a folder that its model or adapter is loaded from; see `of_model`."""
-    remembered = cache.folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
+    remembered = cache_folder() / "fingerprints" / f"{_short(str(folder.resolve()).encode())}.json"
     known = start.object_in(remembered)
     files = _files(folder, with_code)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a shared file system answers slowly, but many at once

@@ -15,8 +15,8 @@ from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError
 from stepladder.files import read_object
+from stepladder.manifest import MANIFEST, status
 from stepladder.model.adapter_config import CONFIG, read_config
-from stepladder.run import MANIFEST, status
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder import cache, console
+from stepladder import console, files
 
 
 @dataclass
@@ -181,7 +181,7 @@ def known_keys() -> Schema:
     # The code that looks counts as a version: a change of it must not meet an old cache.
     code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "blocks.py")]
     stamp = hashlib.sha256(json.dumps([versions(), sys.version_info[:2], code]).encode()).hexdigest()[:16]
-    root = cache.folder()
+    root = files.cache_folder()
     file = root / f"keys-{stamp}.json"
     try:
         return {item["name"]: _key_from_json(item) for item in json.loads(file.read_text())}

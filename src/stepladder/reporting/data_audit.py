@@ -10,7 +10,7 @@ from typing import Any
 from stepladder.data import audit
 from stepladder.data.audit import printout
 from stepladder.data.rows import Rows
-from stepladder.run import write_whole
+from stepladder.files import write_whole
 
 MOST = 10_000  # rows that are looked at: seconds; check.py --audit looks at all of them
 ANY_LENGTH = audit.Limits(0, 0)  # what was trained on is not called too short afterwards

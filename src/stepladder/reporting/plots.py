@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from statistics import fmean
 
+from stepladder.files import write_whole
 from stepladder.reporting.runs import Curve, finite
-from stepladder.run import write_whole
 
 SCALE = 2  # drawn twice as large and made smaller: smooth lines
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (SCALE * length for length in (960, 480, 78, 40, 50, 40))  # pixels

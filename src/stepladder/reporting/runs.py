@@ -10,7 +10,7 @@ from typing import Any
 
 from stepladder.errors import RunError
 from stepladder.files import read_object, read_text
-from stepladder.run import MANIFEST, METRICS, METRICS_BYTES, row_of
+from stepladder.manifest import MANIFEST, METRICS, METRICS_BYTES, row_of
 from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LARGEST = 1e100  # a value beyond it is no figure: its square would overflow

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.files import open_file
-from stepladder.run import METRICS, row_of, status
+from stepladder.manifest import METRICS, row_of, status
 
 POLL = 1.0  # seconds
 FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}

@@ -95,12 +95,12 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
         facts = _write(args, parts, folder, dtype, check)
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = hardware.peak_resident_bytes()
-        run.write_whole(folder / "merge.json", json.dumps(facts, indent=2) + "\n")
+        files.write_whole(folder / "merge.json", json.dumps(facts, indent=2) + "\n")
         if parts.modelfile:
-            run.write_whole(folder / "Modelfile", parts.modelfile)
+            files.write_whole(folder / "Modelfile", parts.modelfile)
         licence = card.front_matter(parts.base).get("license")
         text = card.card(args.output_dir, parts.name, licence, parts.trained, parts.losses, facts)
-        run.write_whole(folder / "README.md", text)
+        files.write_whole(folder / "README.md", text)
     return facts
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.errors import ModelError
-from stepladder.files import read_object
-from stepladder.run import LOCK, make_folder, open_lock, remove
+from stepladder.files import make_folder, open_lock, read_object, remove
+from stepladder.manifest import LOCK
 
 if TYPE_CHECKING:
     import torch
