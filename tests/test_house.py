@@ -23,8 +23,6 @@ FLOORS = [
         "requirements",
         "screen",
         "settings",
-        "suggest",
-        "verdict",
     },
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},

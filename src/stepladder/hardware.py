@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import resource
 import socket
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder.errors import LaunchError
-from stepladder.suggest import suggest
+from stepladder.errors import LaunchError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -155,26 +152,17 @@ def interface(peer: str) -> str:
     Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
     node by hand, is then that of the default route, or the only one that there is.
     """
-    names = _addresses()
+    import psutil
+
+    cards = psutil.net_if_addrs().items()
+    names = {a.address: name for name, addresses in cards for a in addresses if a.family == socket.AF_INET}
+    names = {address: name for address, name in names.items() if not address.startswith("127.")}
     for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((place, 9))  # sends nothing
             if name := names.get(probe.getsockname()[0]):
                 return name
     return next(iter(names.values())) if len(names) == 1 else ""
-
-
-def _addresses() -> dict[str, str]:
-    """Each IPv4 address of this node but those of the loopback, and its interface."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                request = struct.pack("256s", name.encode()[:15])
-                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
-                if not address.startswith("127."):
-                    found[address] = name
-    return found
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -4,7 +4,7 @@
 
 Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes
 (nothing on one node); what is wrong is said on stderr, and the exit code is then 2. Imports nothing but the
-standard library: it answers in a tenth of a second.
+standard library, and psutil on several nodes: it answers in a tenth of a second.
 """
 
 from __future__ import annotations

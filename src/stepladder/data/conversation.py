@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepladder.data.cells import is_unicode, parse_nested, quote
-from stepladder.errors import DataError
-from stepladder.suggest import suggest
+from stepladder.errors import DataError, suggest
 
 Message = dict[str, Any]
 

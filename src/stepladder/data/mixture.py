@@ -16,9 +16,8 @@ from stepladder.data.conversation import ROLES
 from stepladder.data.rows import Rows, collect, head_notes
 from stepladder.data.source import Source, has_split, is_local
 from stepladder.data.stream import Stream
-from stepladder.errors import DataError
+from stepladder.errors import DataError, suggest
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 GENERAL = Path("data/general.jsonl")
 

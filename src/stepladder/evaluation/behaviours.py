@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepladder.data import formats
 from stepladder.data import read as data_read
-from stepladder.errors import DataError, StepladderError
+from stepladder.errors import FAULT, GOOD, LOOK, DataError, StepladderError, Verdict, suggest
 from stepladder.evaluation import generate, shared_out, statistics
 from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.metrics import WORSE, words
 from stepladder.evaluation.questions import Question
-from stepladder.suggest import suggest
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepladder.errors import FAULT, LOOK, Verdict
 from stepladder.evaluation import behaviours, learned, loss, metrics, statistics
 from stepladder.evaluation.generate import Answer
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.metrics import BETTER, HIGHER, LOWER, NEITHER, NO_DIFFERENCE, WORSE, Metric
 from stepladder.evaluation.questions import Question
 from stepladder.evaluation.rubric import Rule
-from stepladder.verdict import FAULT, LOOK, Verdict
 
 LOSS = Metric("held-out loss", LOWER, "nats a token")
 TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from stepladder.errors import StepladderError
+from stepladder.errors import StepladderError, suggest
 from stepladder.evaluation import behaviours, metrics, statistics
 from stepladder.evaluation.metrics import BETTER, HIGHER, NEITHER, WORSE
 from stepladder.evaluation.rubric import Rule
-from stepladder.suggest import suggest
 
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
 LOSS = "held-out loss"

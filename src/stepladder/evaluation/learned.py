@@ -6,10 +6,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.evaluation import loss, statistics
 from stepladder.evaluation.loss import RowLoss
 from stepladder.evaluation.metrics import words
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import files
-from stepladder.errors import DataError
-from stepladder.suggest import suggest
+from stepladder.errors import DataError, suggest
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, suggest
 from stepladder.model import start
 from stepladder.model.adapter_config import ADAPTER, CONFIG
 from stepladder.model.merge.weights import more
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch

@@ -14,13 +14,12 @@ import torch
 import yaml
 
 from stepladder.data.render import IGNORED
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, suggest
 from stepladder.model import attention, load, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu.speed_up import speed_up
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 from stepladder import files
-from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.errors import RecipeError, RecipeErrors, suggest
 from stepladder.recipe import ranges
 from stepladder.recipe.schema import Key
-from stepladder.suggest import suggest
 
 ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")

@@ -25,12 +25,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from stepladder import console
+from stepladder.errors import suggest
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import config as axolotl_config
 from stepladder.recipe.axolotl import keys
 from stepladder.recipe.schema import known_keys
 from stepladder.screen import Screen
-from stepladder.suggest import suggest
 
 AXOLOTL = "axolotl"
 DEFAULT, PARENT, RECIPE = "default", "parent", "recipe"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from stepladder.errors import suggest
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.ruling import RuleBreak, conflict, idle, rule, shown
-from stepladder.suggest import suggest
 
 QUANTIZATION = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 ATTENTION = ("auto", "sdpa", "eager", *(f"flash_attention_{n}" for n in (2, 3, 4)), "flex_attention")

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
-from stepladder.errors import RunError
+from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
 from stepladder.files import write_whole
 from stepladder.manifest import MANIFEST, RECIPE
 from stepladder.reporting import marked, plots, verdicts
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
 CHARTS = (

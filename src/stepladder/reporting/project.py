@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
+from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.reporting.page import duration, judge, share
 from stepladder.reporting.runs import LoggedRun
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 EXAMPLES = 3
 USUAL = 0.5  # the share of answers below which a style rule is not kept

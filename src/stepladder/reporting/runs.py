@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder.errors import RunError
+from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
 from stepladder.files import read_object, read_text
 from stepladder.manifest import MANIFEST, METRICS, METRICS_BYTES, row_of
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
 

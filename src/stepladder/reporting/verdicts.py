@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from statistics import fmean
 
+from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.reporting.runs import Curve, finite
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LEAST = 8  # logged losses below which a curve has no shape
 FLAT = 0.05  # of the whole drop: what still counts as the final level

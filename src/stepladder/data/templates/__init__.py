@@ -17,9 +17,8 @@ from stepladder.data.templates import limits
 from stepladder.data.templates.chat_template import Refusal, beginning, source
 from stepladder.data.templates.layout import ChatTemplate, Layout
 from stepladder.data.templates.marks import mark
-from stepladder.errors import ModelError, RecipeError, locate_errors
+from stepladder.errors import ModelError, RecipeError, locate_errors, suggest
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.errors import RecipeError, RecipeErrors, nearest
 from stepladder.recipe import convert, foreign, load
-from stepladder.suggest import nearest
 
 EMPTY: tuple[Any, ...] = (None, "", {})  # what Axolotl takes for a key that is not set
 

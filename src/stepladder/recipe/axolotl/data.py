@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data.conversation import MASKS, REASONING, ROLES
+from stepladder.errors import suggest
 from stepladder.recipe.axolotl.config import Config
 from stepladder.recipe.axolotl.outcome import (
     Outcome,
@@ -28,7 +29,6 @@ from stepladder.recipe.axolotl.outcome import (
     unsupported,
     usual,
 )
-from stepladder.suggest import suggest
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 BUILDERS = set(KINDS.values())

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.errors import RecipeError, RecipeErrors, suggest
 from stepladder.recipe import load
 from stepladder.recipe.axolotl import data, strategy, values
 from stepladder.recipe.axolotl.config import EMPTY, Config
@@ -19,7 +19,6 @@ from stepladder.recipe.axolotl.defaults import DEFAULTS
 from stepladder.recipe.axolotl.keys import KEYS
 from stepladder.recipe.axolotl.outcome import Outcome, Rule, dropped, left_out, sets, unsupported
 from stepladder.recipe.axolotl.translation import Row, Translation
-from stepladder.suggest import suggest
 
 SECRET = re.compile(r"api_key|secret|password|(hf|hub)_token")
 

@@ -9,12 +9,11 @@ from typing import Any
 import yaml
 
 from stepladder.console import printable, quoted
-from stepladder.errors import RecipeError
+from stepladder.errors import RecipeError, suggest
 from stepladder.recipe import convert, load, rules
 from stepladder.recipe.axolotl import data
 from stepladder.recipe.axolotl.outcome import UNSUPPORTED, Outcome, dropped, unsupported
 from stepladder.recipe.schema import Key, known_keys
-from stepladder.suggest import suggest
 
 YAML: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
 # The recipe's banners, and how the keys under each begin; the rest is training.

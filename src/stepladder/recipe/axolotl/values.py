@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from stepladder.errors import suggest
 from stepladder.recipe.axolotl.config import Config
 from stepladder.recipe.axolotl.outcome import TRANSLATED, Outcome, Rule, dropped, left_out, sets, unsupported
 from stepladder.recipe.schema import known_keys
-from stepladder.suggest import suggest
 
 OFF = dropped("off")
 
