@@ -257,7 +257,7 @@ def model_card(folder: Path) -> None:
 
 
 def queue(folder: Path) -> None:
-    job.after(folder, 1)
+    job.decide_requeue(folder, 1)
 
 
 def speed(folder: Path) -> None:

@@ -85,7 +85,7 @@ class StepladderError(Exception):
 
 @contextlib.contextmanager
 def locate_errors(where: str) -> Iterator[None]:
-    """Give an error that is raised inside, and names no place, this one."""
+    """Set `where` of an error that is raised inside and has none."""
     try:
         yield
     except StepladderError as error:
@@ -136,7 +136,7 @@ class LaunchError(StepladderError):
 
 
 class TrainingError(StepladderError):
-    """What ends a run that was rightly begun: a loss that is no number, no memory left, a hang."""
+    """What ends a run after a correct start: a NaN loss, out of memory, a hang."""
 
     kind = "training"
     exit_code = EXIT_FAILED
@@ -170,7 +170,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """At most three known words, the best first, none of them much farther away than the best."""
+    """At most three known words, the nearest first."""
     text, names = _normalize(word), {_normalize(name): name for name in known}
     if aliases := [name for name in ALIASES.get(text, []) if name in names]:
         return aliases
@@ -251,7 +251,7 @@ def _report(error: StepladderError, rank: str) -> None:
 
 
 def _path_error(error: Exception) -> StepladderError | None:
-    """The message for a path of the user's that no file can have, wherever it was used first; None for any other."""
+    """The message for a path that no file can have; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         return StepladderError(f"{name[:60]}{'…' * (len(name) > 60)} cannot be used: {error.strerror}")
@@ -261,7 +261,7 @@ def _path_error(error: Exception) -> StepladderError | None:
 
 
 def _disk_error(error: Exception) -> StepladderError | None:
-    """The message for a disk that is full, or may not be written; of a library in Rust the text alone tells."""
+    """The message for a disk that is full or read-only, also by the text of a Rust library; None for others."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     number = next((n for n in numbers if getattr(error, "errno", None) == n or f"(os error {n})" in str(error)), None)
     if number is None:
@@ -273,21 +273,21 @@ def _disk_error(error: Exception) -> StepladderError | None:
 
 
 def end_process_groups() -> None:
-    """End what PyTorch set up between the ranks, once all is done: NCCL warns of a leak where nobody does."""
+    """Destroy PyTorch's process groups at the end: NCCL warns of a leak otherwise."""
     groups = sys.modules.get("torch.distributed")
     if groups and groups.is_available() and groups.is_initialized():
         groups.destroy_process_group()
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether an error is only the echo of another rank's end (gloo's words, and NCCL's)."""
+    """Whether an error says only that another rank has ended (messages of gloo and NCCL)."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
              "NCCL communicator was aborted", "Connection refused", "recvBytes")  # fmt: skip
     return any(word in str(error) for word in words)
 
 
 def tell_launcher(what: str, text: str) -> None:
-    """Put the message where torchrun's closing report shows it.
+    """Write the message to the file that torchrun's closing report reads.
 
     torchrun (and so `accelerate launch`) prints its own traceback over any rank that does not
     exit with 0; by this file, which is torch's documented way, its last lines say the reason.

@@ -154,7 +154,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def _measure(node: yaml.Node, above: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many nodes there are with all aliases written out, and how many levels."""
+    """The number of nodes with all aliases expanded, and the number of levels."""
     if isinstance(node, yaml.ScalarNode):
         return 1, 0
     if id(node) in above:
@@ -199,7 +199,7 @@ def name_fault(name: str) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Look at the files of a model before a library opens them: it would wait for a pipe until the job ends.
+    """Check the files of a model before a library opens them, which would wait for a pipe forever.
 
     Raises:
         ValueError: one is neither an ordinary file nor a link to one, may not be read, or should hold one JSON object
@@ -225,7 +225,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where Stepladder keeps what it can make again: under XDG_CACHE_HOME, else ~/.cache; it may not exist yet."""
+    """The root of Stepladder's cache, under XDG_CACHE_HOME or ~/.cache; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepladder"
 
 
@@ -240,7 +240,7 @@ def open_lock(file: Path) -> IO[bytes]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that files are to be written into.
+    """Make a folder, and check that files can be written into it.
 
     Raises:
         RunError: it cannot be written.
@@ -254,7 +254,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, after a power cut too, sees the old one or the new one, never half of it."""
+    """Write a file atomically: a reader, after a power cut too, sees the old content or the new one."""
     part = path.with_name(f".{path.name}{PART}")
     try:
         part.unlink(missing_ok=True)  # a link is not written through
@@ -270,7 +270,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Append to a file all of it or nothing: a full disk takes a part at first."""
+    """Append all of the content or nothing: a full disk takes a part of it first."""
     with path.open("ab", buffering=0) as out:
         end = out.tell()
         if out.write(content) < len(content):

@@ -84,7 +84,7 @@ CORES_PER_GPU, MEMORY_PER_GPU = 8, 48  # MEMORY_PER_GPU in GiB of the host
 
 
 def device(name: str, memory: float | None = None) -> GPU:
-    """A GPU by its short name; with `memory`, one of that name's speed and so many GiB.
+    """A GPU by its short name; with `memory`, that GPU with so many GiB.
 
     Raises:
         LaunchError: it is not known, or the memory is no positive number.
@@ -103,7 +103,7 @@ def device(name: str, memory: float | None = None) -> GPU:
 
 
 def device_here(local_ranks: int, gpu: bool) -> GPU:
-    """What one rank of this machine has for tensors: of its GPU, or its share of the host's memory."""
+    """This machine's GPU, or its CPU, with the memory that one rank has for tensors."""
     import torch
 
     if gpu and torch.cuda.is_available():
@@ -115,7 +115,7 @@ def device_here(local_ranks: int, gpu: bool) -> GPU:
 
 
 def gpu_here() -> GPU | None:
-    """This machine's GPU, where its peak is stated."""
+    """This machine's GPU; None where its peak is not in the table."""
     import torch
 
     return gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -128,7 +128,7 @@ def gpus_here() -> int:
 
 
 def host_memory() -> float:
-    """Bytes of this machine's memory that its processes may take: a container or a job may have less than it has."""
+    """Bytes of host memory that processes may take: the machine's, or the limit of a container or a job."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -147,7 +147,7 @@ def cores() -> int:
 
 
 def interface(peer: str) -> str:
-    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
+    """The network interface on the way to another node; empty where it is unknown (IPv6).
 
     Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
     node by hand, is then that of the default route, or the only one that there is.
@@ -174,6 +174,6 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
+    """The peak resident memory of this process; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def metrics_text(folder: Path) -> str:
-    """The lines of metrics.jsonl, damaged or not; none where there is no such file.
+    """The text of metrics.jsonl, damaged or not; empty if there is no such file.
 
     Raises:
         LaunchError: it cannot be read.
@@ -55,7 +55,7 @@ def metrics_text(folder: Path) -> str:
 
 
 def row_of(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is damaged, or not whole yet."""
+    """A parsed line of metrics.jsonl; None if it is damaged or incomplete."""
     with contextlib.suppress(ValueError):
         row = parse_json(line)
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -64,7 +64,7 @@ def row_of(line: str) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """A run's manifest, in which every fact that anything reads is of the kind that `sft.py` writes.
+    """A run's manifest, checked: the facts that the code reads are of the types that `sft.py` writes.
 
     Args:
         needed: facts that must be there, by the names of `KINDS`.
@@ -85,7 +85,7 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _values(found: Any, names: list[str]) -> Iterator[Any]:
-    """What stands at a dotted name, `*` for each item of a list or an object; nothing where it leads nowhere."""
+    """The values at a dotted name, where `*` is each item of a list or an object."""
     if not names:
         yield found
     elif names[0] == "*":

@@ -38,7 +38,7 @@ LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpo
 
 
 class Run:
-    """A run folder that rank 0 writes and the other ranks only know the path of."""
+    """A run folder, written by rank 0; the other ranks know its path only."""
 
     def __init__(self, folder: Path, is_writer: bool):
         self.folder, self.is_writer = folder, is_writer
@@ -53,7 +53,7 @@ class Run:
         self._unwritten: OSError | None = None  # why the last try to write failed
 
     def lock(self) -> None:
-        """Keep other processes out of the folder until this one ends, however it ends.
+        """Lock the folder until this process ends.
 
         Raises:
             LaunchError: another one trains into it, or it cannot be written.
@@ -110,7 +110,7 @@ class Run:
         return sorted(files, key=lambda file: file.name == MANIFEST)
 
     def replaced_bytes(self) -> int:
-        """What `drop_replaced` will free."""
+        """Bytes that `drop_replaced` will free."""
         if not self.replaces:
             return 0
         return sum(file.lstat().st_size for file in self.folder.rglob("*") if not file.name.startswith(JOB_LOGS))
@@ -124,9 +124,9 @@ class Run:
             file.rename(old / file.name)
 
     def put_back(self) -> None:
-        """Return to its place the run that another start was to replace and did not come to: it failed, or was killed.
+        """Restore the run that a failed or killed start was to replace.
 
-        One that was killed after it had written its own manifest goes on instead.
+        A start that was killed after it had written its own manifest goes on instead.
         """
         old = self.folder / REPLACED
         if not self.is_writer or not old.is_dir():
@@ -142,7 +142,7 @@ class Run:
         say(f"the run in {self.folder} stays: the one that was to replace it has trained nothing")
 
     def drop_replaced(self) -> None:
-        """Remove the run that this one replaces, and what a kill left of such a removal."""
+        """Remove the run that this one replaces, and leftovers of an interrupted removal."""
         old, removed = self.folder / REPLACED, self.folder / REMOVED
         with contextlib.suppress(OSError):  # it may lie there until the folder itself goes
             if removed.is_dir():
@@ -169,7 +169,7 @@ class Run:
         )
 
     def is_requeued(self) -> bool:
-        """Whether the last start here was one of this Slurm job, which has been queued again since."""
+        """Whether the last start belonged to this Slurm job, which has been requeued since."""
         job = slurm_job()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged manifest is not this job's
             before = read_manifest(self.folder)["slurm"]
@@ -226,18 +226,18 @@ class Run:
                 ) from None
 
     def _began(self) -> float:
-        """When this start's process began, less the seconds of the starts before it that were written down."""
+        """When this process began, less the recorded seconds of the starts before it."""
         before = [self.manifest, *self.rows()] if self.manifest else []  # one that goes on, or starts anew by itself
         spent = [value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float)]
         return time.perf_counter() - process_seconds() - max(filter(math.isfinite, spent), default=0.0)
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all starts so far, each from its command on; of one that was killed, to its last line."""
+        """Seconds of all starts so far, each from its command on; of a killed one, to its last metrics."""
         return time.perf_counter() - self._since
 
     def _check_same(self, facts: dict[str, Any]) -> None:
-        """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
+        """Raise LaunchError if the global batch or the rows of a resumed run changed; its recipe shows neither."""
         before, now = self.manifest, facts
         try:
             changes = {
@@ -262,7 +262,7 @@ class Run:
                 )
 
     def _rewind(self, step: int) -> None:
-        """Keep the metrics up to a step. A last line that was cut off goes; others that are damaged are counted."""
+        """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted."""
         kept, damaged, self.logged_until = [], 0, step
         for line in metrics_text(self.folder).splitlines(keepends=True):
             if row := row_of(line):
@@ -288,11 +288,11 @@ class Run:
             self._keep(manifest=False)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
+        """The undamaged lines of metrics.jsonl."""
         return [row for line in metrics_text(self.folder).splitlines() if (row := row_of(line))]
 
     def _keep(self, manifest: bool = True) -> None:
-        """Write what is new. On a full disk the run goes on, and the next time tries again with all of it."""
+        """Write what is new. On a full disk the run goes on, and the next call retries all of it."""
         try:
             if self._rows:
                 append_whole(self.folder / METRICS, self._rows.encode())
@@ -307,7 +307,7 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """`finished` at the end of a block that has set no other status, `failed` with its reason where it raises.
+        """Record the status at the end of a block: `finished` if none was set, `failed` with the reason if it raises.
 
         Raises:
             TrainingError: at the end the disk still takes no more.
@@ -343,7 +343,7 @@ def package_versions() -> dict[str, str]:
 
 
 def slurm_job() -> dict[str, Any] | None:
-    """The job that this start runs in, and how often it was queued again; None outside of Slurm."""
+    """The Slurm job of this start, and how often it was requeued; None outside of Slurm."""
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return None
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
