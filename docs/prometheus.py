@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stepladder.run import write_whole
+from stepladder.files import write_whole
 
 
 class Callback(TrainerCallback):

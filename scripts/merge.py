@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from stepladder import console, errors, flags, hardware, run
+from stepladder import console, errors, flags, hardware, manifest
 from stepladder.data import mixture
 from stepladder.data.source import Source
 from stepladder.evaluation import questions
@@ -65,7 +65,7 @@ def _rows(args: argparse.Namespace) -> list:
     """The rows whose prompts both models answer."""
     if args.prompts:
         return questions.proof_rows(Source(args.prompts))
-    recipe = args.adapter[0] / run.RECIPE
+    recipe = args.adapter[0] / manifest.RECIPE
     if not recipe.is_file():
         return questions.built_in_rows()
     try:

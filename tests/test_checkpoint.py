@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from stepladder import manifest
 from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
+from stepladder.files import write_whole
+from stepladder.manifest import STUCK_AFTER
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import STUCK_AFTER, Run, write_whole
+from stepladder.run import Run
 from stepladder.training.checkpoint import resume
 
 KEYS = {"model_name_or_path": "m", "learning_rate": 1e-3, "logging_steps": 1}
@@ -193,7 +196,7 @@ def test_a_kill_while_a_run_is_replaced(folder) -> None:
         for file in run._files()[:moved]:
             file.rename(old / file.name)
         assert claim(folder) == resume.of_step(folder, 6)
-        assert sorted(path.name for path in folder.iterdir()) == sorted([*before, run_module.LOCK])
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*before, manifest.LOCK])
     run = Run(folder, is_writer=True)
     resume.claim(run, recipe(folder), "auto", True, [])
     run.begin("", recipe=KEYS)
@@ -233,7 +236,7 @@ def test_a_link_is_not_written_through(folder, tmp_path) -> None:
     (thesis := tmp_path / "thesis.tex").write_text("years of work")
     (folder / ".run.json.part").symlink_to(thesis)
     write_whole(folder / "run.json", (folder / "run.json").read_text())
-    (folder / run_module.LOCK).symlink_to(thesis)
+    (folder / manifest.LOCK).symlink_to(thesis)
     with pytest.raises(LaunchError, match=r"\.lock, a link, cannot be written"):
         claim(folder)
     assert thesis.read_text() == "years of work"

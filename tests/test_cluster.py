@@ -49,13 +49,13 @@ def test_what_becomes_of_a_job(manifest: dict, restarts: int, cancelled: bool, d
     facts = {"status": manifest["status"], "totals": {"steps": manifest.get("step", 0)},
              "progress": {"step": manifest.get("from", 0), "starts": manifest.get("starts", 1)}}  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    assert job.after(tmp_path, restarts, cancelled)[0] == decided
+    assert job.decide_requeue(tmp_path, restarts, cancelled)[0] == decided
     (tmp_path / job.STOP).touch()
-    assert job.after(tmp_path, restarts, cancelled)[0] == decided.replace("again", "preempted")
+    assert job.decide_requeue(tmp_path, restarts, cancelled)[0] == decided.replace("again", "preempted")
 
 
 def test_a_job_without_a_run_has_failed(tmp_path: Path) -> None:
-    assert job.after(tmp_path, 0)[0] == "failed"
+    assert job.decide_requeue(tmp_path, 0)[0] == "failed"
 
 
 def test_a_refused_start_is_not_taken_for_the_run_that_stands(tmp_path, monkeypatch) -> None:
@@ -63,7 +63,7 @@ def test_a_refused_start_is_not_taken_for_the_run_that_stands(tmp_path, monkeypa
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     for number, decided in (("7", "failed"), ("8", "finished")):
         (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "slurm": {"job_id": number}}))
-        assert job.after(tmp_path, 0)[0] == decided
+        assert job.decide_requeue(tmp_path, 0)[0] == decided
 
 
 def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
@@ -227,9 +227,9 @@ def test_ranks_without_a_gpu_of_their_own_are_refused(tmp_path: Path, monkeypatc
     for name in slices:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
         health.check_step(1, 1)
-        assert health.gpus(1) == []
+        assert health.check_gpus(1) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-gone")
-    assert health.gpus(1) == ["MIG-gone does not answer"]
+    assert health.check_gpus(1) == ["MIG-gone does not answer"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(slices))
     with pytest.raises(errors.LaunchError, match="2 ranks on 2 slices"):
         health.check_step(2, 2)
@@ -243,20 +243,20 @@ def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     def smi(text: str) -> list[str]:
         tool.write_text(f"#!/bin/sh\n{text}\n")
         tool.chmod(0o755)
-        return health.gpus(2)
+        return health.check_gpus(2)
 
-    assert health.gpus(2) == ["the job has 2 GPUs and nvidia-smi is not installed"]
+    assert health.check_gpus(2) == ["the job has 2 GPUs and nvidia-smi is not installed"]
     assert smi("echo 0, 10; echo 1, 20") == []
     assert smi("echo 0, 10") == ["1 of 2 GPUs answer"]
     assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
     assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
-    assert health.gpus(0) == []
+    assert health.check_gpus(0) == []
 
-    assert health.disk([tmp_path]) == []
+    assert health.check_disk([tmp_path]) == []
     (tmp_path / "file").touch()
-    assert "cannot be written" in health.disk([tmp_path / "file"])[0]
-    assert health.clock(time.time()) == []
-    assert "its clock is" in health.clock(time.time() - 1000)[0]
+    assert "cannot be written" in health.check_disk([tmp_path / "file"])[0]
+    assert health.check_clock(time.time()) == []
+    assert "its clock is" in health.check_clock(time.time() - 1000)[0]
 
 
 def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyP
     found: dict[int, list[str]] = {}
 
     def node(number: int, nodes: list[str]) -> None:
-        found[number] = health.reach(nodes, number, port)
+        found[number] = health.check_rendezvous(nodes, number, port)
 
     three = ["localhost", "two", "three"]
     threads = [threading.Thread(target=node, args=(number, three)) for number in (2, 1, 0)]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from conftest import script
-from stepladder import files
+from stepladder import files, manifest
 from stepladder import run as runs_folder
 from stepladder.cluster import job
 from stepladder.data import read
@@ -256,7 +256,7 @@ def model_card(folder: Path) -> None:
 
 
 def queue(folder: Path) -> None:
-    job.after(folder, 1)
+    job.decide_requeue(folder, 1)
 
 
 def speed(folder: Path) -> None:
@@ -269,7 +269,7 @@ def speed(folder: Path) -> None:
 
 
 def follow(folder: Path) -> None:
-    if runs_folder.status(folder) not in ("running", "unreadable"):  # else it would follow on
+    if manifest.status(folder) not in ("running", "unreadable"):  # else it would follow on
         list(runs.follow(folder))
 
 
@@ -335,7 +335,7 @@ def test_any_content_of_a_run_file_is_said(name: str, folder: Path, settings: An
             only_messages(reader, folder, kind)
     recipe = settings(**RECIPE)
     for kind in (*NO_FILES, "a gigabyte"):
-        runs_folder.remove(folder / name)
+        files.remove(folder / name)
         made(kind, folder / name)
         for reader in READERS if kind != "a gigabyte" or name != "metrics.jsonl" else ():
             only_messages(reader, folder, kind)

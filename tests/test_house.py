@@ -14,17 +14,15 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "stepladder"
 FLOORS = [
     {
-        "cache",
         "errors",
         "console",
         "files",
         "flags",
         "hardware",
+        "manifest",
         "requirements",
         "screen",
         "settings",
-        "suggest",
-        "verdict",
     },
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},
@@ -80,7 +78,7 @@ def test_every_module_has_a_floor() -> None:
 
 
 # What is larger than a reader can hold. These lists may only become shorter.
-LONG_MODULES = {"run.py"}
+LONG_MODULES: set[str] = set()
 LONG_SCRIPTS: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import launch, losses, manifest, script
-from stepladder import cache
+from stepladder import files
 from stepladder.data import mixture, prepare, render
 from stepladder.errors import DataError, ModelError
 
@@ -182,7 +182,7 @@ def test_one_rank_a_node_prepares(tiny, learnable, write_recipe, tmp_path) -> No
     }
     own_cache = tmp_path / "cache/stepladder"
     own_cache.mkdir(parents=True)
-    for keys_file in cache.folder().glob("keys-*.json"):  # else each rank would read TRL's keys anew
+    for keys_file in files.cache_folder().glob("keys-*.json"):  # else each rank would read TRL's keys anew
         shutil.copy(keys_file, own_cache)
     recipe = write_recipe(**keys)
     done = launch(

@@ -12,7 +12,8 @@ import pytest
 
 from conftest import ROOT, Done, manifest, metrics, run
 from stepladder.errors import LaunchError
-from stepladder.run import STUCK_AFTER, Run
+from stepladder.manifest import STUCK_AFTER
+from stepladder.run import Run
 from stepladder.training.checkpoint import resume
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]

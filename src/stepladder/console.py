@@ -1,4 +1,4 @@
-"""What a person sees: lines from rank 0 alone, and libraries that are quick to start and speak only when they must."""
+"""Output for a person: printed by rank 0 alone and escaped; libraries silenced and imported quickly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def warn(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin as a terminal may be given it: control characters as escapes, tab and newline as they are.
+    """Escape control characters except tab and newline, so that text of unknown origin cannot steer a terminal.
 
     From DEL on the escapes are JSON's, so that JSON stays JSON (in which the lower ones are escaped already).
     """
@@ -73,7 +73,7 @@ def write_exactly(text: str) -> None:
 
 
 class _Output(io.FileIO):
-    """A standard stream that takes everything: what its file does not take is dropped, and the first reason is kept."""
+    """A standard stream that never raises: what cannot be written is dropped, and the first error is kept."""
 
     lost: OSError | None = None
 
@@ -86,7 +86,7 @@ class _Output(io.FileIO):
 
 
 class _Printable(io.TextIOWrapper):
-    """A text stream of which what is written cannot steer the terminal."""
+    """A text stream whose content cannot steer the terminal."""
 
     def write(self, text: str, /) -> int:
         super().write(printable(text))
@@ -163,12 +163,12 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
-    """Around imports of libraries: no compiler is loaded, and garbage is looked for seldom, and afterwards never.
+    """Import libraries quickly inside: without a compiler, with rare garbage collection, and none of them afterwards.
 
-    Half a million objects stay. To go through them again and again took a sixth of the imports, and a second of what
-    follows. In a rank it is looked for again afterwards: see `errors.exit_with`. The compiler is
-    TorchInductor, a second more: bitsandbytes decorates four functions by `torch.compile` as it is imported
-    (`_try_torch_compile`), for machines that it has no kernels for. What is compiled later is, as ever.
+    Collecting half a million objects that stay took a sixth of the imports, and a second later on. In a rank they are
+    collected again afterwards: see `errors.exit_with`. The compiler is TorchInductor, a second more: bitsandbytes
+    decorates four functions by `torch.compile` as it is imported (`_try_torch_compile`), for machines that it has no
+    kernels for. What is compiled later is compiled as usual.
     """
     usual, compiles = gc.get_threshold(), os.environ.get(NO_COMPILER)
     gc.set_threshold(50_000)  # 700 by default. Not off: what is garbage would stay for good
@@ -186,7 +186,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def quiet_progress_bars() -> None:
-    """No bars for loading and mapping (after the imports): they are shorter than a breath here."""
+    """Disable the progress bars for loading and mapping; call after the imports."""
     import datasets
     import transformers
 

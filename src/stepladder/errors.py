@@ -1,4 +1,4 @@
-"""What a person reads when their input is wrong: what, why, what helps; never a traceback.
+"""What a person reads of a fault: errors, the nearest known words, verdicts; what, why, what helps; never a traceback.
 
 Exit codes of every script: 0 done, 1 failed, 2 the input is wrong, 3 what `compare.py --require` asks for
 does not hold, 75 preempted after a complete checkpoint.
@@ -7,6 +7,7 @@ does not hold, 75 preempted after a complete checkpoint.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -15,11 +16,40 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from stepladder import console
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_UNMET, EXIT_PREEMPTED = 1, 2, 3, 75
+GOOD, LOOK, FAULT = "good", "look", "fault"  # severities of a verdict
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "no difference shown"  # what a paired test says
+LEVEL = 0.05  # the chance of calling a difference real that is none
+SHORTEST_PART = 4  # letters: `epochs` finds `num_train_epochs` as a part of it; shorter words find too much
+CUTOFF = 0.74  # of difflib's ratio: one slip in a word of four letters, two swapped ones in one of eight
+CLOSE = 0.06  # below the best ratio: what else is offered
+# Short forms that other tools and papers use, and the keys of a recipe that they stand for.
+ALIASES = {
+    "lr": ["learning_rate"],
+    "wd": ["weight_decay"],
+    "bs": ["global_batch_size", "per_device_train_batch_size"],
+    "batch_size": ["global_batch_size", "per_device_train_batch_size"],
+    "model": ["model_name_or_path"],
+    "data": ["dataset_name", "datasets"],
+    "dataset": ["dataset_name", "datasets"],
+    "rank": ["lora_r"],
+    "alpha": ["lora_alpha"],
+    "dropout": ["lora_dropout"],
+    "epochs": ["num_train_epochs"],
+    "steps": ["max_steps"],
+    "grad_accum": ["gradient_accumulation_steps", "global_batch_size"],
+    "max_len": ["max_length"],
+    "max_seq_len": ["max_length"],
+    "optimizer": ["optim"],
+    "scheduler": ["lr_scheduler_type"],
+    "warmup": ["warmup_steps"],
+    "output": ["output_dir"],
+}
 
 
 class StepladderError(Exception):
@@ -57,7 +87,7 @@ class StepladderError(Exception):
 
 @contextlib.contextmanager
 def locate_errors(where: str) -> Iterator[None]:
-    """Give an error that is raised inside, and names no place, this one."""
+    """Set `where` of an error that is raised inside and has none."""
     try:
         yield
     except StepladderError as error:
@@ -108,7 +138,7 @@ class LaunchError(StepladderError):
 
 
 class TrainingError(StepladderError):
-    """What ends a run that was rightly begun: a loss that is no number, no memory left, a hang."""
+    """What ends a run after a correct start: a NaN loss, out of memory, a hang."""
 
     kind = "training"
     exit_code = EXIT_FAILED
@@ -118,6 +148,44 @@ class CheckpointError(StepladderError):
     """A checkpoint that is damaged, or of another run."""
 
     kind = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement on a run's curves, or on what a model's answers show.
+
+    `severity` is good, look or fault; `evidence` says the `figures` (losses in nats a token) in words.
+    """
+
+    severity: str
+    name: str
+    what: str
+    evidence: str
+    help: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'a' or 'b'?`, or nothing where no known word is near."""
+    found = nearest(word, known)
+    return f"did you mean {' or '.join(repr(name) for name in found)}?" if found else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """At most three known words, the nearest first."""
+    text, names = normalize(word), {normalize(name): name for name in known}
+    if aliases := [name for name in ALIASES.get(text, []) if name in names]:
+        return aliases
+    if close := difflib.get_close_matches(text, names, n=3, cutoff=CUTOFF):
+        ratios = [difflib.SequenceMatcher(a=name, b=text).ratio() for name in close]
+        return [names[name] for name, ratio in zip(close, ratios, strict=True) if ratio >= ratios[0] - CLOSE]
+    if len(text) < SHORTEST_PART:
+        return []
+    return sorted((name for plain, name in names.items() if f"_{text}_" in f"_{plain}_"), key=len)[:3]
+
+
+def normalize(word: str) -> str:
+    return word.strip().casefold().replace("-", "_").replace(" ", "_")
 
 
 def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
@@ -150,10 +218,10 @@ def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if no_path := _of_no_path(error):
+        if no_path := _path_error(error):
             _report(no_path, rank)
             sys.exit(no_path.exit_code)
-        full = _of_no_room(error)
+        full = _disk_error(error)
         if full:
             _report(full, rank)
         if "RANK" not in os.environ:
@@ -184,8 +252,8 @@ def _report(error: StepladderError, rank: str) -> None:
         print(error.render(), file=sys.stderr, flush=True)
 
 
-def _of_no_path(error: Exception) -> StepladderError | None:
-    """The message for a path of the user's that no file can have, wherever it was used first; None for any other."""
+def _path_error(error: Exception) -> StepladderError | None:
+    """The message for a path that no file can have; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
         return StepladderError(f"{name[:60]}{'…' * (len(name) > 60)} cannot be used: {error.strerror}")
@@ -194,8 +262,8 @@ def _of_no_path(error: Exception) -> StepladderError | None:
     return None
 
 
-def _of_no_room(error: Exception) -> StepladderError | None:
-    """The message for a disk that is full, or may not be written; of a library in Rust the text alone tells."""
+def _disk_error(error: Exception) -> StepladderError | None:
+    """The message for a disk that is full or read-only, also by the text of a Rust library; None for others."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     number = next((n for n in numbers if getattr(error, "errno", None) == n or f"(os error {n})" in str(error)), None)
     if number is None:
@@ -207,21 +275,21 @@ def _of_no_room(error: Exception) -> StepladderError | None:
 
 
 def end_process_groups() -> None:
-    """End what PyTorch set up between the ranks, once all is done: NCCL warns of a leak where nobody does."""
+    """Destroy PyTorch's process groups at the end: NCCL warns of a leak otherwise."""
     groups = sys.modules.get("torch.distributed")
     if groups and groups.is_available() and groups.is_initialized():
         groups.destroy_process_group()
 
 
 def lost_a_rank(error: BaseException) -> bool:
-    """Whether an error is only the echo of another rank's end (gloo's words, and NCCL's)."""
+    """Whether an error says only that another rank has ended (messages of gloo and NCCL)."""
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
              "NCCL communicator was aborted", "Connection refused", "recvBytes")  # fmt: skip
     return any(word in str(error) for word in words)
 
 
 def tell_launcher(what: str, text: str) -> None:
-    """Put the message where torchrun's closing report shows it.
+    """Write the message to the file that torchrun's closing report reads.
 
     torchrun (and so `accelerate launch`) prints its own traceback over any rank that does not
     exit with 0; by this file, which is torch's documented way, its last lines say the reason.

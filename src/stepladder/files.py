@@ -1,23 +1,30 @@
-"""Files that a person, a model's folder or an earlier run names: read without waiting, within limits, or refused.
+"""Files: read without waiting and within limits, or refused; written atomically.
 
-Every function raises ValueError with the reason, and the caller's message names the place and what helps.
+They are named by a person, a model's folder or an earlier run. Every function that reads raises ValueError with the
+reason, and the caller's message names the place and what helps.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import yaml
+
+from stepladder.errors import RunError
 
 TEXT_BYTES = 1 << 20  # of a template, a rubric, a model card: the largest in use have a tenth of it
 YAML_BYTES = 1 << 17  # PyYAML reads 0.1 to 0.6 MB a second
 JSON_BYTES = 1 << 26
 DEPTH = 50  # levels of blocks and lists
 NODES = 200_000  # of a YAML file, its aliases (*name) written out
+PART = ".part"  # ends the name of a file that is being written
 NAME_BYTES, PATH_BYTES = 255, 4095  # what Linux' file systems take
 
 LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # what the libraries open in a model's folder
@@ -147,7 +154,7 @@ def compose(text: str) -> yaml.Node | None:
 
 
 def _measure(node: yaml.Node, above: set[int], known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many nodes there are with all aliases written out, and how many levels."""
+    """The number of nodes with all aliases expanded, and the number of levels."""
     if isinstance(node, yaml.ScalarNode):
         return 1, 0
     if id(node) in above:
@@ -192,7 +199,7 @@ def name_fault(name: str) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Look at the files of a model before a library opens them: it would wait for a pipe until the job ends.
+    """Check the files of a model before a library opens them, which would wait for a pipe forever.
 
     Raises:
         ValueError: one is neither an ordinary file nor a link to one, may not be read, or should hold one JSON object
@@ -215,3 +222,57 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"{file} cannot be used: {error}") from None
         if not os.access(file, os.R_OK):  # safetensors itself would say that there is no such file
             raise ValueError(f"{file} may not be read by you: chmod a+r {file}")
+
+
+def cache_folder() -> Path:
+    """The root of Stepladder's cache, under XDG_CACHE_HOME or ~/.cache; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepladder"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; of a link the link, not what it leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def open_lock(file: Path) -> IO[bytes]:
+    """Open a file to lock it by `flock`; OSError where it is a link, which is not followed."""
+    return open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and check that files can be written into it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: a reader, after a power cut too, sees the old content or the new one."""
+    part = path.with_name(f".{path.name}{PART}")
+    try:
+        part.unlink(missing_ok=True)  # a link is not written through
+        with part.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())  # else the rename may reach the disk before the content
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()  # on a full disk it takes what room there is
+        raise
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append all of the content or nothing: a full disk takes a part of it first."""
+    with path.open("ab", buffering=0) as out:
+        end = out.tell()
+        if out.write(content) < len(content):
+            out.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import re
 import resource
 import socket
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder.errors import LaunchError
-from stepladder.suggest import suggest
+from stepladder.errors import LaunchError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +84,7 @@ CORES_PER_GPU, MEMORY_PER_GPU = 8, 48  # MEMORY_PER_GPU in GiB of the host
 
 
 def device(name: str, memory: float | None = None) -> GPU:
-    """A GPU by its short name; with `memory`, one of that name's speed and so many GiB.
+    """A GPU by its short name; with `memory`, that GPU with so many GiB.
 
     Raises:
         LaunchError: it is not known, or the memory is no positive number.
@@ -106,7 +103,7 @@ def device(name: str, memory: float | None = None) -> GPU:
 
 
 def device_here(local_ranks: int, gpu: bool) -> GPU:
-    """What one rank of this machine has for tensors: of its GPU, or its share of the host's memory."""
+    """This machine's GPU, or its CPU, with the memory that one rank has for tensors."""
     import torch
 
     if gpu and torch.cuda.is_available():
@@ -118,7 +115,7 @@ def device_here(local_ranks: int, gpu: bool) -> GPU:
 
 
 def gpu_here() -> GPU | None:
-    """This machine's GPU, where its peak is stated."""
+    """This machine's GPU; None where its peak is not in the table."""
     import torch
 
     return gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -131,7 +128,7 @@ def gpus_here() -> int:
 
 
 def host_memory() -> float:
-    """Bytes of this machine's memory that its processes may take: a container or a job may have less than it has."""
+    """Bytes of host memory that processes may take: the machine's, or the limit of a container or a job."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -150,31 +147,22 @@ def cores() -> int:
 
 
 def interface(peer: str) -> str:
-    """The interface whose address this node has on the way to another; empty where it cannot be told (IPv6).
+    """The network interface on the way to another node; empty where it is unknown (IPv6).
 
     Debian and Ubuntu give a host's own name to 127.0.1.1, where no other node is: the way there, as on the first
     node by hand, is then that of the default route, or the only one that there is.
     """
-    names = _addresses()
+    import psutil
+
+    cards = psutil.net_if_addrs().items()
+    names = {a.address: name for name, addresses in cards for a in addresses if a.family == socket.AF_INET}
+    names = {address: name for address, name in names.items() if not address.startswith("127.")}
     for place in (peer, "192.0.2.1"):  # no host has the latter (RFC 5737)
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((place, 9))  # sends nothing
             if name := names.get(probe.getsockname()[0]):
                 return name
     return next(iter(names.values())) if len(names) == 1 else ""
-
-
-def _addresses() -> dict[str, str]:
-    """Each IPv4 address of this node but those of the loopback, and its interface."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # one without an address
-                request = struct.pack("256s", name.encode()[:15])
-                address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), 0x8915, request)[20:24])  # SIOCGIFADDR
-                if not address.startswith("127."):
-                    found[address] = name
-    return found
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -186,6 +174,6 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
+    """The peak resident memory of this process; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

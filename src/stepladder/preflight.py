@@ -98,7 +98,7 @@ def _print_findings(found: audit.Audit, seen: list, as_json: bool) -> int:
 
 
 def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
-    """What is set, from where, or what it does."""
+    """Print each key with its origin (`--show`) or its explanation (`--explain`)."""
     entries = explain.of_recipe(recipe)
     unset = explain.defaults(recipe) if args.show else []
     if args.json:
@@ -110,7 +110,7 @@ def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def _print_axolotl(path: Path, args: argparse.Namespace, overrides: list[str]) -> int:
-    """What an Axolotl configuration does, by its own key names."""
+    """Explain an Axolotl configuration by its own key names."""
     command = f"python scripts/import_axolotl.py {console.quoted(path)} -o recipe.yaml"
     if not args.explain or overrides:
         raise RecipeError(
@@ -139,7 +139,7 @@ def _print_json(facts: dict[str, Any], entries: list[explain.Entry]) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is to have: `gpus` of each node, of the type `gpu`; None for what this machine has."""
+    """The hardware of a run: `gpus` of type `gpu` per node; None for those of this machine."""
 
     nodes: int = 1
     gpus: int | None = None
@@ -149,7 +149,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, and what was found; `where`, `why` and `help` as `StepladderError` has them."""
+    """The result of one check; `where`, `why` and `help` are those of `StepladderError`."""
 
     name: str
     right: bool
@@ -160,7 +160,7 @@ class Check:
 
 
 def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
-    """A line each, with what helps where something is wrong."""
+    """Run all checks and print a line for each, with help for those that fail."""
     console.quiet_libraries()
     with console.quick_imports():
         from stepladder.planning import choose  # noqa: F401 - with torch and all that plans
@@ -183,7 +183,7 @@ def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def checks(recipe: Recipe, machine: Machine) -> list[Check]:
-    """Of the recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
+    """Check recipe, versions, accounts, compiler, model, data, template, strategy, memory and disk, in this order."""
     done: list[Check] = []
     if recipe.get("use_cpu") and not machine.gpus:
         devices.hide_gpus()
@@ -224,7 +224,7 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 
 
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
-    """With the recipe as it is trained."""
+    """The message, and the recipe as it is trained."""
     found = adapter_recipe.settle(recipe)
     source = start.find_for(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
@@ -242,7 +242,7 @@ def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
 
 
 def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
-    """With the tokens of the longest row."""
+    """The message, and the tokens of the longest row."""
     assert rows.train is not None
     tokenizer = pretrained.load_tokenizer_for(recipe)
     templates.prepare(tokenizer, recipe)
@@ -258,7 +258,7 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
 
 
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
-    """With the launch that is asked for."""
+    """The message, and the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
         devices.assert_no_gpu_named()
@@ -272,7 +272,7 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
 
 
 def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: int | None) -> tuple[str, Any]:
-    """With the bytes that go to the disk."""
+    """The message, and the bytes that go to the disk."""
     from stepladder.planning import choose
 
     if machine.gpus:

@@ -1,4 +1,4 @@
-"""What a run needs beside its recipe: library versions, room on the disk, accounts. Found out before it starts."""
+"""What a run needs beside its recipe: library versions, accounts, a compiler, disk space. Checked before it starts."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def versions(settings: Settings) -> str:
 
 
 def untested_versions() -> list[str]:
-    """One note per library that is newer than the suite has seen: it may have changed what the code relies on."""
+    """One note per library that is newer than the tested versions."""
     notes = []
     for needed in _declared():
         found = importlib.metadata.version(needed.name)
@@ -84,7 +84,7 @@ def _declared() -> list[Requirement]:
 
 
 def accounts(settings: Settings) -> str:
-    """Which accounts the run uses. W&B does without: it is offline then, and says how to upload the run.
+    """Which accounts the run uses. Without a key, W&B is offline, and says how to upload the run.
 
     Raises:
         LaunchError: the result is to be pushed to the hub, and there is no token.
@@ -109,7 +109,7 @@ def accounts(settings: Settings) -> str:
 
 
 def _packages(settings: Settings) -> Iterator[tuple[str, str, str, str, str]]:
-    """Of each value that takes a package of its own: key, value, module, package, and the value that does without."""
+    """Key, value, module, package and alternative value of each value that needs an optional package."""
     for name in _trackers(settings):
         if name in TRACKERS:
             yield "report_to", name, name, name, "none"
@@ -147,7 +147,7 @@ def compiler(settings: Settings) -> str:
 
 
 def disk(settings: Settings, folder: Path, trained: float, states: float, whole: float, replaced_bytes: int = 0) -> str:
-    """The room that checkpoints and the result take, of what is free.
+    """The disk space that checkpoints and the result take, and the free space.
 
     Args:
         trained: bytes of the trained weights, which every checkpoint holds.

@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, what happened, and where everything lies."""
+"""The run folder as a run writes it: locked, replaced or resumed, its manifest and metrics kept whole."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import json
 import math
 import os
 import secrets
-import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from stepladder.console import say
-from stepladder.errors import LaunchError, RunError, TrainingError, lost_a_rank
-from stepladder.files import parse_json, read_object, read_text
+from stepladder.errors import LaunchError, TrainingError, lost_a_rank
+from stepladder.files import PART, append_whole, open_lock, remove, write_whole
+from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, metrics_text, read_manifest, row_of
 
 PACKAGES = (
     "stepladder",
@@ -32,41 +32,13 @@ PACKAGES = (
     "deepspeed",
     "bitsandbytes",
 )
-MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
-METRICS_BYTES = 1 << 30
-NUMBER, NONE = (int, float), type(None)
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("status", "strategy", "precision", "wandb_run_id"), (str,)),
-    **dict.fromkeys(("recipe", "progress", "totals", "final", "parameters", "plan", "packages", "samples"), (dict,)),
-    **dict.fromkeys(("started_with", "inputs", "inputs.*"), (dict,)),
-    "inputs.*.*": (str,),
-    **dict.fromkeys(("resumed", "datasets", "samples.before", "samples.after"), (list,)),
-    **dict.fromkeys(("progress.step", "progress.starts", "resumed.*.step", "world_size"), (int,)),
-    **dict.fromkeys(("totals.steps", "totals.tokens", "totals.peak_memory_bytes.*"), (int,)),
-    **dict.fromkeys(("parameters.all", "parameters.trainable"), (int,)),
-    **dict.fromkeys(("elapsed_seconds", "totals.seconds", "totals.goodput", "final.loss", "final.eval_loss"), NUMBER),
-    **dict.fromkeys(("resumed.*", "datasets.*"), (dict,)),
-    **dict.fromkeys(("recipe.peft_type", "recipe.lr_scheduler_type"), (str, NONE)),
-    "datasets.*.name": (str,),
-    "datasets.*.rows": (int, str, NONE),  # of a stream they are not counted
-    "global_batch_size": (int, NONE),
-    "plan.peak_memory_bytes": (*NUMBER, NONE),
-    "recipe.lora_r": (int, NONE),
-    "slurm": (dict, NONE),
-    "slurm.job_id": (str,),
-    "slurm.restart_count": (int,),
-    "totals.peak_memory_bytes": (list,),
-    "totals.tokens_per_second": (*NUMBER, NONE),
-}  # of a manifest, where anything reads it
-PART = ".part"  # ends the name of a file that is being written
-STUCK_AFTER = 3  # starts that came no further than one and the same step
 JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
 
 
 class Run:
-    """A run folder that rank 0 writes and the other ranks only know the path of."""
+    """A run folder, written by rank 0; the other ranks know its path only."""
 
     def __init__(self, folder: Path, is_writer: bool):
         self.folder, self.is_writer = folder, is_writer
@@ -81,7 +53,7 @@ class Run:
         self._unwritten: OSError | None = None  # why the last try to write failed
 
     def lock(self) -> None:
-        """Keep other processes out of the folder until this one ends, however it ends.
+        """Lock the folder until this process ends.
 
         Raises:
             LaunchError: another one trains into it, or it cannot be written.
@@ -138,7 +110,7 @@ class Run:
         return sorted(files, key=lambda file: file.name == MANIFEST)
 
     def replaced_bytes(self) -> int:
-        """What `drop_replaced` will free."""
+        """Bytes that `drop_replaced` will free."""
         if not self.replaces:
             return 0
         return sum(file.lstat().st_size for file in self.folder.rglob("*") if not file.name.startswith(JOB_LOGS))
@@ -152,9 +124,9 @@ class Run:
             file.rename(old / file.name)
 
     def put_back(self) -> None:
-        """Return to its place the run that another start was to replace and did not come to: it failed, or was killed.
+        """Restore the run that a failed or killed start was to replace.
 
-        One that was killed after it had written its own manifest goes on instead.
+        A start that was killed after it had written its own manifest goes on instead.
         """
         old = self.folder / REPLACED
         if not self.is_writer or not old.is_dir():
@@ -170,7 +142,7 @@ class Run:
         say(f"the run in {self.folder} stays: the one that was to replace it has trained nothing")
 
     def drop_replaced(self) -> None:
-        """Remove the run that this one replaces, and what a kill left of such a removal."""
+        """Remove the run that this one replaces, and leftovers of an interrupted removal."""
         old, removed = self.folder / REPLACED, self.folder / REMOVED
         with contextlib.suppress(OSError):  # it may lie there until the folder itself goes
             if removed.is_dir():
@@ -197,7 +169,7 @@ class Run:
         )
 
     def is_requeued(self) -> bool:
-        """Whether the last start here was one of this Slurm job, which has been queued again since."""
+        """Whether the last start belonged to this Slurm job, which has been requeued since."""
         job = slurm_job()
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged manifest is not this job's
             before = read_manifest(self.folder)["slurm"]
@@ -254,18 +226,18 @@ class Run:
                 ) from None
 
     def _began(self) -> float:
-        """When this start's process began, less the seconds of the starts before it that were written down."""
+        """When this process began, less the recorded seconds of the starts before it."""
         before = [self.manifest, *self.rows()] if self.manifest else []  # one that goes on, or starts anew by itself
         spent = [value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float)]
         return time.perf_counter() - process_seconds() - max(filter(math.isfinite, spent), default=0.0)
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all starts so far, each from its command on; of one that was killed, to its last line."""
+        """Seconds of all starts so far, each from its command on; of a killed one, to its last metrics."""
         return time.perf_counter() - self._since
 
     def _check_same(self, facts: dict[str, Any]) -> None:
-        """What no recipe shows: the ranks may change the global batch, and a data file may hold other rows."""
+        """Raise LaunchError if the global batch or the rows of a resumed run changed; its recipe shows neither."""
         before, now = self.manifest, facts
         try:
             changes = {
@@ -290,7 +262,7 @@ class Run:
                 )
 
     def _rewind(self, step: int) -> None:
-        """Keep the metrics up to a step. A last line that was cut off goes; others that are damaged are counted."""
+        """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted."""
         kept, damaged, self.logged_until = [], 0, step
         for line in metrics_text(self.folder).splitlines(keepends=True):
             if row := row_of(line):
@@ -316,11 +288,11 @@ class Run:
             self._keep(manifest=False)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
+        """The undamaged lines of metrics.jsonl."""
         return [row for line in metrics_text(self.folder).splitlines() if (row := row_of(line))]
 
     def _keep(self, manifest: bool = True) -> None:
-        """Write what is new. On a full disk the run goes on, and the next time tries again with all of it."""
+        """Write what is new. On a full disk the run goes on, and the next call retries all of it."""
         try:
             if self._rows:
                 append_whole(self.folder / METRICS, self._rows.encode())
@@ -335,7 +307,7 @@ class Run:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """`finished` at the end of a block that has set no other status, `failed` with its reason where it raises.
+        """Record the status at the end of a block: `finished` if none was set, `failed` with the reason if it raises.
 
         Raises:
             TrainingError: at the end the disk still takes no more.
@@ -362,116 +334,6 @@ class Run:
         write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def metrics_text(folder: Path) -> str:
-    """The lines of metrics.jsonl, damaged or not; none where there is no such file.
-
-    Raises:
-        LaunchError: it cannot be read.
-    """
-    file = folder / METRICS
-    try:
-        return read_text(file, METRICS_BYTES, errors="replace") if os.path.lexists(file) else ""
-    except ValueError as error:
-        raise LaunchError(f"{file} cannot be used: {error}", help="put it back from a copy, or remove it") from None
-
-
-def row_of(line: str) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is damaged, or not whole yet."""
-    with contextlib.suppress(ValueError):
-        row = parse_json(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return None
-
-
-def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """A run's manifest, in which every fact that anything reads is of the kind that `sft.py` writes.
-
-    Args:
-        needed: facts that must be there, by the names of `KINDS`.
-
-    Raises:
-        ValueError: it is missing, damaged, lacks a fact, or holds one of another kind.
-    """
-    found = read_object(folder / MANIFEST)
-    for name in needed:
-        if not [*_values(found, name.split("."))]:
-            raise ValueError(f"it holds no {name} as sft.py writes it")
-    for name, kinds in KINDS.items():
-        for value in _values(found, name.split(".")):
-            # To Python a bool is an int.
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"its {name} is {json.dumps(value)[:60]}, which sft.py does not write")
-    return found
-
-
-def _values(found: Any, names: list[str]) -> Iterator[Any]:
-    """What stands at a dotted name, `*` for each item of a list or an object; nothing where it leads nowhere."""
-    if not names:
-        yield found
-    elif names[0] == "*":
-        for item in found if isinstance(found, list) else found.values() if isinstance(found, dict) else ():
-            yield from _values(item, names[1:])
-    elif isinstance(found, dict) and names[0] in found:
-        yield from _values(found[names[0]], names[1:])
-
-
-def status(folder: Path) -> str:
-    try:
-        return str(read_object(folder / MANIFEST)["status"])
-    except (ValueError, KeyError):
-        return "unreadable"
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder; of a link the link, not what it leads to."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def open_lock(file: Path) -> IO[bytes]:
-    """Open a file to lock it by `flock`; OSError where it is a link, which is not followed."""
-    return open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder that files are to be written into.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, after a power cut too, sees the old one or the new one, never half of it."""
-    part = path.with_name(f".{path.name}{PART}")
-    try:
-        part.unlink(missing_ok=True)  # a link is not written through
-        with part.open("wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            out.flush()
-            os.fsync(out.fileno())  # else the rename may reach the disk before the content
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()  # on a full disk it takes what room there is
-        raise
-
-
-def append_whole(path: Path, content: bytes) -> None:
-    """Append to a file all of it or nothing: a full disk takes a part at first."""
-    with path.open("ab", buffering=0) as out:
-        end = out.tell()
-        if out.write(content) < len(content):
-            out.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def package_versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -481,7 +343,7 @@ def package_versions() -> dict[str, str]:
 
 
 def slurm_job() -> dict[str, Any] | None:
-    """The job that this start runs in, and how often it was queued again; None outside of Slurm."""
+    """The Slurm job of this start, and how often it was requeued; None outside of Slurm."""
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return None
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)

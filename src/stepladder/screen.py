@@ -14,7 +14,7 @@ from stepladder import console
 
 
 class _Stdout:
-    """stdout for rich, which may write control sequences there; itself, where a progress bar stands in its place."""
+    """stdout for rich, which may write control sequences; a progress bar's stand-in for stdout is passed through."""
 
     def __init__(self) -> None:
         self.stream = getattr(sys.stdout, "rich_proxied_file", sys.stdout)

@@ -1,4 +1,4 @@
-"""What the rooms below need to know of a recipe: each key's value, and where it was set."""
+"""The part of a recipe that data/ and model/ use: the value of a key, and where it was set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Settings(Protocol):
-    """A recipe is one; data/ and model/ take it without knowing how recipes are read.
+    """The protocol that a recipe fulfils; recipe/ itself imports data/, so that data/ cannot import it.
 
     `values` holds the keys that were set, `get` the default too.
     """

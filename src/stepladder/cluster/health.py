@@ -4,7 +4,7 @@
 
 Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes
 (nothing on one node); what is wrong is said on stderr, and the exit code is then 2. Imports nothing but the
-standard library: it answers in a tenth of a second.
+standard library, and psutil on several nodes: it answers in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def main() -> None:
     nodes, here, wanted = env["STEPLADDER_NODES"].split(), int(env["SLURM_NODEID"]), int(env["STEPLADDER_GPUS"])
     check_step(int(env.get("SLURM_GPUS_ON_NODE") or 0), wanted)
     faults = [
-        *gpus(wanted),
-        *disk([Path(env["STEPLADDER_FOLDER"]), Path(env.get("TMPDIR", "/tmp"))]),
-        *clock(float(env["STEPLADDER_CLOCK"])),
+        *check_gpus(wanted),
+        *check_disk([Path(env["STEPLADDER_FOLDER"]), Path(env.get("TMPDIR", "/tmp"))]),
+        *check_clock(float(env["STEPLADDER_CLOCK"])),
     ]
     if not faults and len(nodes) > 1:
-        faults = reach(nodes, here, int(env["STEPLADDER_PORT"]))
+        faults = check_rendezvous(nodes, here, int(env["STEPLADDER_PORT"]))
     if faults:
         raise errors.LaunchError(
             f"node {socket.gethostname()} cannot train: {'; '.join(faults)}",
@@ -68,8 +68,8 @@ def check_step(given: int, wanted: int) -> None:
         )
 
 
-def gpus(wanted: int) -> list[str]:
-    """Fewer GPUs than the job was given, or memory in use on them by somebody else."""
+def check_gpus(wanted: int) -> list[str]:
+    """Faults: fewer GPUs than the job was given, or memory of theirs that others use."""
     if not wanted:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -96,7 +96,7 @@ def gpus(wanted: int) -> list[str]:
     return faults
 
 
-def disk(folders: list[Path]) -> list[str]:
+def check_disk(folders: list[Path]) -> list[str]:
     faults = []
     for folder in folders:
         try:
@@ -112,13 +112,13 @@ def disk(folders: list[Path]) -> list[str]:
     return faults
 
 
-def clock(batch: float) -> list[str]:
+def check_clock(batch: float) -> list[str]:
     apart = time.time() - batch
     return [] if abs(apart) < CLOCK else [f"its clock is {apart:+.0f} s from the first node's"]
 
 
-def reach(nodes: list[str], here: int, port: int) -> list[str]:
-    """The port of the rendezvous, tried: the first node listens until each of the others has called."""
+def check_rendezvous(nodes: list[str], here: int, port: int) -> list[str]:
+    """Faults of the rendezvous: the first node listens on its port until each of the others has called."""
     if here:
         end = time.monotonic() + PATIENCE
         reason = ""

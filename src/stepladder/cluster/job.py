@@ -20,9 +20,9 @@ import yaml
 
 from stepladder import console, errors, files
 from stepladder.data import mixture
+from stepladder.manifest import MANIFEST, STUCK_AFTER, read_manifest
 from stepladder.model import start
 from stepladder.recipe import load
-from stepladder.run import MANIFEST, STUCK_AFTER, read_manifest
 
 MAX_RESTARTS = 100  # of a job; STEPLADDER_MAX_RESTARTS sets another
 STOP = "stop"  # a file of this name in the run folder ends the chain: touch runs/lora/stop
@@ -93,8 +93,10 @@ def _text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
-def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int = MAX_RESTARTS) -> tuple[str, str]:
-    """What becomes of a job whose ranks have ended, and why.
+def decide_requeue(
+    run: Path, restarts: int, cancelled: bool = False, max_restarts: int = MAX_RESTARTS
+) -> tuple[str, str]:
+    """Decide what becomes of a job whose ranks have ended, and why.
 
     Args:
         run: the run folder.
@@ -129,13 +131,6 @@ def after(run: Path, restarts: int, cancelled: bool = False, max_restarts: int =
     return "again", f"preempted at step {step}"
 
 
-def _finished(run: Path) -> dict[str, Any]:
-    try:
-        return read_manifest(run, ("strategy", "totals.tokens_per_second", "totals.peak_memory_bytes.*"))
-    except ValueError as error:
-        raise errors.RunError(f"{run / MANIFEST} cannot be used: {error}", help="a run that is finished") from None
-
-
 def main() -> None:
     match sys.argv[1:]:
         case ["folder", *words]:
@@ -164,7 +159,13 @@ def main() -> None:
             # for sweep.sbatch; a value may hold any sign but NUL
             console.write_exactly("".join(f"{word}\0" for word in elements[int(number)]))
         case ["speed", run]:
-            manifest = _finished(Path(run))
+            try:
+                manifest = read_manifest(
+                    Path(run), ("strategy", "totals.tokens_per_second", "totals.peak_memory_bytes.*")
+                )
+            except ValueError as error:
+                fault = f"{Path(run) / MANIFEST} cannot be used: {error}"
+                raise errors.RunError(fault, help="a run that is finished") from None
             totals = manifest["totals"]
             print(f"{manifest['strategy']:14} {totals['tokens_per_second'] or 0:>12,.0f} tokens/s  "
                   f"{max(totals['peak_memory_bytes']) / 2**30:6.2f} GiB a rank at most")  # fmt: skip
@@ -173,7 +174,7 @@ def main() -> None:
             limit = os.environ.get("STEPLADDER_MAX_RESTARTS") or str(MAX_RESTARTS)
             if not limit.isdecimal():
                 raise errors.LaunchError(f"STEPLADDER_MAX_RESTARTS is {limit!r}, and must be a whole number")
-            decided, why = after(Path(run), restarts, "--cancelled" in flags, int(limit))
+            decided, why = decide_requeue(Path(run), restarts, "--cancelled" in flags, int(limit))
             print(f"{decided}: {why}", file=sys.stderr)
             print(decided)
         case _:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import run
+from stepladder import files, run
 from stepladder.data import formats
 from stepladder.data.conversation import ROLES
 from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key, row_keys
 from stepladder.data.source import Source, has_split, is_local
-from stepladder.errors import DataError
+from stepladder.errors import DataError, suggest
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 GENERAL = Path("data/general.jsonl")
 HELD_OUT = "held_out.json"
@@ -359,7 +358,7 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
             "not held out; check.py --audit names them"
         )
     try:
-        run.write_whole(record.folder / HELD_OUT, json.dumps(content) + "\n")
+        files.write_whole(record.folder / HELD_OUT, json.dumps(content) + "\n")
     except OSError as error:
         notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): compare.py will read the data again instead")
     return notes
@@ -368,7 +367,7 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
 def read_held_out(folder: Path) -> HeldOut | None:
     """The record of a run folder; None where it is missing or damaged."""
     try:
-        found: dict[str, Any] = run.read_object(folder / HELD_OUT)
+        found: dict[str, Any] = files.read_object(folder / HELD_OUT)
         kept = HeldOut(**{name: found[name] for name in HeldOut.__dataclass_fields__ if name != "trained"},
                     trained=None if found["trained"] is None else {*found["trained"]})  # fmt: skip
     except (ValueError, KeyError, TypeError):

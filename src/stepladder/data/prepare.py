@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import cache, console, hardware
+from stepladder import console, files, hardware
 from stepladder.data import render
 from stepladder.data.row_renderer import NO_END, Remarks
 from stepladder.data.rows import Rows, Stream
@@ -58,7 +58,7 @@ def prepare_rows(
             no place to write.
         ModelError: conversations and a tokenizer without a chat template.
     """
-    cached = cache.folder() / "prepared" / _identity(train, evaluation, tokenizer, settings)
+    cached = files.cache_folder() / "prepared" / _identity(train, evaluation, tokenizer, settings)
     if cached.is_dir():
         if not (fault := _damage(cached)):
             with contextlib.suppress(OSError):

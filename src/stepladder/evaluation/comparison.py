@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepladder.errors import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 from stepladder.evaluation import behaviours, metrics, verdicts
 from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import HIGHER, NEITHER, Metric, Rule
 from stepladder.evaluation.questions import Answer, Question
-from stepladder.verdict import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepladder import console, hardware, run
+from stepladder import console, files, hardware
 from stepladder.data import render
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
@@ -205,7 +205,7 @@ def read_questions(args: argparse.Namespace, system: list[Message], notes: list[
         found = [_under(system, question) for question in read_prompts(args.prompts, notes)]
     start.find_checked(args.model, args.base)
     if args.transcript:
-        run.make_folder(args.transcript.parent)
+        files.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
             help = "name a file in it" if args.transcript.is_dir() else "another name, or --overwrite"
             raise DataError(f"the transcript {args.transcript} is there already", help=help)
@@ -237,7 +237,7 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
         (answer,) = generate_answers(model, tokenizer, [question.example], streamer=streamer, **sampling)
         if args.transcript:
             kept.append(transcript_row(args.model, question.example, answer, args.max_new_tokens, args.temperature))
-            run.write_whole(args.transcript, "".join(kept))
+            files.write_whole(args.transcript, "".join(kept))
         if args.chat:
             question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:

@@ -17,10 +17,11 @@ from stepladder.data.rows import Rows, Stream, normal_text, row_key, row_keys
 from stepladder.errors import DataError, RecipeError
 from stepladder.evaluation.generation import parallel_map
 from stepladder.evaluation.questions import Question, extract_questions
+from stepladder.files import read_object
+from stepladder.manifest import RECIPE
 from stepladder.model.start import MERGE
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
-from stepladder.run import RECIPE, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepladder import files
-from stepladder.errors import DataError
+from stepladder.errors import LEVEL, DataError, suggest
 from stepladder.evaluation.questions import Answer
-from stepladder.suggest import suggest
-from stepladder.verdict import LEVEL
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
 REPEATED = 4  # words of a run that counts as repeated

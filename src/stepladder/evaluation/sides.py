@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stepladder import console, errors, run
+from stepladder import console, errors, files, manifest
 from stepladder.data import mixture
 from stepladder.data.conversation import REASONING
 from stepladder.data.rows import Rows, row_key
@@ -81,7 +81,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     folder = args.output_dir or next((Path(name) for name in args.tuned[:1] if _is_run(name)), None)
     if folder is None:
         fail("--output_dir is needed: the first --tuned is no run folder")
-    run.make_folder(folder)
+    files.make_folder(folder)
     rows = {str(name): found for name in sources[1:] if (found := training_rows(name, runs))}
     on.notes += [] if on.on_training else held_out.asked_before(on.questions, rows)
     on.training = {name: drawn for name, found in rows.items() if (drawn := draw_sample(found))}
@@ -199,16 +199,16 @@ def _write(
 
     The page and the mini-project of a run are made from its own comparison.
     """
-    files = {
+    texts = {
         folder / "compare.json": _as_text(found),
         folder / "evaluation_results.md": markdown.evaluation_results(found),
         folder / "report.html": page.render_comparison(folder, [Path(name) for name in tuned], found),
     }
     others = [side for side in measured[1:] if _is_run(side.name) and Path(side.name).resolve() != folder.resolve()]
     others = [side for side in others if os.access(side.name, os.W_OK)]
-    files |= {Path(side.name) / "compare.json": _as_text(compare([measured[0], side])) for side in others}
-    for file, text in files.items():  # all are made before the first is written
-        run.write_whole(file, text)
+    texts |= {Path(side.name) / "compare.json": _as_text(compare([measured[0], side])) for side in others}
+    for file, text in texts.items():  # all are made before the first is written
+        files.write_whole(file, text)
     return [side.name for side in others]
 
 
@@ -227,7 +227,7 @@ def _print(args: argparse.Namespace, folder: Path, found: dict[str, Any], others
 
 
 def _is_run(name: str) -> bool:
-    return (Path(name) / run.MANIFEST).is_file()
+    return (Path(name) / manifest.MANIFEST).is_file()
 
 
 def _as_text(facts: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
+from stepladder.manifest import MANIFEST
 from stepladder.model import start
 from stepladder.model.start import ADAPTER, CHANGES_BASE, FIELDS, KEY
 from stepladder.model.weights import Weights, more
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
-from stepladder.run import MANIFEST
 
 DROPOUT = "lora_dropout"  # it belongs to a training, not to the adapter: a recipe may set another
 # Fields without a key of the recipe, which hold as the adapter has them.

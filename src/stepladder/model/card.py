@@ -13,10 +13,10 @@ import yaml
 from stepladder import files, hardware
 from stepladder.console import printable, quoted
 from stepladder.errors import ModelError
+from stepladder.manifest import MANIFEST, metrics_text, read_manifest, row_of
 from stepladder.model import start
 from stepladder.model.build import VIRTUAL
 from stepladder.model.weights import Weights
-from stepladder.run import MANIFEST, metrics_text, read_manifest, row_of
 
 README_BYTES = 1 << 22
 UNNAMED = "none named"

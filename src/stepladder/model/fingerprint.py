@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder import console
+from stepladder.files import read_object
+from stepladder.manifest import MANIFEST
 from stepladder.model import start
 from stepladder.model.start import CONFIG as ADAPTER_CONFIG
 from stepladder.model.weights import INDEX
-from stepladder.run import MANIFEST, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

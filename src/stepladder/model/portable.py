@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.run import write_whole
+from stepladder.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

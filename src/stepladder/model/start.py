@@ -18,7 +18,7 @@ from stepladder.console import quoted
 from stepladder.data import templates
 from stepladder.errors import ModelError
 from stepladder.files import read_object
-from stepladder.run import MANIFEST, status
+from stepladder.manifest import MANIFEST, status
 from stepladder.settings import Settings
 
 CHECKPOINT, MERGE = "COMPLETE.json", "merge.json"  # what tells a checkpoint, and a merged model, from other folders

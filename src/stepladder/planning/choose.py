@@ -1,4 +1,4 @@
-"""Every way to run a recipe on given hardware, what it needs, and which one is best."""
+"""The strategies and micro-batches that run a recipe on some GPUs: memory, speed, and the best of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRATEGIES = ("single", "ddp", "zero2", "fsdp", "zero3", "fsdp_offload", "zero3_
 
 @dataclass(frozen=True)
 class Way:
-    """A strategy with a micro-batch: a row of the table."""
+    """A strategy with a micro-batch and checkpointing on or off; `limit` and `host_limit` are bytes."""
 
     strategy: str
     micro: int
@@ -60,14 +60,14 @@ class Way:
 
 
 class Plan:
-    """A recipe on so many nodes of so many GPUs.
+    """A recipe on `nodes` nodes with `gpus` GPUs each.
 
     Args:
-        length: tokens of a row, where it is not the recipe's `max_length`.
-        precision: where it is known already.
-        overhead: bytes of a rank that the device needs whatever runs on it.
+        length: tokens per row, instead of the recipe's `max_length`.
+        precision: instead of the one that the recipe and the device give.
+        overhead: bytes per rank that the device needs beside tensors.
         on_gpu: whether the loss runs in a GPU's kernels.
-        host: bytes of a node's memory, where they are known.
+        host: bytes of a node's memory, where known.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Plan:
         batch.layout(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
 
     def ways(self, strategies: tuple[str, ...] = STRATEGIES) -> list[Way]:
-        """For each strategy, without and with checkpointing, the fastest that fits, or the smallest."""
+        """For each strategy, without and with checkpointing: the fastest micro-batch that fits, or 1."""
         found = []
         for strategy in strategies:
             alone = strategy == "single" or strategy.endswith("offload")  # one rank has nothing to shard over
@@ -112,15 +112,15 @@ class Plan:
         return [micro for micro in (1, 2, 4, 8, 16, 32, 64) if micro <= most]
 
     def one_micro_batch(self) -> tuple[int, bool]:
-        """The micro-batch and checkpointing of the best way that fits; else what holds least."""
+        """The micro-batch and checkpointing of the best way that fits; else those that need the least memory."""
         best = self.best(self.ways())
         return (best.micro, best.checkpointing) if best else (1, True)
 
     def of_recipe(self, strategy: str) -> Way:
-        """The recipe's own micro-batch and checkpointing; where it leaves them to the plan, the fastest that fits.
+        """The recipe's own micro-batch and checkpointing; for those that are `auto`, the fastest that fits.
 
         Raises:
-            LaunchError: it leaves them to the plan, and nothing fits.
+            LaunchError: one is `auto`, and nothing fits.
         """
         micro = self.settings.get("per_device_train_batch_size")
         kept = self.settings.get("gradient_checkpointing")
@@ -155,7 +155,7 @@ class Plan:
         self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
         network: speed.Network = speed.INFINIBAND,
     ) -> speed.Step:  # fmt: skip
-        """The time of an optimizer step on any number of ranks."""
+        """The seconds of an optimizer step on `ranks` ranks of `nodes` nodes."""
         traced = self._traced(micro, checkpointing, memory.casts(strategy))
         full, quantized = not self.settings.get("use_peft"), bool(self.settings.get("load_in_4bit"))
         return speed.step(
@@ -163,15 +163,15 @@ class Plan:
         )
 
     def sizes(self, way: Way) -> tuple[float, float, float]:
-        """Bytes of the trained weights, of the optimizer's state, and of the result."""
+        """Bytes of the trained weights, of the optimizer's state, and of the saved result."""
         whole = self._traced(way.micro, way.checkpointing, memory.casts(way.strategy)).whole
         adapter = bool(self.settings.get("use_peft"))
         return whole.trained, whole.states, whole.trained if adapter else whole.held
 
     def best(self, ways: list[Way]) -> Way | None:
-        """The fastest that fits, offloading only where nothing else does; of equally fast ones the simplest.
+        """The fastest that fits; one that offloads only if no other fits. Ties go to the simplest strategy.
 
-        Where nobody knows a node's host memory, what takes more than nodes commonly have comes last.
+        Where a node's host memory is unknown, ways that need more than nodes commonly have come last.
         """
 
         def order(way: Way) -> tuple[bool, bool, int, int]:
@@ -191,12 +191,12 @@ class Plan:
 
 
 def host_bytes(plan: Plan, way: Way) -> float:
-    """Host memory that a job asks for with each GPU: a share of what the node needs, and a CUDA process's own."""
+    """Bytes of host memory per GPU: its part of what the node needs, and those of a CUDA process."""
     return way.memory.host / (plan.ranks // plan.nodes) + PROCESS
 
 
 def fastest(ways: list[Way]) -> Way | None:
-    """Of those that fit the fastest; of equally fast ones (to a hundredth) that which holds least."""
+    """The fastest that fits; of those within 1 % of its speed, the one that needs the least memory."""
     fit = [way for way in ways if way.fits]
     most = max((way.tokens_per_second for way in fit), default=0)
     equal = [way for way in fit if way.tokens_per_second >= 0.99 * most]
@@ -206,18 +206,16 @@ def fastest(ways: list[Way]) -> Way | None:
 def plan_run(
     settings: Settings, strategy: str, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
 ) -> tuple[Plan, Way]:
-    """What a run that begins now will hold, as `totals.peak_memory_bytes` measures it.
+    """Plan the run that starts now, in the terms of `totals.peak_memory_bytes`.
 
-    On a GPU that is PyTorch's tensors; on a CPU the resident set, so that what the process holds
-    already is the fixed part.
+    On a GPU these are PyTorch's tensors; on a CPU it is the resident set, of which the process's present one is fixed.
 
     Args:
         longest: tokens of the longest row.
 
     Raises:
         ModelError: the architecture cannot be planned.
-        LaunchError: the recipe leaves the micro-batch to the plan, and nothing fits; or the GPU cannot hold what
-            quantizing the base takes, which no estimate decides.
+        LaunchError: the micro-batch is `auto`, and nothing fits; or quantizing the base takes more than the GPU has.
     """
     device = hardware.device_here(local_ranks, gpu)
     if not gpu and strategy == "fsdp_offload":
@@ -232,7 +230,7 @@ def plan_run(
 
 
 def plan_for_manifest(plan: Plan, way: Way) -> dict[str, Any]:
-    """The plan of a run for its run.json: what was chosen, and why, where the recipe left that open."""
+    """The plan as facts for run.json, with the values chosen for `auto` and the reason."""
     facts = {"tokens_a_row": plan.length, **as_json(way)}
     if not plan.on_gpu or hardware.gpu_here() is None:
         del facts["tokens_per_second"]  # no stated peak to compute with
@@ -249,7 +247,7 @@ def plan_for_manifest(plan: Plan, way: Way) -> dict[str, Any]:
 
 
 def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None:
-    """Optimizer steps of the whole run; None where it has no number of steps and the rows are not known."""
+    """Optimizer steps of the whole run; None if neither `max_steps` nor the number of rows is known."""
     if settings.get("max_steps") > 0:
         return int(settings.get("max_steps"))
     if rows is None:
@@ -258,7 +256,7 @@ def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None
 
 
 def no_fit_error(plan: Plan, ways: list[Way]) -> LaunchError:
-    """That nothing fits, the smallest hardware that would do, and what to change."""
+    """The error that nothing fits, with the smallest hardware that would do and the keys to change."""
     if loaded := [way for way in ways if way.memory.total <= way.limit]:
         return _no_host(plan, min(loaded, key=lambda way: way.memory.host))
     least = min(ways, key=lambda way: way.memory.total)
@@ -282,7 +280,7 @@ def no_fit_error(plan: Plan, ways: list[Way]) -> LaunchError:
 
 
 def _no_host(plan: Plan, least: Way) -> LaunchError:
-    """That the GPUs would do, and the host memory of a node does not."""
+    """The error that the model fits into the GPUs, but not into the host memory of a node."""
     ways_out = ["accelerate_configs/zero3.yaml: rank 0 reads one parameter after the other"]
     if plan.settings.get("use_peft"):
         ways_out.append("--dtype bfloat16: frozen weights in the dtype of their file are mapped from it, not copied")
@@ -295,7 +293,7 @@ def _no_host(plan: Plan, least: Way) -> LaunchError:
 
 
 def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
-    """What to type: on the machine, and for Slurm."""
+    """The command line on the machine, and the one for Slurm."""
     keys = quoted("--recipe", recipe, *way.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"

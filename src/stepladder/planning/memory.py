@@ -1,4 +1,4 @@
-"""From one traced micro-batch to what each rank holds under a strategy, part by part.
+"""The memory of each rank under a strategy, part by part, from one traced micro-batch.
 
 What a strategy shards, gathers and buffers is read from its own code or, where that did not tell (ZeRO-2 keeps the
 trained weights twice), from what `make plan-check` measures of real steps.
@@ -25,7 +25,7 @@ ZERO_BUCKETS = 2  # of `reduce_bucket_size`: one fills while the other is reduce
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its worst moment, and of host memory for all ranks of a node.
+    """Peak bytes of one rank, and bytes of host memory for all ranks of a node.
 
     `loading` is what the loading of the model needs on the device beyond a step. `host` is what lies there in place of
     the device (offload) or while the model loads; what is mapped from its files is not counted.
@@ -48,7 +48,7 @@ class Memory:
 
 
 def casts(strategy: str) -> bool:
-    """Whether the strategy holds in bf16 what is computed with; else autocast makes copies."""
+    """Whether the strategy itself holds the computed weights in bf16; else autocast makes copies."""
     return strategy.startswith(("zero", "fsdp", "hybrid"))
 
 
@@ -63,7 +63,7 @@ class Loading:
 def loading(
     traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, local_ranks: int, on_gpu: bool
 ) -> Loading:
-    """What each rank holds before a strategy has sharded anything.
+    """What each rank holds while the model loads, before a strategy has sharded anything.
 
     Weights in the dtype of their file are mapped from it and belong to no process; others are copies. Under ZeRO-3
     rank 0 reads one parameter after the other. A base in 4 bits is quantized on each device, whole, before it is
@@ -94,7 +94,7 @@ def loading(
 def estimate(
     traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool, overhead: float = 0
 ) -> Memory:
-    """The worst moment of a training step in its steady state.
+    """The peak of a training step in its steady state.
 
     Args:
         accumulates: whether an optimizer step takes several micro-batches, so that gradients are there from the start.
@@ -123,7 +123,7 @@ class _Step:
         self.master_and_states = self.master + states
 
     def memory(self, phase: int, overhead: float) -> Memory:
-        """All that a rank holds at the worst moment of a phase."""
+        """What a rank holds at the peak of a phase."""
         whole, in_step = self.whole, phase == len(PHASES)
         activations, gradients = (0.0, whole.trained) if in_step else (whole.activations[phase], whole.gradients[phase])
         loss = activations - whole.activations[0] if not in_step and PHASES[phase] == "loss" else 0.0
@@ -187,7 +187,7 @@ class _Step:
 
 
 def zero2_parts(matrices: tuple[int, ...], trainable: float, ranks: int) -> list[float]:
-    """Numbers in each rank's gradients: the matrices in which its part begins and ends are whole there.
+    """Numbers in each rank's gradients; matrices in which its part begins and ends are held in full.
 
     DeepSpeed 0.19.8, `get_partition_info` and `copy_grads_in_partition` (`stage_1_and_2.py`). Vectors, which the
     optimizer has in a group of their own, are counted by the part.

@@ -1,4 +1,4 @@
-"""The model of a recipe that nobody has loaded: as sft.py makes it, without values, and what its weights come to."""
+"""The recipe's model on the meta device: built as sft.py builds it, without values; and the size of its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import torch
 import yaml
 
 from stepladder.data.render import IGNORED
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, suggest
 from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.settings import Settings
-from stepladder.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Work:
 
 
 def load_config(settings: Settings) -> Any:
-    """The model's configuration: from its folder, from the shapes that lie here, or from the hub.
+    """The model's configuration: from its folder, from shapes.yaml, or from the hub.
 
     Raises:
         ModelError: there is none.
@@ -70,7 +69,7 @@ def load_config(settings: Settings) -> Any:
 
 
 def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
-    """The model as sft.py makes it, without storage: with its adapter, and without."""
+    """The model as sft.py builds it, without storage: with its adapter, and the base alone."""
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
@@ -109,14 +108,14 @@ def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, 
 
 
 def _attend(settings: Settings, work: Work, base: Any) -> tuple[Choice, list[str]]:
-    """As `attention.settle`; flash holds as much as by row, and GPUs that compute in fp16 have neither."""
+    """As `attention.settle`. Flash attention holds as much as by row; in fp16 a GPU has neither."""
     flat = (not work.gpu or work.precision == "bf16") and attention.by_row(base, settings)
     return Choice("sdpa", "", flat), []
 
 
 @contextlib.contextmanager
 def disable_zero3_loading() -> Iterator[None]:
-    """Under a ZeRO-3 launch, Transformers shards every model that is built, and TRL gathers it; not this one."""
+    """Keep Transformers from sharding the model that is built inside, as it does under a ZeRO-3 launch."""
     from transformers.integrations import deepspeed
 
     config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
@@ -144,7 +143,7 @@ def shorten_config(config: Any, depth: int, gpu: bool) -> Any:
 
 
 def materialize(model: Any, dtype: torch.dtype | None) -> None:
-    """From meta to (fake) CPU tensors: autocast knows no meta device, and PEFT adds no layers to fake ones."""
+    """Replace meta tensors by (fake) CPU ones: autocast has no meta device, and PEFT adds no layers to fake tensors."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -161,24 +160,24 @@ def materialize(model: Any, dtype: torch.dtype | None) -> None:
 
 
 def quantization_constants(model: Any) -> list[torch.Tensor]:
-    """The quantization's constants, which are no parameters."""
+    """The tensors of quantization constants, which are not parameters."""
     states = [state for module in model.modules() if (state := getattr(weight(module), "quant_state", None))]
     nested = [state.state2 for state in states if state.nested]
     return [tensor for state in [*states, *nested] for tensor in (state.absmax, state.code)]
 
 
 def weight(module: Any) -> Any:
-    """A module's own weight, of whatever class."""
+    """A module's own weight parameter, if it has one."""
     return module._parameters.get("weight")
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the weights as they are held, but for those in 4 bits."""
+    """Bytes of all weights except those in 4 bits."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
 
 
 def count_parameters(model: Any) -> int:
-    """Their number; one in 4 bits counts as what it stands for."""
+    """The number of parameters; one in 4 bits counts with its unpacked shape."""
 
     def stands_for(p: Any) -> int:
         return int(torch.Size(p.quant_state.shape).numel()) if hasattr(p, "quant_state") else p.numel()
@@ -192,7 +191,7 @@ def _dtype(settings: Settings, precision: str) -> Any:
 
 
 def _quantize(base: Any, config: Any) -> None:
-    """Put bitsandbytes' layers in the place of the linear ones, as Transformers does before it loads weights."""
+    """Replace linear layers by bitsandbytes' ones, as Transformers does before it loads weights."""
     from bitsandbytes.functional import quantize_4bit
     from transformers.integrations import bitsandbytes as integration
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -206,7 +205,7 @@ def _quantize(base: Any, config: Any) -> None:
 
 
 def _packed(module: Any, old: Any) -> Any:
-    """A weight in 4 bits: a plain parameter, since a fake tensor cannot be a `Params4bit`."""
+    """A weight in 4 bits as a plain parameter, since a fake tensor cannot be a `Params4bit`."""
     from bitsandbytes.functional import quantize_4bit
 
     data, state = quantize_4bit(

@@ -34,11 +34,11 @@ BENDS = 0.9  # of one GPU's speed: below it, more GPUs are paid for than used
 
 
 def print_ways(plan: Plan, ways: list[Way], best: Way | None, steps: int | None, parts: bool = False) -> None:
-    """Print each way's peak per rank in GiB, its room, and its speed, the recommended one marked.
+    """Print the peak per rank (GiB), the room left and the speed of each way; the best one is marked.
 
     Args:
-        steps: of the whole run, where that is known.
-        parts: a second table splits the peak.
+        steps: optimizer steps of the whole run, where known.
+        parts: print a second table with the parts of the peak.
     """
     tokens = (steps or 0) * plan.rows * plan.length
     screen = Screen(plain=100)
@@ -132,7 +132,7 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
 
 
 def _rows(recipe: Recipe) -> int | None:
-    """How many rows the recipe trains on; None where they are not here, or nobody knows."""
+    """The number of training rows; None if the data is missing or streamed."""
     try:
         train = mixture.load(recipe)[0]
     except DataError:
@@ -142,7 +142,7 @@ def _rows(recipe: Recipe) -> int | None:
 
 @dataclass(frozen=True)
 class Point:
-    """A strategy on so many GPUs, over both networks."""
+    """A strategy on `gpus` GPUs, with its step over each network."""
 
     strategy: str
     gpus: int
@@ -151,7 +151,7 @@ class Point:
     on: dict[Network, Step]
 
     def efficiency(self, network: Network) -> float:
-        """Of the speed that each GPU would have alone."""
+        """The speed per GPU, as a part of that of a GPU alone."""
         return self.on[network].compute / self.on[network].total
 
     def as_json(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def parse_counts(text: str) -> list[int]:
 
 
 def scale(plan: Plan, gpus: list[int], micro: int, checkpointing: bool) -> list[Point]:
-    """Every strategy on every number of GPUs, with the micro-batch and accumulation that one GPU has."""
+    """Each strategy on each number of GPUs, with one GPU's micro-batch and accumulation."""
     accumulation = max(1, plan.rows // plan.ranks // micro)
     found = []
     for strategy in SCALED_STRATEGIES:
@@ -205,10 +205,10 @@ def scale(plan: Plan, gpus: list[int], micro: int, checkpointing: bool) -> list[
 
 
 def print_scale(plan: Plan, found: list[Point], micro: int, checkpointing: bool, parts: bool = False) -> None:
-    """The table, and a sentence for each strategy: where it bends.
+    """Print the table, and for each strategy the number of GPUs at which it loses speed.
 
     Args:
-        parts: the seconds of each collective too.
+        parts: print the seconds of each collective too.
     """
     screen = Screen(plain=100)
     screen.print(

@@ -1,6 +1,6 @@
-"""About how fast a step goes: arithmetic by the peak that training reaches, and bytes by the links.
+"""An estimate of the time of a step: FLOPs by the peak that training reaches, bytes by the links.
 
-A forecast to choose by, not to promise: published runs of 1 to 8 billion parameters reach 33 to
+Precise enough to compare strategies: published runs of 1 to 8 billion parameters reach 33 to
 56 % of the peak (docs/planning.md), and small models less.
 """
 
@@ -32,7 +32,7 @@ START, HOP_INSIDE, HOP_BETWEEN, TREE_HOP = 8.4e-6, 3.4e-6, 9.6e-6, 50e-6
 
 @dataclass(frozen=True)
 class Network:
-    """What links nodes: GB/s one way, for each GPU or for a node as a whole."""
+    """The network between nodes: GB/s one way, per GPU or per node."""
 
     name: str
     of_gpu: float = 0.0
@@ -48,7 +48,7 @@ ETHERNET = Network("Ethernet, 100 Gb/s a node", of_node=12.5)
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of an optimizer step: arithmetic, and each collective; `exposed` is what no arithmetic hides."""
+    """Seconds of an optimizer step: compute, and each collective; `exposed` is not hidden behind compute."""
 
     compute: float
     collectives: dict[str, float]
@@ -65,7 +65,7 @@ class Step:
 
 
 def flops_a_token(traced: Traced, config: Any, full: bool) -> float:
-    """Forward 2, gradients of activations 2, of weights 2 a parameter (frozen ones: none), and attention.
+    """FLOPs per token: per parameter 2 forward, 2 for activation and 2 for weight gradients; plus attention.
 
     Kaplan et al. 2020 (arXiv 2001.08361), table 1; attention as PaLM counts it (arXiv 2204.02311,
     appendix B), half of it for causal kernels. Checkpointing computes the forward pass twice. Of
@@ -91,7 +91,7 @@ def step(
     traced: Traced, config: Any, strategy: str, ranks: int, nodes: int, accumulation: int, device: GPU,
     full: bool, quantized: bool, network: Network = INFINIBAND,
 ) -> Step:  # fmt: skip
-    """An optimizer step of `accumulation` micro-batches on each of `ranks`."""
+    """The time of an optimizer step of `accumulation` micro-batches on each of `ranks`."""
     tokens = max(traced.work.micro * traced.work.length, SATURATED)
     efficiency = SHARDED if ranks > 1 and strategy.startswith(("zero", "fsdp", "hybrid")) else EFFICIENCY
     reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if quantized else 1)
@@ -137,7 +137,7 @@ class Ring:
 
     @property
     def rate(self) -> float:
-        """Bytes a second through the slowest place. A node's rings share the links of all its GPUs."""
+        """Bytes per second through the slowest link. A node's rings share the links of all its GPUs."""
         inside = self.device.link if self.ranks > self.nodes else math.inf
         between = self.network.rate(self.ranks // self.nodes) if self.nodes > 1 else math.inf
         return min(inside, between) * 1e9 * REACHED

@@ -1,4 +1,4 @@
-"""One micro-batch through a model that nobody has loaded, on fake tensors: what is alive, and when.
+"""Trace one micro-batch on fake tensors: how many bytes are alive in each phase of a step.
 
 The model is built from its configuration, a few layers deep, with the recipe's adapter and
 quantization, and goes through forward, loss and backward as TRL's trainer runs them. Fake tensors
@@ -42,7 +42,7 @@ SCALE = 4 / 256  # an fp32 scale for 256 values (bitsandbytes `optimizer.py`; to
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes by what they are, of which each grows by the same amount with every layer.
+    """Bytes by kind; each grows by the same amount with every layer.
 
     `held` are the weights as loaded, `computed` as they are computed with, `quantized` those of
     them in 4 or 8 bits, `outside` what belongs to no layer; `states` are the optimizer's. Not bytes
@@ -77,7 +77,7 @@ class Traced:
     matrices: tuple[int, ...]
 
     def drawn_on(self, other: Traced, times: float, micro: int) -> Traced:
-        """From `other` over this one and `times` as far beyond it: a larger micro-batch."""
+        """Extrapolate to a larger micro-batch: from `other` to this one, and `times` as far beyond."""
 
         def on(here: Count, there: Count) -> Count:
             return here.plus(here.plus(there, -1), times)
@@ -87,7 +87,7 @@ class Traced:
 
 
 def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
-    """What a micro-batch of the whole model holds: traced on few layers, drawn on in a straight line.
+    """What a micro-batch of the whole model holds: traced on few layers, and extrapolated linearly.
 
     Raises:
         ModelError: the architecture cannot be built, or not be traced.
@@ -117,7 +117,7 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
 
 
 def _drawn_out(short: tuple[int, ...], long: tuple[int, ...], times: float) -> tuple[int, ...]:
-    """The longer list, with what it has more than the shorter one as many times again."""
+    """Extrapolate the longer list: what it has more than the shorter one is repeated `times` times."""
     at = next((n for n, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     more = len(long) - len(short)
     again = long[at : at + more] * math.ceil(times)
@@ -191,10 +191,10 @@ def _mask(settings: Settings, shape: tuple[int, int]) -> torch.Tensor | None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside it, `peak` is the most bytes that were alive at once since the last `restart`.
+    """Counts the bytes of tensors that are alive, real or fake; `peak` is the most since the last `restart`.
 
-    Storages are counted, so that views cost nothing; what a kernel allocates inside itself is not
-    seen.
+    Storages are counted, so that views cost nothing; what a kernel allocates inside itself is not seen. The same count
+    is the forecast (a step on fake tensors) and what it is compared with (a real step).
     """
 
     def __init__(self) -> None:
@@ -214,7 +214,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that was made before."""
+        """Count a tensor that existed before."""
         for part in plain(tensor):
             storage = part.untyped_storage()
             key = storage._cdata
@@ -238,7 +238,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold the bytes of one which may be a wrapper, as a DTensor is of its local part."""
+    """The tensors that hold the bytes of one that may be a wrapper, such as a DTensor."""
     if hasattr(type(tensor), "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             if isinstance(part := getattr(tensor, name), torch.Tensor):  # a DTensor names its mesh too
@@ -248,7 +248,7 @@ def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class _Moments(LiveBytes):
-    """Keeps the worst moment of each phase: all bytes alive, and those of gradients among them."""
+    """Keeps the peak of each phase: all bytes alive, and those of gradients among them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import Any
 from stepladder import files
 from stepladder.data.conversation import REASONING, ROLES
 from stepladder.data.source import is_local
-from stepladder.errors import RecipeError
+from stepladder.errors import RecipeError, suggest
 from stepladder.recipe.axolotl_config import (
     CONDITIONS,
     TRANSLATED,
@@ -27,7 +27,6 @@ from stepladder.recipe.axolotl_config import (
     set_keys,
     table,
 )
-from stepladder.suggest import suggest
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 # The linear layers of a Llama-like block: `lora_target_linear` adds all of them to `lora_target_modules`.

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from stepladder import cache, console
+from stepladder import console, files
 
 ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
 # Keys whose `auto` the plan answers: how a step is cut and what it keeps, but not what it computes.
@@ -98,7 +98,7 @@ def known_keys() -> Schema:
     # The code that looks counts as a version: a change of it must not meet an old cache.
     code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("schema.py", "keys.yaml")]
     stamp = hashlib.sha256(json.dumps([versions(), sys.version_info[:2], code]).encode()).hexdigest()[:16]
-    root = cache.folder()
+    root = files.cache_folder()
     file = root / f"keys-{stamp}.json"
     try:
         return {item["name"]: _key_from_json(item) for item in json.loads(file.read_text())}

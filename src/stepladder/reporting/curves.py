@@ -15,9 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+from stepladder.errors import FAULT, GOOD, LOOK, Verdict
+from stepladder.files import write_whole
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read
-from stepladder.run import write_whole
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 LEAST = 8  # logged losses below which a curve has no shape
 FLAT = 0.05  # of the whole drop: what still counts as the final level

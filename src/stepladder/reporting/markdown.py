@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.console import quoted
+from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
 from stepladder.reporting.page import duration, format_share, judge_run
 from stepladder.reporting.runs import LoggedRun
-from stepladder.verdict import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
 
 EXAMPLES = 3  # questions whose answers are shown
 MARK = {GOOD: "✅", LOOK: "⚠️", FAULT: "❌"}

@@ -27,11 +27,11 @@ from stepladder.console import quoted
 from stepladder.data import audit
 from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
 from stepladder.data.rows import Rows
-from stepladder.errors import RunError
+from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
+from stepladder.files import write_whole
+from stepladder.manifest import MANIFEST, RECIPE
 from stepladder.reporting import curves
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
-from stepladder.run import MANIFEST, RECIPE, write_whole
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
 CHARTS = (

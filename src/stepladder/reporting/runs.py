@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder.errors import RunError
+from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
 from stepladder.files import open_file, read_object, read_text
-from stepladder.run import MANIFEST, METRICS, METRICS_BYTES, row_of, status
-from stepladder.verdict import FAULT, GOOD, LOOK, Verdict
+from stepladder.manifest import MANIFEST, METRICS, METRICS_BYTES, row_of, status
 
 POLL = 1.0  # seconds
 FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import console, files, hardware, run
+from stepladder import console, files, hardware, manifest, run
 from stepladder.errors import ModelError
 from stepladder.model import card, fingerprint, portable, pretrained, start, weights
 from stepladder.model.merge import gguf_file, llama_cpp_text
@@ -98,12 +98,12 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
         facts = _write(args, parts, folder, dtype, check)
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = hardware.peak_resident_bytes()
-        run.write_whole(folder / start.MERGE, json.dumps(facts, indent=2) + "\n")
+        files.write_whole(folder / start.MERGE, json.dumps(facts, indent=2) + "\n")
         if parts.modelfile:
-            run.write_whole(folder / "Modelfile", parts.modelfile)
+            files.write_whole(folder / "Modelfile", parts.modelfile)
         licence = card.front_matter(parts.base).get("license")
         text = card.render(args.output_dir, parts.name, licence, parts.trained, parts.losses, facts)
-        run.write_whole(folder / "README.md", text)
+        files.write_whole(folder / "README.md", text)
     return facts
 
 
@@ -241,21 +241,21 @@ def work_folder(folder: Path, needed: int, overwrite: bool = False) -> Iterator[
     check_output(folder, overwrite)
     part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     names = {file.name for file in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
-    if os.path.lexists(part) and start.MERGE not in names and names - {run.LOCK}:
+    if os.path.lexists(part) and start.MERGE not in names and names - {manifest.LOCK}:
         raise ModelError(f"{part} exists, and the work is done there", help="remove it")
-    run.make_folder(part)
-    with run.open_lock(part / run.LOCK) as lock:
+    files.make_folder(part)
+    with files.open_lock(part / manifest.LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (part / run.LOCK).stat()  # not there: the other one has just ended
+            (part / manifest.LOCK).stat()  # not there: the other one has just ended
         except (BlockingIOError, FileNotFoundError):
             raise ModelError(
                 f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
             ) from None
         try:
             for file in part.iterdir():  # what a merge left that was killed
-                if file.name != run.LOCK:
-                    run.remove(file)
+                if file.name != manifest.LOCK:
+                    files.remove(file)
             (part / start.MERGE).write_text('{"status": "merging"}\n')
             free = shutil.disk_usage(folder.parent).free
             if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
@@ -264,7 +264,7 @@ def work_folder(folder: Path, needed: int, overwrite: bool = False) -> Iterator[
                     help="make room, another --output_dir, or --dtype bf16 where it is fp32",
                 )
             yield part
-            (part / run.LOCK).unlink()
+            (part / manifest.LOCK).unlink()
             check_output(folder, overwrite)  # something may lie there by now
             if (folder / start.MERGE).is_file():
                 os.replace(folder, old)

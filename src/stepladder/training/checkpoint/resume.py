@@ -15,10 +15,11 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError, StepladderError
-from stepladder.files import read_object
+from stepladder.files import read_object, remove
+from stepladder.manifest import MANIFEST, METRICS, STUCK_AFTER, status
 from stepladder.model import start
 from stepladder.recipe.recipe import BY_METRIC, Recipe
-from stepladder.run import MANIFEST, METRICS, STUCK_AFTER, Run, remove, status
+from stepladder.run import Run
 from stepladder.training.inputs import EVALUATION, Inputs
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"

@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError
-from stepladder.run import write_whole
+from stepladder.files import write_whole
 from stepladder.training.checkpoint import state
 from stepladder.training.checkpoint.resume import (
     COMPLETE,

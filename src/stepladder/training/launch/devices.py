@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stepladder import cache, hardware
+from stepladder import files, hardware
 from stepladder.console import say
 from stepladder.errors import LaunchError
 from stepladder.training.launch.launcher import Launch
@@ -104,7 +104,7 @@ def _load_cpu_collectives() -> None:
 
     # One folder per installation: each change of the installation, or of ninja, would trigger a rebuild.
     here = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache.folder() / "torch_extensions" / here)))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(files.cache_folder() / "torch_extensions" / here)))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".stepladder").open("w") as lock:

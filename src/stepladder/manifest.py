@@ -1,0 +1,102 @@
+"""A run folder as others read it: its files' names, its manifest and its metrics, of which anything may be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stepladder.errors import LaunchError
+from stepladder.files import parse_json, read_object, read_text
+
+MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
+STUCK_AFTER = 3  # starts that came no further than one and the same step
+METRICS_BYTES = 1 << 30
+NUMBER, NONE = (int, float), type(None)
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("status", "strategy", "precision", "wandb_run_id"), (str,)),
+    **dict.fromkeys(("recipe", "progress", "totals", "final", "parameters", "plan", "packages", "samples"), (dict,)),
+    **dict.fromkeys(("started_with", "inputs", "inputs.*"), (dict,)),
+    "inputs.*.*": (str,),
+    **dict.fromkeys(("resumed", "datasets", "samples.before", "samples.after"), (list,)),
+    **dict.fromkeys(("progress.step", "progress.starts", "resumed.*.step", "world_size"), (int,)),
+    **dict.fromkeys(("totals.steps", "totals.tokens", "totals.peak_memory_bytes.*"), (int,)),
+    **dict.fromkeys(("parameters.all", "parameters.trainable"), (int,)),
+    **dict.fromkeys(("elapsed_seconds", "totals.seconds", "totals.goodput", "final.loss", "final.eval_loss"), NUMBER),
+    **dict.fromkeys(("resumed.*", "datasets.*"), (dict,)),
+    **dict.fromkeys(("recipe.peft_type", "recipe.lr_scheduler_type"), (str, NONE)),
+    "datasets.*.name": (str,),
+    "datasets.*.rows": (int, str, NONE),  # of a stream they are not counted
+    "global_batch_size": (int, NONE),
+    "plan.peak_memory_bytes": (*NUMBER, NONE),
+    "recipe.lora_r": (int, NONE),
+    "slurm": (dict, NONE),
+    "slurm.job_id": (str,),
+    "slurm.restart_count": (int,),
+    "totals.peak_memory_bytes": (list,),
+    "totals.tokens_per_second": (*NUMBER, NONE),
+}  # of a manifest, where anything reads it
+
+
+def metrics_text(folder: Path) -> str:
+    """The text of metrics.jsonl, damaged or not; empty if there is no such file.
+
+    Raises:
+        LaunchError: it cannot be read.
+    """
+    file = folder / METRICS
+    try:
+        return read_text(file, METRICS_BYTES, errors="replace") if os.path.lexists(file) else ""
+    except ValueError as error:
+        raise LaunchError(f"{file} cannot be used: {error}", help="put it back from a copy, or remove it") from None
+
+
+def row_of(line: str) -> dict[str, Any] | None:
+    """A parsed line of metrics.jsonl; None if it is damaged or incomplete."""
+    with contextlib.suppress(ValueError):
+        row = parse_json(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    return None
+
+
+def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """A run's manifest, checked: the facts that the code reads are of the types that `sft.py` writes.
+
+    Args:
+        needed: facts that must be there, by the names of `KINDS`.
+
+    Raises:
+        ValueError: it is missing, damaged, lacks a fact, or holds one of another kind.
+    """
+    found = read_object(folder / MANIFEST)
+    for name in needed:
+        if not [*_values(found, name.split("."))]:
+            raise ValueError(f"it holds no {name} as sft.py writes it")
+    for name, kinds in KINDS.items():
+        for value in _values(found, name.split(".")):
+            # To Python a bool is an int.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"its {name} is {json.dumps(value)[:60]}, which sft.py does not write")
+    return found
+
+
+def _values(found: Any, names: list[str]) -> Iterator[Any]:
+    """The values at a dotted name, where `*` is each item of a list or an object."""
+    if not names:
+        yield found
+    elif names[0] == "*":
+        for item in found if isinstance(found, list) else found.values() if isinstance(found, dict) else ():
+            yield from _values(item, names[1:])
+    elif isinstance(found, dict) and names[0] in found:
+        yield from _values(found[names[0]], names[1:])
+
+
+def status(folder: Path) -> str:
+    try:
+        return str(read_object(folder / MANIFEST)["status"])
+    except (ValueError, KeyError):
+        return "unreadable"
