@@ -23,8 +23,7 @@ from stepladder.data import mixture, row_keys, stream, templates
 from stepladder.model import adapter_recipe, start
 from stepladder.model import load as model_load
 from stepladder.recipe import load
-from stepladder.recipe.batch import Layout
-from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.recipe import Layout, Recipe
 from stepladder.reporting import data_audit, page
 from stepladder.run import Run
 from stepladder.training import allocator, arguments, inputs

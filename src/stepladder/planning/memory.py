@@ -14,7 +14,7 @@ import torch
 
 from stepladder.model import load
 from stepladder.planning.trace import PHASES, Traced
-from stepladder.recipe import batch
+from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
 
 # ZeRO-3 keeps a weight gathered if it is used again within so many weights
@@ -165,7 +165,7 @@ def _moment(
         weights, optimizer = whole.held / ranks, optimizer / ranks
         # a layer's gradients are sharded as it is done: all of them once the first layer is
         held = (every if accumulates or n > 2 else gradients) / ranks
-        if accumulates and not in_step and not batch.sums_sharded(settings):
+        if accumulates and not in_step and not sums_sharded(settings):
             held = master  # whole, in fp32
         if strategy.endswith("offload"):
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import IterableDataset, Sampler
 
 from stepladder.data.render import IGNORED
-from stepladder.recipe.batch import Layout
+from stepladder.recipe.recipe import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset

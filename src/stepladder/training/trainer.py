@@ -18,7 +18,7 @@ from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu.speed_up import speed_up
-from stepladder.recipe.batch import Layout
+from stepladder.recipe.recipe import Layout
 from stepladder.training import gradients
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
