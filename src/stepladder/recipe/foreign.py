@@ -41,7 +41,8 @@ def refuse(node: yaml.Node | None, path: Path) -> None:
         together = [key for key in tool.get("together", ()) if key in names]
         if alone or len(together) > 1:
             marks = list(dict.fromkeys([*alone, *together]))
-            raise _error(f"this is a configuration of {name}", _because(marks[:4]), name, values, path)
+            why = f"its keys {', '.join(marks[:4])} say so" if len(marks) > 1 else f"its key {marks[0]} says so"
+            raise _error(f"this is a configuration of {name}", why, name, values, path)
 
 
 def refuse_script(text: str, path: Path) -> None:
@@ -73,16 +74,13 @@ def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, Any
                 yield name, None
 
 
-def _because(keys: list[str]) -> str:
-    return f"its key {keys[0]} says so" if len(keys) == 1 else f"its keys {', '.join(keys)} say so"
-
-
 def _error(what: str, why: str, name: str, values: dict[str, Any], path: Path) -> RecipeError:
     hint = tools()[name].get("hint")
-    return RecipeError(what, where=str(path), why=why, help=hint.format(file=path) if hint else _begin(name, values))
+    help = hint.format(file=path) if hint else _first_lines(name, values)
+    return RecipeError(what, where=str(path), why=why, help=help)
 
 
-def _begin(name: str, values: dict[str, Any]) -> str:
+def _first_lines(name: str, values: dict[str, Any]) -> str:
     """The lines that a recipe can begin with, each with the key that it stands for, and what has no counterpart."""
     lines: dict[str, str] = {}  # a key of the recipe is written once
     notes, others = [], []

@@ -18,16 +18,8 @@ from stepladder.settings import Settings
 
 # Keys that say where a run lies and how it is watched, not what it computes.
 NOT_PART_OF_THE_RUN = {
-    "output_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "log_level",
-    "project",
-    "wandb_entity",
-    "wandb_run_group",
-    "wandb_tags",
-    "wandb_log_model",
+    *("output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "project"),
+    *("wandb_entity", "wandb_run_group", "wandb_tags", "wandb_log_model"),
 }
 # Keys that decide what a run shows and keeps, but not its curve: they may change as it is resumed.
 # (Evaluation draws no random numbers of the run's; see `Trainer.evaluate`.)
@@ -106,11 +98,12 @@ class Recipe:
         """The keys of the curve in which this recipe differs from another's values: `{key: (old, new)}`."""
         known, now = known_keys(), self.values
 
-        def of(values: dict[str, Any], key: str) -> Any:
+        def value(values: dict[str, Any], key: str) -> Any:
             return values[key] if key in values else known[key].default if key in known else None
 
         keys = [key for key in {**before, **now} if key not in NOT_OF_THE_CURVE]
-        return {key: (of(before, key), of(now, key)) for key in keys if of(before, key) != of(now, key)}
+        pairs = {key: (value(before, key), value(now, key)) for key in keys}
+        return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
     def to_yaml(self) -> str:
         """The resolved recipe: to load it gives the same values again."""
