@@ -7,14 +7,14 @@ import itertools
 import pytest
 
 from stepladder.errors import RecipeError
-from stepladder.recipe.batch import layout
+from stepladder.recipe.recipe import split_batch
 
 
 @pytest.mark.parametrize("total", range(4, 26))
 def test_each_step_holds_each_row_once(total: int) -> None:
     """Guards the curve where nothing divides: no row lost, none twice, no micro-batch over its size."""
     for micro, ranks, rows in itertools.product((1, 2, 3, 5), (1, 2, 3, 4), (total, total - 1, 1)):
-        step = layout(total, micro, ranks)
+        step = split_batch(total, micro, ranks)
         laid = list(step.spread(range(rows), empty=-1))
         assert len(laid) == step.places
         assert [item for item in laid if item >= 0] == list(range(rows))
@@ -27,17 +27,17 @@ def test_each_step_holds_each_row_once(total: int) -> None:
 def test_no_empty_places_where_it_divides() -> None:
     """Guards the ladder: a micro-batch that one rank can hold is none too many for eight, which take what is there."""
     micros, ranks = (1, 2, 4, 16, 100), (1, 2, 4, 8)
-    assert all(layout(64, micro, several).places == 64 for micro in micros for several in ranks)
-    assert [layout(8, 8, several).micro for several in ranks] == [8, 4, 2, 1]
+    assert all(split_batch(64, micro, several).places == 64 for micro in micros for several in ranks)
+    assert [split_batch(8, 8, several).micro for several in ranks] == [8, 4, 2, 1]
 
 
 def test_fewer_rows_than_ranks_are_refused() -> None:
     with pytest.raises(RecipeError) as caught:
-        layout(2, 1, 4)
+        split_batch(2, 1, 4)
     assert "global_batch_size: 4" in caught.value.help and "--num_processes 2" in caught.value.help
 
 
 @pytest.mark.parametrize(("total", "micro"), [(0, 1), (8, 0), (-8, 2)])
 def test_refuses_sizes_below_one(total: int, micro: int) -> None:
     with pytest.raises(RecipeError):
-        layout(total, micro, 1)
+        split_batch(total, micro, 1)

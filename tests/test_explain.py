@@ -100,7 +100,7 @@ def test_a_key_without_our_explanation_has_the_librarys_help() -> None:
 )
 def test_values_are_shown_as_one_writes_them(value: object, text: str) -> None:
     """Guards against Python's spelling (True, ['a']) or a broken line in what a person copies into YAML."""
-    assert explain.shown(value) == text
+    assert explain.format_value(value) == text
 
 
 def test_a_long_text_is_cut_in_tables_and_whole_as_json(tmp_path: Path) -> None:

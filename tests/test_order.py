@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from stepladder.recipe.batch import layout
+from stepladder.recipe.recipe import split_batch
 from stepladder.training.batches import Order, StepStream
 
 ROWS, GLOBAL = 21, 8
@@ -15,7 +15,7 @@ LENGTHS = random.Random(0).choices(range(5, 500), k=ROWS)
 
 
 def steps(order: list[int], micro: int, ranks: int) -> list[list[int]]:
-    places = layout(GLOBAL, micro, ranks).places
+    places = split_batch(GLOBAL, micro, ranks).places
     return [order[start : start + places] for start in range(0, len(order), places)]
 
 
@@ -29,8 +29,8 @@ def padded(step: list[int], micro: int) -> int:
 @pytest.mark.parametrize(("micro", "ranks"), [(8, 1), (2, 1), (1, 1), (2, 3), (1, 4)])
 def test_a_step_has_the_same_rows_however_it_is_cut(strategy: str, micro: int, ranks: int) -> None:
     """Guards the same curve: cutting and sorting move rows within their step only, and lose none of an epoch."""
-    whole = steps(list(Order(ROWS, layout(GLOBAL, GLOBAL, 1), 3, strategy, LENGTHS, 2 * GLOBAL)), GLOBAL, 1)
-    cut = steps(list(Order(ROWS, layout(GLOBAL, micro, ranks), 3, strategy, LENGTHS, 2 * GLOBAL)), micro, ranks)
+    whole = steps(list(Order(ROWS, split_batch(GLOBAL, GLOBAL, 1), 3, strategy, LENGTHS, 2 * GLOBAL)), GLOBAL, 1)
+    cut = steps(list(Order(ROWS, split_batch(GLOBAL, micro, ranks), 3, strategy, LENGTHS, 2 * GLOBAL)), micro, ranks)
     assert [{*step} - {ROWS} for step in cut] == [{*step} - {ROWS} for step in whole]
     assert sorted(row for row in itertools.chain(*cut) if row < ROWS) == list(range(ROWS))
 
@@ -38,11 +38,11 @@ def test_a_step_has_the_same_rows_however_it_is_cut(strategy: str, micro: int, r
 @pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (2, 2)])
 def test_rows_of_alike_length_share_a_micro_batch(micro: int, ranks: int) -> None:
     """Guards what sorting is for: fewer places of padding, and ranks that work side by side on alike batches."""
-    order = list(Order(ROWS, layout(GLOBAL, micro, ranks), 3, "random", LENGTHS))
+    order = list(Order(ROWS, split_batch(GLOBAL, micro, ranks), 3, "random", LENGTHS))
     for step in steps(order, micro, ranks):
         known = [LENGTHS[row] for row in step if row < ROWS]
         assert known == sorted(known, reverse=True)
-    blind = list(Order(ROWS, layout(GLOBAL, micro, ranks), 3, "random", [0] * ROWS))
+    blind = list(Order(ROWS, split_batch(GLOBAL, micro, ranks), 3, "random", [0] * ROWS))
     assert sum(padded(step, micro) for step in steps(order, micro, ranks)) < sum(
         padded(step, micro) for step in steps(blind, micro, ranks)
     )
@@ -50,7 +50,7 @@ def test_rows_of_alike_length_share_a_micro_batch(micro: int, ranks: int) -> Non
 
 def test_a_stream_is_laid_out_like_rows_that_are_known() -> None:
     """Guards against a streamed run on another curve than the same rows read whole."""
-    cut = layout(GLOBAL, 2, 2)
+    cut = split_batch(GLOBAL, 2, 2)
     rows = [{"input_ids": [7] * length, "labels": [7] * length, "rows": [i]} for i, length in enumerate(LENGTHS)]
     streamed = [(row["rows"] or [ROWS])[0] for row in StepStream(rows, cut, pad_token_id=0)]
     assert streamed == list(Order(ROWS, cut, 0, "sequential", LENGTHS))

@@ -15,7 +15,7 @@ import yaml
 
 from conftest import ROOT
 from stepladder.recipe import load
-from stepladder.recipe.batch import layout
+from stepladder.recipe.recipe import split_batch
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 MODELS = [path for path in RECIPES if path.parent.parent.name == "models"]
@@ -96,7 +96,7 @@ def test_a_recipe_shows_its_own_command(path: Path) -> None:
         assert (ranks > 1) == (config.stem != "single") or path.parent.name == "recipes"
     recipe = load.load(str(path), [])
     if total := recipe.get("global_batch_size"):
-        step = layout(total, recipe.get("per_device_train_batch_size"), ranks)
+        step = split_batch(total, recipe.get("per_device_train_batch_size"), ranks)
         assert step.places == total, "a shipped command wastes no place"
 
 

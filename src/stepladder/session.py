@@ -23,8 +23,7 @@ from stepladder.data import mixture, templates
 from stepladder.data.rows import Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
-from stepladder.recipe.batch import Layout
-from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.recipe import Layout, Recipe
 from stepladder.reporting import page
 from stepladder.run import Run
 from stepladder.training import arguments, inputs

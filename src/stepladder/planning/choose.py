@@ -13,7 +13,7 @@ from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
 from stepladder.planning import memory, meta_model, speed, trace
 from stepladder.planning.memory import Memory
-from stepladder.recipe import batch
+from stepladder.recipe.recipe import split_batch
 from stepladder.settings import Settings
 
 PROCESS = 4 * GIB  # host memory of a process that uses CUDA: libraries, pinned buffers, NCCL's
@@ -90,7 +90,7 @@ class Plan:
         self.rows = settings.get("global_batch_size") or (
             settings.get("per_device_train_batch_size") * settings.get("gradient_accumulation_steps") * self.ranks
         )
-        batch.layout(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
+        split_batch(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
 
     def ways(self, strategies: tuple[str, ...] = STRATEGIES) -> list[Way]:
         """For each strategy, without and with checkpointing: the fastest micro-batch that fits, or 1."""
@@ -136,7 +136,7 @@ class Plan:
         return found
 
     def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
-        step = batch.layout(self.rows, micro, self.ranks)
+        step = split_batch(self.rows, micro, self.ranks)
         traced = self._traced(step.micro, checkpointing, memory.casts(strategy))
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead

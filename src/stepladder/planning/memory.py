@@ -14,7 +14,7 @@ import torch
 
 from stepladder.model import pretrained
 from stepladder.planning.trace import PHASES, Traced
-from stepladder.recipe import batch
+from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
 
 # ZeRO-3 keeps a weight gathered if it is used again within so many weights
@@ -181,7 +181,7 @@ class _Step:
             every -= outside_trained  # they are whole still, among the activations
         # a layer's gradients are sharded as it is done: all of them once the first layer is
         held = (every if self.accumulates or phase > 2 else gradients) / self.ranks
-        if self.accumulates and not in_step and not batch.sums_sharded(self.settings):
+        if self.accumulates and not in_step and not sums_sharded(self.settings):
             held = self.master  # whole, in fp32
         return self.whole.held / self.ranks, held, self.whole.states / self.ranks, communication
 

@@ -131,8 +131,8 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
             help="remove the key, write null where that is meant, or put a text with a # in quotes",
         )
     result = _scalar(key, node, where, source)
-    named = result if isinstance(result, list) else [result]  # one word may stand for a list of it
-    for name in (name for name in named if key.choices and isinstance(name, str) and name not in key.choices):
+    items = result if isinstance(result, list) else [result]  # one word may stand for a list of it
+    for name in (name for name in items if key.choices and isinstance(name, str) and name not in key.choices):
         others = [words for kind, words in TYPE_NAMES.items() if kind in key.types and kind != "str"]
         raise RecipeError(
             f"{key.name}: '{name}' is not an allowed value",
@@ -149,11 +149,11 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
         )
     if expected := expected_range(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
-    for text in (text for text in named if isinstance(text, str)):
+    for text in (text for text in items if isinstance(text, str)):
         is_path = re.sub(r"\[\d+\]", "", key.name) in PATHS
         if fault := files.name_fault(text) if is_path else "it holds a NUL character" * ("\0" in text):
-            said = text if len(text) <= 60 else f"{text[:60]}…"
-            raise RecipeError(f"{key.name} {said!r} cannot be used: {fault}", where=where)
+            shortened = text if len(text) <= 60 else f"{text[:60]}…"
+            raise RecipeError(f"{key.name} {shortened!r} cannot be used: {fault}", where=where)
     return result
 
 

@@ -1,4 +1,4 @@
-"""A recipe made plain: where each value comes from, and what each key does.
+"""The explanation of a recipe: where each value comes from, and what each key does.
 
 The explanations lie in explanations.yaml; a key that has none there is explained by the
 library's own help, and said to be. Axolotl's key names are explained too, each by itself or
@@ -104,18 +104,8 @@ def explanation(name: str) -> Explanation:
 
 def _group_by_name(name: str) -> str:
     monitored = (
-        "eval",
-        "save",
-        "log",
-        "hub",
-        "push",
-        "report",
-        "run",
-        "project",
-        "trackio",
-        "wandb",
-        "include",
-        "metric",
+        *("eval", "save", "log", "hub", "push", "report", "run"),
+        *("project", "trackio", "wandb", "include", "metric"),
     )
     return groups()[-1] if name.startswith(monitored) else "data" if name.startswith("dataset") else "training"
 
@@ -124,10 +114,10 @@ def of_recipe(recipe: load.Recipe) -> list[Entry]:
     """The keys that the recipe sets, group by group as its banners do, the keys inside `datasets` after it."""
     entries = []
     for name, value in recipe.values.items():
-        where = _tidy(recipe.where(name))
-        entries.append(Entry(name, value, _source(recipe, where), where, explanation(name)))
+        entries.append(Entry(name, value, *_origin(recipe, name), explanation(name)))
         entries.extend(_nested(entries[-1], explanation))
-    return _grouped(entries)
+    order = groups()
+    return sorted(entries, key=lambda entry: order.index(entry.explanation.group))  # a stable sort: else as written
 
 
 def defaults(recipe: load.Recipe) -> list[Entry]:
@@ -188,21 +178,14 @@ def _nested(entry: Entry, explain: Callable[[str], Explanation]) -> Iterator[Ent
         yield Entry(inner, values[0] if len(values) == 1 else values, entry.source, entry.where, explain(inner))
 
 
-def _source(recipe: load.Recipe, where: str) -> str:
+def _origin(recipe: load.Recipe, name: str) -> tuple[str, str]:
+    """The source and the place of a key; the path of a parent recipe without the steps up and down that led to it."""
+    where = recipe.where(name)
     if where.startswith(load.COMMAND_LINE):
-        return load.COMMAND_LINE
+        return load.COMMAND_LINE, load.COMMAND_LINE
+    where = os.path.normpath(where)
     file = where.rsplit(":", 2)[0]
-    return RECIPE if file == os.path.normpath(recipe.path) else PARENT
-
-
-def _tidy(where: str) -> str:
-    """A parent's path without the steps up and down that led to it; the command line without the key again."""
-    return load.COMMAND_LINE if where.startswith(load.COMMAND_LINE) else os.path.normpath(where)
-
-
-def _grouped(entries: list[Entry]) -> list[Entry]:
-    order = groups()
-    return sorted(entries, key=lambda entry: order.index(entry.explanation.group))  # a stable sort: else as written
+    return RECIPE if file == os.path.normpath(recipe.path) else PARENT, where
 
 
 def write(*renderables: RenderableType) -> None:
@@ -279,14 +262,14 @@ def _banner(group: str) -> Text:
 
 def brief(value: Any) -> str:
     """A value for a table: a text longer than LONGEST, such as a chat template, is cut and its length given."""
-    text = shown(value)
+    text = format_value(value)
     if len(text) <= LONGEST:
         return text
     length = len(value) if isinstance(value, str) else len(text)
     return f"{text[:LONGEST]}… ({length:,} characters)"
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one writes it in YAML, on one line."""
     if value is None:
         return "not set"

@@ -137,23 +137,23 @@ class _Reading:
         self._layer += 1
 
     def _parent(self, path: Path, key: yaml.Node, value: yaml.Node, parents: tuple[Path, ...]) -> Path | None:
-        where, named = convert.position(str(path), key), str(value.value)
-        if not isinstance(value, yaml.ScalarNode) or named in ("", "null", "~"):
+        where, name = convert.position(str(path), key), str(value.value)
+        if not isinstance(value, yaml.ScalarNode) or name in ("", "null", "~"):
             return None  # reported as a value of the wrong type, or meant as none
         self.suspects.add("extends")  # until it is found
-        if fault := files.name_fault(f"{named}.yaml"):
+        if fault := files.name_fault(f"{name}.yaml"):
             self.errors.append(RecipeError(f"extends names no file: {fault}", where=where))
             return None
-        given = path.parent / named
-        parent = given if given.is_file() else given.with_name(given.name + ".yaml")
+        file = path.parent / name
+        parent = file if file.is_file() else file.with_name(file.name + ".yaml")
         if not parent.is_file():
             near = [str(p.relative_to(path.parent)) for p in path.parent.glob("*.yaml") if p != path]
             self.errors.append(
                 RecipeError(
-                    f"extends '{named}', which does not exist",
+                    f"extends '{name}', which does not exist",
                     where=where,
-                    why=f"looked for {given}" + ("" if given.suffix == ".yaml" else f" and {parent}"),
-                    help=suggest(f"{named.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
+                    why=f"looked for {file}" + ("" if file.suffix == ".yaml" else f" and {parent}"),
+                    help=suggest(f"{name.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
                 )
             )
             return None
@@ -173,7 +173,7 @@ class _Reading:
 
     def command_line(self, arguments: list[str]) -> None:
         """`--key value`, `--key=value`, `--switch`; several words for a list. Dashes count as underscores."""
-        position, given = 0, set()
+        position, seen = 0, set()
         while position < len(arguments):
             word, words = arguments[position], []
             position += 1
@@ -194,11 +194,11 @@ class _Reading:
             for key, (_, node) in legacy_keys.translate({name: (key_node, value_node)}, source, self.errors).items():
                 if key == "extends":
                     self._wrong("--extends works in a file only", help="use --recipe")
-                elif key in given:
+                elif key in seen:
                     self._wrong(f"--{key} is given twice", help="remove one")
                 else:
                     self._set(key, node, source.file, source)
-                given.add(key)
+                seen.add(key)
 
     def _wrong(self, what: str, help: str) -> None:
         self.errors.append(RecipeError(what, where=COMMAND_LINE, help=help))

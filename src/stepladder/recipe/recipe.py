@@ -1,30 +1,25 @@
-"""A recipe that has been read: values by key, and where each was set."""
+"""A recipe that has been read: values by key, where each was set, and how its global batch is split over ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stepladder.errors import RecipeError
 from stepladder.recipe.schema import BY_PLAN, known_keys
+from stepladder.settings import Settings
 
 # Keys that say where a run lies and how it is watched, not what it computes.
 NOT_PART_OF_THE_RUN = {
-    "output_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "log_level",
-    "project",
-    "wandb_entity",
-    "wandb_run_group",
-    "wandb_tags",
-    "wandb_log_model",
+    *("output_dir", "run_name", "report_to", "disable_tqdm", "log_level", "project"),
+    *("wandb_entity", "wandb_run_group", "wandb_tags", "wandb_log_model"),
 }
 # Keys that decide what a run shows and keeps, but not its curve: they may change as it is resumed.
 # (Evaluation draws no random numbers of the run's; see `Trainer.evaluate`.)
@@ -103,11 +98,12 @@ class Recipe:
         """The keys of the curve in which this recipe differs from another's values: `{key: (old, new)}`."""
         known, now = known_keys(), self.values
 
-        def of(values: dict[str, Any], key: str) -> Any:
+        def value(values: dict[str, Any], key: str) -> Any:
             return values[key] if key in values else known[key].default if key in known else None
 
         keys = [key for key in {**before, **now} if key not in NOT_OF_THE_CURVE]
-        return {key: (of(before, key), of(now, key)) for key in keys if of(before, key) != of(now, key)}
+        pairs = {key: (value(before, key), value(now, key)) for key in keys}
+        return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
     def to_yaml(self) -> str:
         """The resolved recipe: to load it gives the same values again."""
@@ -124,3 +120,67 @@ class _Plainly(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One optimizer step: `rows` sequences in `accumulation` micro-batches of `micro` places on each of `ranks`.
+
+    The same rows are trained in a step on any number of ranks. Places without a row are filled with padding rows,
+    which train nothing.
+    """
+
+    rows: int
+    micro: int
+    ranks: int
+    accumulation: int
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches of a step, over all ranks; the ranks take them in turn."""
+        return self.accumulation * self.ranks
+
+    @property
+    def places(self) -> int:
+        return self.batches * self.micro
+
+    def spread(self, items: Sequence[int], empty: int) -> Iterator[int]:
+        """At most `rows` items over the micro-batches, as evenly as they go, each filled up with `empty`."""
+        for number in range(self.batches):
+            first, end = (len(items) * edge // self.batches for edge in (number, number + 1))
+            yield from items[first:end]
+            yield from [empty] * (self.micro - (end - first))
+
+
+def split_batch(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> Layout:
+    """The fewest micro-batches of at most `micro_batch_size` sequences that hold the global batch on `ranks` ranks.
+
+    They are no larger than they need to be: 8 sequences on 4 ranks are 2 for each, whatever one rank could hold, so
+    that a recipe that is right for one GPU is right for a node of them.
+
+    Raises:
+        RecipeError: a batch size below 1, or fewer sequences than ranks.
+    """
+    if min(global_batch_size, micro_batch_size) < 1:
+        raise RecipeError("batch sizes are whole numbers from 1 up", where=where)
+    if global_batch_size < ranks:
+        raise RecipeError(
+            f"global_batch_size {global_batch_size} is smaller than the {ranks} ranks",
+            where=where,
+            why="some of them would have nothing to train at any step",
+            help=f"global_batch_size: {ranks}, or --num_processes {global_batch_size}",
+        )
+    accumulation = -(-global_batch_size // (micro_batch_size * ranks))
+    micro = -(-global_batch_size // (accumulation * ranks))
+    return Layout(global_batch_size, micro, ranks, accumulation)
+
+
+def sums_sharded(settings: Settings) -> bool:
+    """Whether FSDP reduces the gradients after every micro-batch, so that a rank keeps its shard of their sum.
+
+    Else it sums whole gradients in fp32 until the step's last micro-batch (`set_requires_gradient_sync`). Those of an
+    adapter are small, and reducing them once a step is faster; of a whole model no GPU could hold them.
+    """
+    asked = (settings.get("accelerator_config") or {}).get("gradient_accumulation_kwargs") or {}
+    chosen = asked.get("sync_each_batch")
+    return not settings.get("use_peft") if chosen is None else bool(chosen)

@@ -56,11 +56,11 @@ def check(recipe: Recipe) -> list[RuleBreak]:
 def attention_is_a_kernel_that_trains(recipe: Recipe) -> RuleBreak | None:
     """It is one of Transformers' kernels or a repository of kernels on the hub; the `paged` ones are for generation."""
     key = "attn_implementation"
-    named = recipe.get(key)
-    if named is None or named in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", named):
+    kernel = recipe.get(key)
+    if kernel is None or kernel in ATTENTION or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?", kernel):
         return None
-    help = suggest(named, ATTENTION) or f"one of {', '.join(ATTENTION)}"
-    return conflict(recipe, f"{key}: there is no '{named}' to train with", [key], help)
+    help = suggest(kernel, ATTENTION) or f"one of {', '.join(ATTENTION)}"
+    return conflict(recipe, f"{key}: there is no '{kernel}' to train with", [key], help)
 
 
 @register
@@ -109,15 +109,15 @@ def model_init_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
 @register
 def schedule_arguments_fit_the_schedule(recipe: Recipe) -> RuleBreak | None:
     """Each schedule reads its own arguments; the others would be ignored, or stop the run at its start."""
-    schedule, given = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
+    schedule, arguments = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
     takers = {key.name: key.owner.split() for key in known_keys()["lr_scheduler_kwargs"].nested}
-    wrong = [name for name in given if schedule not in takers[name]]
+    wrong = [name for name in arguments if schedule not in takers[name]]
     if not wrong:
         return None
     at = f"lr_scheduler_kwargs.{wrong[0]}"
     taken = [name for name, schedules in takers.items() if schedule in schedules]
     help = f"{wrong[0]} belongs to {', '.join(takers[wrong[0]])}; {schedule} takes {', '.join(taken) or 'none'}"
-    if len(wrong) == len(given) and not idle(recipe, "lr_scheduler_type", ["lr_scheduler_kwargs"]):
+    if len(wrong) == len(arguments) and not idle(recipe, "lr_scheduler_type", ["lr_scheduler_kwargs"]):
         return None  # the schedule was overridden, and the whole block is left out
     what = f"{at} has no effect with lr_scheduler_type: {schedule}"
     return conflict(recipe, what, ["lr_scheduler_type", "lr_scheduler_kwargs"], help, at=at)
@@ -126,13 +126,13 @@ def schedule_arguments_fit_the_schedule(recipe: Recipe) -> RuleBreak | None:
 @register
 def schedule_arguments_are_there(recipe: Recipe) -> RuleBreak | None:
     """The schedule cannot be computed otherwise."""
-    schedule, given = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
+    schedule, arguments = recipe.get("lr_scheduler_type"), recipe.get("lr_scheduler_kwargs") or {}
     keys = ["lr_scheduler_kwargs", "lr_scheduler_type"]
     needed = ["min_lr", "min_lr_rate"] if schedule.endswith("with_min_lr") else []
-    if needed and sum(given.get(name) is not None for name in needed) != 1:
+    if needed and sum(arguments.get(name) is not None for name in needed) != 1:
         what = f"lr_scheduler_type: {schedule} takes either min_lr or min_lr_rate"
         return conflict(recipe, what, keys, "lr_scheduler_kwargs: {min_lr_rate: 0.1}")
-    if schedule == "warmup_stable_decay" and given.get("num_decay_steps") is None:
+    if schedule == "warmup_stable_decay" and arguments.get("num_decay_steps") is None:
         what = f"lr_scheduler_type: {schedule} needs num_decay_steps"
         return conflict(recipe, what, keys, "lr_scheduler_kwargs: {num_decay_steps: 100}")
     return None

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
-from stepladder.recipe import batch
-from stepladder.recipe.batch import Layout
-from stepladder.recipe.recipe import Recipe
+from stepladder.recipe.recipe import Layout, Recipe, split_batch, sums_sharded
 from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
@@ -174,7 +172,7 @@ def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy:
 def _accumulation(recipe: Recipe) -> dict[str, Any]:
     """When FSDP reduces the gradients of a step's micro-batches."""
     asked = recipe.get("accelerator_config") or {}
-    kwargs = {**(asked.get("gradient_accumulation_kwargs") or {}), "sync_each_batch": batch.sums_sharded(recipe)}
+    kwargs = {**(asked.get("gradient_accumulation_kwargs") or {}), "sync_each_batch": sums_sharded(recipe)}
     return {"accelerator_config": {**asked, "gradient_accumulation_kwargs": kwargs}}
 
 
@@ -203,7 +201,7 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
     if total is None:
         steps = recipe.get("gradient_accumulation_steps")
         return Layout(micro * steps * ranks, micro, ranks, steps)
-    found = batch.layout(total, micro, ranks, recipe.where("global_batch_size"))
+    found = split_batch(total, micro, ranks, recipe.where("global_batch_size"))
     if recipe.values.get("gradient_accumulation_steps", found.accumulation) != found.accumulation:
         raise RecipeError(
             f"gradient_accumulation_steps {recipe.get('gradient_accumulation_steps')} contradicts "

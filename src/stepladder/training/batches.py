@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, Sampler
 
 from stepladder.data.render import IGNORED
-from stepladder.recipe.batch import Layout
+from stepladder.recipe.recipe import Layout
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -20,7 +20,7 @@ from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
-from stepladder.recipe.batch import Layout
+from stepladder.recipe.recipe import Layout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
