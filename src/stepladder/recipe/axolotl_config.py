@@ -157,10 +157,6 @@ def set_keys(reason: str = "", **recipe: Any) -> Outcome:
     return Outcome(TRANSLATED, reason, recipe)
 
 
-def set_in_block(reason: str = "", **block: Any) -> Outcome:
-    return Outcome(TRANSLATED, reason, block=block)
-
-
 def drop(reason: str) -> Outcome:
     return Outcome(DROPPED, reason)
 
