@@ -155,10 +155,6 @@ def set_keys(reason: str = "", **recipe: Any) -> Outcome:
     return Outcome(TRANSLATED, reason, recipe)
 
 
-def set_in_block(reason: str = "", **block: Any) -> Outcome:
-    return Outcome(TRANSLATED, reason, block=block)
-
-
 def drop(reason: str) -> Outcome:
     return Outcome(DROPPED, reason)
 
@@ -187,9 +183,10 @@ def table() -> dict[str, Any]:
 def rows() -> dict[str, dict[str, Any]]:
     """The row of each key, by its path without list positions (`datasets[].type`)."""
     sections = ("model", "data", "method", "training", "evaluation_saving_monitoring")
-    found = {key: row for section in sections for row in table()[section] for key in row["keys"].split()}
+    pairs = [(key, row) for section in sections for row in table()[section] for key in row["keys"].split()]
+    found = {key: {**row, "to": key} if "same" in row else row for key, row in pairs}
     data_sets = {key: row for row in table()["data_sets"] for key in row["keys"].split()}
-    return found | {f"{sets}[].{key}": row for sets in ("datasets", "test_datasets") for key, row in data_sets.items()}
+    return found | {f"{name}[].{key}": row for name in ("datasets", "test_datasets") for key, row in data_sets.items()}
 
 
 def apply_row(row: dict[str, Any], key: str, value: Any, config: Config) -> Outcome | None:

@@ -23,13 +23,11 @@ from stepladder.recipe.axolotl_config import (
     drop,
     refuse,
     rule,
-    set_in_block,
     set_keys,
     table,
 )
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
-# The linear layers of a Llama-like block: `lora_target_linear` adds all of them to `lora_target_modules`.
 ATTENTION_AND_MLP = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
 CHAT, PLAIN = None, ""  # rendered by the chat template; trained as it is
 
@@ -72,6 +70,13 @@ def _held_dtype(config: Config) -> str | None:
     return "auto" if config.get("fp16") and config.get("bf16", "auto") == "auto" else "bfloat16"
 
 
+def _covers_linear_layers(config: Config) -> bool:
+    """Whether `lora_target_modules` names the linear layers of a Llama-like block, as `lora_target_linear` does."""
+    modules = config.get("lora_target_modules")
+    names = {*map(str, modules)} if isinstance(modules, list) else {str(modules)}
+    return names >= ATTENTION_AND_MLP >= names - {"gate_proj"}
+
+
 def _only_file(entry: Config) -> str | None:
     """The name of the only file that `data_files` lists, if it is one."""
     files = entry.get("data_files")
@@ -101,38 +106,17 @@ CONDITIONS |= {
         _fsdp_setting(config.root, "offload_params") or "offload" in str(config.root.get("fsdp"))
     ),
     "held_dtype": _held_dtype,
+    "quant_type": lambda config: None if "bnb_4bit_quant_type" in config.block("bnb_config_kwargs") else "nf4",
+    "nested_quant": lambda config: None if "bnb_4bit_use_double_quant" in config.block("bnb_config_kwargs") else True,
+    "covers_linear_layers": _covers_linear_layers,
+    "shard_share": lambda entry: round(1 / entry.number("shards", 1), 6),
     "only_file": _only_file,
     "is_local": _is_local,
     "has_other_suffix": _has_other_suffix,
 }
 
 
-# ---- model and method ----
-
-
-@rule
-def qlora(value: Any, config: Config) -> Outcome:
-    custom = config.block("bnb_config_kwargs")
-    keys: dict[str, Any] = {"use_peft": True, "load_in_4bit": True}
-    keys |= {} if "bnb_4bit_quant_type" in custom else {"bnb_4bit_quant_type": "nf4"}
-    keys |= {} if "bnb_4bit_use_double_quant" in custom else {"use_bnb_nested_quant": True}
-    return set_keys("NF4 with double quantization, as Axolotl has it", **keys)
-
-
-@rule
-def target_modules(value: Any, config: Config) -> Outcome:
-    if not config.get("lora_target_linear"):
-        pattern = isinstance(value, str) and not value.replace(".", "_").isidentifier()
-        why = "a regular expression over whole module names: a run whose model has none that matches does not begin"
-        return set_keys(why if pattern else "", lora_target_modules=value)
-    names = {*map(str, value)} if isinstance(value, list) else {str(value)}
-    if ATTENTION_AND_MLP <= names <= ATTENTION_AND_MLP | {"gate_proj"}:
-        return drop("lora_target_linear covers them")
-    why = "contradicts lora_target_linear, with which Axolotl trains every linear layer besides these: keep one"
-    return refuse(why)
-
-
-# ---- training ----
+# ---- rules ----
 
 
 @rule
@@ -206,17 +190,6 @@ def _read_json(name: str, config: Config) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-# ---- data sets ----
-
-
-@rule
-def shards(value: Any, entry: Config) -> Outcome:
-    """Axolotl shuffles the rows and takes one shard of them."""
-    if value < 1 or value % 1:
-        return refuse("a whole number from 1 up")
-    return set_in_block("as many rows as one shard holds, though not the same ones", rows=round(1 / value, 6))
-
-
 @rule
 def properties(value: Any, entry: Config) -> Outcome:
     """The names inside a message; those of the chat templates and of ShareGPT are both read."""
@@ -237,7 +210,7 @@ def roles(value: Any, entry: Config) -> Outcome:
             if ROLES.get(name, role) != role or role_map.get(name, role) != role:
                 return refuse(f"{name} is another role: rename it in the rows")
             role_map |= {} if name in ROLES else {name: role}
-    return set_in_block(role_map=role_map) if role_map else drop("recognized")
+    return Outcome(TRANSLATED, block={"role_map": role_map}) if role_map else drop("recognized")
 
 
 def _rendering(kind: Any) -> str | None:

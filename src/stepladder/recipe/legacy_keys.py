@@ -36,8 +36,13 @@ def translate(pairs: Pairs, source: Source, errors: list[RecipeError]) -> Pairs:
     return translation.result
 
 
+# Old keys that need more than a row of legacy.yaml; `_Translation` has a method for each.
+KEYS = ("warmup_ratio", "gradient_checkpointing_use_reentrant", "tokenizer_name_or_path", "dataset_kwargs",
+        "dataset_mixture", "dataset_mixer", "dataset_splits", "dataset_configs")  # fmt: skip
+
+
 class _Translation:
-    """`result` holds today's keys with the nodes that they came from; the methods named in KEYS read one old key."""
+    """`result` holds today's keys with the nodes that they came from."""
 
     def __init__(self, pairs: Pairs, source: Source, errors: list[RecipeError]):
         self.pairs, self.source, self.errors = pairs, source, errors
@@ -45,7 +50,7 @@ class _Translation:
 
     def add(self, name: str, value: yaml.Node) -> None:
         if name in KEYS:
-            KEYS[name](self, name, value)
+            getattr(self, name)(name, value)
         elif name in table()["removed"]:
             self._leave_out(name, **table()["removed"][name])
         elif name in table()["switches"]:
@@ -127,7 +132,7 @@ class _Translation:
         if len(kept) < len(pairs):
             names = ", ".join(sorted(off))
             self._note(name, f"{names} are left out of {name}: nothing is added to what the template renders")
-            value = _mapping(kept, value)
+            value = _node(dict(kept), value)
         if kept or not pairs:
             self.result[name] = (self.pairs[name][0], value)
 
@@ -184,17 +189,6 @@ class _Translation:
         self.dataset_splits(name, value, help="dataset_config: …")
 
 
-# The old keys that need more than a row of legacy.yaml.
-KEYS = {
-    method.__name__: method
-    for method in (
-        *(_Translation.warmup_ratio, _Translation.gradient_checkpointing_use_reentrant),
-        *(_Translation.tokenizer_name_or_path, _Translation.dataset_kwargs, _Translation.dataset_mixture),
-        *(_Translation.dataset_mixer, _Translation.dataset_splits, _Translation.dataset_configs),
-    )
-}
-
-
 def _mixture_entries(node: yaml.Node) -> yaml.Node:
     """The data sets of a `dataset_mixture` under today's names; a weight of 1 is the whole set: no `rows`."""
     names = {"id": "path", "config": "name", "weight": "rows"}
@@ -209,8 +203,8 @@ def _mixture_entries(node: yaml.Node) -> yaml.Node:
             elif key.value != "weight" or (share := _plain(value)) not in (1, None) or share is True:
                 renamed = names.get(key.value, key.value)
                 kept.append((yaml.ScalarNode(key.tag, renamed, key.start_mark, key.end_mark), value))
-        entries.append(_mapping(kept, entry) if isinstance(entry, yaml.MappingNode) else entry)
-    return _sequence(entries, node)
+        entries.append(_node(dict(kept), entry) if isinstance(entry, yaml.MappingNode) else entry)
+    return _node(entries, node)
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -222,18 +216,14 @@ def _plain(node: yaml.Node) -> Any:
 
 
 def _node(value: Any, at: yaml.Node) -> yaml.Node:
-    """A value as a YAML node that stands where `at` does."""
+    """A value as a YAML node that stands where `at` does; nodes in it stay as they are."""
+    if isinstance(value, yaml.Node):
+        return value
     if isinstance(value, dict):
-        return _mapping([(_node(k, at), _node(v, at)) for k, v in value.items()], at)
+        pairs = [(_node(key, at), _node(item, at)) for key, item in value.items()]
+        return yaml.MappingNode("tag:yaml.org,2002:map", pairs, at.start_mark, at.end_mark)
     if isinstance(value, list):
-        return _sequence([_node(item, at) for item in value], at)
+        items = [_node(item, at) for item in value]
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", items, at.start_mark, at.end_mark)
     node = yaml.representer.SafeRepresenter().represent_data(value)
     return yaml.ScalarNode(node.tag, node.value, at.start_mark, at.end_mark, style="'")
-
-
-def _mapping(pairs: list[tuple[yaml.Node, yaml.Node]], at: yaml.Node) -> yaml.MappingNode:
-    return yaml.MappingNode("tag:yaml.org,2002:map", pairs, at.start_mark, at.end_mark)
-
-
-def _sequence(items: list[yaml.Node], at: yaml.Node) -> yaml.SequenceNode:
-    return yaml.SequenceNode("tag:yaml.org,2002:seq", items, at.start_mark, at.end_mark)
