@@ -41,7 +41,10 @@ def evaluation_results(facts: dict[str, Any]) -> str:
     lines += [f"\nNote: {note}" for note in facts["notes"]]
     for found in facts["verdicts"]:
         lines += ["", f"## Verdicts on {found['side']}", ""]
-        lines += [verdict_line(verdict) for verdict in found["verdicts"]]
+        for verdict in found["verdicts"]:
+            help = f" What to do: {verdict['help']}." if verdict["help"] else ""
+            mark, name = MARK[verdict["severity"]], verdict["name"]
+            lines.append(f"- {mark} **{name}**: {verdict['what']} {verdict['evidence']}.{help}")
     if required := facts.get("required"):
         lines += ["", "## Required", ""]
         lines += [f"- {'✔' if one['met'] else '✘'} **{_cell(one['claim'])}** of {one['side']}: {one['evidence']}"
@@ -107,11 +110,6 @@ def run_size(manifest: dict[str, Any]) -> str:
         totals = manifest["totals"]
         lines.append(f"training: {totals['steps']} steps, {totals['tokens']:,} tokens, {totals['seconds']:.0f} s")
     return "\n".join(lines)
-
-
-def verdict_line(verdict: dict[str, Any]) -> str:
-    help = f" What to do: {verdict['help']}." if verdict["help"] else ""
-    return f"- {MARK[verdict['severity']]} **{verdict['name']}**: {verdict['what']} {verdict['evidence']}.{help}"
 
 
 def conclusion(facts: dict[str, Any]) -> list[str]:
