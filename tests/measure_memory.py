@@ -26,14 +26,18 @@ def run(job: dict, rank: int) -> None:
     class Resized(LiveBytes):
         """FSDP frees what it gathered by resizing the storage to nothing, which no operator tells."""
 
-        def note(self) -> None:
+        peak = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
             if self.now > self.peak:
                 for key, (ref, size) in list(self._sizes.items()):
                     storage = ref()
                     if storage is not None and storage.nbytes() != size:
                         self._sizes[key] = ref, storage.nbytes()
                         self.now += storage.nbytes() - size
-            super().note()
+            self.peak = max(self.peak, self.now)
+            return out
 
     live = Resized()
 
@@ -51,7 +55,7 @@ def run(job: dict, rank: int) -> None:
             for tensor in known(kwargs["model"], kwargs["optimizer"]):
                 live.add(tensor)
             if state.global_step == 1:
-                live.restart()
+                live.peak = live.now
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             super().on_step_end(args, state, control, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -92,8 +93,10 @@ def accounts(settings: Settings) -> str:
     said = []
     if "wandb" in _trackers(settings):
         server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-        keys = _text(Path(os.environ.get("NETRC") or Path.home() / ".netrc").expanduser())
-        key = os.environ.get("WANDB_API_KEY") or server in keys.split()
+        key = bool(os.environ.get("WANDB_API_KEY"))
+        with contextlib.suppress(OSError):
+            netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc").expanduser()
+            key = key or server in netrc.read_text(encoding="utf-8", errors="replace").split()
         said.append("W&B with its key" if key else "W&B offline, since there is no key (wandb login)")
     if settings.get("push_to_hub"):
         from huggingface_hub import get_token
@@ -180,10 +183,3 @@ def disk(settings: Settings, folder: Path, trained: float, states: float, whole:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -73,11 +73,12 @@ def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, 
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    dtype = pretrained.weights_dtype(settings, work.precision)
     with torch.device("meta"):
         try:
             base = AutoModelForCausalLM.from_config(
                 config,
-                dtype=_dtype(settings, work.precision),
+                dtype=torch.bfloat16 if dtype == "auto" else dtype,  # what the models of today are saved in
                 trust_remote_code=bool(settings.get("trust_remote_code")),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -173,7 +174,8 @@ def weight(module: Any) -> Any:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of all weights except those in 4 bits."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not _is_packed(p))
+    full = (p for p in model.parameters() if type(p).__name__ != "Params4bit" and not hasattr(p, "quant_state"))
+    return sum(p.numel() * p.element_size() for p in full)
 
 
 def count_parameters(model: Any) -> int:
@@ -183,11 +185,6 @@ def count_parameters(model: Any) -> int:
         return int(torch.Size(p.quant_state.shape).numel()) if hasattr(p, "quant_state") else p.numel()
 
     return sum(map(stands_for, model.parameters()))
-
-
-def _dtype(settings: Settings, precision: str) -> Any:
-    dtype = pretrained.weights_dtype(settings, precision)
-    return torch.bfloat16 if dtype == "auto" else dtype  # what the models of today are saved in
 
 
 def _quantize(base: Any, config: Any) -> None:
@@ -217,7 +214,3 @@ def _packed(module: Any, old: Any) -> Any:
     made: Any = torch.nn.Parameter(data, requires_grad=False)
     made.quant_state = state
     return made
-
-
-def _is_packed(parameter: Any) -> bool:
-    return type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")

@@ -191,7 +191,7 @@ def _mask(settings: Settings, shape: tuple[int, int]) -> torch.Tensor | None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, real or fake; `peak` is the most since the last `restart`.
+    """Counts the bytes of tensors that are alive, real or fake: `now`.
 
     Storages are counted, so that views cost nothing; what a kernel allocates inside itself is not seen. The same count
     is the forecast (a step on fake tensors) and what it is compared with (a real step).
@@ -200,18 +200,14 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._sizes: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
-        self.now = self.peak = 0
+        self.now = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
-        self.note()
         return out
-
-    def note(self) -> None:
-        self.peak = max(self.peak, self.now)
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor that existed before."""
@@ -225,16 +221,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int, _: Any) -> None:
         self.now -= self._sizes.pop(key)[1]
-
-    def restart(self) -> None:
-        self.peak = self.now
-
-    def recount(self) -> None:
-        """Read all sizes anew: FSDP frees a gathered weight by resizing its storage."""
-        for key, (ref, _) in list(self._sizes.items()):
-            if (storage := ref()) is not None:
-                self._sizes[key] = ref, storage.nbytes()
-        self.now = sum(size for _, size in self._sizes.values())
 
 
 def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -270,7 +256,7 @@ class _Moments(LiveBytes):
 
 
 def _states(model: Any, optimizer: str) -> float:
-    """Bytes of the optimizer's state, each parameter once."""
+    """Bytes of the optimizer's state."""
     embeddings = {id(meta_model.weight(module)) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     return sum(state_bytes(optimizer, p, id(p) in embeddings) for p in model.parameters() if p.requires_grad)
 
