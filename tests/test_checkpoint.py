@@ -13,7 +13,7 @@ import pytest
 from stepladder import manifest
 from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
-from stepladder.files import write_whole
+from stepladder.files import hash_file, write_whole
 from stepladder.manifest import STUCK_AFTER
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         for name in ("model-0-0.safetensors", "state.json", "trainer_state.json"):
             (checkpoint / name).write_text(f"{name} of step {step}")
             files[name] = {
-                "bytes": (checkpoint / name).stat().st_size, "sha256": resume.digest(checkpoint / name)
+                "bytes": (checkpoint / name).stat().st_size, "sha256": hash_file(checkpoint / name)
             }  # fmt: skip
         write_whole(checkpoint / resume.COMPLETE, json.dumps({"step": step, "resumable": True, "files": files}))
     (folder / "run.json").write_text(json.dumps({"status": "running", "recipe": KEYS}))

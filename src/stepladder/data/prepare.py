@@ -238,8 +238,8 @@ def _write(sets: dict[str, Dataset], said: dict[str, Any], folder: Path) -> Path
     try:
         for name, dataset in sets.items():
             dataset.save_to_disk(str(part / name))
-        files = [file.relative_to(part).as_posix() for file in part.glob("*/*")]
-        said = said | {FILES: {name: _digest(part / name) for name in files}}
+        names = [file.relative_to(part).as_posix() for file in part.glob("*/*")]
+        said = said | {FILES: {name: files.hash_file(part / name) for name in names}}
         (part / NOTES).write_text(json.dumps(said), encoding="utf-8")
         _flush(part)
         if folder.is_dir() and _damage(folder):
@@ -259,26 +259,14 @@ def _damage(folder: Path) -> str:
     """What is wrong with a prepared folder, or nothing."""
     try:
         for name, digest in json.loads((folder / NOTES).read_text(encoding="utf-8"))[FILES].items():
-            if _digest(folder / name) != digest:
+            if files.hash_file(folder / name) != digest:
                 return f"{name} is not what was written (SHA-256)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return repr(error)
     return ""
 
 
-def _digest(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
-
-
 def _flush(folder: Path) -> None:
     """Wait until all that a folder holds is on the disk: a power cut must not leave its name without its content."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        files.flush(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from stepladder import files
 from stepladder.errors import ModelError
 from stepladder.model import portable, weights
 
@@ -58,15 +58,11 @@ def fetch(folder: Path = DEFAULT_FOLDER, gguf: Path | None = None) -> bool:
 
 def verify(file: Path) -> None:
     """Raise ModelError unless `file` is exactly the one that was published."""
-    size = file.stat().st_size
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if (size, digest.hexdigest()) != (SIZE, SHA256):
+    size, digest = file.stat().st_size, files.hash_file(file)
+    if (size, digest) != (SIZE, SHA256):
         raise ModelError(
             f"{file.name} is not the published file",
-            why=f"{size:,} bytes with SHA-256 {digest.hexdigest()[:16]}…, expected {SIZE:,} bytes with {SHA256[:16]}…: "
+            why=f"{size:,} bytes with SHA-256 {digest[:16]}…, expected {SIZE:,} bytes with {SHA256[:16]}…: "
             "truncated, or changed on its way",
             help="fetch it again; nothing was kept of this one",
         )

@@ -5,7 +5,6 @@ Rank 0 decides it before torch is imported, by files and JSON alone.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -15,7 +14,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError, LaunchError, StepladderError
-from stepladder.files import read_object, remove
+from stepladder.files import hash_file, read_object, remove
 from stepladder.manifest import MANIFEST, METRICS, STUCK_AFTER, status
 from stepladder.model import start
 from stepladder.recipe.recipe import BY_METRIC, Recipe
@@ -250,7 +249,7 @@ def damage(checkpoint: Path, weights_only: bool = False) -> str:
             size = (checkpoint / name).stat().st_size
             if size != facts["bytes"]:
                 return f"{name} has {size:,} bytes instead of {facts['bytes']:,}"
-            if digest(checkpoint / name) != facts["sha256"]:
+            if hash_file(checkpoint / name) != facts["sha256"]:
                 return f"{name} is not what was written (SHA-256)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -326,14 +325,6 @@ def _check_best(checkpoint: Path) -> None:
     best = of_step(checkpoint.parent, step or 0)
     if step and best.name != checkpoint.name and (fault := damage(best, weights_only=True)):
         raise CheckpointError(f"the best checkpoint so far, {best}, is not whole", why=fault, help=WITHOUT_BEST)
-
-
-def digest(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _check_chosen(chosen: Path, folder: Path) -> Path:

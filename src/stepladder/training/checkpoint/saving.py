@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import random
 import shutil
 from collections import defaultdict
@@ -34,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError
-from stepladder.files import write_whole
+from stepladder.files import flush, hash_file, write_whole
 from stepladder.training.checkpoint import state
 from stepladder.training.checkpoint.resume import (
     COMPLETE,
@@ -42,7 +41,6 @@ from stepladder.training.checkpoint.resume import (
     TRAINER_STATE,
     WITHOUT_BEST,
     damage,
-    digest,
     listed_files,
     of_step,
     whole_steps,
@@ -246,9 +244,8 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
 
 def _flush(file: Path, files: dict[str, Any]) -> None:
     """Wait until a file is on the disk, then record its size and hash."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-    files[file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    flush(file)
+    files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
@@ -260,18 +257,10 @@ def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
         "files": files,
         "run": facts,  # from which a lost run.json is rebuilt
     }
-    _flush_folder(folder)
+    flush(folder)
     write_whole(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
-    _flush_folder(folder)
-    _flush_folder(folder.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(folder)
+    flush(folder.parent)
 
 
 def _delete_older(trainer: Any) -> None:
