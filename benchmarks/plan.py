@@ -180,13 +180,14 @@ def predict(case: Case, folder: Path) -> float:
 
     from stepladder.planning import memory, trace
     from stepladder.recipe.recipe import Recipe
+    from stepladder.training.launch.launcher import Strategy
 
-    keys = case.recipe(folder)
+    keys, strategy = case.recipe(folder), Strategy(case.strategy)
     recipe = Recipe(name=case.name, path=folder, values=keys, origins={})
     config = AutoConfig.from_pretrained(keys["model_name_or_path"])
-    work = trace.Work(case.micro, case.length, case.precision, case.checkpointing, memory.casts(case.strategy))
+    work = trace.Work(case.micro, case.length, case.precision, case.checkpointing, strategy.shards)
     traced = trace.trace_batch(recipe, config, work)
-    return memory.estimate(traced, recipe, config, case.strategy, case.ranks, case.steps_a_batch > 1).total
+    return memory.estimate(traced, recipe, config, strategy, case.ranks, case.steps_a_batch > 1).total
 
 
 def table(cases: list[Case], found: dict[str, int], folder: Path) -> tuple[str, list[float]]:

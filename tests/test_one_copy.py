@@ -15,6 +15,7 @@ from stepladder import hardware
 from stepladder.planning import choose
 from stepladder.recipe import load
 from stepladder.training.launch import ranks
+from stepladder.training.launch.launcher import Strategy
 
 KEYS = {
     "max_steps": 2, "eval_strategy": "no", "eval_dataset_name": None, "learning_rate": 1e-3, "max_length": 256,
@@ -55,7 +56,7 @@ def test_the_other_ranks_hold_no_weights(untied: Path, write_recipe, tmp_path: P
     assert loaded["lora"] == pytest.approx([1, 1], abs=0.15), "an adapter's base is read by each rank"
     for name, measured in loaded.items():
         plan = choose.Plan(load.load(str(tmp_path / f"{name}.yaml"), []), 1, 2, hardware.device("h100"))
-        assert plan.way("fsdp", 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
+        assert plan.way(Strategy("fsdp"), 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
 
     done = script("sft", "--recipe", tmp_path / "full.yaml", "--output_dir", tmp_path / "plain")
     assert done.code == 0, done

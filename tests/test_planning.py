@@ -14,6 +14,7 @@ from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError, RecipeError
 from stepladder.planning import choose, memory, meta_model, plan_tables, speed, trace
 from stepladder.recipe import load
+from stepladder.training.launch.launcher import Strategy
 
 sys.path.append(str(ROOT / "benchmarks"))
 import plan as benchmark
@@ -56,7 +57,7 @@ def plan_of(recipe: str, gpu: str, gpus: int = 1, *overrides: str) -> choose.Pla
 def test_a_published_figure() -> None:
     """Guards the GPU's side, which no run here can measure: TRL's own table (trl#6859) has Qwen3-8B LoRA r16 at
     2,048 tokens a step on an H100 at 16.7 GB; what is counted there is not stated, hence a tenth."""
-    way = plan_of("models/qwen3-8b/lora", "h100").way("single", micro=1, checkpointing=True)
+    way = plan_of("models/qwen3-8b/lora", "h100").way(Strategy("single"), micro=1, checkpointing=True)
     tensors = way.memory.total - way.memory.overhead
     assert tensors / 2**30 == pytest.approx(16.7, rel=0.1)
 
@@ -64,9 +65,11 @@ def test_a_published_figure() -> None:
 def test_more_ranks_hold_less() -> None:
     """Guards the closed forms' direction: sharding must never cost memory, checkpointing neither."""
     eight = plan_of("models/qwen3-0.6b/full", "h100", 8)
-    by_name = {name: eight.way(name, 1, False).memory.total for name in ("ddp", "zero2", "fsdp", "fsdp_offload")}
+    by_name = {
+        name: eight.way(Strategy(name), 1, False).memory.total for name in ("ddp", "zero2", "fsdp", "fsdp_offload")
+    }
     assert by_name["ddp"] > by_name["zero2"] > by_name["fsdp"] > by_name["fsdp_offload"]
-    assert eight.way("ddp", 1, True).memory.total < by_name["ddp"]
+    assert eight.way(Strategy("ddp"), 1, True).memory.total < by_name["ddp"]
 
 
 def test_what_the_recipe_says_of_accumulation_is_planned() -> None:
@@ -75,7 +78,7 @@ def test_what_the_recipe_says_of_accumulation_is_planned() -> None:
     totals = []
     for words in ((), own):
         plan = plan_of("models/qwen3-0.6b/full", "h100", 4, "--global_batch_size", "16", *words)
-        way = plan.way("fsdp", micro=1, checkpointing=True)
+        way = plan.way(Strategy("fsdp"), micro=1, checkpointing=True)
         assert way.accumulation == 4
         totals.append(way.memory.gradients)
     assert totals[1] == pytest.approx(4 * totals[0])
@@ -104,7 +107,8 @@ def test_host_memory_while_a_model_loads() -> None:
     copy, full = 4 * 70.55e9, "models/llama-3.1-70b/full"  # 70.55 billion parameters by its model card
 
     def host(recipe: str, strategy: str, *words: str) -> float:
-        return plan_of(recipe, "h100", 8, "--global_batch_size", "8", *words).way(strategy, 1, True).memory.host
+        plan = plan_of(recipe, "h100", 8, "--global_batch_size", "8", *words)
+        return plan.way(Strategy(strategy), 1, True).memory.host
 
     assert host(full, "ddp") == pytest.approx(8 * copy, rel=1e-3)
     assert host(full, "fsdp") == pytest.approx(copy, rel=1e-3), "rank 0 reads, and sends"
@@ -117,7 +121,7 @@ def test_host_memory_while_a_model_loads() -> None:
     def best(words: tuple[str, ...], host: float | None) -> str:
         recipe = load.load(str(ROOT / "recipes" / full), [*words])
         plan = choose.Plan(recipe, 4, 8, hardware.device("h100"), host=host)
-        found = plan.best([plan.way(name, 1, True) for name in ("fsdp", "zero3")])
+        found = plan.best([plan.way(Strategy(name), 1, True) for name in ("fsdp", "zero3")])
         assert found is not None
         return found.strategy
 
@@ -127,11 +131,11 @@ def test_host_memory_while_a_model_loads() -> None:
 def test_a_base_that_is_quantized_whole_on_each_gpu() -> None:
     """Guards QLoRA of 70 billion weights on 24 GB cards, whose shards would fit and whose loading does not: Answer.AI
     had to quantize layer by layer for it (fsdp_qlora), and Transformers quantizes on the GPU."""
-    small = plan_of("models/llama-3.1-70b/qlora", "4090", 4).way("fsdp", 1, True)
+    small = plan_of("models/llama-3.1-70b/qlora", "4090", 4).way(Strategy("fsdp"), 1, True)
     # 4 bits and 0.127 for the constants (arXiv 2305.14314, section 3) of all but two embeddings of 128,256 × 8,192
     outside = 2 * 128_256 * 8192
     assert small.memory.total > (70.55e9 - outside) * 4.127 / 8 + 2 * outside and not small.fits
-    assert plan_of("models/llama-3.1-70b/qlora", "a6000", 4).way("fsdp", 1, True).fits
+    assert plan_of("models/llama-3.1-70b/qlora", "a6000", 4).way(Strategy("fsdp"), 1, True).fits
     assert small.memory.total - small.memory.loading < small.limit, "the steady state would fit"
 
 
@@ -140,7 +144,7 @@ def test_a_launch_that_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -
     recipe = load.load(str(ROOT / "recipes/models/llama-3.1-70b/qlora"), [])
     for gpu, refused in (("4090", True), ("a6000", False)):
         monkeypatch.setattr(hardware, "device_here", lambda *_, name=gpu: hardware.device(name))
-        words = (recipe, "fsdp_offload", 4, 4, "bf16", 2048)
+        words = (recipe, Strategy("fsdp_offload"), 4, 4, "bf16", 2048)
         if refused:
             with pytest.raises(LaunchError, match="no way fits into 4 × 4090") as error:
                 choose.plan_run(*words, gpu=True)
@@ -212,12 +216,12 @@ def test_auto_takes_the_fastest_that_fits() -> None:
     checkpointing only where it must, and a refusal where nothing fits; the global batch stays."""
     auto = ("--per_device_train_batch_size", "auto", "--gradient_checkpointing", "auto", "--global_batch_size", "64")
     small = ("--max_length", "128", *auto)
-    wide = plan_of("models/qwen3-0.6b/lora", "h100", 1, *small).of_recipe("single")
+    wide = plan_of("models/qwen3-0.6b/lora", "h100", 1, *small).of_recipe(Strategy("single"))
     assert wide.micro > 1 and not wide.checkpointing and wide.micro * wide.accumulation == 64
-    tight = plan_of("models/llama-3.1-8b/lora", "4090", 1, *auto).of_recipe("single")
+    tight = plan_of("models/llama-3.1-8b/lora", "4090", 1, *auto).of_recipe(Strategy("single"))
     assert tight.checkpointing and tight.fits
     with pytest.raises(LaunchError, match="no way fits into 1 × t4"):
-        plan_of("models/llama-3.1-8b/full", "t4", 1, *auto).of_recipe("single")
+        plan_of("models/llama-3.1-8b/full", "t4", 1, *auto).of_recipe(Strategy("single"))
 
 
 @pytest.mark.proof

@@ -21,6 +21,7 @@ from conftest import LAUNCHER_VARIABLES, ROOT, manifest, script
 from stepladder.planning import choose
 from stepladder.planning.memory import Memory
 from stepladder.reporting import curves
+from stepladder.training.launch.launcher import Strategy
 
 pytestmark = [pytest.mark.proof, pytest.mark.alone]
 
@@ -33,7 +34,7 @@ STEPS = 4
 
 def planned(strategy: str) -> str:
     """What plan.py says to type on a machine."""
-    way = choose.Way(strategy, 1, 1, False, Memory(*[0.0] * 7), 0.0, None, 0.0)
+    way = choose.Way(Strategy(strategy), 1, 1, False, Memory(*[0.0] * 7), 0.0, None, 0.0)
     return choose.command("lora", SimpleNamespace(nodes=2, ranks=2), way)[0]  # type: ignore[arg-type]
 
 

@@ -15,17 +15,18 @@ from stepladder.planning import memory, meta_model, speed, trace
 from stepladder.planning.memory import Memory
 from stepladder.recipe.recipe import split_batch
 from stepladder.settings import Settings
+from stepladder.training.launch.launcher import Strategy
 
 PROCESS = 4 * GIB  # host memory of a process that uses CUDA: libraries, pinned buffers, NCCL's
 # The simplest first: it is taken where two are equally fast.
-STRATEGIES = ("single", "ddp", "zero2", "fsdp", "zero3", "fsdp_offload", "zero3_offload")
+STRATEGIES = tuple(map(Strategy, ("single", "ddp", "zero2", "fsdp", "zero3", "fsdp_offload", "zero3_offload")))
 
 
 @dataclass(frozen=True)
 class Way:
     """A strategy with a micro-batch and checkpointing on or off; `limit` and `host_limit` are bytes."""
 
-    strategy: str
+    strategy: Strategy
     micro: int
     accumulation: int
     checkpointing: bool
@@ -92,18 +93,18 @@ class Plan:
         )
         split_batch(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
 
-    def ways(self, strategies: tuple[str, ...] = STRATEGIES) -> list[Way]:
+    def ways(self, strategies: tuple[Strategy, ...] = STRATEGIES) -> list[Way]:
         """For each strategy, without and with checkpointing: the fastest micro-batch that fits, or 1."""
         found = []
         for strategy in strategies:
-            alone = strategy == "single" or strategy.endswith("offload")  # one rank has nothing to shard over
+            alone = strategy == "single" or strategy.offloads  # one rank has nothing to shard over
             if alone if self.ranks == 1 else strategy != "single":
                 for checkpointing in (False, True):
                     tried = [self.way(strategy, micro, checkpointing) for micro in self.micros()]
                     found.append(fastest(tried) or tried[0])
         return found
 
-    def each(self, strategy: str) -> list[Way]:
+    def each(self, strategy: Strategy) -> list[Way]:
         """Every micro-batch of one strategy, without and with checkpointing."""
         return [self.way(strategy, micro, checkpointing) for checkpointing in (False, True) for micro in self.micros()]
 
@@ -116,7 +117,7 @@ class Plan:
         best = self.best(self.ways())
         return (best.micro, best.checkpointing) if best else (1, True)
 
-    def of_recipe(self, strategy: str) -> Way:
+    def of_recipe(self, strategy: Strategy) -> Way:
         """The recipe's own micro-batch and checkpointing; for those that are `auto`, the fastest that fits.
 
         Raises:
@@ -135,9 +136,9 @@ class Plan:
             raise no_fit_error(self, tried)
         return found
 
-    def way(self, strategy: str, micro: int, checkpointing: bool) -> Way:
+    def way(self, strategy: Strategy, micro: int, checkpointing: bool) -> Way:
         step = split_batch(self.rows, micro, self.ranks)
-        traced = self._traced(step.micro, checkpointing, memory.casts(strategy))
+        traced = self._traced(step.micro, checkpointing, strategy.shards)
         need = memory.estimate(
             traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
         )
@@ -152,11 +153,11 @@ class Plan:
         return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, self.host, fast)
 
     def step(
-        self, strategy: str, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
+        self, strategy: Strategy, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
         network: speed.Network = speed.INFINIBAND,
     ) -> speed.Step:  # fmt: skip
         """The seconds of an optimizer step on `ranks` ranks of `nodes` nodes."""
-        traced = self._traced(micro, checkpointing, memory.casts(strategy))
+        traced = self._traced(micro, checkpointing, strategy.shards)
         full, quantized = not self.settings.get("use_peft"), bool(self.settings.get("load_in_4bit"))
         return speed.step(
             traced, self.config, strategy, ranks, nodes, accumulation, self.device, full, quantized, network
@@ -164,7 +165,7 @@ class Plan:
 
     def sizes(self, way: Way) -> tuple[float, float, float]:
         """Bytes of the trained weights, of the optimizer's state, and of the saved result."""
-        whole = self._traced(way.micro, way.checkpointing, memory.casts(way.strategy)).whole
+        whole = self._traced(way.micro, way.checkpointing, way.strategy.shards).whole
         adapter = bool(self.settings.get("use_peft"))
         return whole.trained, whole.states, whole.trained if adapter else whole.held
 
@@ -176,7 +177,7 @@ class Plan:
 
         def order(way: Way) -> tuple[bool, bool, int, int]:
             much = way.host_limit is None and way.memory.host > hardware.COMMON_HOST
-            return much, way.strategy.endswith("offload"), -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
+            return much, way.strategy.offloads, -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
 
         return min((way for way in ways if way.fits), key=order, default=None)
 
@@ -204,7 +205,7 @@ def fastest(ways: list[Way]) -> Way | None:
 
 
 def plan_run(
-    settings: Settings, strategy: str, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
+    settings: Settings, strategy: Strategy, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
 ) -> tuple[Plan, Way]:
     """Plan the run that starts now, in the terms of `totals.peak_memory_bytes`.
 
@@ -218,8 +219,8 @@ def plan_run(
         LaunchError: the micro-batch is `auto`, and nothing fits; or quantizing the base takes more than the GPU has.
     """
     device = hardware.device_here(local_ranks, gpu)
-    if not gpu and strategy == "fsdp_offload":
-        strategy = "fsdp"  # the shards lie in host memory anyhow (training/launch/ranks.py)
+    if not gpu and strategy.is_fsdp:
+        strategy = Strategy("fsdp")  # the shards lie in host memory anyhow (training/launch/ranks.py)
     overhead = 0 if gpu else peak_resident_bytes()
     host = hardware.host_memory() if gpu else None
     plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)

@@ -16,6 +16,7 @@ from stepladder.model import pretrained
 from stepladder.planning.trace import PHASES, Traced
 from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
+from stepladder.training.launch.launcher import Strategy
 
 # ZeRO-3 keeps a weight gathered if it is used again within so many weights
 # (`stage3_max_reuse_distance`, and `stage3_max_live_parameters`, the defaults of DeepSpeed).
@@ -47,11 +48,6 @@ class Memory:
         return sum(value for name, value in vars(self).items() if name != "host")
 
 
-def casts(strategy: str) -> bool:
-    """Whether the strategy itself holds the computed weights in bf16; else autocast makes copies."""
-    return strategy.startswith(("zero", "fsdp", "hybrid"))
-
-
 @dataclass(frozen=True)
 class Loading:
     """Bytes while a model loads: on each device, and of host memory for all ranks of a node."""
@@ -61,7 +57,7 @@ class Loading:
 
 
 def loading(
-    traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, local_ranks: int, on_gpu: bool
+    traced: Traced, settings: Settings, config: Any, strategy: Strategy, ranks: int, local_ranks: int, on_gpu: bool
 ) -> Loading:
     """What each rank holds while the model loads, before a strategy has sharded anything.
 
@@ -74,26 +70,28 @@ def loading(
         held = whole.held + 2 * layer.parameters
         on_cpu = on_gpu and (settings.get("model_init_kwargs") or {}).get("device_map") == "cpu"
         return Loading(0.0, held * local_ranks) if on_cpu else Loading(held, 0.0)
-    if strategy.startswith("zero3") and ranks > 1:
+    if strategy.is_zero3 and ranks > 1:
         return Loading(0.0, 0.0)
     dtype = pretrained.weights_dtype(settings, traced.work.precision)
     saved = getattr(config, "dtype", None) or torch.bfloat16  # what most models of today are saved in
     copied = dtype not in ("auto", saved)
     size = torch.float32.itemsize if dtype == "auto" else getattr(dtype, "itemsize", 4)
-    full, sharded = not settings.get("use_peft"), strategy.startswith("fsdp") and ranks > 1
+    full, sharded = not settings.get("use_peft"), strategy.is_fsdp and ranks > 1
     if sharded and full and traced.work.precision != "fp32" and dtype != torch.float32:
         copied, size = True, torch.float32.itemsize  # Accelerate makes fp32 ones of what is trained
     copy = size * (whole.parameters - (0 if full else whole.trainable)) if copied else 0.0
     readers = 1 if sharded and pretrained.can_be_sent(settings) else local_ranks
     if not on_gpu:  # the host's memory is the device's; only one that is sharded is smaller later
         return Loading(copy if sharded else 0.0, 0.0)
-    shards = whole.held / ranks * local_ranks if strategy == "fsdp_offload" else 0.0  # beside what they are cut from
+    # Offloaded shards lie beside the weights that they are cut from.
+    shards = whole.held / ranks * local_ranks if strategy.is_fsdp and strategy.offloads else 0.0
     return Loading(0.0, copy * readers + shards)
 
 
 def estimate(
-    traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool, overhead: float = 0
-) -> Memory:
+    traced: Traced, settings: Settings, config: Any, strategy: Strategy, ranks: int, accumulates: bool,
+    overhead: float = 0,
+) -> Memory:  # fmt: skip
     """The peak of a training step in its steady state.
 
     Args:
@@ -109,14 +107,14 @@ class _Step:
     """A training step under a strategy. A phase is an index of `PHASES`; after the last one comes the optimizer."""
 
     def __init__(
-        self, traced: Traced, settings: Settings, config: Any, strategy: str, ranks: int, accumulates: bool
+        self, traced: Traced, settings: Settings, config: Any, strategy: Strategy, ranks: int, accumulates: bool
     ) -> None:
         self.whole, self.layer, self.matrices = traced.whole, traced.layer, traced.matrices
         self.settings, self.strategy, self.ranks, self.accumulates = settings, strategy, ranks, accumulates
         self.layers = config.num_hidden_layers
         self.outside = self.whole.computed - self.layers * self.layer.computed  # weights that belong to no layer
         # Bytes per number of what ZeRO reduces, and of its two buckets: Transformers' `auto` for `reduce_bucket_size`.
-        self.element = 2 if casts(strategy) and traced.work.precision != "fp32" else 4
+        self.element = 2 if strategy.shards and traced.work.precision != "fp32" else 4
         self.buckets = ZERO_BUCKETS * config.hidden_size**2 * self.element
         self.master = 4 * self.whole.trainable  # ZeRO's own copy of the trained weights, in fp32
         states = self.whole.states * self.master / self.whole.trained if self.whole.trained else 0.0
@@ -129,9 +127,9 @@ class _Step:
         loss = activations - whole.activations[0] if not in_step and PHASES[phase] == "loss" else 0.0
         if self.strategy == "zero2":
             weights, held, optimizer, communication = self._zero2(phase)
-        elif self.strategy.startswith("zero3"):
+        elif self.strategy.is_zero3:
             weights, held, optimizer, communication = self._zero3(phase)
-        elif self.strategy.startswith("fsdp"):
+        elif self.strategy.is_fsdp:
             weights, held, optimizer, communication = self._fsdp(phase, gradients)
         else:
             weights, optimizer = whole.held, whole.states
@@ -139,7 +137,7 @@ class _Step:
             # DDP's buckets stay, beside the gradients (`gradient_as_bucket_view=False`).
             communication = whole.trained if self.strategy == "ddp" and self.ranks > 1 else 0.0
         host = 0.0
-        if self.strategy.endswith("offload"):
+        if self.strategy.offloads:
             host, weights, optimizer, held = weights + optimizer + held, 0.0, 0.0, 0.0
         return Memory(weights, held, optimizer, activations - loss, loss, communication, overhead, host)
 

@@ -23,12 +23,13 @@ from stepladder.planning.choose import STRATEGIES, Plan, Way
 from stepladder.planning.speed import ETHERNET, INFINIBAND, Network, Step
 from stepladder.recipe.recipe import Recipe
 from stepladder.screen import Screen
+from stepladder.training.launch.launcher import Strategy
 
 PARTS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "loss": "loss",
     "communication": "comm", "overhead": "fixed", "loading": "load",
 }  # fmt: skip
-SCALED_STRATEGIES = ("ddp", "zero3", "fsdp", "hybrid")
+SCALED_STRATEGIES = tuple(map(Strategy, ("ddp", "zero3", "fsdp", "hybrid")))
 NODE = 8  # GPUs of a full node
 BENDS = 0.9  # of one GPU's speed: below it, more GPUs are paid for than used
 
@@ -115,7 +116,7 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
         else:
             print_scale(plan, points, micro, checkpointing, args.parts)
         return
-    ways = plan.each(args.strategy) if args.strategy else plan.ways()
+    ways = plan.each(Strategy(args.strategy)) if args.strategy else plan.ways()
     best = plan.best(ways)
     steps = choose.steps(recipe, _rows(recipe), plan.rows)
     if args.json:

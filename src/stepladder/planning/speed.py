@@ -12,6 +12,7 @@ from typing import Any
 
 from stepladder.hardware import GPU
 from stepladder.planning.trace import Traced
+from stepladder.training.launch.launcher import Strategy
 
 EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41
 # The same under ZeRO and FSDP: torchtitan's Llama 3.1 8B on 8 H100, eager, reaches 0.33
@@ -88,12 +89,12 @@ def _idle_experts(config: Any) -> float:
 
 
 def step(
-    traced: Traced, config: Any, strategy: str, ranks: int, nodes: int, accumulation: int, device: GPU,
+    traced: Traced, config: Any, strategy: Strategy, ranks: int, nodes: int, accumulation: int, device: GPU,
     full: bool, quantized: bool, network: Network = INFINIBAND,
 ) -> Step:  # fmt: skip
     """The time of an optimizer step of `accumulation` micro-batches on each of `ranks`."""
     tokens = max(traced.work.micro * traced.work.length, SATURATED)
-    efficiency = SHARDED if ranks > 1 and strategy.startswith(("zero", "fsdp", "hybrid")) else EFFICIENCY
+    efficiency = SHARDED if ranks > 1 and strategy.shards else EFFICIENCY
     reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if quantized else 1)
     arithmetic = tokens * flops_a_token(traced, config, full) / reached
     again = 4 / 3 if traced.work.checkpointing else 1  # the trace counts them too, but for the second forward pass
@@ -103,14 +104,14 @@ def step(
     gradients, weights = 4 * traced.whole.trainable, traced.whole.computed
     collectives: dict[str, float] = {}
     exposed = offload = 0.0
-    if ranks > 1 and strategy == "hybrid":  # sharded in a node, the same in each
+    if ranks > 1 and strategy.is_hybrid:  # sharded in a node, the same in each
         inside = Ring(ranks // nodes, 1, device, network)
         collectives["all-gather"] = accumulation * 2 * inside.gather(weights, layers)
         collectives["reduce-scatter"] = accumulation * inside.gather(gradients, layers)
         between = Ring(nodes, nodes, device, network)
         collectives["all-reduce"] = between.reduce(gradients * nodes / ranks) if nodes > 1 else 0.0
         exposed = inside.gather(weights / layers, 1)
-    elif ranks > 1 and strategy.startswith(("zero3", "fsdp")):
+    elif ranks > 1 and strategy.shards_weights:
         collectives["all-gather"] = accumulation * 2 * ring.gather(weights, layers)
         collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)
         exposed = ring.gather(weights / layers, 1)  # the first layer waits for its weights
@@ -120,7 +121,7 @@ def step(
     elif ranks > 1:
         collectives["all-reduce"] = ring.reduce(gradients)
         exposed = ring.reduce(min(gradients, BUCKET))  # the last bucket has nothing left to hide behind
-    if strategy.endswith("offload"):
+    if strategy.offloads:
         moved = accumulation * 2 * weights / ranks + 8 * traced.whole.trainable / ranks
         offload = moved / (TO_HOST * 1e9)
     return Step(compute, collectives, offload, exposed)

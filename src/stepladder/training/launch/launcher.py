@@ -38,25 +38,36 @@ OTHER_CURVE = {
 
 
 class Strategy(str):
-    """How the ranks share a model: the name of a file in accelerate_configs/, or `single` for one process."""
+    """How the ranks share a model: the name of a file in accelerate_configs/, `single` for one process, or `hybrid`.
+
+    `hybrid` shards within a node and copies between nodes; `plan.py --scale` plans it, and nothing launches it.
+    """
 
     @property
     def is_zero(self) -> bool:
         return self.startswith("zero")
 
     @property
+    def is_zero3(self) -> bool:
+        return self.startswith("zero3")
+
+    @property
     def is_fsdp(self) -> bool:
         return self.startswith("fsdp")
 
     @property
+    def is_hybrid(self) -> bool:
+        return self == "hybrid"
+
+    @property
     def shards_weights(self) -> bool:
         """Whether no rank holds all weights."""
-        return self.startswith(("zero3", "fsdp"))
+        return self.is_zero3 or self.is_fsdp
 
     @property
     def shards(self) -> bool:
         """Whether gradients and optimizer states are sharded, with or without the weights."""
-        return self.is_zero or self.is_fsdp
+        return self.is_zero or self.is_fsdp or self.is_hybrid
 
     @property
     def offloads(self) -> bool:
