@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.data.readers import is_unicode, parse_nested, quote
-from stepladder.errors import DataError, suggest
+from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text
+from stepladder.suggest import suggest
 
 Message = dict[str, Any]
 

@@ -30,8 +30,9 @@ from stepladder.data.read import (
     stem,
 )
 from stepladder.data.readers import Found, first_line
-from stepladder.errors import DataError, suggest
+from stepladder.errors import DataError
 from stepladder.files import parse_yaml, read_text
+from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
 HEAD = 100  # rows looked at to learn what a set is like

@@ -48,7 +48,7 @@ PROBE = 3.0  # seconds in which the hub is to answer
 
 @dataclass(frozen=True)
 class Choice:
-    """What run.json and the opening lines say of a run's
+    """What run.json and the opening lines say of a run's attention.
 
     `flat`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why there is
     no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.

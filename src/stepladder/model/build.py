@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
-from stepladder.errors import ModelError, suggest
+from stepladder.errors import ModelError
 from stepladder.model import start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, CONFIG
 from stepladder.model.weights import differences, read_adapter
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch

@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from stepladder.data.render import IGNORED
-from stepladder.errors import ModelError, suggest
+from stepladder.errors import ModelError
 from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 
 @dataclass(frozen=True)

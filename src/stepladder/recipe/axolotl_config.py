@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from stepladder.errors import RecipeError, RecipeErrors, nearest, suggest
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, load
 from stepladder.recipe.legacy_keys import is_one_of
 from stepladder.recipe.schema import known_keys, read_table
+from stepladder.suggest import nearest, suggest
 
 TRANSLATED, DROPPED, UNSUPPORTED = "translated", "default, dropped", "not supported"
 EMPTY: tuple[Any, ...] = (None, "", {})  # what Axolotl takes for a key that is not set

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from stepladder import files
-from stepladder.errors import RecipeError, RecipeErrors, suggest
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe.schema import ANYTHING, Key, read_table
+from stepladder.suggest import suggest
 
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}

@@ -24,10 +24,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from stepladder import console
-from stepladder.errors import suggest
 from stepladder.recipe import axolotl_config, convert, load, rules
 from stepladder.recipe.schema import known_keys, read_table
 from stepladder.screen import Screen
+from stepladder.suggest import suggest
 
 AXOLOTL = "axolotl"
 DEFAULT, PARENT, RECIPE = "default", "parent", "recipe"

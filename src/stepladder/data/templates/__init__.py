@@ -23,8 +23,9 @@ from stepladder.data.templates.chat_template import (
     source,
 )
 from stepladder.data.templates.layout import ChatTemplate, Layout
-from stepladder.errors import ModelError, RecipeError, locate_errors, suggest
+from stepladder.errors import ModelError, RecipeError, locate_errors
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
