@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from stepladder import files
 from stepladder.data.render import IGNORED
 from stepladder.errors import ModelError
 from stepladder.model import attention, pretrained, start
@@ -50,7 +50,7 @@ def load_config(settings: Settings) -> Any:
 
     source = start.find_for(settings)
     name = source.base
-    shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+    shapes = files.read_table("planning/shapes.yaml")
     if not Path(name).is_dir() and name in shapes:
         return AutoConfig.for_model(**shapes[name])
     start.check_files(Path(name), settings.where("model_name_or_path"))
