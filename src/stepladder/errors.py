@@ -139,6 +139,11 @@ class Verdict:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error; the name of its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_with(main: Callable[[], int | None], prints_log: bool = False) -> None:
     """Run a script's main and turn a user's mistake into one message and exit code 2.
 

@@ -22,12 +22,11 @@ from stepladder.data.readers import (
     Found,
     arrow_rows,
     csv_rows,
-    first_line,
     parquet_rows,
     python_rows,
     without_nulls,
 )
-from stepladder.errors import DataError
+from stepladder.errors import DataError, first_line
 from stepladder.files import name_fault, read_json
 
 READERS: dict[str, Callable[[Any, str], Iterator[Found]]] = {

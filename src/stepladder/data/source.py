@@ -29,8 +29,8 @@ from stepladder.data.read import (
     refuse_llama_factory,
     stem,
 )
-from stepladder.data.readers import Found, first_line
-from stepladder.errors import DataError
+from stepladder.data.readers import Found
+from stepladder.errors import DataError, first_line
 from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
 

@@ -24,7 +24,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBA
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
 
-from stepladder.errors import ModelError, RecipeError
+from stepladder.errors import ModelError, RecipeError, first_line
 from stepladder.settings import Settings
 
 BY_ROW = "sdpa_by_row"
@@ -174,7 +174,7 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
             with _cache_only_unless_reachable() if name == KERNEL else contextlib.nullcontext():
                 lazy_import_flash_attention(name)
         except Exception as error:
-            faults.append(f"{name} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+            faults.append(f"{name} cannot be loaded: {first_line(error)}")
         else:
             return name, f"{package} is installed"
     return "", "; ".join(faults)
@@ -186,7 +186,7 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(
             f"rank 0 attends by {name}, and this rank cannot load it",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             help="the same packages on every node, or attn_implementation: sdpa",
             this_rank_only=True,
         ) from None

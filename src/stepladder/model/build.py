@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model import start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, CONFIG
@@ -126,7 +126,7 @@ def attach_adapter(
             raise _misfit(source, str(error)) from None
         if not isinstance(error, ValueError):
             raise
-        raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
+        raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     if source.adapter and tokenizer is not None:
         _load(wrapped, source)

@@ -14,7 +14,7 @@ import torch
 
 from stepladder import files
 from stepladder.data.render import IGNORED
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
@@ -85,7 +85,7 @@ def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, 
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(
                 f"the architecture {config.model_type} cannot be built from its configuration",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 help="a causal language model that the installed Transformers know",
             ) from None
         if quantization := pretrained.quantization_config(settings, work.precision):
