@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import launch, script
+from conftest import ROOT, launch, run, script
 
 GOOD = {"input": "What is the answer to it all?", "output": "Forty-two, as everybody knows."}
 
@@ -24,6 +25,29 @@ def data(tmp_path: Path) -> Path:
     file = tmp_path / "good.jsonl"
     file.write_text(json.dumps(GOOD) + "\n")
     return file
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--allow_change", "learning_rat"), ("--allow_change: unknown key 'learning_rat'", "'learning_rate'")),
+        (("--callback", "none.py"), ("--callback none.py: there is no such file",)),
+    ],
+    ids=["a change of no key", "a callback that is not there"],
+)
+def test_flags_that_are_used_late_are_checked_first(words, parts, tiny, data, write_recipe, tmp_path) -> None:
+    """Guards minutes of loading, and a change that is allowed under a wrong name and so is refused after them."""
+    recipe = write_recipe(model_name_or_path=str(tiny), dataset_name=str(data))
+    refused(script("sft", "--recipe", recipe, "--output_dir", tmp_path / "run", *words), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_submit_outside_the_repository(tmp_path: Path) -> None:
+    """Guards a copy of scripts and recipes without slurm/: it was a traceback."""
+    for name in ("recipes", "data", "models", "accelerate_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = run("env", "-C", tmp_path, sys.executable, ROOT / "scripts/submit.py", "--recipe", "lora", "--dry_run")
+    refused(done, "there is no slurm/sft.sbatch here")
 
 
 def test_no_recipe() -> None:

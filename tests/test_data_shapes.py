@@ -304,22 +304,50 @@ def test_the_configurations_of_a_hub_set(tmp_path: Path) -> None:
 
 LLAMA_FACTORY = {
     "absent": {"file_name": "absent.json"},
-    "pairs": {"file_name": "pairs.json", "columns": {"prompt": "question", "response": "answer"}},
+    "pairs": {"file_name": "pairs.json", "columns": {"prompt": "question", "query": "note", "response": "answer"}},
+    "turns": {
+        "file_name": "turns.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "dialog"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "bot"},
+    },
+    "preference": {"file_name": "dpo.json", "ranking": True},
     "hub": {"hf_hub_url": "org/wiki", "subset": "en", "columns": {"prompt": "body"}},
+    "script": {"script_url": "load.py"},
 }
 
 
 def test_a_data_folder_of_llama_factory(tmp_path: Path) -> None:
-    """Guards against training on `dataset_info.json`, and on several sets as one."""
+    """Guards against training on `dataset_info.json`, and against lines that do not read the set they stand for."""
     (tmp_path / "dataset_info.json").write_text(json.dumps(LLAMA_FACTORY))
     (tmp_path / "pairs.json").write_text(json.dumps([{"question": "A?", "note": "n", "answer": "B"}]))
+    (tmp_path / "turns.json").write_text(json.dumps([{"dialog": TURNS["messages"]}]))
     found = message(tmp_path)
     assert found.split("help:")[1] == message(tmp_path / "dataset_info.json").split("help:")[1]
-    assert f"{tmp_path} is a data folder of LLaMA-Factory" in found and "lists 3 sets" in found
-    assert f"dataset_name: {tmp_path}/pairs.json" in found
+    assert f"{tmp_path} is a data folder of LLaMA-Factory" in found and "lists 6 sets; 2 of them" in found
+    lines = [line.strip() for line in found.split("one of them:\n")[1].splitlines()]
+    assert lines == [
+        "pairs:",
+        f"dataset_name: {tmp_path}/pairs.json",
+        "column_map: {instruction: question, input: note, output: answer}",
+        "turns:",
+        f"dataset_name: {tmp_path}/turns.json",
+        "column_map: {messages: dialog}",
+        "role_map: {bot: assistant}",
+        "absent:",
+        f"dataset_name: {tmp_path}/absent.json",
+        "hub:",
+        "dataset_name: org/wiki",
+        "dataset_config: en",
+        "column_map: {text: body}",
+    ]
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "dataset_info.json").write_text("{")
     assert "dataset_info.json: it cannot be read" in message(tmp_path / "cut")
+    recipe = yaml.safe_load("\n".join(lines[1:3]))
+    assert rows(recipe["dataset_name"], column_map=recipe["column_map"]) == [
+        {"instruction": "A?", "input": "n", "output": "B"}
+    ]
     done = script("check", "--data", str(tmp_path))
     assert done.code == 2 and "Traceback" not in done.err, done
     assert "a data folder of LLaMA-Factory" in done.out + done.err, done

@@ -129,7 +129,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 REFUSED = {
     "a base that is cut": ("--model_name_or_path", "CUT_BASE"),
     "a row that trains nothing": ("--max_length", "8"),
-    "a callback that is not there, after the run has begun": ("--callback", "none.py"),
+    "a callback that is none, after the run has begun": ("--callback", "README.md"),
     "its own model": ("--model_name_or_path", "HERE"),
     "its own model, by a link": ("--model_name_or_path", "LINK"),
     "its own rows": ("--dataset_name", "HERE/rows.jsonl"),

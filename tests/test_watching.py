@@ -288,6 +288,7 @@ def test_a_callback_that_is_none(content, tmp_path, tiny, learnable) -> None:
     if content:
         file.write_text(content)
     with pytest.raises(LaunchError, match="--callback"):
+        arguments.check_flags([], str(file))
         arguments.load_callback(str(file))
 
 

@@ -111,6 +111,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     """
     launch = launcher.read_launch()
     recipe = load.load(args.recipe, overrides)
+    arguments.check_flags(args.allow_change, args.callback)
     devices.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
     devices.let_segments_grow()
     requirements.versions(recipe)

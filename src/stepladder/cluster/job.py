@@ -170,15 +170,20 @@ def main() -> None:
             print(f"{manifest['strategy']:14} {totals['tokens_per_second'] or 0:>12,.0f} tokens/s  "
                   f"{max(totals['peak_memory_bytes']) / 2**30:6.2f} GiB a rank at most")  # fmt: skip
         case ["after", run, *flags]:
-            restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-            limit = os.environ.get("STEPLADDER_MAX_RESTARTS") or str(MAX_RESTARTS)
-            if not limit.isdecimal():
-                raise errors.LaunchError(f"STEPLADDER_MAX_RESTARTS is {limit!r}, and must be a whole number")
-            decided, why = decide_requeue(Path(run), restarts, "--cancelled" in flags, int(limit))
+            counts = {"SLURM_RESTART_COUNT": "0", "STEPLADDER_MAX_RESTARTS": str(MAX_RESTARTS)}
+            for name in counts:
+                counts[name] = os.environ.get(name) or counts[name]
+                if not counts[name].isdecimal():
+                    raise errors.LaunchError(f"{name} is {counts[name]!r}, and must be a whole number")
+            restarts, limit = map(int, counts.values())
+            decided, why = decide_requeue(Path(run), restarts, "--cancelled" in flags, limit)
             print(f"{decided}: {why}", file=sys.stderr)
             print(decided)
         case _:
-            raise errors.LaunchError("job: folder KEYS… or after RUN")
+            raise errors.LaunchError(
+                f"job: {' '.join(sys.argv[1:]) or 'nothing'} is no question of a job",
+                help="folder, base, merge or held_out KEYS…; element SWEEP NUMBER; speed RUN; after RUN [--cancelled]",
+            )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
         folder = job.recipe_of([*runs[0], *overrides]).output_dir
         log, script = "slurm-%j.out", ["slurm/sft.sbatch", "--recipe", args.recipe]
         name = f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"
+    if not Path(script[0]).is_file():
+        raise LaunchError(f"there is no {script[0]} here", help="run it in the folder that holds slurm/ and scripts/")
     script += ["--strategy", args.strategy] if args.strategy else []
     options = [*_resources(args, share, need), name, f"--output={log_pattern(folder, log)}"]
     if args.dry_run:

@@ -45,6 +45,7 @@ COMPRESSED = (".gz", ".zst")
 LFS_POINTER = b"version https://git-lfs"
 # What files of these kinds begin with.
 MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet", b"PK\3\4": ".zip"}
+LISTED = 5  # sets of LLaMA-Factory that a message lists
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # of `datasets` and of LLaMA-Factory
 SAVED = ("state.json", "dataset_info.json")  # stand in each folder that `Dataset.save_to_disk` writes
 # What a message calls the files of other kinds, and the Python that makes JSONL of FILE, or unpacks it.
@@ -218,15 +219,71 @@ def refuse_llama_factory(path: Path) -> None:
     except ValueError as error:
         help = "mend it; or remove it, if the files beside it are one set"
         raise DataError(f"it cannot be read: {error}", where=printable(path), help=help) from None
-    entries = [entry for entry in listed.values() if isinstance(entry, dict)] if isinstance(listed, dict) else []
     places = {"file_name", "hf_hub_url", "ms_hub_url", "script_url", "om_hub_url"}
-    if sets := [entry for entry in entries if places & entry.keys()]:
-        files = [file for entry in sets if (file := path.parent / str(entry.get("file_name"))).is_file()]
-        raise DataError(
-            f"{printable(path.parent)} is a data folder of LLaMA-Factory",
-            why=f"its {path.name} lists {len(sets)} sets, which are not one",
-            help=f"in the recipe, one of its files: dataset_name: {printable(files[0])}" if files else JSON_FORM,
-        )
+    entries = listed.items() if isinstance(listed, dict) else ()
+    sets = {name: entry for name, entry in entries if isinstance(entry, dict) and places & entry.keys()}
+    if not sets:
+        return
+    known = {name: recipe_lines for name, entry in sets.items() if (recipe_lines := _recipe_lines(path.parent, entry))}
+    present = sorted(known, key=lambda name: not (path.parent / str(sets[name].get("file_name"))).exists())
+    shown = [f"{name}:\n  " + "\n  ".join(known[name]) for name in present[:LISTED]]
+    more = f"\n… and {len(known) - LISTED} more, by the same pattern" if len(known) > LISTED else ""
+    why = f"its dataset_info.json lists {len(sets)} set{'s' * (len(sets) > 1)}"
+    if unusable := len(sets) - len(known):
+        why += f"; {unusable} of them cannot be read: preference pairs, loading scripts, or messages under other keys"
+    raise DataError(
+        f"{printable(path.parent)} is a data folder of LLaMA-Factory",
+        why=why,
+        help="in the recipe, one of them:\n" + "\n".join(shown) + more if shown else JSON_FORM,
+    )
+
+
+def _recipe_lines(folder: Path, entry: dict[str, Any]) -> list[str]:
+    """The lines of a recipe that read a set of LLaMA-Factory's; none for one that holds no answers to learn."""
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if entry.get("ranking") or not isinstance(columns, dict) or not isinstance(tags, dict):
+        return []
+    if tags.get("role_tag", "from") not in ("role", "from") or tags.get("content_tag", "value") not in (
+        "content",
+        "value",
+    ):
+        return []
+    if entry.get("file_name"):
+        lines = [f"dataset_name: {_yaml_scalar(folder / str(entry['file_name']))}"]
+    elif entry.get("hf_hub_url"):
+        lines = [f"dataset_name: {_yaml_scalar(entry['hf_hub_url'])}"]
+    else:
+        return []
+    for key, theirs in (("dataset_config", "subset"), ("dataset_train_split", "split")):
+        lines += [f"{key}: {_yaml_scalar(entry[theirs])}"] if entry.get(theirs) else []
+    if renamed := _column_map(entry, columns):
+        lines.append(f"column_map: {{{', '.join(f'{new}: {_yaml_scalar(old)}' for new, old in renamed.items())}}}")
+    roles = {tags.get(f"{role}_tag"): role for role in ("user", "assistant", "system")}
+    if odd := {
+        tag: role for tag, role in roles.items() if tag and tag not in ("user", "human", "assistant", "gpt", role)
+    }:
+        lines.append(f"role_map: {{{', '.join(f'{_yaml_scalar(tag)}: {role}' for tag, role in odd.items())}}}")
+    return lines
+
+
+def _yaml_scalar(value: object) -> str:
+    """A text as a value in YAML."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z/][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _column_map(entry: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+    """Our name of a column: theirs, where the two differ. Their names for a pair are not those of the files."""
+    same: tuple[str, ...] = ()
+    if entry.get("formatting", "alpaca") != "alpaca":
+        ours = {"messages": "messages", "system": "system", "tools": "tools"}
+        columns, same = {"messages": "conversations", **columns}, ("messages", "conversations")
+    elif set(columns) == {"prompt"}:  # plain text, for pre-training
+        ours = {"prompt": "text"}
+    else:
+        ours = {"prompt": "instruction", "query": "input", "response": "output"}
+        ours |= {"system": "system", "history": "history"}
+    return {new: columns[their] for their, new in ours.items() if columns.get(their) not in (None, new, *same)}
 
 
 def inner_splits(path: Path) -> list[str]:

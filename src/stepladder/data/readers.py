@@ -99,7 +99,9 @@ def is_unicode(text: str) -> bool:
 
 
 def quote(value: Any, width: int = 60) -> str:
-    """A value as a message quotes it: no longer than `width`."""
+    """A value as a message quotes it: no longer than `width`, a text with its closing quotation mark."""
+    if isinstance(value, str) and len(value) > width:
+        return repr(value[: width - 3] + "…")
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list a thousand deep

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
+from stepladder.recipe import convert
 from stepladder.recipe.recipe import Layout, Recipe, split_batch, sums_sharded
+from stepladder.recipe.schema import known_keys
 from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 
 # On a CPU these would end the run: TRL asks a GPU for its streams, and Liger's kernels are Triton's.
+CALLBACK_HELP = "docs/prometheus.py is one"
 GPU_ONLY = ("activation_offloading", "use_liger_kernel")
 # Their update of a weight depends on that weight alone, so slices change nothing.
 ELEMENTWISE = {
@@ -212,6 +215,15 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
     return found
 
 
+def check_flags(allowed: list[str], callback_file: str | None) -> None:
+    """Raise where `--allow_change` names no key of a recipe, or `--callback` no file: both are used much later."""
+    for key in allowed:
+        if key not in known_keys():
+            raise convert.unknown_key(key, list(known_keys()), "command line --allow_change")
+    if callback_file is not None and not os.path.isfile(callback_file):  # it does not raise for too long a name
+        raise LaunchError(f"--callback {callback_file}: there is no such file", help=CALLBACK_HELP)
+
+
 def load_callback(path: str | None) -> list[TrainerCallback]:
     """An instance of the class `Callback` of the user's Python file; empty without a file.
 
@@ -225,15 +237,12 @@ def load_callback(path: str | None) -> list[TrainerCallback]:
     if path is None:
         return []
     file = Path(path)
-    help = "docs/prometheus.py is one"
-    if not os.path.isfile(file):  # unlike Path.is_file, it does not raise for a name that is too long
-        raise LaunchError(f"--callback {file}: there is no such file", help=help)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise LaunchError(f"--callback {file} is no Python file", help=help)
+        raise LaunchError(f"--callback {file} is no Python file", help=CALLBACK_HELP)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     callback = getattr(module, "Callback", None)
     if not isinstance(callback, type) or not issubclass(callback, TrainerCallback):
-        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", help=help)
+        raise LaunchError(f"--callback {file} holds no class Callback(TrainerCallback)", help=CALLBACK_HELP)
     return [callback()]
