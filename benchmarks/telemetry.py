@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerControl
 
 from stepladder import run
+from stepladder.model.flops import Flops
 from stepladder.training import batches
 from stepladder.training.watch import telemetry
 
@@ -32,7 +33,7 @@ def main() -> None:
     first = os.environ.get("RANK", "0") == "0"
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-    work = telemetry.Work(10**8, 10**6, 10**5, False, 1e12, "")
+    work = telemetry.Work(Flops(10**8, 10**6, 10**5), False, 1e12, "")
     device, state = torch.device("cpu"), SimpleNamespace(global_step=1, is_world_process_zero=first)
     of_cpu, logged = SimpleNamespace(device=device), TrainerControl(should_log=True)
     ids = torch.ones(4, 512, dtype=torch.int64)

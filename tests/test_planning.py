@@ -101,6 +101,18 @@ def test_the_matrices_of_all_layers_follow_from_few(layers: int, settings) -> No
     assert found.matrices == tuple(p.numel() for p in whole.parameters() if p.ndim > 1)
 
 
+def test_layers_before_the_experts_are_not_repeated(settings) -> None:
+    """Guards DeepSeek-V3: its first three layers are dense, and only those after them are repeated."""
+    size = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 9,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64, "n_routed_experts": 8, "n_group": 2,
+            "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 3, "kv_lora_rank": 16,
+            "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 16}  # fmt: skip
+    config = AutoConfig.for_model("deepseek_v3", **size)
+    work = meta_model.Work(1, 8, "bf16", checkpointing=False)
+    found = trace.trace_batch(settings(use_peft=False, dtype="bfloat16"), config, work)
+    assert found.whole.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 def test_host_memory_while_a_model_loads() -> None:
     """Guards 70 billion fp32 weights that every rank of a node copies: 2.3 TB before the first step, which no GPU's
     plan shows; and a choice of what no node can load where another way is as fast."""

@@ -21,6 +21,7 @@ from transformers import TrainerControl
 
 from conftest import ROOT, manifest, metrics, script
 from stepladder import hardware, run
+from stepladder.model.flops import Flops
 from stepladder.reporting import runs
 from stepladder.training.watch import telemetry
 from stepladder.training.watch.telemetry import Work
@@ -222,9 +223,9 @@ def test_the_figures_agree(watched) -> None:
 
 def test_operations_by_the_formula() -> None:
     """Guards 6 N for full fine-tuning and 4 N for frozen weights, and the second forward pass in HFU alone."""
-    full = Work(parameters=100, trainable=100, pair=0, recomputes=True, peak=1.0, peak_source="")
+    full = Work(Flops(parameters=100, trained=100, pair=0), recomputes=True, peak=1.0, peak_source="")
     assert full.shares(tokens=10, pairs=0, seconds=1.0) == (6000, 8000)
-    lora = Work(parameters=100, trainable=0, pair=5, recomputes=False, peak=1.0, peak_source="")
+    lora = Work(Flops(parameters=100, trained=0, pair=5), recomputes=False, peak=1.0, peak_source="")
     assert lora.shares(tokens=10, pairs=3, seconds=1.0) == (4000 + 3 * 5 * 3,) * 2
 
 

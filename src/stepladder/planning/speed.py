@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepladder.hardware import GPU
+from stepladder.model import flops
 from stepladder.planning.trace import Traced
 from stepladder.training.launch.launcher import Strategy
 
@@ -65,27 +66,13 @@ class Step:
         return max(self.compute, self.communication, self.offload) + self.exposed
 
 
-def flops_a_token(traced: Traced, config: Any, full: bool) -> float:
-    """FLOPs per token: per parameter 2 forward, 2 for activation and 2 for weight gradients; plus attention.
-
-    Kaplan et al. 2020 (arXiv 2001.08361), table 1; attention as PaLM counts it (arXiv 2204.02311,
-    appendix B), half of it for causal kernels. Checkpointing computes the forward pass twice. Of
-    experts, those count that a token goes through.
-    """
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    matrix = traced.whole.parameters - embedding - _idle_experts(config)
-    forward = 2 * matrix + 2 * config.num_hidden_layers * config.hidden_size * traced.work.length
-    return forward * ((3 if full else 2) + (1 if traced.work.checkpointing else 0))
-
-
-def _idle_experts(config: Any) -> float:
-    """Parameters of the experts that a token does not go through."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not experts:
-        return 0
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    expert = 3 * config.hidden_size * width
-    return config.num_hidden_layers * (experts - config.num_experts_per_tok) * expert
+def count_batch_flops(traced: Traced, config: Any, full: bool) -> float:
+    """The operations of a micro-batch, attention by its causal pairs; checkpointing computes the forward pass twice."""
+    tokens = max(traced.work.micro * traced.work.length, SATURATED)
+    pairs = tokens * (traced.work.length + 1) / 2
+    model = flops.count_flops(config, traced.whole.parameters, traced.whole.trainable, full)
+    again = model.count_forward(tokens, pairs) if traced.work.checkpointing else 0
+    return model.count_training(tokens, pairs) + again
 
 
 def step(
@@ -93,10 +80,9 @@ def step(
     full: bool, quantized: bool, network: Network = INFINIBAND,
 ) -> Step:  # fmt: skip
     """The time of an optimizer step of `accumulation` micro-batches on each of `ranks`."""
-    tokens = max(traced.work.micro * traced.work.length, SATURATED)
     efficiency = SHARDED if ranks > 1 and strategy.shards else EFFICIENCY
     reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if quantized else 1)
-    arithmetic = tokens * flops_a_token(traced, config, full) / reached
+    arithmetic = count_batch_flops(traced, config, full) / reached
     again = 4 / 3 if traced.work.checkpointing else 1  # the trace counts them too, but for the second forward pass
     compute = accumulation * max(arithmetic, OPERATOR * traced.whole.operators * again)
     ring = Ring(ranks, nodes, device, network)

@@ -100,7 +100,10 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
             help="load_in_4bit: true, which is planned and takes less",
         )
     layers = config.num_hidden_layers
-    depths = DEPTHS if layers > DEPTHS[-1] else (1, layers) if layers > 1 else (1, 1)
+    dense = max(0, (getattr(config, "first_k_dense_replace", None) or 0) - DEPTHS[0])  # DeepSeek's, before its experts
+    depths = (DEPTHS[0] + dense, DEPTHS[1] + dense)
+    if layers <= depths[1]:
+        depths = (1, max(1, layers))
     try:
         with meta_model.disable_zero3_loading():
             (few, short), (more, long) = (_traced(settings, config, depth, work) for depth in depths)

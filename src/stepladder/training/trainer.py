@@ -20,6 +20,7 @@ from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
+from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import Layout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
@@ -30,11 +31,6 @@ from stepladder.training.watch.telemetry import Telemetry
 
 PART = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
-
-
-def has_experts(config: Any) -> bool:
-    """Whether a model sends each token through some of its weights only."""
-    return any(getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 class Trainer(SFTTrainer):
@@ -72,7 +68,7 @@ class Trainer(SFTTrainer):
         args = kwargs["args"]
         if args.ddp_find_unused_parameters is None:
             # Transformers lets DDP search for unused weights in each step; only experts can be unused.
-            args.ddp_find_unused_parameters = has_experts(model.config)
+            args.ddp_find_unused_parameters = count_experts(model.config) > 0
         super().__init__(model=model, **kwargs)
         # TRL casts the adapter of a quantized model to bf16 (`sft_trainer.py`, after
         # `_is_quantized_model`), where small updates round to zero, and ZeRO keeps an fp32 copy

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from stepladder import hardware
+from stepladder.model.flops import Flops, count_experts, count_flops
 from stepladder.run import Run, process_seconds
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
@@ -38,51 +39,34 @@ MEASURED_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of one model on one kind of hardware.
+    """The operations of one model on one kind of hardware.
 
-    Per token: 2 operations per parameter forward, 2 backward for the activations, and 2 more for the gradient of each
-    trainable parameter. So 6 N in full fine-tuning (Kaplan et al. 2020, arXiv:2001.08361), and 4 N with LoRA, whose
-    frozen weights get no gradient. Attention is counted apart: 4 operations per query–key pair and dimension forward,
-    twice that backward (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, which counts the whole square of pairs;
-    here it is the causal half, of each row by itself).
-
-    `parameters` take part in matrix products (an embedding that is only looked up does not), `trainable`
-    of them get a gradient. `pair` is the operations of attention forward for one query–key pair, all
-    layers. `peak` is in operations a second, all ranks together.
+    Args:
+        flops: the operations of the model (`model/flops.py` derives them).
+        recomputes: whether the backward pass computes the forward pass again (gradient checkpointing).
+        peak: operations per second, all ranks together.
+        peak_source: where the peak is from.
     """
 
-    parameters: int
-    trainable: int
-    pair: int
+    flops: Flops
     recomputes: bool
     peak: float
     peak_source: str
 
     def shares(self, tokens: int, pairs: int, seconds: float) -> tuple[float, float]:
         """MFU and HFU of `tokens` with `pairs` query–key pairs in `seconds`; HFU adds the recomputed forward pass."""
-        forward = 2 * self.parameters * tokens + self.pair * pairs
-        model = 2 * forward + 2 * self.trainable * tokens + self.pair * pairs
-        possible = self.peak * seconds
-        return model / possible, (model + self.recomputes * forward) / possible
+        model, possible = self.flops.count_training(tokens, pairs), self.peak * seconds
+        return model / possible, (model + self.recomputes * self.flops.count_forward(tokens, pairs)) / possible
 
 
 def model_work(model: Any, counts: dict[str, int], args: Any, precision: str) -> Work | None:
     """The work of a model; None where the formula does not apply (experts, no attention)."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads or getattr(config, "num_experts_per_tok", None):
+    if not getattr(config, "num_attention_heads", None) or count_experts(config):
         return None
-    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    flops = count_flops(config, counts["all"], counts["trainable"], full=counts["trainable"] == counts["all"])
     rate, source = peak_rate(args.device, precision)
-    return Work(
-        counts["all"] - embedding,
-        counts["trainable"],
-        4 * width * config.num_hidden_layers,
-        args.gradient_checkpointing,
-        rate * args.world_size,
-        source,
-    )
+    return Work(flops, args.gradient_checkpointing, rate * args.world_size, source)
 
 
 def peak_rate(device: Any, precision: str) -> tuple[float, str]:
