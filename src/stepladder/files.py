@@ -254,7 +254,7 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader, after a power cut too, sees the old content or the new one."""
     part = path.with_name(f".{path.name}{PART}")
     try:
@@ -288,7 +288,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def append_whole(path: Path, content: bytes) -> None:
+def append_atomic(path: Path, content: bytes) -> None:
     """Append all of the content or nothing: a full disk takes a part of it first."""
     with path.open("ab", buffering=0) as out:
         end = out.tell()

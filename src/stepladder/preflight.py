@@ -111,7 +111,7 @@ def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
 
 def _print_axolotl(path: Path, args: argparse.Namespace, overrides: list[str]) -> int:
     """Explain an Axolotl configuration by its own key names."""
-    command = f"python scripts/import_axolotl.py {console.quoted(path)} -o recipe.yaml"
+    command = f"python scripts/import_axolotl.py {console.quote_for_shell(path)} -o recipe.yaml"
     if not args.explain or overrides:
         raise RecipeError(
             "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, hardware
 from stepladder.cluster import job
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPUS, MEMORY_PER_GPU
@@ -63,7 +63,7 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     script += ["--strategy", args.strategy] if args.strategy else []
     options = [*_resources(args, share, need), name, f"--output={log_pattern(folder, log)}"]
     if args.dry_run:
-        comments = [*plan.splitlines(), quoted("sbatch", *options, *script, *overrides)]
+        comments = [*plan.splitlines(), quote_for_shell("sbatch", *options, *script, *overrides)]
         print("".join(f"# {line}\n" for line in comments) + f"\n{Path(script[0]).read_text()}")
         return
     if plan:
@@ -78,8 +78,8 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
                   f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
                   *job.sweep_folders(args.sweep), "-o", str(folder / "report.html")]  # fmt: skip
         print(f"  report  job {sbatch(report)}, when all have ended: {folder}/report.html")
-    print(f"  follow  squeue --job {number};  tail -F {quoted(folder)}/slurm-{number}*.out")
-    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quoted(folder)}/stop")
+    print(f"  follow  squeue --job {number};  tail -F {quote_for_shell(folder)}/slurm-{number}*.out")
+    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quote_for_shell(folder)}/stop")
 
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
@@ -271,7 +271,7 @@ def sbatch(words: list[str]) -> str:
         said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise LaunchError(
             f"Slurm refuses the job: {' '.join(said.split())}",
-            why=quoted("sbatch", *words),
+            why=quote_for_shell("sbatch", *words),
             help="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
         )
     return (done.stdout + done.stderr).strip()

@@ -237,7 +237,7 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
         (answer,) = generate_answers(model, tokenizer, [question.example], streamer=streamer, **sampling)
         if args.transcript:
             kept.append(transcript_row(args.model, question.example, answer, args.max_new_tokens, args.temperature))
-            files.write_whole(args.transcript, "".join(kept))
+            files.write_atomic(args.transcript, "".join(kept))
         if args.chat:
             question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:

@@ -113,7 +113,7 @@ def _facts(on: Measured, max_new_tokens: int) -> dict[str, Any]:
     """What compare.json says of how the comparison was made."""
     compared = len(on.held_out or [])
     return {
-        "command": "python " + console.quoted(*sys.argv),
+        "command": "python " + console.quote_for_shell(*sys.argv),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "held_out_rows": 0 if on.on_training else compared,
         "training_rows": compared if on.on_training else 0,
@@ -208,7 +208,7 @@ def _write(
     others = [side for side in others if os.access(side.name, os.W_OK)]
     texts |= {Path(side.name) / "compare.json": _as_text(compare([measured[0], side])) for side in others}
     for file, text in texts.items():  # all are made before the first is written
-        files.write_whole(file, text)
+        files.write_atomic(file, text)
     return [side.name for side in others]
 
 

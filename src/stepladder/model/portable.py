@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
-    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    write_atomic(file, json.dumps(facts, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 # ---- config.json ----
@@ -71,7 +71,7 @@ def _add_to_config(file: Path) -> list[str]:
         facts["use_cache"] = True
     _write(file, facts)
     if not own_code and _ropes(file.parent) != before:
-        write_whole(file, text)
+        write_atomic(file, text)
         return [_unknown(facts["model_type"], "has rope_parameters")]
     return remarks
 
@@ -167,6 +167,6 @@ def _add_to_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
     _write(file, facts)
     # Not AutoTokenizer, which would ask about a model's own code.
     if PreTrainedTokenizerFast.from_pretrained(file.parent)(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        write_whole(file, text)
+        write_atomic(file, text)
         return [f"this tokenizer is read right by its {json.loads(text).get('tokenizer_class')} of Transformers 5 only"]
     return []

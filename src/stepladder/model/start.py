@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import files
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data import templates
 from stepladder.errors import ModelError
 from stepladder.files import read_object
@@ -296,4 +296,4 @@ def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str =
     """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
     words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
     words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
-    return f"python scripts/merge.py {quoted(*words)}"
+    return f"python scripts/merge.py {quote_for_shell(*words)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepladder import hardware
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
 from stepladder.planning import memory, meta_model, speed, trace
@@ -295,7 +295,7 @@ def _no_host(plan: Plan, least: Way) -> LaunchError:
 
 def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
     """The command line on the machine, and the one for Slurm."""
-    keys = quoted("--recipe", recipe, *way.keys)
+    keys = quote_for_shell("--recipe", recipe, *way.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"
     launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from stepladder.errors import FAULT, GOOD, LOOK, Verdict
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read
 
 LEAST = 8  # logged losses below which a curve has no shape
@@ -280,7 +280,7 @@ def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
         draw.circle(place(*point), 4 * SCALE, outline=RED, width=2 * SCALE)
     out = io.BytesIO()
     image.resize((WIDTH // SCALE, HEIGHT // SCALE), Image.Resampling.LANCZOS).save(out, "PNG", optimize=True)
-    write_whole(path, out.getvalue())
+    write_atomic(path, out.getvalue())
 
 
 def _thinned(curve: Curve) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.errors import ModelError
 from stepladder.model.pretrained import wrong_base
 from stepladder.model.start import ADAPTER, CONFIG, invalid_config, read_config
@@ -134,7 +134,7 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
                 why="it learned tokens that come before the prompt, not a change of the base's weights",
                 help="serve base and adapter together: "
-                f'python scripts/generate.py --model {quoted(folder)} --prompt "…"',
+                f'python scripts/generate.py --model {quote_for_shell(folder)} --prompt "…"',
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ModelError(

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError
-from stepladder.files import flush, hash_file, write_whole
+from stepladder.files import flush, hash_file, write_atomic
 from stepladder.training.checkpoint import state
 from stepladder.training.checkpoint.resume import (
     COMPLETE,
@@ -258,7 +258,7 @@ def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
         "run": facts,  # from which a lost run.json is rebuilt
     }
     flush(folder)
-    write_whole(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
     flush(folder)
     flush(folder.parent)
 
