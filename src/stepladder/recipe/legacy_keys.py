@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from stepladder.errors import RecipeError
-from stepladder.recipe.convert import Pairs, Source, constructed, mapping, unknown_key
+from stepladder.recipe.convert import Pairs, Source, construct, mapping, unknown_key
 from stepladder.recipe.schema import read_table
 
 
@@ -210,7 +210,7 @@ def _mixture_entries(node: yaml.Node) -> yaml.Node:
 def _plain(node: yaml.Node) -> Any:
     """The value of a node as Python has it; None if its tag does not fit it."""
     try:
-        return constructed(node)
+        return construct(node)
     except ValueError:
         return None
 
