@@ -23,7 +23,7 @@ from stepladder.data import mixture, templates
 from stepladder.data.rows import Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
-from stepladder.recipe.recipe import Layout, Recipe
+from stepladder.recipe.recipe import Recipe, StepLayout
 from stepladder.reporting import page
 from stepladder.run import Run
 from stepladder.training import arguments, inputs
@@ -54,7 +54,7 @@ class Checked:
 
     launch: launcher.Launch
     recipe: Recipe
-    step: Layout
+    step: StepLayout
     train_rows: Any
     eval_rows: Rows | None
     record: Run
@@ -74,7 +74,7 @@ class Prepared:
 
     checked: Checked
     recipe: Recipe
-    step: Layout
+    step: StepLayout
     checkpoint: Path | None
     use_cpu: bool
     precision: str

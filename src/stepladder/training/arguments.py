@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
-from stepladder.recipe.recipe import Layout, Recipe, split_batch, sums_sharded
+from stepladder.recipe.recipe import Recipe, StepLayout, split_batch, sums_sharded
 from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
         )
 
 
-def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
+def build(recipe: Recipe, step: StepLayout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
     """The training arguments. Creating them starts the process group.
 
     Raises:
@@ -189,7 +189,7 @@ def library_errors_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-def layout(recipe: Recipe, ranks: int) -> Layout:
+def layout(recipe: Recipe, ranks: int) -> StepLayout:
     """An optimizer step's rows on the ranks: from `global_batch_size` where it is set, else as TRL means it.
 
     Raises:
@@ -200,7 +200,7 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
         micro = 1
     if total is None:
         steps = recipe.get("gradient_accumulation_steps")
-        return Layout(micro * steps * ranks, micro, ranks, steps)
+        return StepLayout(micro * steps * ranks, micro, ranks, steps)
     found = split_batch(total, micro, ranks, recipe.where("global_batch_size"))
     if recipe.values.get("gradient_accumulation_steps", found.accumulation) != found.accumulation:
         raise RecipeError(

@@ -20,7 +20,7 @@ from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
-from stepladder.recipe.recipe import Layout
+from stepladder.recipe.recipe import StepLayout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
@@ -55,7 +55,7 @@ class Trainer(SFTTrainer):
     def __init__(
         self,
         model: Any,
-        layout: Layout,
+        layout: StepLayout,
         meter: Telemetry,
         on_nan: str = "stop",
         flat: bool = False,
@@ -111,14 +111,14 @@ class Trainer(SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         micro, ranks = self.args.per_device_eval_batch_size, self.args.world_size
-        layout = Layout(micro * ranks, micro, ranks, accumulation=1)
+        layout = StepLayout(micro * ranks, micro, ranks, accumulation=1)
         # The mean over all tokens does not depend on the order: by length, rows need the least padding.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # TRL chooses its collator by `packing` alone, and `eval_packing` may differ.
         flat = self.flat or "seq_lengths" in rows.column_names
         return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, flat, order)
 
-    def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
+    def _loader(self, rows: Any, layout: StepLayout, padding_free: bool, order: Order | None = None) -> DataLoader:
         args = self.args
         loader = DataLoader(
             rows,

@@ -22,7 +22,7 @@ from stepladder.data.templates.chat_template import (
     mark,
     source,
 )
-from stepladder.data.templates.layout import ChatTemplate, Layout
+from stepladder.data.templates.layout import ChatTemplate, TemplateLayout
 from stepladder.errors import ModelError, RecipeError, locate_errors, suggest
 from stepladder.settings import Settings
 
@@ -98,7 +98,7 @@ def load_template(name: str) -> str:
     Raises:
         RecipeError: there is none of this name.
     """
-    known = shipped()
+    known = load_named_templates()
     if name not in known:
         help = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
         help = help or f"one of {', '.join(sorted(known))}; or a template in Jinja"
@@ -106,7 +106,7 @@ def load_template(name: str) -> str:
     return known[name]
 
 
-def shipped() -> dict[str, str]:
+def load_named_templates() -> dict[str, str]:
     """The templates that have a name: chatml, mistral and zephyr are ours, the others are TRL's."""
     from trl import chat_template_utils
 
@@ -275,7 +275,7 @@ def _with_tool(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(layout.literals)
 
 
-def _shortest(tokenizer: PreTrainedTokenizerBase) -> Layout | None:
+def _shortest(tokenizer: PreTrainedTokenizerBase) -> TemplateLayout | None:
     """The layout of the shortest conversation that the template takes."""
     template = ChatTemplate(tokenizer)
     for messages in SHORTEST:
