@@ -63,7 +63,8 @@ def check(parser: argparse.ArgumentParser) -> int:
     if shows_rows:
         return _print_audit(recipe, limits, count, args.json)
     if args.show or args.explain:
-        return _print_keys(adapter_recipe.settle(recipe) if start.find_for(recipe).adapter else recipe, args)
+        settled = adapter_recipe.settle(recipe) if start.resolve_recipe_model(recipe).adapter else recipe
+        return _print_keys(settled, args)
     return _print_checks(recipe, args)
 
 
@@ -226,7 +227,7 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """The message, and the recipe as it is trained."""
     found = adapter_recipe.settle(recipe)
-    source = start.find_for(found)
+    source = start.resolve_recipe_model(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
     return f"{found.get('model_name_or_path')}{on}", found
 

@@ -203,7 +203,7 @@ def read_questions(args: argparse.Namespace, system: list[Message], notes: list[
     found = [Question([*system, {"role": "user", "content": text}]) for text in args.prompt or []]
     if args.prompts:
         found = [_under(system, question) for question in read_prompts(args.prompts, notes)]
-    start.find_checked(args.model, args.base)
+    start.resolve_existing_model(args.model, args.base)
     if args.transcript:
         files.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):

@@ -295,14 +295,15 @@ def check(source: SideSource, on: Measured) -> None:
     else:
         if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
             on.bases[source] = on.base
-            on.notes.append(f"{source} is put on {on.base}: its own base, {start.find(source).base}, is not there")
-        begun = start.find_checked(source, on.bases.get(source))
+            own = start.resolve_model(source).base
+            on.notes.append(f"{source} is put on {on.base}: its own base, {own}, is not there")
+        begun = start.resolve_existing_model(source, on.bases.get(source))
         if begun.adapter and (note := fingerprint.note_other_base(begun.adapter, begun.base, begun.revision)):
             on.notes.append(note)
 
 
 def _lacks_base(source: str) -> bool:
-    begun = start.find(source)
+    begun = start.resolve_model(source)
     try:
         start.check_source(begun.base)
     except ModelError:

@@ -42,7 +42,7 @@ def settle(recipe: Recipe) -> Recipe:
     """
     name, where = recipe.get(KEY), recipe.where(KEY)
     start.check_source(name, where)
-    source = start.find(name, recipe.get("model_revision"))
+    source = start.resolve_model(name, recipe.get("model_revision"))
     start.check_finished(Path(name), where)
     if source.adapter is None:
         return recipe
@@ -72,7 +72,7 @@ def _check_base(source: start.Start) -> None:
     place = source.config_file
     start.check_source(source.base, place)
     start.check_finished(Path(source.base), place)
-    if start.find(source.base, source.revision).adapter:
+    if start.resolve_model(source.base, source.revision).adapter:
         raise ModelError(
             f"the base of {source.adapter} is an adapter too: {source.base}",
             where=place,
@@ -82,7 +82,8 @@ def _check_base(source: start.Start) -> None:
 
 
 def _merge(name: str) -> str:
-    adapter = name if Path(name).is_dir() else start.find(name).adapter or name  # one of the hub lies in its cache
+    # One of the hub lies in its cache.
+    adapter = name if Path(name).is_dir() else start.resolve_model(name).adapter or name
     recipe = start.read_if_readable(Path(adapter) / MANIFEST).get("recipe")
     return start.merge_command(adapter, recipe if isinstance(recipe, dict) else {}, f"merged/{Path(name).name}")
 

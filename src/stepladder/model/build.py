@@ -112,7 +112,7 @@ def attach_adapter(
 
     if recipe.get("peft_type") != "lora":
         return _attach_virtual_tokens(model, recipe, tokenizer)
-    source = start.find_for(recipe)
+    source = start.resolve_recipe_model(recipe)
     config = _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None

@@ -47,7 +47,7 @@ def hash_model(name: str, revision: str | None = None, with_code: bool = False) 
     Raises:
         OSError: a file cannot be read.
     """
-    source = start.find(name, revision)
+    source = start.resolve_model(name, revision)
     parts = _hash_base(source, with_code)
     if source.adapter:
         return hash_folder(source.adapter) | {f"base/{part}": digest for part, digest in parts.items()}

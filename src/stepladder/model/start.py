@@ -110,7 +110,7 @@ def invalid_config(file: Path, what: str) -> ModelError:
     return ModelError(f"{file} cannot be used: {what}", help="copy or fetch the adapter again")
 
 
-def find(name: str, revision: str | None = None) -> Start:
+def resolve_model(name: str, revision: str | None = None) -> Start:
     """The model or adapter of a name: a folder, or a hub id; of a repository that is not in the cache, a model.
 
     Raises:
@@ -131,9 +131,9 @@ def find(name: str, revision: str | None = None) -> Start:
     return Start(_find_base(base, folder), revision if isinstance(revision, str) else None, folder, config)
 
 
-def find_for(recipe: Settings) -> Start:
-    """What the recipe's `model_name_or_path` stands for; raises as `find`."""
-    return find(recipe.get(KEY) or "", recipe.get("model_revision"))
+def resolve_recipe_model(recipe: Settings) -> Start:
+    """What the recipe's `model_name_or_path` stands for; raises as `resolve_model`."""
+    return resolve_model(recipe.get(KEY) or "", recipe.get("model_revision"))
 
 
 def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
@@ -142,7 +142,7 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     Args:
         own: the template of the tokenizer as it was loaded, and `chosen` the one that rows are rendered by.
     """
-    if not own or own == chosen or not find_for(recipe).has_tokenizer:
+    if not own or own == chosen or not resolve_recipe_model(recipe).has_tokenizer:
         return []
     keys = [key for key in templates.KEYS if recipe.get(key)]
     return [
@@ -151,7 +151,7 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     ]
 
 
-def find_checked(name: str, base: str | None = None) -> Start:
+def resolve_existing_model(name: str, base: str | None = None) -> Start:
     """The model or adapter of a name, to be used as it is: it is there, and so is an adapter's base.
 
     Args:
@@ -161,7 +161,7 @@ def find_checked(name: str, base: str | None = None) -> Start:
         ModelError: one of them is not there; `base` is given for a model that is none on another one.
     """
     check_source(name)
-    start = find(name)
+    start = resolve_model(name)
     if start.adapter is None:
         if base:
             raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", help="leave out --base")
@@ -183,7 +183,7 @@ def find_checked(name: str, base: str | None = None) -> Start:
 
 def describe_start(recipe: Settings) -> dict[str, Any]:
     """For run.json: the base, and the adapter that training starts from with the run that made it."""
-    start = find_for(recipe)
+    start = resolve_recipe_model(recipe)
     if start.adapter is None:
         return {"base": start.base}
     facts: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(KEY))}

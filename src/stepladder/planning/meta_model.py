@@ -47,7 +47,7 @@ def load_config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    source = start.find_for(settings)
+    source = start.resolve_recipe_model(settings)
     name = source.base
     shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
     if not Path(name).is_dir() and name in shapes:

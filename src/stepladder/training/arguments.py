@@ -121,8 +121,8 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     if inputs and launch.strategy.is_zero and launch.strategy.shards_weights:
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
     elif launch.strategy.is_fsdp and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
-        tied = start.read_if_readable(Path(start.find_for(recipe).base) / "config.json").get("tie_word_embeddings")
-        if tied:
+        config = start.read_if_readable(Path(start.resolve_recipe_model(recipe).base) / "config.json")
+        if config.get("tie_word_embeddings"):
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
     if why:
         raise RecipeError(

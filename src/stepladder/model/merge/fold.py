@@ -52,7 +52,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
     trained, losses = runs[0]
     in_4_bits = next((each for each, _ in runs if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = choose_base(args.quantized_base, in_4_bits)
-    source = start.find(str(args.adapter[0]))
+    source = start.resolve_model(str(args.adapter[0]))
     name = args.base or source.base
     base = _find_base(name, None if args.base else config.revision)
     if replaced := next(

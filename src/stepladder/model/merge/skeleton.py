@@ -195,7 +195,8 @@ def inject(
                 raise wrong_base(folder, base, f"there is no place in it for {key}{more(extra)}")
             needed = shapes[in_base] if in_base in shapes else tuple(state[place].shape)
             if tensors[key].shape != needed:
-                raise wrong_base(folder, base, f"{key} is {_by(tensors[key].shape)}, and this base needs {_by(needed)}")
+                held, needs = _format_shape(tensors[key].shape), _format_shape(needed)
+                raise wrong_base(folder, base, f"{key} is {held}, and this base needs {needs}")
             (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
         if scale != 1:
@@ -231,7 +232,7 @@ def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
             layer.set_scale(name, scale)
 
 
-def _by(shape: Any) -> str:
+def _format_shape(shape: Any) -> str:
     return " x ".join(str(size) for size in shape)
 
 
