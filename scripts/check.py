@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--recipe", help="a path, or a name under recipes/")
     view = parser.add_mutually_exclusive_group()
     shows = "print each key, its value and its source; with a number N: audit, and print N rows"
-    view.add_argument("--show", nargs="?", const=preflight.KEYS, metavar="N", help=shows)
+    view.add_argument("--show", nargs="?", const=preflight.SHOW_KEYS, metavar="N", help=shows)
     view.add_argument("--explain", action="store_true", help="print what each key that is set does")
     parser.add_argument("--audit", action="store_true", help="audit the recipe's data")
     parser.add_argument("--data", metavar="FILE", help="audit a file, folder or hub data set, without a recipe")

@@ -26,7 +26,7 @@ from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
 from stepladder.training.launch import devices, launcher
 
-KEYS = "keys"  # what --show prints where no number follows it
+SHOW_KEYS = "keys"  # what --show prints where no number follows it
 
 
 def check(parser: argparse.ArgumentParser) -> int:
@@ -39,17 +39,17 @@ def check(parser: argparse.ArgumentParser) -> int:
         The exit code.
     """
     args, overrides = parser.parse_known_args()
-    if args.show not in (None, KEYS) and not args.show.isdecimal():
+    if args.show not in (None, SHOW_KEYS) and not args.show.isdecimal():
         overrides.insert(0, args.show)  # `--show lora`: not a number but the recipe
-        args.show = KEYS
-    count = 0 if args.show in (None, KEYS) else int(args.show)
-    shows_rows = args.audit or args.show not in (None, KEYS)
+        args.show = SHOW_KEYS
+    count = 0 if args.show in (None, SHOW_KEYS) else int(args.show)
+    shows_rows = args.audit or args.show not in (None, SHOW_KEYS)
     # `check.py lora --lora_r 8`: a first word that is no flag is the recipe too.
     bare = not args.recipe and overrides and not overrides[0].startswith("-")
     name = overrides.pop(0) if bare else args.recipe
     if args.data and (name or overrides or shows_rows or args.show):
         parser.error("--data takes no recipe; with a recipe: --recipe NAME --dataset_name FILE --audit, or --show N")
-    if (shows_rows or args.data) and (args.explain or args.show == KEYS):
+    if (shows_rows or args.data) and (args.explain or args.show == SHOW_KEYS):
         parser.error("--audit and --data take no other view than --show N")
     if not (shows_rows or args.data) and (args.min_input, args.min_output) != (None, None):
         parser.error("--min_input and --min_output need --data, --audit or --show N")

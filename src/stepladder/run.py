@@ -18,7 +18,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, TrainingError, lost_a_rank
-from stepladder.files import PART, append_atomic, open_lock, remove, write_atomic
+from stepladder.files import PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
 from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, metrics_text, read_manifest, row_of
 
 PACKAGES = (
@@ -106,7 +106,7 @@ class Run:
         Not the queue's, nor what a kill left of a file that was being written.
         """
         files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS, REPLACED))]
-        files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART))]
+        files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART_SUFFIX))]
         return sorted(files, key=lambda file: file.name == MANIFEST)
 
     def replaced_bytes(self) -> int:

@@ -41,7 +41,7 @@ BY_MASK = BY_LENGTH | {"chunked_attention", "indexed_attention"}
 PACKAGE = "flash_attention_2"
 KERNEL = FLASH_ATTN_KERNEL_FALLBACK[PACKAGE]  # the same, built for this PyTorch and CUDA, from the hub
 CAPABILITY = (8, 0)  # flash kernels, SDPA's own too, are for Ampere and newer
-HEAD = 256  # numbers of a head that FlashAttention 2 takes at most
+MAX_HEAD_SIZE = 256  # numbers of a head that FlashAttention 2 takes at most
 LAYOUTS = {True: "rows end to end, kept apart by a mask", False: "rows padded"}
 PROBE = 3.0  # seconds in which the hub is to answer
 
@@ -160,7 +160,7 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
     config = model.config.get_text_config()
     heads = [getattr(config, key, None) or 0 for key in ("head_dim", "global_head_dim")]
     size = max(heads) or config.hidden_size // config.num_attention_heads
-    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(compatible) or size > HEAD:
+    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(compatible) or size > MAX_HEAD_SIZE:
         return "", f"{type(model).__name__} does not take FlashAttention 2"
     faults = []
     for name, package, installed in (

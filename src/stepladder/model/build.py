@@ -13,7 +13,7 @@ from stepladder import hardware
 from stepladder.errors import ModelError, suggest
 from stepladder.model import start
 from stepladder.model.pretrained import fit_embeddings
-from stepladder.model.start import ADAPTER, CONFIG
+from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
 from stepladder.settings import Settings
 
@@ -212,7 +212,7 @@ def _misfit(source: start.Start, why: str) -> ModelError:
         f"the adapter does not fit its base {source.base}",
         where=str(source.adapter),
         why=why.strip().split("\n")[0],
-        help=f"the base that it was trained on: base_model_name_or_path in {CONFIG}",
+        help=f"the base that it was trained on: base_model_name_or_path in {ADAPTER_CONFIG}",
     )
 
 

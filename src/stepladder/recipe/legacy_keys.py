@@ -37,7 +37,7 @@ def translate(pairs: Pairs, source: Source, errors: list[RecipeError]) -> Pairs:
 
 
 # Old keys that need more than a row of legacy.yaml; `_Translation` has a method for each.
-KEYS = ("warmup_ratio", "gradient_checkpointing_use_reentrant", "tokenizer_name_or_path", "dataset_kwargs",
+COMPUTED_KEYS = ("warmup_ratio", "gradient_checkpointing_use_reentrant", "tokenizer_name_or_path", "dataset_kwargs",
         "dataset_mixture", "dataset_mixer", "dataset_splits", "dataset_configs")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class _Translation:
         self.result: Pairs = {}
 
     def add(self, name: str, value: yaml.Node) -> None:
-        if name in KEYS:
+        if name in COMPUTED_KEYS:
             getattr(self, name)(name, value)
         elif name in table()["removed"]:
             self._leave_out(name, **table()["removed"][name])

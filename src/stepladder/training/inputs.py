@@ -159,9 +159,9 @@ class Inputs:
                 return ["eval_dataset_name"]
             return ["datasets" if self.recipe.get("datasets") else "dataset_name", *SPLIT_KEYS]
         began = (self._before or {}).get("recipe", {})
-        chosen = [key for key in templates.KEYS if self.recipe.get(key)][:1]
+        chosen = [key for key in templates.TEMPLATE_KEYS if self.recipe.get(key)][:1]
         model = [] if chosen == ["chat_template_path"] else MODEL_KEYS
-        return [*chosen, *model, *(key for key in templates.KEYS if began.get(key))]
+        return [*chosen, *model, *(key for key in templates.TEMPLATE_KEYS if began.get(key))]
 
     def _meant_and_not_decisive(self) -> bool:
         """Whether the recipe names other evaluation rows than before, and nothing follows their losses."""

@@ -28,7 +28,7 @@ from stepladder.training.guard.interruptions import EvaluationLeftError, RankSyn
 from stepladder.training.launch import launcher
 from stepladder.training.watch.telemetry import Telemetry
 
-PART = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
+NORM_CHUNK = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
@@ -305,7 +305,7 @@ def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     squares, sharded = torch.zeros((), dtype=torch.float64), False
     for gradient in gradients:
         sharded = sharded or isinstance(gradient, DTensor)
-        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(PART)]
+        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(NORM_CHUNK)]
         squares += torch.stack(parts).double().square().sum()
     if sharded:
         torch.distributed.all_reduce(squares)

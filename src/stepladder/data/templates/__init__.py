@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 TURN_TOKEN = re.compile(
     r"<[|｜][^\s<>|｜]{1,40}[|｜]?>|<[A-Za-z_]{1,40}\|>|<(?:start|end)_of_(?:turn|utterance)>|\]~!?b[\[\]]|\[e~\[|</s>"
 )
-KEYS = ("chat_template", "chat_template_path", "prompt_template")
+TEMPLATE_KEYS = ("chat_template", "chat_template_path", "prompt_template")
 USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 # The shortest conversations of two turns; some templates demand a system turn.
 SHORTEST = ([USER, ANSWER] * 2, [{"role": "system", "content": "system"}, *[USER, ANSWER] * 2])
@@ -61,7 +61,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         raise ModelError(
             "the model's tokenizer has no end token, so no answer would end", help="eos_token: one of its tokens"
         )
-    key = next((key for key in KEYS if settings.get(key)), "")
+    key = next((key for key in TEMPLATE_KEYS if settings.get(key)), "")
     if not key:
         own = tokenizer.chat_template
         if isinstance(own, dict) and "default" not in own:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder.console import quote_for_shell
 from stepladder.errors import ModelError
 from stepladder.model.pretrained import wrong_base
-from stepladder.model.start import ADAPTER, CONFIG, invalid_config, read_config
+from stepladder.model.start import ADAPTER, ADAPTER_CONFIG, invalid_config, read_config
 from stepladder.model.weights import Weights, more, read_adapter
 
 if TYPE_CHECKING:
@@ -122,13 +122,13 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
 
     configs = []
     for folder in adapters:
-        if not (folder / CONFIG).is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", help="check the path")
         read_config(folder)
         try:
             config = PeftConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError) as error:  # KeyError: a peft_type that it does not know
-            raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
+            raise invalid_config(folder / ADAPTER_CONFIG, f"{type(error).__name__}: {error}") from None
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ModelError(
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
@@ -180,7 +180,7 @@ def inject(
         except ValueError as error:
             raise wrong_base(folder, base, str(error).splitlines()[0]) from None
         except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
-            raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
+            raise invalid_config(folder / ADAPTER_CONFIG, f"{type(error).__name__}: {error}") from None
         tensors = {key: tensor.to(device).float() for key, tensor in read_adapter(folder).items()}
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}

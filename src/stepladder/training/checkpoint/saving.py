@@ -47,7 +47,7 @@ from stepladder.training.checkpoint.resume import (
 )
 from stepladder.training.launch.ranks import from_first
 
-PART = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
+GATHERED_BYTES = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
 SET_BY_RECIPE = ("lr_lambdas", "base_lrs")  # keys of a scheduler's state that are not put back
 
 
@@ -193,7 +193,7 @@ def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 class _Parts:
-    """Collects tensors into files of about `PART` bytes."""
+    """Collects tensors into files of about `GATHERED_BYTES` bytes."""
 
     def __init__(self, folder: Path, stem: str):
         self.folder, self.stem = folder, stem
@@ -206,7 +206,7 @@ class _Parts:
         if not self.fault:
             self._held[name] = value.to("cpu").contiguous()
             self._bytes += value.nbytes
-            if self._bytes >= PART:
+            if self._bytes >= GATHERED_BYTES:
                 self.close()
 
     def close(self) -> None:
