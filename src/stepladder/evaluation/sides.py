@@ -70,7 +70,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     server = next((source for source in sources if isinstance(source, Endpoint)), None)
     rules = metrics.read_rubric(args.rubric) if args.rubric else []
     required = verdicts.read_claims(args.require, rules)
-    trained = {name: keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
+    trained = {name: keys for name in sources if isinstance(name, str) and (keys := runs.trained_keys(name))}
     on = _choose_rows(args, runs, trained, sources[0])
     on.suite = behaviours.read() if args.behaviours or verdicts.needs_behaviours(required) else []
     wants_general = args.general or mixture.GENERAL.is_file()
@@ -83,7 +83,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
         fail("--output_dir is needed: the first --tuned is no run folder")
     files.make_folder(folder)
     rows = {str(name): found for name in sources[1:] if (found := training_rows(name, runs))}
-    on.notes += [] if on.on_training else held_out.asked_before(on.questions, rows)
+    on.notes += [] if on.on_training else held_out.note_asked_questions(on.questions, rows)
     on.training = {name: drawn for name, found in rows.items() if (drawn := draw_sample(found))}
     on.general = draw_sample(general, without=set().union(*trained.values())) if general else None
     on.notes += not_measured(sources, on)
@@ -94,7 +94,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     measured, is_writer = _measure_all(args, sources, on, max_new_tokens, kept)
     if not is_writer:
         return None
-    answers = {name: verdicts.Trained(training_answers(found)) for name, found in rows.items()}
+    answers = {name: verdicts.TrainedAnswers(training_answers(found)) for name, found in rows.items()}
     facts = _facts(on, max_new_tokens)
 
     def compare(some: list[Side]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Inputs:
             if not before or not now or before == now:
                 continue
             keys = self._keys(name)
-            what = f"{name.replace('_', ' ')} ({_named(self.recipe, keys[0])}): {_differences(before, now)}"
+            what = f"{name.replace('_', ' ')} ({_with_value(self.recipe, keys[0])}): {_differences(before, now)}"
             if name == EVALUATION and (schedule := self.recipe.get("lr_scheduler_type")) in BY_METRIC:
                 raise LaunchError(
                     f"the run in {self._folder} was begun with other evaluation rows",
@@ -170,7 +170,7 @@ class Inputs:
         return another and not self.recipe.get("load_best_model_at_end")
 
 
-def _named(recipe: Recipe, key: str) -> str:
+def _with_value(recipe: Recipe, key: str) -> str:
     value = recipe.get(key)
     return f"{key} {value}" if isinstance(value, str) and len(value) <= 200 and "\n" not in value else key
 
