@@ -56,7 +56,7 @@ def test_the_other_ranks_hold_no_weights(untied: Path, write_recipe, tmp_path: P
     assert loaded["lora"] == pytest.approx([1, 1], abs=0.15), "an adapter's base is read by each rank"
     for name, measured in loaded.items():
         plan = choose.Plan(load.load(str(tmp_path / f"{name}.yaml"), []), 1, 2, hardware.device("h100"))
-        assert plan.way(Strategy("fsdp"), 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
+        assert plan.candidate(Strategy("fsdp"), 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
 
     done = script("sft", "--recipe", tmp_path / "full.yaml", "--output_dir", tmp_path / "plain")
     assert done.code == 0, done

@@ -154,10 +154,15 @@ class Check:
 
     name: str
     right: bool
-    said: str
+    message: str
     where: str = ""
     why: str = ""
     help: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """As `check.py --json` prints it."""
+        facts = dataclasses.asdict(self)
+        return {"said" if name == "message" else name: value for name, value in facts.items()}
 
 
 def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
@@ -168,13 +173,13 @@ def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
     found = checks(recipe, Machine(args.nodes, args.gpus, args.gpu, args.strategy))
     exit_code = 0 if all(line.right for line in found) else EXIT_BAD_INPUT
     if args.json:
-        lines = [dataclasses.asdict(line) for line in found]
+        lines = [line.as_json() for line in found]
         facts = _facts(recipe) | {"right": exit_code == 0, "checks": lines}
         print(json.dumps(facts, ensure_ascii=False))
         return exit_code
     for line in found:
         place = f"{line.where}: " if line.where else ""
-        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.said}")
+        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.message}")
         for label, text in (("why", line.why), ("help", line.help)):
             if text:
                 print(f"            {label + ':':9}" + text.replace("\n", "\n" + " " * 21))
@@ -191,11 +196,11 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
 
     def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
         try:
-            said, value = found(*given)
+            message, value = found(*given)
         except StepladderError as error:
             done.append(Check(name, False, error.what, error.where, error.why, error.help))
             return None
-        done.append(Check(name, True, said))
+        done.append(Check(name, True, message))
         return value
 
     look("recipe", _keys, recipe)
@@ -251,11 +256,11 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
-    said = f"{most} tokens in the longest row; {share:.0%} of all are trained"
+    message = f"{most} tokens in the longest row; {share:.0%} of all are trained"
     if ends := templates.turn_ends(tokenizer):
-        said += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
+        message += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
     warned = [finding for finding in found if finding.severity == WARNING]
-    return said + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
+    return message + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
 
 
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
@@ -268,8 +273,8 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
     notes = arguments.check_strategy(recipe, launch)
-    said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
-    return "; ".join([said, *notes]), launch
+    message = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
+    return "; ".join([message, *notes]), launch
 
 
 def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: int | None) -> tuple[str, Any]:
@@ -279,16 +284,18 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
     if machine.gpus:
         device = hardware.device(machine.gpu)
         plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
-        way = plan.of_recipe(launch.strategy)
+        pick = plan.of_recipe(launch.strategy)
     else:
         precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
-        plan, way = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
-    said = f"{way.gib} of {plan.device.name}: {way.batch}"
-    if way.host_limit is not None and not way.host_fits:
-        said += f", and {way.memory.host / hardware.GIB:.1f} of {way.host_limit / hardware.GIB:.1f} GiB of its host"
-    if not way.fits:
-        better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
+        plan, pick = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+    message = f"{pick.gib} of {plan.device.name}: {pick.batch}"
+    if pick.host_limit is not None and not pick.host_fits:
+        message += (
+            f", and {pick.memory.host / hardware.GIB:.1f} of {pick.host_limit / hardware.GIB:.1f} GiB of its host"
+        )
+    if not pick.fits:
+        better = choose.fastest(plan.candidates()) or choose.fastest(plan.all_candidates(launch.strategy))
         if better is None:
-            raise choose.no_fit_error(plan, plan.ways())
-        raise LaunchError(f"it needs {said}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
-    return said, plan.sizes(way)
+            raise choose.no_fit_error(plan, plan.candidates())
+        raise LaunchError(f"it needs {message}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
+    return message, plan.sizes(pick)
