@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +276,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
         "world_size": launch.ranks,
         "devices": prepared.devices,
         "precision": prepared.precision,
-        "attention": dataclasses.asdict(model.attention),
+        "attention": model.attention.facts_for_manifest(),
         "allocator": devices.allocator_name(),
         "global_batch_size": step.rows,
         "micro_batch_size": step.micro,
@@ -366,7 +365,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
         return trainer.Trainer(
             model=built.model.model,
             layout=prepared.step,
-            flat=built.model.attention.flat,
+            padding_free=built.model.attention.padding_free,
             own_kernels=prepared.use_cpu,
             args=prepared.arguments,
             processing_class=prepared.tokenizer,

@@ -48,19 +48,23 @@ PROBE = 3.0  # seconds in which the hub is to answer
 
 @dataclass(frozen=True)
 class Choice:
-    """What run.json and the opening lines say of a run's
+    """How a model attends.
 
-    `flat`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why there is
-    no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
+    `padding_free`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why
+    there is no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
     """
 
     implementation: str
     rows: str
-    flat: bool
+    padding_free: bool
     why: str = ""
 
     def __str__(self) -> str:
         return f"{self.implementation}, {self.rows}" + f" ({self.why})" * bool(self.why)
+
+    def facts_for_manifest(self) -> dict[str, Any]:
+        """The choice as run.json has it."""
+        return {"implementation": self.implementation, "rows": self.rows, "flat": self.padding_free, "why": self.why}
 
 
 def settle(
@@ -109,7 +113,7 @@ def settle(
     separates = settings.get("packing_strategy") != "wrapped"  # `wrapped` cuts one endless text: there are no rows
     packs = [key for key in ("packing", "eval_packing") if settings.get(key) and separates]
     free = settings.get("padding_free")
-    flat = free is True or "packing" in packs or (free == "auto" and exact)
+    padding_free = free is True or "packing" in packs or (free == "auto" and exact)
     keys = [*packs, *["padding_free"] * (free is True)]
     if keys and not exact and (flash or not separates_by_mask(model)):
         raise RecipeError(
@@ -119,8 +123,9 @@ def settle(
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
             help=f"{keys[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
-    notes = _cost_notes(settings, name) if flat and not exact else []
-    return Choice(name if flash or not exact else "sdpa", rows if flat and exact else LAYOUTS[flat], flat, why), notes
+    notes = _cost_notes(settings, name) if padding_free and not exact else []
+    rows = rows if padding_free and exact else LAYOUTS[padding_free]
+    return Choice(name if flash or not exact else "sdpa", rows, padding_free, why), notes
 
 
 def separates_by_mask(model: PreTrainedModel) -> bool:

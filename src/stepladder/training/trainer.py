@@ -48,7 +48,7 @@ class Trainer(SFTTrainer):
         layout: how an optimizer step is cut into micro-batches.
         meter: measures the run.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
-        flat: whether the rows of a batch are concatenated (padding-free).
+        padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu`.
     """
 
@@ -58,11 +58,11 @@ class Trainer(SFTTrainer):
         layout: StepLayout,
         meter: Telemetry,
         on_nan: str = "stop",
-        flat: bool = False,
+        padding_free: bool = False,
         own_kernels: bool = False,
         **kwargs: Any,
     ):
-        self.layout, self.flat = layout, flat
+        self.layout, self.rows_end_to_end = layout, padding_free
         quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         adapter = {
             name: parameter.detach().clone()
@@ -101,12 +101,12 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
         if not hasattr(rows, "__len__"):
-            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.flat)
+            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.rows_end_to_end)
         seed = args.seed if args.data_seed is None else args.data_seed
         group = LENGTH_GROUP * self.layout.rows
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
-        return self._loader(with_padding_row(rows, pad_token_id), self.layout, self.flat, order)
+        return self._loader(with_padding_row(rows, pad_token_id), self.layout, self.rows_end_to_end, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -115,8 +115,8 @@ class Trainer(SFTTrainer):
         # The mean over all tokens does not depend on the order: by length, rows need the least padding.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # TRL chooses its collator by `packing` alone, and `eval_packing` may differ.
-        flat = self.flat or "seq_lengths" in rows.column_names
-        return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, flat, order)
+        padding_free = self.rows_end_to_end or "seq_lengths" in rows.column_names
+        return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, padding_free, order)
 
     def _loader(self, rows: Any, layout: StepLayout, padding_free: bool, order: Order | None = None) -> DataLoader:
         args = self.args
