@@ -230,7 +230,7 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
     return {
         "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in SET_BY_RECIPE},
         "scaler": scaler.state_dict() if scaler else None,
-        "telemetry": trainer.meter.checkpointed(),
+        "telemetry": trainer.meter.to_checkpoint(),
         "tokens": trainer._total_train_tokens,
         "owes_evaluation": trainer.owes_evaluation,
         # summed up since the last logged step, for `logging_steps` above 1
