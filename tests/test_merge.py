@@ -250,8 +250,8 @@ def test_the_proof_passes_what_is_right(dtype: torch.dtype, tmp_path: Path) -> N
 def test_the_proof_finds_wrong_arithmetic(tmp_path: Path) -> None:
     """Guards against a merge by another scale than the adapter's, before anything is written."""
     merge = merge_of(tmp_path)
-    right = merge.merged
-    merge.merged = lambda name: right(name) * (1.001 if name in merge.units else 1)  # type: ignore[method-assign]
+    right = merge.merged_weight
+    merge.merged_weight = lambda name: right(name) * (1.001 if name in merge.units else 1)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="is not base and adapter"):
         Proof(merge, PROMPTS)
 
