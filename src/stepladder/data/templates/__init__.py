@@ -189,15 +189,15 @@ def from_prompt_template(template: str) -> str:
     prompt_end = after.rstrip()
     gap = after[len(prompt_end) :]
 
-    def quoted(text: str) -> str:
+    def quote_for_jinja(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # a JSON string is a Jinja string
 
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'user' -%}"
-        f"{{{{- {quoted(before)} + message['content'] + {quoted(prompt_end)} -}}}}"
+        f"{{{{- {quote_for_jinja(before)} + message['content'] + {quote_for_jinja(prompt_end)} -}}}}"
         "{%- elif message['role'] == 'assistant' -%}"
-        f"{{{{- {quoted(gap)} + message['content'] + eos_token -}}}}"
+        f"{{{{- {quote_for_jinja(gap)} + message['content'] + eos_token -}}}}"
         "{%- else -%}{{- raise_exception('a prompt_template renders user and assistant turns only') -}}{%- endif -%}"
         "{%- endfor -%}"
     )
