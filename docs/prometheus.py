@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 
 
 class Callback(TrainerCallback):
@@ -21,4 +21,4 @@ class Callback(TrainerCallback):
             values = {re.sub(r"\W", "_", key): value for key, value in {**logs, "step": state.global_step}.items()}
             lines = [f"stepladder_{key} {value}\n" for key, value in values.items() if isinstance(value, int | float)]
             with contextlib.suppress(OSError):  # a full disk: the next step tries again
-                write_whole(Path(args.output_dir) / "metrics.prom", "".join(lines))
+                write_atomic(Path(args.output_dir) / "metrics.prom", "".join(lines))

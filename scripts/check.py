@@ -29,18 +29,18 @@ def main() -> int:
     parser.add_argument("--recipe", help="a path, or a name under recipes/")
     view = parser.add_mutually_exclusive_group()
     shows = "print each key, its value and its source; with a number N: audit, and print N rows"
-    view.add_argument("--show", nargs="?", const=preflight.KEYS, metavar="N", help=shows)
+    view.add_argument("--show", nargs="?", const=preflight.SHOW_KEYS, metavar="N", help=shows)
     view.add_argument("--explain", action="store_true", help="print what each key that is set does")
     parser.add_argument("--audit", action="store_true", help="audit the recipe's data")
     parser.add_argument("--data", metavar="FILE", help="audit a file, folder or hub data set, without a recipe")
     parser.add_argument(
-        "--min_input", "--min-input", type=flags.whole, metavar="N", help="shortest valid input, characters (10)"
+        "--min_input", "--min-input", type=flags.integer, metavar="N", help="shortest valid input, characters (10)"
     )
     parser.add_argument(
-        "--min_output", "--min-output", type=flags.whole, metavar="N", help="shortest valid output, characters (20)"
+        "--min_output", "--min-output", type=flags.integer, metavar="N", help="shortest valid output, characters (20)"
     )
     parser.add_argument("--nodes", type=flags.count, default=1, help="nodes of the job (default: 1)")
-    parser.add_argument("--gpus", type=flags.whole, metavar="N", help="GPUs per node (default: this machine's)")
+    parser.add_argument("--gpus", type=flags.integer, metavar="N", help="GPUs per node (default: this machine's)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="GPU type, with --gpus: h100 a100 4090 t4 …")
     parser.add_argument("--strategy", metavar="NAME", help="a file of accelerate_configs/ (default: single or ddp)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

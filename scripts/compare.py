@@ -45,7 +45,7 @@ def main() -> int | None:
                         help=f"length limit of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
-    parser.add_argument("--show", type=flags.whole, default=3, help="how many answers to print (3)")
+    parser.add_argument("--show", type=flags.integer, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")
     return sides.run_comparison(parser.parse_args(), parser.error)
 

@@ -34,11 +34,11 @@ def main() -> None:
         if twice := next((name for name in names if names.count(name) > 1), None):
             parser.error(f"{twice} is given twice")
     rows = {name: mixture.from_name(name) for name in args.tasks if harness.is_data(name)}
-    bases = {name: args.base if start.find(name).adapter else None for name in args.model}
+    bases = {name: args.base if start.resolve_model(name).adapter else None for name in args.model}
     if args.base and not any(bases.values()):
         parser.error("--base is for adapters, and no --model is one")
     for name, base in bases.items():
-        start.find_checked(name, base)
+        start.resolve_existing_model(name, base)
 
     console.quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)
-    if start.find_for(recipe).adapter:  # other models need not be here
+    if start.resolve_recipe_model(recipe).adapter:  # other models need not be here
         recipe = adapter_recipe.settle(recipe)
     device = hardware.device(args.gpu, args.gpu_memory)
 

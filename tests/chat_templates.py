@@ -89,7 +89,7 @@ WARNINGS = {"unopened": "thought", "dropped_thoughts": "dropped"}
 
 def names() -> list[str]:
     """The templates: the model's own, ours, TRL's, and a `prompt_template`."""
-    shipped = {name for name in templates.shipped() if not name.endswith("_training")}
+    shipped = {name for name in templates.load_named_templates() if not name.endswith("_training")}
     return [OWN, "prompt_template", *sorted(shipped)]
 
 

@@ -191,7 +191,7 @@ def test_what_is_taken_without_flash_attention(keys, device, precision, capabili
     """Guards rows without padding where that is exact and has a kernel, and padded ones elsewhere."""
     monkeypatch.setattr(attention, "_capability", lambda: capability)
     choice, notes = attention.settle(small("llama", "sdpa"), settings(**keys), precision, device)
-    assert (choice.implementation, choice.rows, choice.flat) == found
+    assert (choice.implementation, choice.rows, choice.padding_free) == found
     assert bool(choice.why) == (device == "cuda" and "attn_implementation" not in keys)
     assert ["all pairs" in note for note in notes] == [True] * (choice.rows.endswith("mask"))
 
@@ -203,7 +203,7 @@ def test_rows_that_would_see_each_other_are_refused(architecture: str, key: str)
     with pytest.raises(RecipeError, match=f"{key}: true with {architecture}.*rows would see each other"):
         attention.settle(small(architecture), settings(**{key: True}), "fp32", "cpu")
     choice, notes = attention.settle(small(architecture), settings(), "fp32", "cpu")
-    assert (choice.flat, choice.rows, notes) == (False, "rows padded", [])
+    assert (choice.padding_free, choice.rows, notes) == (False, "rows padded", [])
 
 
 def test_flash_attention_in_fp32_is_refused(flash, monkeypatch) -> None:
@@ -243,7 +243,7 @@ for at_hand, keys in ((True, {}), (True, {"padding_free": False}), (False, {})):
     here.flash_utils._loaded_implementation = None
     model = here.small("llama", "sdpa").bfloat16()
     choice, _ = attention.settle(model, here.settings(**keys), "bf16", "cuda")
-    found.append([choice.implementation, choice.rows, choice.flat, choice.why, here.contaminated(model)])
+    found.append([choice.implementation, choice.rows, choice.padding_free, choice.why, here.contaminated(model)])
 print(json.dumps([found, kernels.OFFLINE]))
 """
 KERNELS = """

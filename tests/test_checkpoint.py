@@ -13,7 +13,7 @@ import pytest
 from stepladder import manifest
 from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
-from stepladder.files import hash_file, write_whole
+from stepladder.files import hash_file, write_atomic
 from stepladder.manifest import STUCK_AFTER
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
             files[name] = {
                 "bytes": (checkpoint / name).stat().st_size, "sha256": hash_file(checkpoint / name)
             }  # fmt: skip
-        write_whole(checkpoint / resume.COMPLETE, json.dumps({"step": step, "resumable": True, "files": files}))
+        write_atomic(checkpoint / resume.COMPLETE, json.dumps({"step": step, "resumable": True, "files": files}))
     (folder / "run.json").write_text(json.dumps({"status": "running", "recipe": KEYS}))
     return folder
 
@@ -63,7 +63,7 @@ def list_files(checkpoint: Path, *names: str) -> None:
     """Let the mark list these files alone, each with the size and hash of the weights."""
     mark = json.loads((checkpoint / resume.COMPLETE).read_text())
     facts = mark["files"]["model-0-0.safetensors"]
-    write_whole(checkpoint / resume.COMPLETE, json.dumps(mark | {"files": dict.fromkeys(names, facts)}))
+    write_atomic(checkpoint / resume.COMPLETE, json.dumps(mark | {"files": dict.fromkeys(names, facts)}))
 
 
 def replace_by_link(path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_link_is_not_written_through(folder, tmp_path) -> None:
     """Guards other people's files against links of the run folder's own names."""
     (thesis := tmp_path / "thesis.tex").write_text("years of work")
     (folder / ".run.json.part").symlink_to(thesis)
-    write_whole(folder / "run.json", (folder / "run.json").read_text())
+    write_atomic(folder / "run.json", (folder / "run.json").read_text())
     (folder / manifest.LOCK).symlink_to(thesis)
     with pytest.raises(LaunchError, match=r"\.lock, a link, cannot be written"):
         claim(folder)

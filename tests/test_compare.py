@@ -103,8 +103,8 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
     asked = [Question([{"role": "user", "content": str(n)}], "Ask a doctor.") for n in range(20)]
     words = {"name": re.compile("doctor"), "number": re.compile(r"\d")}
     rules = [
-        metrics.Rule("names a doctor", words["name"], required=0.95),
-        metrics.Rule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
+        metrics.StyleRule("names a doctor", words["name"], required=0.95),
+        metrics.StyleRule("the right number", words["number"], in_reference=True, required=0.5, facts=True),
     ]
 
     def judged(kept: int) -> dict[str, tuple[str, str]]:
@@ -123,10 +123,10 @@ def test_a_required_share_that_is_missed_is_a_fault() -> None:
 
 def test_the_paired_test_by_counting() -> None:
     """Guards p: of the 32 exchanges of five pairs, the two with all signs alike are as extreme as what is seen."""
-    found = metrics.paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    found = metrics.compare_paired([0.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     # 5,000 exchanges are drawn of the 32: the standard error of p is 0.0034, and 4 of them are allowed.
     assert found.mean == 3 and found.p == pytest.approx(2 / 32, abs=0.014) and found.low > 1
-    same = metrics.paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
+    same = metrics.compare_paired([1.0, 2.0], [1.0, 2.0], [1.0, 1.0])
     assert (same.mean, same.p) == (0, 1)
 
 
@@ -135,7 +135,9 @@ def test_no_difference_is_called_one_about_as_often_as_promised() -> None:
     import numpy as np
 
     made = np.random.default_rng(0)
-    below = sum(metrics.paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200))
+    below = sum(
+        metrics.compare_paired(made.normal(size=20), made.normal(size=20), [1.0] * 20).p < 0.05 for _ in range(200)
+    )
     assert below <= 21  # binomial(200, 0.05) exceeds 21 once in a thousand times
 
 
@@ -212,10 +214,12 @@ def test_models_of_other_tokenizers_are_compared_by_the_same_unit() -> None:
 
 
 def test_copies_are_found_by_their_longest_run() -> None:
-    trained = verdicts.Trained(["Open the box and take the red key from it, then go home.", "Something else entirely."])
+    trained = verdicts.TrainedAnswers(
+        ["Open the box and take the red key from it, then go home.", "Something else entirely."]
+    )
     assert trained.longest_run("please open the box and take the red key") == 8
     assert trained.longest_run("open the box") == 0 and trained.longest_run("") == 0
-    assert trained.copied(["Open the box and take the red key from it", "I do not know that."]) == (0.5, 10)
+    assert trained.share_of_copies(["Open the box and take the red key from it", "I do not know that."]) == (0.5, 10)
 
 
 # --- verdicts on models made to show them
@@ -266,7 +270,7 @@ def judged(base: Path, tuned: str, training, held_out, general) -> dict[str, str
     asked = questions.extract_questions(held_out)
     on = sides.Measured(asked, held_out, {tuned: training}, general)
     both = [sides.measure(str(name), on, 24) for name in (base, tuned)]
-    trained = {tuned: verdicts.Trained(sides.training_answers(training))}
+    trained = {tuned: verdicts.TrainedAnswers(sides.training_answers(training))}
     return {v["name"]: v["severity"] for v in comparison.judge_sides(both, asked, trained)[0]["verdicts"]}
 
 
@@ -334,7 +338,7 @@ def test_what_a_transcript_or_server_copies_is_seen_without_losses() -> None:
         Side("base", [Answer("No.", True)] * 4),
         *(Side(name, [Answer(text, True)] * 4) for name, text in said.items()),
     ]
-    found = comparison.judge_sides(both, asked, dict.fromkeys(said, verdicts.Trained([line])))
+    found = comparison.judge_sides(both, asked, dict.fromkeys(said, verdicts.TrainedAnswers([line])))
     assert [[v["name"] for v in side["verdicts"]] for side in found] == [["memorized"], ["not memorized"]]
 
 

@@ -141,7 +141,7 @@ def test_a_server_that_does_not_answer_ends_clearly(server, behave: str, said: s
 def test_no_other_server_gets_the_key(server, monkeypatch) -> None:
     """Guards the key and the questions: a redirect led them to whatever address the server named."""
     here, url = server
-    monkeypatch.setenv(endpoint.KEY, "sk-secret")
+    monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-secret")
     here.behave = "redirects"
     with serving() as (there, elsewhere):
         here.elsewhere = elsewhere
@@ -160,7 +160,7 @@ def test_secrets_are_not_printed(server, monkeypatch) -> None:
     here.behave = "refuses"
     for key, said in (("sk-secret", "HTTP 401: wrong key: Bearer …"), ("sk-secret\n", "Bearer …"),
                       ("sk-secret\nX", "no key has"), ("sk-secret é", "no key has")):  # fmt: skip
-        monkeypatch.setenv(endpoint.KEY, key)
+        monkeypatch.setenv(endpoint.KEY_VARIABLE, key)
         with pytest.raises(ModelError, match=said) as raised:
             endpoint.answers(Endpoint(url, "m", 5), ASKED[:1], 8)
         assert "sk-secret" not in str(raised.value)

@@ -176,7 +176,9 @@ def test_tools_are_asked_for_where_the_template_takes_them(tiny) -> None:
     assert None not in behaviours.ask(model, tokenizer, tasks, 1).kept
 
 
-def required(text: str, facts: dict[str, Any], rules: list[metrics.Rule] | None = None) -> dict[str, tuple[bool, str]]:
+def required(
+    text: str, facts: dict[str, Any], rules: list[metrics.StyleRule] | None = None
+) -> dict[str, tuple[bool, str]]:
     judged = verdicts.judge_claims(verdicts.read_claims([text], rules or []), facts)
     return {one["claim"]: (one["met"], one["evidence"]) for one in judged}
 
@@ -241,7 +243,7 @@ def test_what_cannot_be_required_is_refused(text: str, said: str) -> None:
 
 def test_a_rule_of_a_rubric_can_be_required() -> None:
     """Guards rules with names of their own: with a comma, and of another figure, where both must hold."""
-    rules = [metrics.Rule(name, re.compile("it is")) for name in ("kind, short", "exact match")]
+    rules = [metrics.StyleRule(name, re.compile("it is")) for name in ("kind, short", "exact match")]
     sides = [side("base", None), side("good", None, nats=20.0)]
     facts = comparison.build_comparison(sides, ASKED, rules, {})
     claims = verdicts.read_claims(["kind, short better", "exact match better, kind, short better"][:1], rules)

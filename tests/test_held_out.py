@@ -123,7 +123,11 @@ def test_a_merged_model_and_a_checkpoint_are_known_by_their_run(trained, tmp_pat
     facts, _ = compared(tmp_path / "out", "--tuned", tmp_path / "merged")
     assert (facts["held_out_rows"], len(facts["questions"])) == (4, 4)
     found = held_out.Runs([])
-    assert len(found.trained(str(tmp_path / "merged"))) == len(found.trained(str(trained / "run/checkpoint-4"))) == 24
+    assert (
+        len(found.trained_keys(str(tmp_path / "merged")))
+        == len(found.trained_keys(str(trained / "run/checkpoint-4")))
+        == 24
+    )
     # A model that was tuned further from it was trained on its rows too.
     further = tmp_path / "further"
     further.mkdir()
@@ -132,7 +136,7 @@ def test_a_merged_model_and_a_checkpoint_are_known_by_their_run(trained, tmp_pat
         "dataset_name": str(write(tmp_path / "n.jsonl", PAIRS[:1])),
     }
     (further / "recipe.yaml").write_text(json.dumps(recipe))
-    assert found.trained(str(further)) == found.trained(str(trained / "run")) | row_keys(
+    assert found.trained_keys(str(further)) == found.trained_keys(str(trained / "run")) | row_keys(
         mixture.from_name(recipe["dataset_name"]).examples
     )
 
@@ -188,7 +192,7 @@ def test_rows_that_are_gone_are_told(tmp_path: Path) -> None:
         held_out.Runs([]).held_out(name)
     notes = []
     assert held_out.Runs(notes).training_rows(name) is None and "cannot be read again" in notes[0]
-    assert len(held_out.Runs([]).trained(name)) == 25, "what was trained on is known without the file"
+    assert len(held_out.Runs([]).trained_keys(name)) == 25, "what was trained on is known without the file"
 
 
 WRONG = {"name": "", "rows": 1, "held_out": [1], "where": [], "foreign": "", "trained": []}
@@ -204,7 +208,7 @@ def test_a_run_without_a_record_is_read_again(kept: str | None, tmp_path: Path) 
     notes: list[str] = []
     found = held_out.Runs(notes)
     name = made_run(tmp_path / "run", keys, kept)
-    assert len(found.trained(name)) == 24 and len(found.held_out(name)) == 4
+    assert len(found.trained_keys(name)) == 24 and len(found.held_out(name)) == 4
     assert any("held_out.json" in note for note in notes)
     nothing = made_run(tmp_path / "nothing", {key: keys[key] for key in ("model_name_or_path", "dataset_name")}, kept)
     with pytest.raises(DataError, match="which rows it held out"):
@@ -224,7 +228,9 @@ def test_prompts_that_were_trained_on_are_left_out(tmp_path: Path) -> None:
         held_out.leave_out_trained_prompts(questions.read_prompts(file), {"run": row_keys(rows.examples)}, notes)
     plain = questions.read_prompts(tmp_path / "p.txt")
     assert held_out.leave_out_trained_prompts(plain, one, notes) == plain
-    assert held_out.asked_before(plain, {"run": rows}) == ["1 of 2 questions were asked in the training of run too"]
+    assert held_out.note_asked_questions(plain, {"run": rows}) == [
+        "1 of 2 questions were asked in the training of run too"
+    ]
 
 
 def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_large_file_is_sampled(tmp_path, monkeypatch) -> None:
     before = fingerprint.hash_folder(file.parent)
     assert sum(reads) <= 3 << 20
     step = size // fingerprint.BLOCKS
-    for at in (0, 9, fingerprint.HEAD - 1, 17 * step - 1, size // 2 - 1, size - 1):
+    for at in (0, 9, fingerprint.HEAD_BYTES - 1, 17 * step - 1, size // 2 - 1, size - 1):
         for content, same in ((b"x", False), (b"\0", True)):
             with file.open("r+b") as out:
                 out.seek(at)

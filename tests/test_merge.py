@@ -250,8 +250,8 @@ def test_the_proof_passes_what_is_right(dtype: torch.dtype, tmp_path: Path) -> N
 def test_the_proof_finds_wrong_arithmetic(tmp_path: Path) -> None:
     """Guards against a merge by another scale than the adapter's, before anything is written."""
     merge = merge_of(tmp_path)
-    right = merge.merged
-    merge.merged = lambda name: right(name) * (1.001 if name in merge.units else 1)  # type: ignore[method-assign]
+    right = merge.merged_weight
+    merge.merged_weight = lambda name: right(name) * (1.001 if name in merge.units else 1)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="is not base and adapter"):
         Proof(merge, PROMPTS)
 
@@ -699,7 +699,7 @@ def test_an_adapter_that_lacks_a_tensor_is_not_used(changes: dict[str, Any], tra
     base = Path(json.loads(file.read_text())["base_model_name_or_path"])
     for use in (
         lambda: load_for_inference(str(half)),
-        lambda: open_merge(base, [half], [1.0], None, 0, "cpu")[0].exact(),
+        lambda: open_merge(base, [half], [1.0], None, 0, "cpu")[0].unrounded_model(),
     ):
         with pytest.raises(ModelError, match=f"lacks {re.escape(gone)}"):
             use()

@@ -57,7 +57,7 @@ def plan_of(recipe: str, gpu: str, gpus: int = 1, *overrides: str) -> choose.Pla
 def test_a_published_figure() -> None:
     """Guards the GPU's side, which no run here can measure: TRL's own table (trl#6859) has Qwen3-8B LoRA r16 at
     2,048 tokens a step on an H100 at 16.7 GB; what is counted there is not stated, hence a tenth."""
-    way = plan_of("models/qwen3-8b/lora", "h100").way(Strategy("single"), micro=1, checkpointing=True)
+    way = plan_of("models/qwen3-8b/lora", "h100").candidate(Strategy("single"), micro=1, checkpointing=True)
     tensors = way.memory.total - way.memory.overhead
     assert tensors / 2**30 == pytest.approx(16.7, rel=0.1)
 
@@ -66,10 +66,11 @@ def test_more_ranks_hold_less() -> None:
     """Guards the closed forms' direction: sharding must never cost memory, checkpointing neither."""
     eight = plan_of("models/qwen3-0.6b/full", "h100", 8)
     by_name = {
-        name: eight.way(Strategy(name), 1, False).memory.total for name in ("ddp", "zero2", "fsdp", "fsdp_offload")
+        name: eight.candidate(Strategy(name), 1, False).memory.total
+        for name in ("ddp", "zero2", "fsdp", "fsdp_offload")
     }
     assert by_name["ddp"] > by_name["zero2"] > by_name["fsdp"] > by_name["fsdp_offload"]
-    assert eight.way(Strategy("ddp"), 1, True).memory.total < by_name["ddp"]
+    assert eight.candidate(Strategy("ddp"), 1, True).memory.total < by_name["ddp"]
 
 
 def test_what_the_recipe_says_of_accumulation_is_planned() -> None:
@@ -78,7 +79,7 @@ def test_what_the_recipe_says_of_accumulation_is_planned() -> None:
     totals = []
     for words in ((), own):
         plan = plan_of("models/qwen3-0.6b/full", "h100", 4, "--global_batch_size", "16", *words)
-        way = plan.way(Strategy("fsdp"), micro=1, checkpointing=True)
+        way = plan.candidate(Strategy("fsdp"), micro=1, checkpointing=True)
         assert way.accumulation == 4
         totals.append(way.memory.gradients)
     assert totals[1] == pytest.approx(4 * totals[0])
@@ -120,7 +121,7 @@ def test_host_memory_while_a_model_loads() -> None:
 
     def host(recipe: str, strategy: str, *words: str) -> float:
         plan = plan_of(recipe, "h100", 8, "--global_batch_size", "8", *words)
-        return plan.way(Strategy(strategy), 1, True).memory.host
+        return plan.candidate(Strategy(strategy), 1, True).memory.host
 
     assert host(full, "ddp") == pytest.approx(8 * copy, rel=1e-3)
     assert host(full, "fsdp") == pytest.approx(copy, rel=1e-3), "rank 0 reads, and sends"
@@ -133,7 +134,7 @@ def test_host_memory_while_a_model_loads() -> None:
     def best(words: tuple[str, ...], host: float | None) -> str:
         recipe = load.load(str(ROOT / "recipes" / full), [*words])
         plan = choose.Plan(recipe, 4, 8, hardware.device("h100"), host=host)
-        found = plan.best([plan.way(Strategy(name), 1, True) for name in ("fsdp", "zero3")])
+        found = plan.best([plan.candidate(Strategy(name), 1, True) for name in ("fsdp", "zero3")])
         assert found is not None
         return found.strategy
 
@@ -143,11 +144,11 @@ def test_host_memory_while_a_model_loads() -> None:
 def test_a_base_that_is_quantized_whole_on_each_gpu() -> None:
     """Guards QLoRA of 70 billion weights on 24 GB cards, whose shards would fit and whose loading does not: Answer.AI
     had to quantize layer by layer for it (fsdp_qlora), and Transformers quantizes on the GPU."""
-    small = plan_of("models/llama-3.1-70b/qlora", "4090", 4).way(Strategy("fsdp"), 1, True)
+    small = plan_of("models/llama-3.1-70b/qlora", "4090", 4).candidate(Strategy("fsdp"), 1, True)
     # 4 bits and 0.127 for the constants (arXiv 2305.14314, section 3) of all but two embeddings of 128,256 × 8,192
     outside = 2 * 128_256 * 8192
     assert small.memory.total > (70.55e9 - outside) * 4.127 / 8 + 2 * outside and not small.fits
-    assert plan_of("models/llama-3.1-70b/qlora", "a6000", 4).way(Strategy("fsdp"), 1, True).fits
+    assert plan_of("models/llama-3.1-70b/qlora", "a6000", 4).candidate(Strategy("fsdp"), 1, True).fits
     assert small.memory.total - small.memory.loading < small.limit, "the steady state would fit"
 
 

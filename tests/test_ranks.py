@@ -181,7 +181,7 @@ def test_use_cpu_where_gpus_are(environment, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     recipe = load.load("lora", ["--use_cpu", "true"])
     found = {check.name: check for check in preflight.checks(recipe, preflight.Machine())}
-    assert found["strategy"].said.startswith("single on 1 rank,") and not torch.cuda.is_available()
+    assert found["strategy"].message.startswith("single on 1 rank,") and not torch.cuda.is_available()
 
 
 def test_two_ranks_on_one_gpu(environment, monkeypatch) -> None:

@@ -30,7 +30,9 @@ PLACES = [
     if (key := line.split(":")[0]) in known_keys()
 ]
 LETTERS = string.ascii_letters + string.digits + "_-."
-OLD_NAMES = {*legacy_keys.KEYS}.union(*(legacy_keys.table()[kind] for kind in ("renamed", "switches", "removed")))
+OLD_NAMES = {*legacy_keys.COMPUTED_KEYS}.union(
+    *(legacy_keys.table()[kind] for kind in ("renamed", "switches", "removed"))
+)
 
 
 @st.composite

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, run
-from stepladder.console import CONTROLS, printable, quoted
+from stepladder.console import CONTROLS, printable, quote_for_shell
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # Clears the screen, sets the title, begins a sequence by one character, goes back, reorders the line.
@@ -58,8 +58,8 @@ def test_control_characters_are_escaped() -> None:
 def test_commands_are_typed_as_they_stand(tmp_path: Path) -> None:
     """Guards who types a printed command: a name ran as one, or became several."""
     names = ["$(touch ran)", "a b", "it's", "new\nline\x1b[2J'\\", "`ls`", "", "plain/é", "~", os.fsdecode(b"\xff$1")]
-    assert quoted("\ud83d") == r"$'\xed\xa0\xbd'"  # which no file has, and a recipe may
-    line = quoted("printf", r"%s\0", *names)
+    assert quote_for_shell("\ud83d") == r"$'\xed\xa0\xbd'"  # which no file has, and a recipe may
+    line = quote_for_shell("printf", r"%s\0", *names)
     assert "\n" not in line and not CONTROLS.search(line)
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, check=True)
     assert [os.fsdecode(name) for name in done.stdout.split(b"\0")[:-1]] == names and not list(tmp_path.iterdir())

@@ -354,9 +354,9 @@ def test_a_relative_base_is_found_from_elsewhere(made, tiny: Path, tmp_path: Pat
     folder = made("runs/a", base_model_name_or_path="models/base")
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert start.find(str(folder)).base == str(tmp_path / "models/base")
+    assert start.resolve_model(str(folder)).base == str(tmp_path / "models/base")
     monkeypatch.chdir(tmp_path)
-    assert start.find("runs/a").base == "models/base"
+    assert start.resolve_model("runs/a").base == "models/base"
 
 
 def test_torch_is_not_needed_to_refuse(made) -> None:

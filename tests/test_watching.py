@@ -128,7 +128,7 @@ def test_a_disk_that_stays_full(tmp_path, monkeypatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_whole", full)
+    monkeypatch.setattr(run, "write_atomic", full)
     record = run.Run(tmp_path, is_writer=True)
     record.manifest = {"status": "running"}
     with pytest.raises(ZeroDivisionError), record.recording():

@@ -59,7 +59,7 @@ def _make_tiny(folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM(config).save_pretrained(folder)
-    weights.share(folder)
+    weights.apply_umask(folder)
 
 
 def _chatml_tokenizer(texts: list[str]) -> Any:

@@ -45,7 +45,7 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < " " else f"\\u{ord(found[0]):04x}", text)
 
 
-def quoted(*words: object) -> str:
+def quote_for_shell(*words: object) -> str:
     """Words as a shell takes them, on one line: for commands that are printed to be typed."""
     return " ".join(_shell_word(str(word)) for word in words)
 

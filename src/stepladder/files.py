@@ -27,7 +27,7 @@ YAML_BYTES = 1 << 17  # PyYAML reads 0.1 to 0.6 MB a second
 JSON_BYTES = 1 << 26
 DEPTH = 50  # levels of blocks and lists
 NODES = 200_000  # of a YAML file, its aliases (*name) written out
-PART = ".part"  # ends the name of a file that is being written
+PART_SUFFIX = ".part"  # ends the name of a file that is being written
 NAME_BYTES, PATH_BYTES = 255, 4095  # what Linux' file systems take
 
 LOADED = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")  # what the libraries open in a model's folder
@@ -263,9 +263,9 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader, after a power cut too, sees the old content or the new one."""
-    part = path.with_name(f".{path.name}{PART}")
+    part = path.with_name(f".{path.name}{PART_SUFFIX}")
     try:
         part.unlink(missing_ok=True)  # a link is not written through
         with part.open("wb") as out:
@@ -297,7 +297,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def append_whole(path: Path, content: bytes) -> None:
+def append_atomic(path: Path, content: bytes) -> None:
     """Append all of the content or nothing: a full disk takes a part of it first."""
     with path.open("ab", buffering=0) as out:
         end = out.tell()

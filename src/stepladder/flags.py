@@ -22,7 +22,7 @@ def count(text: str, least: int = 1) -> int:
     return number
 
 
-def whole(text: str) -> int:
+def integer(text: str) -> int:
     """A whole number from 0 on."""
     return count(text, least=0)
 
@@ -73,7 +73,7 @@ def from_0(text: str) -> float:
     return 0.0 if float(text) == 0 else above_0(text)
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """More than 0, and 1 at most."""
     if (number := above_0(text)) > 1:
         raise argparse.ArgumentTypeError(f"{text} is more than 1")

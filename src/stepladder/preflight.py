@@ -26,7 +26,7 @@ from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
 from stepladder.training.launch import devices, launcher
 
-KEYS = "keys"  # what --show prints where no number follows it
+SHOW_KEYS = "keys"  # what --show prints where no number follows it
 
 
 def check(parser: argparse.ArgumentParser) -> int:
@@ -39,17 +39,17 @@ def check(parser: argparse.ArgumentParser) -> int:
         The exit code.
     """
     args, overrides = parser.parse_known_args()
-    if args.show not in (None, KEYS) and not args.show.isdecimal():
+    if args.show not in (None, SHOW_KEYS) and not args.show.isdecimal():
         overrides.insert(0, args.show)  # `--show lora`: not a number but the recipe
-        args.show = KEYS
-    count = 0 if args.show in (None, KEYS) else int(args.show)
-    shows_rows = args.audit or args.show not in (None, KEYS)
+        args.show = SHOW_KEYS
+    count = 0 if args.show in (None, SHOW_KEYS) else int(args.show)
+    shows_rows = args.audit or args.show not in (None, SHOW_KEYS)
     # `check.py lora --lora_r 8`: a first word that is no flag is the recipe too.
     bare = not args.recipe and overrides and not overrides[0].startswith("-")
     name = overrides.pop(0) if bare else args.recipe
     if args.data and (name or overrides or shows_rows or args.show):
         parser.error("--data takes no recipe; with a recipe: --recipe NAME --dataset_name FILE --audit, or --show N")
-    if (shows_rows or args.data) and (args.explain or args.show == KEYS):
+    if (shows_rows or args.data) and (args.explain or args.show == SHOW_KEYS):
         parser.error("--audit and --data take no other view than --show N")
     if not (shows_rows or args.data) and (args.min_input, args.min_output) != (None, None):
         parser.error("--min_input and --min_output need --data, --audit or --show N")
@@ -63,7 +63,8 @@ def check(parser: argparse.ArgumentParser) -> int:
     if shows_rows:
         return _print_audit(recipe, limits, count, args.json)
     if args.show or args.explain:
-        return _print_keys(adapter_recipe.settle(recipe) if start.find_for(recipe).adapter else recipe, args)
+        settled = adapter_recipe.settle(recipe) if start.resolve_recipe_model(recipe).adapter else recipe
+        return _print_keys(settled, args)
     return _print_checks(recipe, args)
 
 
@@ -111,7 +112,7 @@ def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
 
 def _print_axolotl(path: Path, args: argparse.Namespace, overrides: list[str]) -> int:
     """Explain an Axolotl configuration by its own key names."""
-    command = f"python scripts/import_axolotl.py {console.quoted(path)} -o recipe.yaml"
+    command = f"python scripts/import_axolotl.py {console.quote_for_shell(path)} -o recipe.yaml"
     if not args.explain or overrides:
         raise RecipeError(
             "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),
@@ -153,10 +154,15 @@ class Check:
 
     name: str
     right: bool
-    said: str
+    message: str
     where: str = ""
     why: str = ""
     help: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """As `check.py --json` prints it."""
+        facts = dataclasses.asdict(self)
+        return {"said" if name == "message" else name: value for name, value in facts.items()}
 
 
 def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
@@ -167,13 +173,13 @@ def _print_checks(recipe: Recipe, args: argparse.Namespace) -> int:
     found = checks(recipe, Machine(args.nodes, args.gpus, args.gpu, args.strategy))
     exit_code = 0 if all(line.right for line in found) else EXIT_BAD_INPUT
     if args.json:
-        lines = [dataclasses.asdict(line) for line in found]
+        lines = [line.as_json() for line in found]
         facts = _facts(recipe) | {"right": exit_code == 0, "checks": lines}
         print(json.dumps(facts, ensure_ascii=False))
         return exit_code
     for line in found:
         place = f"{line.where}: " if line.where else ""
-        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.said}")
+        print(f"{'✔' if line.right else '✘'} {line.name:10}{place}{line.message}")
         for label, text in (("why", line.why), ("help", line.help)):
             if text:
                 print(f"            {label + ':':9}" + text.replace("\n", "\n" + " " * 21))
@@ -190,11 +196,11 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
 
     def look(name: str, found: Callable[..., tuple[str, Any]], *given: Any) -> Any:
         try:
-            said, value = found(*given)
+            message, value = found(*given)
         except StepladderError as error:
             done.append(Check(name, False, error.what, error.where, error.why, error.help))
             return None
-        done.append(Check(name, True, said))
+        done.append(Check(name, True, message))
         return value
 
     look("recipe", _keys, recipe)
@@ -226,7 +232,7 @@ def _keys(recipe: Recipe) -> tuple[str, Any]:
 def _model(recipe: Recipe) -> tuple[str, Recipe]:
     """The message, and the recipe as it is trained."""
     found = adapter_recipe.settle(recipe)
-    source = start.find_for(found)
+    source = start.resolve_recipe_model(found)
     on = f", an adapter that is trained on; its base is {source.base}" if source.adapter else ""
     return f"{found.get('model_name_or_path')}{on}", found
 
@@ -250,11 +256,11 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
-    said = f"{most} tokens in the longest row; {share:.0%} of all are trained"
+    message = f"{most} tokens in the longest row; {share:.0%} of all are trained"
     if ends := templates.turn_ends(tokenizer):
-        said += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
+        message += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
     warned = [finding for finding in found if finding.severity == WARNING]
-    return said + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
+    return message + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
 
 
 def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
@@ -267,8 +273,8 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
     step = arguments.layout(recipe, launch.ranks)
     notes = arguments.check_strategy(recipe, launch)
-    said = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
-    return "; ".join([said, *notes]), launch
+    message = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
+    return "; ".join([message, *notes]), launch
 
 
 def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: int | None) -> tuple[str, Any]:
@@ -278,16 +284,18 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
     if machine.gpus:
         device = hardware.device(machine.gpu)
         plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
-        way = plan.of_recipe(launch.strategy)
+        pick = plan.of_recipe(launch.strategy)
     else:
         precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
-        plan, way = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
-    said = f"{way.gib} of {plan.device.name}: {way.batch}"
-    if way.host_limit is not None and not way.host_fits:
-        said += f", and {way.memory.host / hardware.GIB:.1f} of {way.host_limit / hardware.GIB:.1f} GiB of its host"
-    if not way.fits:
-        better = choose.fastest(plan.ways()) or choose.fastest(plan.each(launch.strategy))
+        plan, pick = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+    message = f"{pick.gib} of {plan.device.name}: {pick.batch}"
+    if pick.host_limit is not None and not pick.host_fits:
+        message += (
+            f", and {pick.memory.host / hardware.GIB:.1f} of {pick.host_limit / hardware.GIB:.1f} GiB of its host"
+        )
+    if not pick.fits:
+        better = choose.fastest(plan.candidates()) or choose.fastest(plan.all_candidates(launch.strategy))
         if better is None:
-            raise choose.no_fit_error(plan, plan.ways())
-        raise LaunchError(f"it needs {said}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
-    return said, plan.sizes(way)
+            raise choose.no_fit_error(plan, plan.candidates())
+        raise LaunchError(f"it needs {message}", help=f"--strategy {better.strategy} {' '.join(better.keys)}")
+    return message, plan.sizes(pick)

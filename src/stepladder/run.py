@@ -18,7 +18,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, TrainingError, lost_a_rank
-from stepladder.files import PART, append_whole, open_lock, remove, write_whole
+from stepladder.files import PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
 from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, metrics_text, read_manifest, row_of
 
 PACKAGES = (
@@ -106,7 +106,7 @@ class Run:
         Not the queue's, nor what a kill left of a file that was being written.
         """
         files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS, REPLACED))]
-        files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART))]
+        files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART_SUFFIX))]
         return sorted(files, key=lambda file: file.name == MANIFEST)
 
     def replaced_bytes(self) -> int:
@@ -217,7 +217,7 @@ class Run:
                 if self.replaces:
                     self._move_aside()
                 self._write()  # first: by it the next start knows the folder for a run's, however little follows
-                write_whole(self.folder / RECIPE, recipe_yaml)
+                write_atomic(self.folder / RECIPE, recipe_yaml)
                 self._rewind(resumed["step"] if resumed else -1)
             except OSError as error:
                 raise LaunchError(
@@ -273,7 +273,7 @@ class Run:
                 damaged += line.endswith("\n")
         if damaged:
             say(f"⚠ {self.folder / METRICS} has {damaged} damaged line{'s' * (damaged > 1)}: left out")
-        write_whole(self.folder / METRICS, "".join(kept))
+        write_atomic(self.folder / METRICS, "".join(kept))
 
     def update(self, **facts: Any) -> None:
         self.manifest.update(facts)
@@ -295,7 +295,7 @@ class Run:
         """Write what is new. On a full disk the run goes on, and the next call retries all of it."""
         try:
             if self._rows:
-                append_whole(self.folder / METRICS, self._rows.encode())
+                append_atomic(self.folder / METRICS, self._rows.encode())
                 self._rows = ""
             if manifest or self._unwritten:
                 self._write()
@@ -331,7 +331,7 @@ class Run:
     def _write(self) -> None:
         if self._since:
             self.manifest["elapsed_seconds"] = round(self.elapsed, 3)
-        write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def package_versions() -> dict[str, str]:

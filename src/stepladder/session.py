@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from stepladder.data import mixture, templates
 from stepladder.data.rows import Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
-from stepladder.recipe.recipe import Layout, Recipe
+from stepladder.recipe.recipe import Recipe, StepLayout
 from stepladder.reporting import page
 from stepladder.run import Run
 from stepladder.training import arguments, inputs
@@ -54,7 +53,7 @@ class Checked:
 
     launch: launcher.Launch
     recipe: Recipe
-    step: Layout
+    step: StepLayout
     train_rows: Any
     eval_rows: Rows | None
     record: Run
@@ -74,7 +73,7 @@ class Prepared:
 
     checked: Checked
     recipe: Recipe
-    step: Layout
+    step: StepLayout
     checkpoint: Path | None
     use_cpu: bool
     precision: str
@@ -278,7 +277,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
         "world_size": launch.ranks,
         "devices": prepared.devices,
         "precision": prepared.precision,
-        "attention": dataclasses.asdict(model.attention),
+        "attention": model.attention.facts_for_manifest(),
         "allocator": devices.allocator_name(),
         "global_batch_size": step.rows,
         "micro_batch_size": step.micro,
@@ -367,7 +366,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
         return trainer.Trainer(
             model=built.model.model,
             layout=prepared.step,
-            flat=built.model.attention.flat,
+            padding_free=built.model.attention.padding_free,
             own_kernels=prepared.use_cpu,
             args=prepared.arguments,
             processing_class=prepared.tokenizer,

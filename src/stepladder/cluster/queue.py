@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stepladder import console, hardware
 from stepladder.cluster import job
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPUS, MEMORY_PER_GPU
@@ -65,7 +65,7 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     script += ["--strategy", args.strategy] if args.strategy else []
     options = [*_resources(args, share, need), name, f"--output={log_pattern(folder, log)}"]
     if args.dry_run:
-        comments = [*plan.splitlines(), quoted("sbatch", *options, *script, *overrides)]
+        comments = [*plan.splitlines(), quote_for_shell("sbatch", *options, *script, *overrides)]
         print("".join(f"# {line}\n" for line in comments) + f"\n{Path(script[0]).read_text()}")
         return
     if plan:
@@ -80,8 +80,8 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
                   f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
                   *job.sweep_folders(args.sweep), "-o", str(folder / "report.html")]  # fmt: skip
         print(f"  report  job {sbatch(report)}, when all have ended: {folder}/report.html")
-    print(f"  follow  squeue --job {number};  tail -F {quoted(folder)}/slurm-{number}*.out")
-    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quoted(folder)}/stop")
+    print(f"  follow  squeue --job {number};  tail -F {quote_for_shell(folder)}/slurm-{number}*.out")
+    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quote_for_shell(folder)}/stop")
 
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
@@ -155,32 +155,32 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
     for words in runs:
         recipe = job.recipe_of(words + overrides)
         plan = choose.Plan(recipe, args.nodes, int(count), hardware.device(name))
-        ways = plan.ways()
+        candidates = plan.candidates()
         if share:
-            ways = [way for way in ways if choose.host_bytes(plan, way) <= share * GIB] or ways
-        best = plan.best(ways)
+            candidates = [one for one in candidates if choose.host_bytes(plan, one) <= share * GIB] or candidates
+        best = plan.best(candidates)
         if best is None:
-            raise choose.no_fit_error(plan, ways)
+            raise choose.no_fit_error(plan, candidates)
         if auto:
-            way, args.strategy = best, best.strategy
+            pick, args.strategy = best, best.strategy
             overrides += best.keys
         else:
-            way = plan.of_recipe(launcher.find_strategy(args.strategy, plan.ranks))
-        lines.append(f"plan: {way.strategy}, {way.batch}: {way.gib} of each {name}")
-        if (times := best.tokens_per_second / way.tokens_per_second) > SLOWER:
+            pick = plan.of_recipe(launcher.find_strategy(args.strategy, plan.ranks))
+        lines.append(f"plan: {pick.strategy}, {pick.batch}: {pick.gib} of each {name}")
+        if (times := best.tokens_per_second / pick.tokens_per_second) > SLOWER:
             lines[-1] += (
                 f"\n      {best.strategy}, {best.batch} is {times:.1f} times as fast by the plan: --strategy auto"
             )
-        if not way.fits:
+        if not pick.fits:
             raise LaunchError(
                 f"it does not fit: {lines[-1].splitlines()[0]}",
                 why="an estimate (docs/planning.md): the job would wait in the queue, then run out of memory",
                 help=f"--strategy auto: {best.strategy} with micro-batch {best.micro}; or sbatch, without a plan",
             )
-        need = max(need, host := choose.host_bytes(plan, way) / GIB)
+        need = max(need, host := choose.host_bytes(plan, pick) / GIB)
         if 0 < share < host:
             raise LaunchError(
-                f"{way.strategy} takes {host:.0f} GiB of host memory per rank, and a GPU's share of a node is {share}",
+                f"{pick.strategy} takes {host:.0f} GiB of host memory per rank, and a GPU's share of a node is {share}",
                 why="each rank's own: weights that it loads in fp32, what is offloaded, a CUDA process's 4 GiB",
                 help="--strategy zero3, which loads the weights once; or --mem_per_gpu with what your nodes have",
             )
@@ -273,7 +273,7 @@ def sbatch(words: list[str]) -> str:
         said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise LaunchError(
             f"Slurm refuses the job: {' '.join(said.split())}",
-            why=quoted("sbatch", *words),
+            why=quote_for_shell("sbatch", *words),
             help="sinfo shows the partitions with their limits, sacctmgr show assoc your accounts",
         )
     return (done.stdout + done.stderr).strip()

@@ -16,7 +16,7 @@ from stepladder.data import columns, mixture, render
 from stepladder.data.formats import Example
 from stepladder.data.row_checks import ERROR, FIGURE, WARNING, Finding, Limits, check_texts
 from stepladder.data.rows import Rows, Stream
-from stepladder.data.source import HEAD, Source
+from stepladder.data.source import SAMPLED_ROWS, Source
 from stepladder.errors import DataError
 from stepladder.screen import Screen
 from stepladder.settings import Settings
@@ -93,7 +93,7 @@ def _read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findi
     bad: list[DataError] = []
     classes: dict[str, Counter[str]] = {column: Counter() for column in CLASS_COLUMNS}
     found = source.rows()
-    head = list(itertools.islice(found, HEAD))
+    head = list(itertools.islice(found, SAMPLED_ROWS))
     try:
         shape = columns.usual_shape(head)
     except DataError:  # of no row; each row then says so itself

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data.readers import DECODER, JSON_FORM, SAVE_AS_UTF8, Found, Row, bad_row, quote, refuse_utf16
 from stepladder.errors import DataError
 
@@ -212,7 +212,7 @@ def _of_object(value: Row, where: str, name: str, split: str) -> Iterator[Found]
         if others := [other for other in value if other != key]:
             code = f"json.load(open({json.dumps(name)}))[{json.dumps(key)}]"
             code = f"import json; [print(json.dumps(row)) for row in {code}]"
-            extraction = f"python -c {quoted(code)} > {quoted(name + '.jsonl')}"
+            extraction = f"python -c {quote_for_shell(code)} > {quote_for_shell(name + '.jsonl')}"
             raise DataError(
                 f"'{key}' holds the rows, and {', '.join(map(quote, others))} beside it would not be read",
                 where=where,

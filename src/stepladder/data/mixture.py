@@ -359,7 +359,7 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
             "not held out; check.py --audit names them"
         )
     try:
-        files.write_whole(record.folder / HELD_OUT, json.dumps(content) + "\n")
+        files.write_atomic(record.folder / HELD_OUT, json.dumps(content) + "\n")
     except OSError as error:
         notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): compare.py will read the data again instead")
     return notes

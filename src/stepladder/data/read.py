@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import files
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data.json_documents import is_split_object, json_rows, split_word
 from stepladder.data.readers import (
     JSON_FORM,
@@ -84,7 +84,7 @@ def read(path: Path, split: str = "train") -> Iterator[Found]:
                 for where, row in found:
                     yield where, row
     except PermissionError:
-        raise DataError("the file may not be read", where=name, help=f"chmod u+r {quoted(path)}") from None
+        raise DataError("the file may not be read", where=name, help=f"chmod u+r {quote_for_shell(path)}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"the file cannot be read to its end: {error}",
@@ -124,11 +124,11 @@ def _require_file(path: Path, name: str) -> None:
         if not is_saved(path):
             raise DataError(f"{name} is a folder, though it has a file's name", help="name the file in it")
     elif not stat.S_ISREG(mode):
+        copy = f"cat {quote_for_shell(path)} > rows{kind(path) or '.jsonl'}"
         raise DataError(
             f"{name} is a pipe, socket or device, and no file",
             why="data is read more than once",
-            # A device may never end.
-            help=f"cat {quoted(path)} > rows{kind(path) or '.jsonl'}" if stat.S_ISFIFO(mode) else "name a file",
+            help=copy if stat.S_ISFIFO(mode) else "name a file",  # a device may never end
         )
 
 
@@ -158,13 +158,13 @@ def other_kind(path: Path) -> DataError:
     suffix = kind(path)
     what, code = OTHER_KINDS.get(suffix, ("", ""))
     if path.is_file() and _looks_like_json(path):
-        what, help = "its content looks like JSON", f"mv {quoted(path)} {quoted(f'{path}.jsonl')}"
+        what, help = "its content looks like JSON", f"mv {quote_for_shell(path)} {quote_for_shell(f'{path}.jsonl')}"
     elif code:
         # Beside the file and under a new name.
         code = code.replace("FILE", json.dumps(str(path))).replace("OUT", json.dumps(f"{path}.jsonl"))
-        help = f"python -c {quoted(code)}"
+        help = f"python -c {quote_for_shell(code)}"
     elif suffix in UNPACKERS:
-        help = f"{UNPACKERS[suffix]} {quoted(path)}"
+        help = f"{UNPACKERS[suffix]} {quote_for_shell(path)}"
     else:
         help = f"one of {', '.join(READERS)}; all but .parquet, .arrow and .feather may end in .gz or .zst too"
     return DataError(f"{printable(path)}: files of the kind '{path.suffix}' are not read", why=what, help=help)
@@ -187,14 +187,14 @@ def refuse_other_content(path: Path) -> None:
         raise DataError(
             f"{name} is a pointer of git-lfs, and no data",
             why="the data set was cloned without git-lfs, which fetches the files",
-            help=f"git -C {quoted(path.parent)} lfs pull",
+            help=f"git -C {quote_for_shell(path.parent)} lfs pull",
         )
     if head.startswith((b"<!doctype html", b"<html")):
         help = "download the file itself: on the hub its address holds /resolve/, not /blob/"
         raise DataError(f"{name} is a web page, and no data", help=help)
     for magic, right in MAGIC.items():
         if head.startswith(magic.lower()) and suffix != right:
-            help = f"mv {quoted(path)} {quoted(f'{path}{right}')}"
+            help = f"mv {quote_for_shell(path)} {quote_for_shell(f'{path}{right}')}"
             raise DataError(f"{name} is a {right} file by its content", help=help)
 
 

@@ -189,11 +189,11 @@ class RowTokenizer(RowRenderer):
             elif "messages" not in example:
                 if chat := RENDERED_CHAT.search(example["text"]):
                     self.remark("rendered_text", chat[0].strip())
-                ids = self._whole(ids)
+                ids = self._add_begin_and_end(ids)
                 yield Rendered(ids, list(ids))
             else:
                 cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
-                ids, offsets = self._apart(texts[number], sorted(cuts), (ids, offsets))
+                ids, offsets = self._tokenize_apart(texts[number], sorted(cuts), (ids, offsets))
                 if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
                     self.remark("changed_by_tokenizer")
                 if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
@@ -202,13 +202,13 @@ class RowTokenizer(RowRenderer):
                     self.remark("no_beginning", self.tokenizer.decode(self.begin))
                 yield _labelled(ids, offsets, turns, train_on)
 
-    def _whole(self, ids: list[int]) -> list[int]:
+    def _add_begin_and_end(self, ids: list[int]) -> list[int]:
         """Plain text is trained whole: it begins as the tokenizer begins every text, and ends by one end token."""
         begin = [] if ids[: len(self.begin)] == self.begin else self.begin
         last = next((token for token in reversed(ids) if self.tokenizer.decode([token]).strip()), None)
         return [*begin, *ids] if last == self.tokenizer.eos_token_id else [*begin, *ids, self.tokenizer.eos_token_id]
 
-    def _apart(self, text: str, cuts: list[int], whole: Encoded) -> Encoded:
+    def _tokenize_apart(self, text: str, cuts: list[int], whole: Encoded) -> Encoded:
         """The tokens of a text, none of which holds characters on both sides of a cut.
 
         The model is asked with the text before a cut, so it is trained after the tokens of that.

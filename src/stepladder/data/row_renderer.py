@@ -11,7 +11,7 @@ from stepladder import files
 from stepladder.data.formats import Example
 from stepladder.data.readers import quote
 from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
-from stepladder.data.templates.layout import ChatTemplate, Layout, Point, Turn
+from stepladder.data.templates.layout import ChatTemplate, Point, TemplateLayout, Turn
 from stepladder.errors import DataError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class RowRenderer:
             spans = self._within_blocks(text, spans, blocks)
         return text, spans
 
-    def _changed(self, slot: Slot, example: Example, layout: Layout) -> DataError:
+    def _changed(self, slot: Slot, example: Example, layout: TemplateLayout) -> DataError:
         _, again = ChatTemplate(self.tokenizer).row_layout(example)
         if again.literals != layout.literals:
             return DataError(
@@ -180,7 +180,7 @@ class RowRenderer:
                 self.remark("outside_blocks")
         return found
 
-    def _remark_row(self, example: Example, slots: list[Slot], layout: Layout) -> None:
+    def _remark_row(self, example: Example, slots: list[Slot], layout: TemplateLayout) -> None:
         """What a person should know of a row that is rendered in whole.
 
         Raises:
@@ -215,7 +215,7 @@ class RowRenderer:
             if not self.template.names(key):
                 self.remark("unread_argument", key)
 
-    def _remark_edges(self, number: int, slots: list[Slot], layout: Layout) -> None:
+    def _remark_edges(self, number: int, slots: list[Slot], layout: TemplateLayout) -> None:
         """White space around an answer that the template strips; an answer after a thought that nothing opens."""
         place, (left, right) = layout.order.index(number), slots[number].edges
         before, after = layout.literals[place], layout.literals[place + 1]
@@ -226,7 +226,7 @@ class RowRenderer:
         if not (thought or before.endswith(left)) or not after.startswith(right):
             self.remark("trimmed")
 
-    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: Layout) -> None:
+    def _refuse_turns_in(self, slot: Slot, example: Example, slots: list[Slot], layout: TemplateLayout) -> None:
         """Raise where a text holds what the template writes before a turn: by the tokens it would be one."""
         number = slots.index(slot)
         before = layout.literals[layout.order.index(number)] if number in layout.order else ""
@@ -249,7 +249,7 @@ class RowRenderer:
                     )
 
 
-def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: Layout) -> None:
+def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layout: TemplateLayout) -> None:
     """Raise where results follow in another order than their calls, and the template renders no ids."""
     if any(slots[slot].kind == "id" for slot in layout.order):
         return
@@ -265,7 +265,7 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
             )
 
 
-def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> list[Span]:
+def _spans(example: Example, layout: TemplateLayout, starts: list[int], length: int) -> list[Span]:
     """The characters of the turns that are trained: none of a prompt's (TRL's prompt-completion form), and none
     that the data leaves out by `train: false`.
     """
@@ -284,7 +284,7 @@ def _spans(example: Example, layout: Layout, starts: list[int], length: int) -> 
     ]
 
 
-def refuse_losses(layout: Layout, slots: list[Slot], messages: int) -> None:
+def refuse_losses(layout: TemplateLayout, slots: list[Slot], messages: int) -> None:
     """Raise for what the template does not render, but for the thoughts of earlier turns: it drops these by design."""
     last = max((turn.message for turn in layout.turns), default=messages)
     missing = [slots[number] for number in layout.lost]

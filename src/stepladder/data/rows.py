@@ -19,7 +19,7 @@ from stepladder.data import formats
 from stepladder.data.columns import UNKNOWN_KEYS, Converter, Remark, usual_shape
 from stepladder.data.conversation import REASONING
 from stepladder.data.readers import Found
-from stepladder.data.source import HEAD, Source
+from stepladder.data.source import SAMPLED_ROWS, Source
 from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
@@ -128,7 +128,7 @@ def head_notes(source: Source) -> list[str]:
     Raises:
         DataError: a set that cannot be read, or none of whose first rows has a known shape.
     """
-    head = list(itertools.islice(source.rows(), HEAD))
+    head = list(itertools.islice(source.rows(), SAMPLED_ROWS))
     converter = Converter(source.label, usual_shape(head), source.role_map)
     for where, row in head:
         _example(where, row, converter)
@@ -146,7 +146,7 @@ def examples(
         DataError: the first bad row, with the number of those that follow.
     """
     found = source.rows()
-    head = list(itertools.islice(found, HEAD))
+    head = list(itertools.islice(found, SAMPLED_ROWS))
     found = itertools.chain(head, found)
     shape = usual_shape(head)
     for new, old in (source.column_map or {}).items():

@@ -35,7 +35,7 @@ from stepladder.files import parse_yaml, read_text
 from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
-HEAD = 100  # rows looked at to learn what a set is like
+SAMPLED_ROWS = 100  # rows looked at to learn what a set is like
 CARD, CARD_BYTES = "README.md", 1 << 22  # of a hub data set
 LLAMA_FACTORY = "dataset_info.json"
 MAP_CACHE = "cache-*.arrow"  # what `Dataset.map` leaves beside the data that it read
@@ -95,7 +95,7 @@ class Source:
 
     def _renamed(self, found: Iterator[Found]) -> Iterator[Found]:
         """Rows with the columns asked for. A row that has the new name and not the old is left as it is."""
-        head, column_map = list(itertools.islice(found, HEAD)), self.column_map or {}
+        head, column_map = list(itertools.islice(found, SAMPLED_ROWS)), self.column_map or {}
         seen = {column for _, row in head if isinstance(row, dict) for column in row}
         for column in self.columns or []:
             if seen and column not in seen:

@@ -254,7 +254,7 @@ def verdict(metrics: list[dict[str, Any]], number: int) -> Verdict | None:
     kept_by_base = sum(could_break(row) for row in could if row["name"] != ALL)
     figures = {f"{row['name']}: {when}": row["sides"][side]["mean"]
                for row in measured for when, side in (("before", 0), ("after", number))}  # fmt: skip
-    evidence = "; ".join(moved(row, number) for row in [*lost, *(row for row in could if row not in lost)])
+    evidence = "; ".join(describe_change(row, number) for row in [*lost, *(row for row in could if row not in lost)])
     evidence += "; " * bool(could) + f"the base could not: {', '.join(could_not)}" if could_not else ""
     if lost:
         what, help = "It lost what its base could do.", "rows that show it among the training rows, mix_general: 0.1"
@@ -271,6 +271,6 @@ def could_break(row: dict[str, Any]) -> int:
     return round(row["sides"][0]["mean"] * row["sides"][0]["rows"])
 
 
-def moved(row: dict[str, Any], number: int) -> str:
+def describe_change(row: dict[str, Any], number: int) -> str:
     before, after = (row["sides"][side]["mean"] for side in (0, number))
     return f"{row['name']} {before:.0%} → {after:.0%} (noise {row['noise']:.0%})"

@@ -10,7 +10,7 @@ from typing import Any
 from stepladder.errors import BETTER, FAULT, LEVEL, LOOK, NO_DIFFERENCE, WORSE, Verdict
 from stepladder.evaluation import behaviours, metrics, verdicts
 from stepladder.evaluation.held_out import RowLoss, mean_loss
-from stepladder.evaluation.metrics import HIGHER, NEITHER, Metric, Rule
+from stepladder.evaluation.metrics import HIGHER, NEITHER, Metric, StyleRule
 from stepladder.evaluation.questions import Answer, Question
 
 Column = list[float | None]  # a value a row; None where the metric says nothing of it
@@ -40,8 +40,8 @@ class Side:
 def build_comparison(
     sides: list[Side],
     questions: list[Question],
-    rules: list[Rule],
-    trained: dict[str, verdicts.Trained],
+    rules: list[StyleRule],
+    trained: dict[str, verdicts.TrainedAnswers],
     on_training: bool = False,
 ) -> dict[str, Any]:
     """Figures and verdicts, as JSON can hold them; `on_training` where each row was trained on."""
@@ -55,7 +55,7 @@ def build_comparison(
 
 
 def tabulate(
-    sides: list[Side], questions: list[Question], rules: list[Rule], on_training: bool = False
+    sides: list[Side], questions: list[Question], rules: list[StyleRule], on_training: bool = False
 ) -> dict[str, Any]:
     """The first side against each of the others.
 
@@ -86,8 +86,8 @@ def tabulate(
 def judge_sides(
     sides: list[Side],
     questions: list[Question],
-    trained: dict[str, verdicts.Trained],
-    rules: Sequence[Rule] = (),
+    trained: dict[str, verdicts.TrainedAnswers],
+    rules: Sequence[StyleRule] = (),
     on_training: bool = False,
 ) -> list[dict[str, Any]]:
     """Each later side's verdicts against the first: better, learned by heart, forgotten, as far as measured.
@@ -105,7 +105,7 @@ def judge_sides(
 
 
 def _verdicts(
-    base: Side, tuned: Side, questions: list[Question], trained: verdicts.Trained | None, on_training_rows: bool
+    base: Side, tuned: Side, questions: list[Question], trained: verdicts.TrainedAnswers | None, on_training_rows: bool
 ) -> Iterator[Verdict]:
     for side in (tuned, base):
         on_training = side.training.get(tuned.name, [])
@@ -130,7 +130,7 @@ def _verdicts(
         yield verdicts.judge_forgetting(base.general, tuned.general)
 
 
-def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> Iterator[Verdict]:
+def _required(side: Side, questions: list[Question], rules: Sequence[StyleRule]) -> Iterator[Verdict]:
     """The rules that too few answers keep, and those that no answer could be held to."""
     missed, unknown, figures = [], [], {}
     for rule in rules:
@@ -154,7 +154,7 @@ def _required(side: Side, questions: list[Question], rules: Sequence[Rule]) -> I
         yield Verdict(LOOK, "requirement not judged", what, "; ".join(unknown), help)
 
 
-def _columns(side: Side, questions: list[Question], rules: list[Rule]) -> dict[Metric, Column]:
+def _columns(side: Side, questions: list[Question], rules: list[StyleRule]) -> dict[Metric, Column]:
     found: dict[Metric, Column] = {}
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
         figures = metrics.score_answer(answer, question.reference)
@@ -175,7 +175,7 @@ def _row(metric: Metric, columns: list[Column]) -> dict[str, Any]:
         pairs = [(a, b) for a, b in zip(columns[0], column, strict=False) if a is not None and b is not None]
         wanted = pairs and metric.better != NEITHER and column is not columns[0]
         first, second = [a for a, _ in pairs], [b for _, b in pairs]
-        tests.append(vars(metrics.paired(first, second, [1.0] * len(pairs))) if wanted else None)
+        tests.append(vars(metrics.compare_paired(first, second, [1.0] * len(pairs))) if wanted else None)
     return _entry(metric, sides, tests)
 
 

@@ -21,7 +21,7 @@ AT_ONCE, TRIES, PAUSE = 4, 3, 1.0  # requests in flight; tries a request; second
 MOST = 10_000_000  # bytes of an answer; a chat completion has thousands
 MOST_OF_A_FAULT = 2_000  # bytes that are read of a refusal, of which 200 are shown
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what may be otherwise on the next try
-KEY = "OPENAI_API_KEY"
+KEY_VARIABLE = "OPENAI_API_KEY"
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which no file can hold; JSON can
 
 
@@ -188,7 +188,7 @@ def _address(endpoint: Endpoint) -> URL:
         raise ModelError(
             f"--endpoint {redact(endpoint.url)} holds more than an address",
             why="a password or a key in it would be kept in compare.json, with the command",
-            help=f"the server's address alone; a key goes into the environment: {KEY}",
+            help=f"the server's address alone; a key goes into the environment: {KEY_VARIABLE}",
         )
     if not right:
         raise ModelError(f"'{redact(endpoint.url)}' is no address", help="--endpoint http://localhost:11434")
@@ -198,9 +198,11 @@ def _address(endpoint: Endpoint) -> URL:
 def _headers() -> dict[str, str]:
     # Not packed: a megabyte of zeros unpacks from a kilobyte.
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-    if key := os.environ.get(KEY, "").strip():
+    if key := os.environ.get(KEY_VARIABLE, "").strip():
         if not (key.isascii() and key.isprintable()):
-            raise ModelError(f"{KEY} holds characters that no key has", help=f"set {KEY} again, or unset it")
+            raise ModelError(
+                f"{KEY_VARIABLE} holds characters that no key has", help=f"set {KEY_VARIABLE} again, or unset it"
+            )
         headers["Authorization"] = f"Bearer {key}"
     return headers
 
@@ -258,5 +260,5 @@ async def _whole(reply: Response, begins: int = 0) -> bytes:
 def _excerpt(said: bytes) -> str:
     """How it begins, without our key: some servers repeat it in their refusal."""
     text = said[:MOST_OF_A_FAULT].decode(errors="replace")
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     return (text.replace(key, "…") if key else text)[:200]

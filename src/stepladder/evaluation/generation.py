@@ -203,7 +203,7 @@ def read_questions(args: argparse.Namespace, system: list[Message], notes: list[
     found = [Question([*system, {"role": "user", "content": text}]) for text in args.prompt or []]
     if args.prompts:
         found = [_under(system, question) for question in read_prompts(args.prompts, notes)]
-    start.find_checked(args.model, args.base)
+    start.resolve_existing_model(args.model, args.base)
     if args.transcript:
         files.make_folder(args.transcript.parent)
         if args.transcript.is_dir() or (args.transcript.exists() and not args.overwrite):
@@ -237,7 +237,7 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
         (answer,) = generate_answers(model, tokenizer, [question.example], streamer=streamer, **sampling)
         if args.transcript:
             kept.append(transcript_row(args.model, question.example, answer, args.max_new_tokens, args.temperature))
-            files.write_whole(args.transcript, "".join(kept))
+            files.write_atomic(args.transcript, "".join(kept))
         if args.chat:
             question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:

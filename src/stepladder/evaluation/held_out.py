@@ -71,7 +71,7 @@ class Runs:
             open_ += [base] if (base := self.base_of(name)) else []
         return list(found.values())
 
-    def trained(self, source: str) -> set[str]:
+    def trained_keys(self, source: str) -> set[str]:
         """The keys of all rows that are behind a model, as far as they are known."""
         found: set[str] = set()
         for folder in self.lineage(source):
@@ -243,7 +243,7 @@ def _with_answer(question: Question) -> Example:
     return question.example | {"messages": [*question.messages, answer]}
 
 
-def asked_before(asked: list[Question], training: dict[str, Rows]) -> list[str]:
+def note_asked_questions(asked: list[Question], training: dict[str, Rows]) -> list[str]:
     """Notes on questions that stand in the training rows of a side, with whichever answer."""
     mine = [row_key(question.example) for question in asked]
     notes = []

@@ -131,7 +131,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 @dataclass(frozen=True)
-class Rule:
+class StyleRule:
     """A style rule: a regular expression that an answer holds from `at_least` to `at_most` times.
 
     With `in_reference`, only what the reference holds too counts; where the reference holds none of
@@ -158,7 +158,7 @@ class Rule:
         return float(self.at_least <= len(found) and (self.at_most is None or len(found) <= self.at_most))
 
 
-def read_rubric(path: Path) -> list[Rule]:
+def read_rubric(path: Path) -> list[StyleRule]:
     """The rules of a YAML file of style rules, in their order (data/techco_rubric.yaml is one).
 
     Raises:
@@ -174,8 +174,8 @@ def read_rubric(path: Path) -> list[Rule]:
     return [_rule(str(name), keys, str(path)) for name, keys in found.items()]
 
 
-def _rule(name: str, keys: Any, where: str) -> Rule:
-    known = {field.name: field.type for field in dataclasses.fields(Rule)}
+def _rule(name: str, keys: Any, where: str) -> StyleRule:
+    known = {field.name: field.type for field in dataclasses.fields(StyleRule)}
     if not isinstance(keys, dict) or not isinstance(keys.get("pattern"), str):
         raise DataError(f"the rule '{name}' has no pattern", where=where, help="pattern: 'a regular expression'")
     for key, value in keys.items():
@@ -193,7 +193,7 @@ def _rule(name: str, keys: Any, where: str) -> Rule:
         raise DataError(f"the rule '{name}' judges facts and requires none", where=where, why=why,
                         help="required: 0.95")  # fmt: skip
     try:
-        return Rule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
+        return StyleRule(name, **{**keys, "pattern": re.compile(keys["pattern"])})
     except (re.error, OverflowError, RecursionError) as error:
         raise DataError(f"the pattern of the rule '{name}' is none: {error}", where=where) from None
 
@@ -238,7 +238,7 @@ def jackknife(whole: float, without: Floats) -> tuple[float, float]:
     return whole - spread, whole + spread
 
 
-def paired(first: Floats, second: Floats, weights: Floats) -> Difference:
+def compare_paired(first: Floats, second: Floats, weights: Floats) -> Difference:
     """Two systems on the same rows: paired bootstrap for the interval (Koehn, 2004), paired permutation for p.
 
     The permutation exchanges the two values of random rows (approximate randomization: Noreen, 1989;

@@ -70,7 +70,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     server = next((source for source in sources if isinstance(source, Endpoint)), None)
     rules = metrics.read_rubric(args.rubric) if args.rubric else []
     required = verdicts.read_claims(args.require, rules)
-    trained = {name: keys for name in sources if isinstance(name, str) and (keys := runs.trained(name))}
+    trained = {name: keys for name in sources if isinstance(name, str) and (keys := runs.trained_keys(name))}
     on = _choose_rows(args, runs, trained, sources[0])
     on.suite = behaviours.read() if args.behaviours or verdicts.needs_behaviours(required) else []
     wants_general = args.general or mixture.GENERAL.is_file()
@@ -83,7 +83,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
         fail("--output_dir is needed: the first --tuned is no run folder")
     files.make_folder(folder)
     rows = {str(name): found for name in sources[1:] if (found := training_rows(name, runs))}
-    on.notes += [] if on.on_training else held_out.asked_before(on.questions, rows)
+    on.notes += [] if on.on_training else held_out.note_asked_questions(on.questions, rows)
     on.training = {name: drawn for name, found in rows.items() if (drawn := draw_sample(found))}
     on.general = draw_sample(general, without=set().union(*trained.values())) if general else None
     on.notes += not_measured(sources, on)
@@ -94,7 +94,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     measured, is_writer = _measure_all(args, sources, on, max_new_tokens, kept)
     if not is_writer:
         return None
-    answers = {name: verdicts.Trained(training_answers(found)) for name, found in rows.items()}
+    answers = {name: verdicts.TrainedAnswers(training_answers(found)) for name, found in rows.items()}
     facts = _facts(on, max_new_tokens)
 
     def compare(some: list[Side]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _facts(on: Measured, max_new_tokens: int) -> dict[str, Any]:
     """What compare.json says of how the comparison was made."""
     compared = len(on.held_out or [])
     return {
-        "command": "python " + console.quoted(*sys.argv),
+        "command": "python " + console.quote_for_shell(*sys.argv),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "held_out_rows": 0 if on.on_training else compared,
         "training_rows": compared if on.on_training else 0,
@@ -208,7 +208,7 @@ def _write(
     others = [side for side in others if os.access(side.name, os.W_OK)]
     texts |= {Path(side.name) / "compare.json": _as_text(compare([measured[0], side])) for side in others}
     for file, text in texts.items():  # all are made before the first is written
-        files.write_whole(file, text)
+        files.write_atomic(file, text)
     return [side.name for side in others]
 
 
@@ -295,14 +295,15 @@ def check(source: SideSource, on: Measured) -> None:
     else:
         if isinstance(on.base, str) and on.base not in ("", source) and is_model(on.base) and _lacks_base(source):
             on.bases[source] = on.base
-            on.notes.append(f"{source} is put on {on.base}: its own base, {start.find(source).base}, is not there")
-        begun = start.find_checked(source, on.bases.get(source))
+            own = start.resolve_model(source).base
+            on.notes.append(f"{source} is put on {on.base}: its own base, {own}, is not there")
+        begun = start.resolve_existing_model(source, on.bases.get(source))
         if begun.adapter and (note := fingerprint.note_other_base(begun.adapter, begun.base, begun.revision)):
             on.notes.append(note)
 
 
 def _lacks_base(source: str) -> bool:
-    begun = start.find(source)
+    begun = start.resolve_model(source)
     try:
         start.check_source(begun.base)
     except ModelError:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, StepladderError, Verdict
 from stepladder.evaluation import behaviours, metrics
 from stepladder.evaluation.held_out import RowLoss, mean_loss
-from stepladder.evaluation.metrics import HIGHER, NEITHER, Rule, words
+from stepladder.evaluation.metrics import HIGHER, NEITHER, StyleRule, words
 from stepladder.suggest import suggest
 
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
@@ -41,7 +41,7 @@ SHORT = {BETTER: "better than the base"}
 INSTEAD = ("diverged", "not held out")  # verdicts beside which others are not given
 
 
-class Trained:
+class TrainedAnswers:
     """The answers that a model was trained on, to find runs of words of theirs in other texts."""
 
     def __init__(self, answers: Iterable[str]):
@@ -64,7 +64,7 @@ class Trained:
                 longest = max(longest, length)
         return longest
 
-    def copied(self, texts: list[str]) -> tuple[float, int]:
+    def share_of_copies(self, texts: list[str]) -> tuple[float, int]:
         """The share of texts that are copies of a training answer, and the longest run of all."""
         runs = [self.longest_run(text) for text in texts]
         least, share = COPIED
@@ -82,7 +82,7 @@ def judge_divergence(losses: list[RowLoss], whose: str) -> Verdict | None:
 
 
 def judge_memorization(
-    trained: Trained,
+    trained: TrainedAnswers,
     answers: list[str],
     references: list[str],
     losses: tuple[tuple[float, float], tuple[float, float]] | None,
@@ -93,8 +93,8 @@ def judge_memorization(
         losses: on training rows, of the base and of the tuned model, and on held-out rows; where a side
             tells none, the copies alone are judged by.
     """
-    share, run = trained.copied(answers)
-    usual, _ = trained.copied([text for text in references if text])
+    share, run = trained.share_of_copies(answers)
+    usual, _ = trained.share_of_copies([text for text in references if text])
     figures = {"copied": share, "copied_references": usual, "longest_run": float(run)}
     evidence = (
         f"{share:.0%} of the answers are copies of a training answer (of the references {usual:.0%}), longest common "
@@ -165,7 +165,7 @@ def loss_test(base: list[RowLoss], tuned: list[RowLoss]) -> metrics.Difference:
     """The test of two models' losses on the same rows; each row weighs what its tokens are to the base."""
     weights = [float(row.tokens) for row in base]
     first, second = ([row.nats / unit.tokens for row, unit in zip(side, base, strict=True)] for side in (base, tuned))
-    return metrics.paired(first, second, weights)
+    return metrics.compare_paired(first, second, weights)
 
 
 class Claim(NamedTuple):
@@ -178,7 +178,7 @@ class Claim(NamedTuple):
         return f"{self.subject} {self.wanted}".strip()
 
 
-def read_claims(texts: Sequence[str], rules: Sequence[Rule]) -> list[Claim]:
+def read_claims(texts: Sequence[str], rules: Sequence[StyleRule]) -> list[Claim]:
     """The claims of a comma-separated list, each once.
 
     Args:
@@ -210,7 +210,7 @@ def read_claims(texts: Sequence[str], rules: Sequence[Rule]) -> list[Claim]:
     return [*dict.fromkeys(claims)]
 
 
-def _figures(rules: Sequence[Rule]) -> list[str]:
+def _figures(rules: Sequence[StyleRule]) -> list[str]:
     own = [metric.name for metric in metrics.METRICS if metric.better != NEITHER]
     return [metrics.LOSS.name, *own, *(rule.name for rule in rules), *behaviours.CHECKS, behaviours.ALL]
 
@@ -219,7 +219,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _listed(rules: Sequence[Rule]) -> str:
+def _listed(rules: Sequence[StyleRule]) -> str:
     verdicts = ", ".join([*SHORT, *(name for name in VERDICTS if name not in SHORT.values()), BEHAVES])
     more = "" if rules else "; with --rubric its rules too"
     return f"{verdicts}; and of each of these '… better' or '… not worse': {', '.join(_figures(rules))}{more}"

@@ -14,7 +14,7 @@ from typing import Any
 from stepladder.errors import ModelError, RecipeError, RecipeErrors
 from stepladder.manifest import MANIFEST
 from stepladder.model import start
-from stepladder.model.start import ADAPTER, CHANGES_BASE, FIELDS, KEY
+from stepladder.model.start import ADAPTER, CHANGES_BASE, FIELDS, MODEL_KEY
 from stepladder.model.weights import Weights, more
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
@@ -40,17 +40,17 @@ def settle(recipe: Recipe) -> Recipe:
         ModelError: there is no such model, or an adapter that cannot be trained on.
         RecipeErrors: keys that contradict the adapter.
     """
-    name, where = recipe.get(KEY), recipe.where(KEY)
+    name, where = recipe.get(MODEL_KEY), recipe.where(MODEL_KEY)
     start.check_source(name, where)
-    source = start.find(name, recipe.get("model_revision"))
+    source = start.resolve_model(name, recipe.get("model_revision"))
     start.check_finished(Path(name), where)
     if source.adapter is None:
         return recipe
     _check_base(source)
     if not recipe.get("use_peft"):
-        key = "use_peft" if "use_peft" in recipe.values else KEY
+        key = "use_peft" if "use_peft" in recipe.values else MODEL_KEY
         raise RecipeError(
-            f"{'use_peft is not set' if key == KEY else 'use_peft: false'}, and {name} is an adapter",
+            f"{'use_peft is not set' if key == MODEL_KEY else 'use_peft: false'}, and {name} is an adapter",
             where=recipe.where(key),
             why="full fine-tuning trains whole weights, and an adapter is a change of its base's",
             help=f"use_peft: true trains the adapter on; for full fine-tuning merge it first:\n{_merge_first(name)}",
@@ -72,7 +72,7 @@ def _check_base(source: start.Start) -> None:
     place = source.config_file
     start.check_source(source.base, place)
     start.check_finished(Path(source.base), place)
-    if start.find(source.base, source.revision).adapter:
+    if start.resolve_model(source.base, source.revision).adapter:
         raise ModelError(
             f"the base of {source.adapter} is an adapter too: {source.base}",
             where=place,
@@ -82,14 +82,15 @@ def _check_base(source: start.Start) -> None:
 
 
 def _merge(name: str) -> str:
-    adapter = name if Path(name).is_dir() else start.find(name).adapter or name  # one of the hub lies in its cache
+    # One of the hub lies in its cache.
+    adapter = name if Path(name).is_dir() else start.resolve_model(name).adapter or name
     recipe = start.read_if_readable(Path(adapter) / MANIFEST).get("recipe")
     return start.merge_command(adapter, recipe if isinstance(recipe, dict) else {}, f"merged/{Path(name).name}")
 
 
 def _merge_first(name: str) -> str:
     """What helps where an adapter cannot be trained on: its merged model can."""
-    return f"{_merge(name)}, then --{KEY} merged/{Path(name).name}"
+    return f"{_merge(name)}, then --{MODEL_KEY} merged/{Path(name).name}"
 
 
 def _check_kind(source: start.Start, name: str) -> None:
@@ -100,7 +101,7 @@ def _check_kind(source: start.Start, name: str) -> None:
     if kind != "LORA":
         what = f"the adapter is {kind}, and only LoRA (with DoRA and rsLoRA) is trained on"
         if "PROMPT" in str(kind) or "PREFIX" in str(kind) or kind == "P_TUNING":  # no change of weights
-            help = f"{KEY}: {source.base}, and train it anew"
+            help = f"{MODEL_KEY}: {source.base}, and train it anew"
     elif task not in ("CAUSAL_LM", None):
         what = f"the adapter is for {task}, and causal language models are trained"
         help = "an adapter of task_type CAUSAL_LM"
@@ -180,7 +181,7 @@ def _values(source: start.Start, name: str) -> dict[str, Any]:
 
 def _contradictions(recipe: Recipe, source: start.Start, values: dict[str, Any]) -> Iterator[RecipeError]:
     """Keys that were set and say something else than the adapter."""
-    name, keys = recipe.get(KEY), recipe.values
+    name, keys = recipe.get(MODEL_KEY), recipe.values
     for key in FIELDS:
         value, has = recipe.get(key), values.get(key, known_keys()[key].default)
         if key in keys and key != DROPOUT and not _agrees(key, value, has):
@@ -222,10 +223,10 @@ def _format(value: Any) -> str:
 def _notes(recipe: Recipe, source: start.Start) -> Iterator[str]:
     """What holds without a key for it, and what differs from the adapter's own training."""
     if kept := [f"{key}: {json.dumps(source.config[key])}" for key in KEPT if source.config.get(key)]:
-        yield f"{recipe.get(KEY)} keeps its {', '.join(kept)}"
+        yield f"{recipe.get(MODEL_KEY)} keeps its {', '.join(kept)}"
     before = start.read_if_readable((source.adapter or Path()) / MANIFEST).get("recipe")
     if isinstance(before, dict):
         was, now = bool(before.get("load_in_4bit")), bool(recipe.get("load_in_4bit"))
         if was != now:
             bits = ("the base's own weights", "a base in 4 bits")
-            yield f"{recipe.get(KEY)} was trained on {bits[was]}, and trains on with {bits[now]}"
+            yield f"{recipe.get(MODEL_KEY)} was trained on {bits[was]}, and trains on with {bits[now]}"

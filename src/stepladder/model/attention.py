@@ -41,26 +41,30 @@ BY_MASK = BY_LENGTH | {"chunked_attention", "indexed_attention"}
 PACKAGE = "flash_attention_2"
 KERNEL = FLASH_ATTN_KERNEL_FALLBACK[PACKAGE]  # the same, built for this PyTorch and CUDA, from the hub
 CAPABILITY = (8, 0)  # flash kernels, SDPA's own too, are for Ampere and newer
-HEAD = 256  # numbers of a head that FlashAttention 2 takes at most
+MAX_HEAD_SIZE = 256  # numbers of a head that FlashAttention 2 takes at most
 LAYOUTS = {True: "rows end to end, kept apart by a mask", False: "rows padded"}
 PROBE = 3.0  # seconds in which the hub is to answer
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What run.json and the opening lines say of a run's attention.
+    """How a model attends, in run.json and the opening lines.
 
-    `flat`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why there is
-    no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
+    `padding_free`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why
+    there is no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
     """
 
     implementation: str
     rows: str
-    flat: bool
+    padding_free: bool
     why: str = ""
 
     def __str__(self) -> str:
         return f"{self.implementation}, {self.rows}" + f" ({self.why})" * bool(self.why)
+
+    def facts_for_manifest(self) -> dict[str, Any]:
+        """The choice as run.json has it."""
+        return {"implementation": self.implementation, "rows": self.rows, "flat": self.padding_free, "why": self.why}
 
 
 def settle(
@@ -109,7 +113,7 @@ def settle(
     separates = settings.get("packing_strategy") != "wrapped"  # `wrapped` cuts one endless text: there are no rows
     packs = [key for key in ("packing", "eval_packing") if settings.get(key) and separates]
     free = settings.get("padding_free")
-    flat = free is True or "packing" in packs or (free == "auto" and exact)
+    padding_free = free is True or "packing" in packs or (free == "auto" and exact)
     keys = [*packs, *["padding_free"] * (free is True)]
     if keys and not exact and (flash or not separates_by_mask(model)):
         raise RecipeError(
@@ -119,8 +123,9 @@ def settle(
             why=f"Transformers' {type(model).__name__} does not keep rows apart that lie end to end",
             help=f"{keys[0]}: false" + ", or FlashAttention on a GPU" * (not flash and lengths),
         )
-    notes = _cost_notes(settings, name) if flat and not exact else []
-    return Choice(name if flash or not exact else "sdpa", rows if flat and exact else LAYOUTS[flat], flat, why), notes
+    notes = _cost_notes(settings, name) if padding_free and not exact else []
+    rows = rows if padding_free and exact else LAYOUTS[padding_free]
+    return Choice(name if flash or not exact else "sdpa", rows, padding_free, why), notes
 
 
 def separates_by_mask(model: PreTrainedModel) -> bool:
@@ -160,7 +165,7 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
     config = model.config.get_text_config()
     heads = [getattr(config, key, None) or 0 for key in ("head_dim", "global_head_dim")]
     size = max(heads) or config.hidden_size // config.num_attention_heads
-    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(compatible) or size > HEAD:
+    if not model._supports_flash_attn or not {PACKAGE, KERNEL}.intersection(compatible) or size > MAX_HEAD_SIZE:
         return "", f"{type(model).__name__} does not take FlashAttention 2"
     faults = []
     for name, package, installed in (

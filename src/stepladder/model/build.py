@@ -13,7 +13,7 @@ from stepladder import hardware
 from stepladder.errors import ModelError, first_line
 from stepladder.model import start
 from stepladder.model.pretrained import fit_embeddings
-from stepladder.model.start import ADAPTER, CONFIG
+from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
@@ -113,7 +113,7 @@ def attach_adapter(
 
     if recipe.get("peft_type") != "lora":
         return _attach_virtual_tokens(model, recipe, tokenizer)
-    source = start.find_for(recipe)
+    source = start.resolve_recipe_model(recipe)
     config = _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
@@ -213,7 +213,7 @@ def _misfit(source: start.Start, why: str) -> ModelError:
         f"the adapter does not fit its base {source.base}",
         where=str(source.adapter),
         why=why.strip().split("\n")[0],
-        help=f"the base that it was trained on: base_model_name_or_path in {CONFIG}",
+        help=f"the base that it was trained on: base_model_name_or_path in {ADAPTER_CONFIG}",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stepladder import files, hardware
-from stepladder.console import printable, quoted
+from stepladder.console import printable, quote_for_shell
 from stepladder.errors import ModelError
 from stepladder.manifest import MANIFEST, metrics_text, read_manifest, row_of
 from stepladder.model import start
@@ -126,7 +126,7 @@ def render(
     if trained:
         recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
         source = Path(merged["adapters"][0]) if merged else folder
-        again = f"python scripts/sft.py --recipe {quoted(source / 'recipe.yaml')} --output_dir runs/again"
+        again = f"python scripts/sft.py --recipe {quote_for_shell(source / 'recipe.yaml')} --output_dir runs/again"
         versions = ", ".join(f"{name} {version}" for name, version in trained["packages"].items())
         parts.append(
             "## Repeat\n\n"
@@ -216,12 +216,12 @@ def _backticks(text: str) -> int:
 
 
 def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str, Any] | None, is_adapter: bool) -> str:
-    here = quoted(folder)
+    here = quote_for_shell(folder)
     ask = f'python scripts/generate.py --model {here} --prompt "…"'
     if not is_adapter:
         lines = [ask, f"transformers serve {here}", f"vllm serve {here}"]
         if merged and (file := merged.get("gguf")):
-            lines.append(f"llama-server -m {quoted(folder / file['file'])}")
+            lines.append(f"llama-server -m {quote_for_shell(folder / file['file'])}")
         elif merged:
             lines.append("# for llama.cpp: the same merge.py command with --gguf q8_0")
         else:
@@ -229,15 +229,15 @@ def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str
                 "# GGUF, for llama.cpp: its converter is in its repository only",
                 "git clone https://github.com/ggml-org/llama.cpp && pip install -r llama.cpp/requirements.txt",
                 f"python llama.cpp/convert_hf_to_gguf.py {here} "
-                f"--outfile {quoted(folder / f'{folder.name}.gguf')} --outtype bf16",
+                f"--outfile {quote_for_shell(folder / f'{folder.name}.gguf')} --outtype bf16",
             ]
         if merged and merged.get("ollama"):
-            lines.append(f"ollama create {quoted(folder.name)} -f {quoted(folder / 'Modelfile')}")
+            lines.append(f"ollama create {quote_for_shell(folder.name)} -f {quote_for_shell(folder / 'Modelfile')}")
         return "\n".join(lines)
     if trained["recipe"].get("peft_type", "lora") != "lora":
         return ask
     merge_it = start.merge_command(folder, trained["recipe"])
-    return f"{ask}\n{_vllm(folder, base)}\n{merge_it} && transformers serve {quoted(f'merged/{folder.name}')}"
+    return f"{ask}\n{_vllm(folder, base)}\n{merge_it} && transformers serve {quote_for_shell(f'merged/{folder.name}')}"
 
 
 def _vllm(folder: Path, base: str) -> str:
@@ -257,8 +257,8 @@ def _vllm(folder: Path, base: str) -> str:
         return f"# vLLM does not serve this adapter beside its base ({', '.join(reasons)}); merged, it does"
     limit = next(limit for limit in VLLM_RANKS if limit >= rank)
     return (
-        f"vllm serve {quoted(base)} --enable-lora --max-lora-rank {limit} "
-        f"--lora-modules {quoted(f'{folder.name}={folder}')}"
+        f"vllm serve {quote_for_shell(base)} --enable-lora --max-lora-rank {limit} "
+        f"--lora-modules {quote_for_shell(f'{folder.name}={folder}')}"
     )
 
 

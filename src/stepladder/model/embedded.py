@@ -105,7 +105,7 @@ def _convert(source: Path, target: Path) -> None:
     model.hf_quantizer = None
     model.config._name_or_path = "SmolLM2-135M-Instruct"
     model.to(torch.bfloat16).save_pretrained(target)
-    weights.share(target)
+    weights.apply_umask(target)
     tokenizer.save_pretrained(target)
     portable.add_older_names(target, tokenizer)
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")

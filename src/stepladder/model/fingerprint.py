@@ -19,7 +19,7 @@ from stepladder import console
 from stepladder.files import read_object
 from stepladder.manifest import MANIFEST
 from stepladder.model import start
-from stepladder.model.start import CONFIG as ADAPTER_CONFIG
+from stepladder.model.start import ADAPTER_CONFIG
 from stepladder.model.weights import INDEX
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 Parts = dict[str, str]  # the hash of each part of a thing: a file of a model, a property of a tokenizer
 WHOLE = 16 << 20  # bytes up to which a file is read whole
-HEAD, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
-CONFIG, SINGLE = "config.json", "model.safetensors"
+HEAD_BYTES, BLOCK, BLOCKS = 1 << 20, 4 << 10, 256
+MODEL_CONFIG, SINGLE = "config.json", "model.safetensors"
 # Which library saved a model, from where, and how it generates: no training step depends on them.
 NOT_OF_THE_MODEL = {"transformers_version", "peft_version", "_name_or_path", "base_model_name_or_path", "use_cache"}
 
@@ -47,7 +47,7 @@ def hash_model(name: str, revision: str | None = None, with_code: bool = False) 
     Raises:
         OSError: a file cannot be read.
     """
-    source = start.find(name, revision)
+    source = start.resolve_model(name, revision)
     parts = _hash_base(source, with_code)
     if source.adapter:
         return hash_folder(source.adapter) | {f"base/{part}": digest for part, digest in parts.items()}
@@ -121,7 +121,7 @@ def _files(folder: Path, with_code: bool) -> list[Path]:
             weights = [folder / INDEX, *(folder / name for name in sorted(shards))]
         except (ValueError, KeyError, AttributeError):  # no index, or a damaged one
             weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    config = ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else CONFIG
+    config = ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else MODEL_CONFIG
     code = sorted(folder.glob("*.py")) if with_code else []
     # A FIFO or a folder of such a name is left to whoever loads it.
     return [file for file in (folder / config, *weights, *code) if file.is_file()]
@@ -131,7 +131,7 @@ def _hash_file(file: Path) -> str:
     if (size := file.stat().st_size) > WHOLE:
         return _hash_samples(file, size)
     content = file.read_bytes()
-    if file.name in (CONFIG, ADAPTER_CONFIG):
+    if file.name in (MODEL_CONFIG, ADAPTER_CONFIG):
         with contextlib.suppress(ValueError, RecursionError, AttributeError):
             config = {key: value for key, value in json.loads(content).items() if key not in NOT_OF_THE_MODEL}
             content = json.dumps(config, sort_keys=True).encode()
@@ -142,7 +142,7 @@ def _hash_samples(file: Path, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb", buffering=0) as stream:
         handle = stream.fileno()
-        digest.update(os.pread(handle, HEAD, 0))
+        digest.update(os.pread(handle, HEAD_BYTES, 0))
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # else each block brings 128 KiB of its neighbours
         for number in range(1, BLOCKS + 1):
@@ -160,5 +160,5 @@ def _hub_snapshot(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
 
     with contextlib.suppress(Exception):  # not there, no network, no such model: loading it will say which
-        return Path(hf_hub_download(name, CONFIG, revision=revision)).parent
+        return Path(hf_hub_download(name, MODEL_CONFIG, revision=revision)).parent
     return None

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def add_older_names(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
-    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    write_atomic(file, json.dumps(facts, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 # ---- config.json ----
@@ -62,7 +62,7 @@ def _add_to_config(file: Path) -> list[str]:
     facts, remarks = json.loads(text), []
     own_code = "auto_map" in facts  # which Transformers would ask about before it reads them
     before = None if own_code else _ropes(file.parent)
-    for config in _nested(facts):
+    for config in _config_and_parts(facts):
         if "dtype" in config:
             config["torch_dtype"] = config["dtype"]
         if config.get("rope_parameters"):
@@ -71,15 +71,15 @@ def _add_to_config(file: Path) -> list[str]:
         facts["use_cache"] = True
     _write(file, facts)
     if not own_code and _ropes(file.parent) != before:
-        write_whole(file, text)
+        write_atomic(file, text)
         return [_unknown(facts["model_type"], "has rope_parameters")]
     return remarks
 
 
-def _nested(facts: dict[str, Any]) -> list[dict[str, Any]]:
+def _config_and_parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """A configuration and those of its parts, as of a model that sees and reads."""
     inner = [value for key, value in facts.items() if key.endswith("_config") and isinstance(value, dict)]
-    return [facts, *(config for value in inner for config in _nested(value))]
+    return [facts, *(config for value in inner for config in _config_and_parts(value))]
 
 
 def _ropes(folder: Path) -> list[Any]:
@@ -89,7 +89,8 @@ def _ropes(folder: Path) -> list[Any]:
     def plain(rope: Any) -> Any:
         return {k: plain(v) for k, v in rope.items() if k != "type"} if isinstance(rope, dict) else rope
 
-    return [plain(config.get("rope_parameters")) for config in _nested(AutoConfig.from_pretrained(folder).to_dict())]
+    facts = AutoConfig.from_pretrained(folder).to_dict()
+    return [plain(config.get("rope_parameters")) for config in _config_and_parts(facts)]
 
 
 def _older_rope(config: dict[str, Any]) -> str | None:
@@ -97,19 +98,19 @@ def _older_rope(config: dict[str, Any]) -> str | None:
     kind, ropes = config.get("model_type", ""), config["rope_parameters"]
     if any(isinstance(value, dict) for value in ropes.values()):
         full, sliding = ropes.get("full_attention"), ropes.get("sliding_attention")
-        if kind not in TWO_ROPES or not full or not sliding or _scaling(sliding):
+        if kind not in TWO_ROPES or not full or not sliding or _older_scaling(sliding):
             return _unknown(kind, "has several rotary embeddings")
         of_full, of_sliding = TWO_ROPES[kind]
         if of_full == of_sliding and full["rope_theta"] != sliding["rope_theta"]:
             return _unknown(kind, "rotates by two thetas")
         config |= {of_full: full["rope_theta"], of_sliding: sliding["rope_theta"]}
-        config |= {"rope_scaling": _scaling(full)} if _scaling(full) else {}
+        config |= {"rope_scaling": _older_scaling(full)} if _older_scaling(full) else {}
         return None
     theta, part = ROPE_NAMES.get(kind, ("rope_theta", "partial_rotary_factor"))
     config[theta] = ropes["rope_theta"]
     if "partial_rotary_factor" in ropes:
         config[part] = ropes["partial_rotary_factor"]
-    scaling = _scaling(ropes)
+    scaling = _older_scaling(ropes)
     if not scaling:
         return None
     if scaling["rope_type"] == "longrope":
@@ -128,7 +129,7 @@ def _older_rope(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
+def _older_scaling(rope: dict[str, Any]) -> dict[str, Any]:
     """`rope_scaling` of one embedding; empty where it is not scaled."""
     kind = rope.get("rope_type", "default")
     if kind == "default":
@@ -167,6 +168,6 @@ def _add_to_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
     _write(file, facts)
     # Not AutoTokenizer, which would ask about a model's own code.
     if PreTrainedTokenizerFast.from_pretrained(file.parent)(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        write_whole(file, text)
+        write_atomic(file, text)
         return [f"this tokenizer is read right by its {json.loads(text).get('tokenizer_class')} of Transformers 5 only"]
     return []

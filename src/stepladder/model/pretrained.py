@@ -83,7 +83,7 @@ def load_tokenizer_for(recipe: Settings) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be loaded, or has tokens that an adapter's base has no embeddings for.
     """
-    code, source = bool(recipe.get("trust_remote_code")), start.find_for(recipe)
+    code, source = bool(recipe.get("trust_remote_code")), start.resolve_recipe_model(recipe)
     tok = load_tokenizer(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
         config = load_config(source.base, source.revision, code)
@@ -110,7 +110,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    source = start.find(name, revision)
+    source = start.resolve_model(name, revision)
     if source.adapter and not source.has_tokenizer:
         name, revision = source.base, source.revision
     with _loading(name):
@@ -151,7 +151,7 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    source = start.find_for(recipe)
+    source = start.resolve_recipe_model(recipe)
     name = source.base
     kwargs: dict[str, Any] = {**(recipe.get("model_init_kwargs") or {}), **_attention(recipe)}
     if quantization := quantization_config(recipe, mixed_precision):
@@ -181,7 +181,7 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     return model
 
 
-def can_be_sent(recipe: Settings) -> bool:
+def recipe_can_be_sent(recipe: Settings) -> bool:
     """Whether FSDP can take every weight from rank 0, in full fine-tuning, so that other ranks need read none.
 
     Not what is quantized or adapted as it is loaded, nor weights below fp32: which of them Transformers keeps in fp32
@@ -200,7 +200,7 @@ def make_unread_model(recipe: Settings) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = start.find_for(recipe)
+    source = start.resolve_recipe_model(recipe)
     config = load_config(source.base, source.revision)
     with _loading(source.base):
         with torch.device("meta"):
@@ -288,7 +288,7 @@ def load_for_inference(
     import torch
     from transformers import AutoModelForCausalLM
 
-    source = start.find_checked(name, base)
+    source = start.resolve_existing_model(name, base)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     place = str(source.adapter) if source.has_tokenizer else source.base

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import files
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data import templates
 from stepladder.errors import ModelError
 from stepladder.files import read_object
@@ -22,8 +22,8 @@ from stepladder.manifest import MANIFEST, status
 from stepladder.settings import Settings
 
 CHECKPOINT, MERGE = "COMPLETE.json", "merge.json"  # what tells a checkpoint, and a merged model, from other folders
-KEY = "model_name_or_path"
-ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MODEL_KEY = "model_name_or_path"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # These begin by changing the base's weights (PiSSA keeps what its factors leave over), so that PEFT must see the whole
 # model.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva", "mica")
@@ -80,7 +80,7 @@ class Start:
     @property
     def config_file(self) -> str:
         """Where the adapter's configuration lies."""
-        return str((self.adapter or Path()) / CONFIG)
+        return str((self.adapter or Path()) / ADAPTER_CONFIG)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, or a value is of another kind than its field.
     """
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG
     try:
         config = read_object(file)
     except ValueError as error:
@@ -110,30 +110,30 @@ def invalid_config(file: Path, what: str) -> ModelError:
     return ModelError(f"{file} cannot be used: {what}", help="copy or fetch the adapter again")
 
 
-def find(name: str, revision: str | None = None) -> Start:
+def resolve_model(name: str, revision: str | None = None) -> Start:
     """The model or adapter of a name: a folder, or a hub id; of a repository that is not in the cache, a model.
 
     Raises:
         ModelError: an adapter_config.json that cannot be read, or that names no base model.
     """
     folder = Path(name) if Path(name).is_dir() else _cached_adapter(name, revision)
-    if folder is None or not (folder / CONFIG).is_file():
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
         return Start(name, revision)
     config = read_config(folder)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"the adapter in {folder} names no base model",
-            where=str(folder / CONFIG),
+            where=str(folder / ADAPTER_CONFIG),
             help='write it there: "base_model_name_or_path": "a folder, or a hub id"',
         )
     revision = config.get("revision")
     return Start(_find_base(base, folder), revision if isinstance(revision, str) else None, folder, config)
 
 
-def find_for(recipe: Settings) -> Start:
-    """What the recipe's `model_name_or_path` stands for; raises as `find`."""
-    return find(recipe.get(KEY) or "", recipe.get("model_revision"))
+def resolve_recipe_model(recipe: Settings) -> Start:
+    """What the recipe's `model_name_or_path` stands for; raises as `resolve_model`."""
+    return resolve_model(recipe.get(MODEL_KEY) or "", recipe.get("model_revision"))
 
 
 def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
@@ -142,16 +142,16 @@ def template_notes(recipe: Settings, own: Any, chosen: Any) -> list[str]:
     Args:
         own: the template of the tokenizer as it was loaded, and `chosen` the one that rows are rendered by.
     """
-    if not own or own == chosen or not find_for(recipe).has_tokenizer:
+    if not own or own == chosen or not resolve_recipe_model(recipe).has_tokenizer:
         return []
-    keys = [key for key in templates.KEYS if recipe.get(key)]
+    keys = [key for key in templates.TEMPLATE_KEYS if recipe.get(key)]
     return [
         f"{recipe.where(k)}: {k} is another template than the adapter was trained by, which lies beside it"
         for k in keys
     ]
 
 
-def find_checked(name: str, base: str | None = None) -> Start:
+def resolve_existing_model(name: str, base: str | None = None) -> Start:
     """The model or adapter of a name, to be used as it is: it is there, and so is an adapter's base.
 
     Args:
@@ -161,7 +161,7 @@ def find_checked(name: str, base: str | None = None) -> Start:
         ModelError: one of them is not there; `base` is given for a model that is none on another one.
     """
     check_source(name)
-    start = find(name)
+    start = resolve_model(name)
     if start.adapter is None:
         if base:
             raise ModelError(f"--base {base}: {name} is a model by itself, not an adapter", help="leave out --base")
@@ -183,10 +183,10 @@ def find_checked(name: str, base: str | None = None) -> Start:
 
 def describe_start(recipe: Settings) -> dict[str, Any]:
     """For run.json: the base, and the adapter that training starts from with the run that made it."""
-    start = find_for(recipe)
+    start = resolve_recipe_model(recipe)
     if start.adapter is None:
         return {"base": start.base}
-    facts: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(KEY))}
+    facts: dict[str, Any] = {"base": start.base, "adapter": str(recipe.get(MODEL_KEY))}
     if before := read_if_readable(start.adapter / MANIFEST):
         facts |= {"recipe_hash": before.get("recipe_hash"), "step": before.get("result_step")}
     return facts
@@ -208,7 +208,7 @@ def check_source(name: str | None, where: str = "") -> None:
             raise ModelError(f"there is no model at '{name}'", where=where, help=fetch)
         return
     check_files(folder, where)
-    if (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         if not list(folder.glob("*.safetensors")):
             raise ModelError(
                 f"{folder} holds no safetensors file",
@@ -267,7 +267,7 @@ def _cached_adapter(name: str, revision: str | None) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        place = try_to_load_from_cache(name, CONFIG, revision=revision)
+        place = try_to_load_from_cache(name, ADAPTER_CONFIG, revision=revision)
     except HFValidationError:
         return None  # no id of the hub: who loads the model says so
     return Path(place).parent if isinstance(place, str) else None
@@ -296,4 +296,4 @@ def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str =
     """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
     words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
     words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
-    return f"python scripts/merge.py {quoted(*words)}"
+    return f"python scripts/merge.py {quote_for_shell(*words)}"

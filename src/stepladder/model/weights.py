@@ -101,7 +101,7 @@ class Weights:
         return getattr(torch, FLOATS[max(sizes, key=lambda code: sizes[code])])
 
 
-def share(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Give the weights in a folder the permissions that any new file gets here.
 
     safetensors 0.8 leaves its files to their owner alone (0600), whatever the umask: colleagues and a

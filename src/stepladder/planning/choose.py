@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepladder import hardware
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
 from stepladder.planning import memory, meta_model, speed, trace
@@ -23,7 +23,7 @@ STRATEGIES = tuple(map(Strategy, ("single", "ddp", "zero2", "fsdp", "zero3", "fs
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """A strategy with a micro-batch and checkpointing on or off; `limit` and `host_limit` are bytes."""
 
     strategy: Strategy
@@ -93,31 +93,32 @@ class Plan:
         )
         split_batch(self.rows, 1, self.ranks, settings.where("global_batch_size"))  # raises where rows < ranks
 
-    def ways(self, strategies: tuple[Strategy, ...] = STRATEGIES) -> list[Way]:
+    def candidates(self, strategies: tuple[Strategy, ...] = STRATEGIES) -> list[Candidate]:
         """For each strategy, without and with checkpointing: the fastest micro-batch that fits, or 1."""
         found = []
         for strategy in strategies:
             alone = strategy == "single" or strategy.offloads  # one rank has nothing to shard over
             if alone if self.ranks == 1 else strategy != "single":
                 for checkpointing in (False, True):
-                    tried = [self.way(strategy, micro, checkpointing) for micro in self.micros()]
+                    tried = [self.candidate(strategy, micro, checkpointing) for micro in self.micros()]
                     found.append(fastest(tried) or tried[0])
         return found
 
-    def each(self, strategy: Strategy) -> list[Way]:
+    def all_candidates(self, strategy: Strategy) -> list[Candidate]:
         """Every micro-batch of one strategy, without and with checkpointing."""
-        return [self.way(strategy, micro, checkpointing) for checkpointing in (False, True) for micro in self.micros()]
+        micros = self.micros()
+        return [self.candidate(strategy, micro, checkpointing) for checkpointing in (False, True) for micro in micros]
 
     def micros(self) -> list[int]:
         most = self.rows // self.ranks
         return [micro for micro in (1, 2, 4, 8, 16, 32, 64) if micro <= most]
 
     def one_micro_batch(self) -> tuple[int, bool]:
-        """The micro-batch and checkpointing of the best way that fits; else those that need the least memory."""
-        best = self.best(self.ways())
+        """The micro-batch and checkpointing of the best candidate that fits; else those that need the least memory."""
+        best = self.best(self.candidates())
         return (best.micro, best.checkpointing) if best else (1, True)
 
-    def of_recipe(self, strategy: Strategy) -> Way:
+    def of_recipe(self, strategy: Strategy) -> Candidate:
         """The recipe's own micro-batch and checkpointing; for those that are `auto`, the fastest that fits.
 
         Raises:
@@ -127,16 +128,16 @@ class Plan:
         kept = self.settings.get("gradient_checkpointing")
         newer = self.settings.get("activation_checkpointing")  # the same under its new name, which wins
         if "auto" not in (micro, kept):
-            return self.way(strategy, micro, bool(kept if newer is None else newer))
+            return self.candidate(strategy, micro, bool(kept if newer is None else newer))
         micros = self.micros() if micro == "auto" else [micro]
         checkpoints = (False, True) if kept == "auto" else (bool(kept if newer is None else newer),)
-        tried = [self.way(strategy, micro, checkpointing) for checkpointing in checkpoints for micro in micros]
+        tried = [self.candidate(strategy, micro, checkpointing) for checkpointing in checkpoints for micro in micros]
         found = fastest(tried)
         if found is None:
             raise no_fit_error(self, tried)
         return found
 
-    def way(self, strategy: Strategy, micro: int, checkpointing: bool) -> Way:
+    def candidate(self, strategy: Strategy, micro: int, checkpointing: bool) -> Candidate:
         step = split_batch(self.rows, micro, self.ranks)
         traced = self._traced(step.micro, checkpointing, strategy.shards)
         need = memory.estimate(
@@ -150,7 +151,7 @@ class Plan:
         took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
         fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places
         limit = self.device.memory * GIB / (1 + hardware.ALLOCATOR)
-        return Way(strategy, step.micro, step.accumulation, checkpointing, need, limit, self.host, fast)
+        return Candidate(strategy, step.micro, step.accumulation, checkpointing, need, limit, self.host, fast)
 
     def step(
         self, strategy: Strategy, micro: int, checkpointing: bool, accumulation: int, ranks: int, nodes: int,
@@ -163,50 +164,50 @@ class Plan:
             traced, self.config, strategy, ranks, nodes, accumulation, self.device, full, quantized, network
         )
 
-    def sizes(self, way: Way) -> tuple[float, float, float]:
+    def sizes(self, candidate: Candidate) -> tuple[float, float, float]:
         """Bytes of the trained weights, of the optimizer's state, and of the saved result."""
-        whole = self._traced(way.micro, way.checkpointing, way.strategy.shards).whole
+        whole = self._traced(candidate.micro, candidate.checkpointing, candidate.strategy.shards).whole
         adapter = bool(self.settings.get("use_peft"))
         return whole.trained, whole.states, whole.trained if adapter else whole.held
 
-    def best(self, ways: list[Way]) -> Way | None:
+    def best(self, candidates: list[Candidate]) -> Candidate | None:
         """The fastest that fits; one that offloads only if no other fits. Ties go to the simplest strategy.
 
-        Where a node's host memory is unknown, ways that need more than nodes commonly have come last.
+        Where a node's host memory is unknown, those that need more than nodes commonly have come last.
         """
 
-        def order(way: Way) -> tuple[bool, bool, int, int]:
-            much = way.host_limit is None and way.memory.host > hardware.COMMON_HOST
-            return much, way.strategy.offloads, -round(way.tokens_per_second), STRATEGIES.index(way.strategy)
+        def order(one: Candidate) -> tuple[bool, bool, int, int]:
+            much = one.host_limit is None and one.memory.host > hardware.COMMON_HOST
+            return much, one.strategy.offloads, -round(one.tokens_per_second), STRATEGIES.index(one.strategy)
 
-        return min((way for way in ways if way.fits), key=order, default=None)
+        return min((one for one in candidates if one.fits), key=order, default=None)
 
     @functools.cache  # noqa: B019 - a plan lives as long as its script
     def _traced(self, micro: int, checkpointing: bool, cast: bool) -> trace.Traced:
         # Padded batches grow by the same amount with every row; the mask of rows end to end by their square.
         if micro > 4 and not trace.end_to_end(self.settings):
             two, four = (self._traced(n, checkpointing, cast) for n in (2, 4))
-            return four.drawn_on(two, (micro - 4) / 2, micro)
+            return four.extrapolate(two, (micro - 4) / 2, micro)
         work = meta_model.Work(micro, self.length, self.precision, checkpointing, cast, self.on_gpu)
         return trace.trace_batch(self.settings, self.config, work)
 
 
-def host_bytes(plan: Plan, way: Way) -> float:
+def host_bytes(plan: Plan, candidate: Candidate) -> float:
     """Bytes of host memory per GPU: its part of what the node needs, and those of a CUDA process."""
-    return way.memory.host / (plan.ranks // plan.nodes) + PROCESS
+    return candidate.memory.host / (plan.ranks // plan.nodes) + PROCESS
 
 
-def fastest(ways: list[Way]) -> Way | None:
+def fastest(candidates: list[Candidate]) -> Candidate | None:
     """The fastest that fits; of those within 1 % of its speed, the one that needs the least memory."""
-    fit = [way for way in ways if way.fits]
-    most = max((way.tokens_per_second for way in fit), default=0)
-    equal = [way for way in fit if way.tokens_per_second >= 0.99 * most]
-    return min(equal, key=lambda way: way.memory.total, default=None)
+    fit = [one for one in candidates if one.fits]
+    most = max((one.tokens_per_second for one in fit), default=0)
+    equal = [one for one in fit if one.tokens_per_second >= 0.99 * most]
+    return min(equal, key=lambda one: one.memory.total, default=None)
 
 
 def plan_run(
     settings: Settings, strategy: Strategy, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
-) -> tuple[Plan, Way]:
+) -> tuple[Plan, Candidate]:
     """Plan the run that starts now, in the terms of `totals.peak_memory_bytes`.
 
     On a GPU these are PyTorch's tensors; on a CPU it is the resident set, of which the process's present one is fixed.
@@ -224,25 +225,25 @@ def plan_run(
     overhead = 0 if gpu else peak_resident_bytes()
     host = hardware.host_memory() if gpu else None
     plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
-    way = plan.of_recipe(strategy)
-    if gpu and way.memory.loading and way.memory.total > device.memory * GIB:
-        raise no_fit_error(plan, [way])
-    return plan, way
+    candidate = plan.of_recipe(strategy)
+    if gpu and candidate.memory.loading and candidate.memory.total > device.memory * GIB:
+        raise no_fit_error(plan, [candidate])
+    return plan, candidate
 
 
-def plan_for_manifest(plan: Plan, way: Way) -> dict[str, Any]:
+def plan_for_manifest(plan: Plan, candidate: Candidate) -> dict[str, Any]:
     """The plan as facts for run.json, with the values chosen for `auto` and the reason."""
-    facts = {"tokens_a_row": plan.length, **as_json(way)}
+    facts = {"tokens_a_row": plan.length, **as_json(candidate)}
     if not plan.on_gpu or hardware.gpu_here() is None:
         del facts["tokens_per_second"]  # no stated peak to compute with
-    values = {"per_device_train_batch_size": way.micro, "gradient_checkpointing": way.checkpointing}
+    values = {"per_device_train_batch_size": candidate.micro, "gradient_checkpointing": candidate.checkpointing}
     chosen = {key: value for key, value in values.items() if plan.settings.get(key) == "auto"}
     if chosen:
         words = ", ".join(f"{key}: {str(value).lower()}" for key, value in chosen.items())
         facts |= {
             "chosen": chosen,
-            "reason": f"auto: {words}, the fastest that fits: {way.memory.total / GIB:.2f} of "
-            f"{way.limit / GIB:.2f} GiB a rank",
+            "reason": f"auto: {words}, the fastest that fits: {candidate.memory.total / GIB:.2f} of "
+            f"{candidate.limit / GIB:.2f} GiB a rank",
         }
     return facts
 
@@ -256,65 +257,65 @@ def steps(settings: Settings, rows: int | None, global_batch: int) -> int | None
     return math.ceil(settings.get("num_train_epochs") * math.ceil(rows / global_batch))
 
 
-def no_fit_error(plan: Plan, ways: list[Way]) -> LaunchError:
+def no_fit_error(plan: Plan, candidates: list[Candidate]) -> LaunchError:
     """The error that nothing fits, with the smallest hardware that would do and the keys to change."""
-    if loaded := [way for way in ways if way.memory.total <= way.limit]:
-        return _no_host(plan, min(loaded, key=lambda way: way.memory.host))
-    least = min(ways, key=lambda way: way.memory.total)
+    if loaded := [one for one in candidates if one.memory.total <= one.limit]:
+        return _no_host(plan, min(loaded, key=lambda one: one.memory.host))
+    least = min(candidates, key=lambda one: one.memory.total)
     need = least.memory.total * (1 + hardware.ALLOCATOR) / GIB
     enough = sorted((d for d in GPUS if d.memory >= need), key=lambda d: d.memory)
     gpus = f"{plan.ranks} × {enough[0].name} ({enough[0].memory:.0f} GiB)" if enough else "more GPUs, to shard over"
-    ways_out = [f"{gpus}: the least that would do, under {least.strategy}"]
+    remedies = [f"{gpus}: the least that would do, under {least.strategy}"]
     if not plan.settings.get("use_peft"):
-        ways_out.append("--use_peft true: an adapter has a hundredth of the gradients and optimizer states")
+        remedies.append("--use_peft true: an adapter has a hundredth of the gradients and optimizer states")
     elif not plan.settings.get("load_in_4bit"):
-        ways_out.append("--load_in_4bit true: the frozen weights take a quarter of their bf16 size")
+        remedies.append("--load_in_4bit true: the frozen weights take a quarter of their bf16 size")
     if plan.length > 512 and not least.memory.loading:
-        ways_out.append(f"--max_length {plan.length // 2}: half of the activations")
+        remedies.append(f"--max_length {plan.length // 2}: half of the activations")
     return LaunchError(
         f"no way fits into {plan.ranks} × {plan.device.name}: the least needs {need:.1f} GiB a GPU, "
         f"and one has {plan.device.memory:.1f}",
         why=f"{least.strategy}, {least.batch}"
         + "; each GPU quantizes the whole base before a strategy shards it" * bool(least.memory.loading),
-        help="\n".join(ways_out),
+        help="\n".join(remedies),
     )
 
 
-def _no_host(plan: Plan, least: Way) -> LaunchError:
+def _no_host(plan: Plan, least: Candidate) -> LaunchError:
     """The error that the model fits into the GPUs, but not into the host memory of a node."""
-    ways_out = ["accelerate_configs/zero3.yaml: rank 0 reads one parameter after the other"]
+    remedies = ["accelerate_configs/zero3.yaml: rank 0 reads one parameter after the other"]
     if plan.settings.get("use_peft"):
-        ways_out.append("--dtype bfloat16: frozen weights in the dtype of their file are mapped from it, not copied")
+        remedies.append("--dtype bfloat16: frozen weights in the dtype of their file are mapped from it, not copied")
     return LaunchError(
         f"no way fits into the host memory of a node: the least needs {least.memory.host / GIB:.1f} GiB, "
         f"and it has {(least.host_limit or 0) / GIB:.1f}",
         why=f"{least.strategy}, while the model loads or for what it offloads, {plan.ranks // plan.nodes} ranks a node",
-        help="\n".join(ways_out),
+        help="\n".join(remedies),
     )
 
 
-def command(recipe: str, plan: Plan, way: Way) -> tuple[str, str]:
+def command(recipe: str, plan: Plan, candidate: Candidate) -> tuple[str, str]:
     """The command line on the machine, and the one for Slurm."""
-    keys = quoted("--recipe", recipe, *way.keys)
+    keys = quote_for_shell("--recipe", recipe, *candidate.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
-    launch = f"accelerate launch --config_file accelerate_configs/{way.strategy}.yaml"
+    launch = f"accelerate launch --config_file accelerate_configs/{candidate.strategy}.yaml"
     launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"
-    host = max(MEMORY_PER_GPU, math.ceil(host_bytes(plan, way) / GIB))
+    host = max(MEMORY_PER_GPU, math.ceil(host_bytes(plan, candidate) / GIB))
     slurm = f"sbatch --nodes={plan.nodes} --gpus-per-node={plan.ranks // plan.nodes}"
     slurm += f" --cpus-per-gpu={CORES_PER_GPU} --mem-per-gpu={host}G slurm/sft.sbatch"
-    return launch, f"{slurm} --strategy {way.strategy} {keys}"
+    return launch, f"{slurm} --strategy {candidate.strategy} {keys}"
 
 
-def as_json(way: Way) -> dict[str, Any]:
-    parts = {f"{name}_bytes": round(value) for name, value in vars(way.memory).items() if name != "host"}
+def as_json(candidate: Candidate) -> dict[str, Any]:
+    parts = {f"{name}_bytes": round(value) for name, value in vars(candidate.memory).items() if name != "host"}
     return {
-        "strategy": way.strategy,
-        "micro_batch_size": way.micro,
-        "gradient_accumulation_steps": way.accumulation,
-        "gradient_checkpointing": way.checkpointing,
-        "fits": way.fits,
-        "peak_memory_bytes": round(way.memory.total),
+        "strategy": candidate.strategy,
+        "micro_batch_size": candidate.micro,
+        "gradient_accumulation_steps": candidate.accumulation,
+        "gradient_checkpointing": candidate.checkpointing,
+        "fits": candidate.fits,
+        "peak_memory_bytes": round(candidate.memory.total),
         "memory": parts,
-        "host_memory_bytes": round(way.memory.host),
-        "tokens_per_second": round(way.tokens_per_second),
+        "host_memory_bytes": round(candidate.memory.host),
+        "tokens_per_second": round(candidate.tokens_per_second),
     }

@@ -80,7 +80,7 @@ def loading(
     if sharded and full and traced.work.precision != "fp32" and dtype != torch.float32:
         copied, size = True, torch.float32.itemsize  # Accelerate makes fp32 ones of what is trained
     copy = size * (whole.parameters - (0 if full else whole.trainable)) if copied else 0.0
-    readers = 1 if sharded and pretrained.can_be_sent(settings) else local_ranks
+    readers = 1 if sharded and pretrained.recipe_can_be_sent(settings) else local_ranks
     if not on_gpu:  # the host's memory is the device's; only one that is sharded is smaller later
         return Loading(copy if sharded else 0.0, 0.0)
     # Offloaded shards lie beside the weights that they are cut from.

@@ -48,7 +48,7 @@ def load_config(settings: Settings) -> Any:
     """
     from transformers import AutoConfig
 
-    source = start.find_for(settings)
+    source = start.resolve_recipe_model(settings)
     name = source.base
     shapes = files.read_table("planning/shapes.yaml")
     if not Path(name).is_dir() and name in shapes:

@@ -19,7 +19,7 @@ from stepladder.data.rows import Stream
 from stepladder.errors import DataError, LaunchError
 from stepladder.hardware import GIB, GPU
 from stepladder.planning import choose, speed
-from stepladder.planning.choose import STRATEGIES, Plan, Way
+from stepladder.planning.choose import STRATEGIES, Candidate, Plan
 from stepladder.planning.speed import ETHERNET, INFINIBAND, Network, Step
 from stepladder.recipe.recipe import Recipe
 from stepladder.screen import Screen
@@ -34,8 +34,10 @@ NODE = 8  # GPUs of a full node
 BENDS = 0.9  # of one GPU's speed: below it, more GPUs are paid for than used
 
 
-def print_ways(plan: Plan, ways: list[Way], best: Way | None, steps: int | None, parts: bool = False) -> None:
-    """Print the peak per rank (GiB), the room left and the speed of each way; the best one is marked.
+def print_candidates(
+    plan: Plan, candidates: list[Candidate], best: Candidate | None, steps: int | None, parts: bool = False
+) -> None:
+    """Print the peak per rank (GiB), the room left and the speed of each candidate; the best one is marked.
 
     Args:
         steps: optimizer steps of the whole run, where known.
@@ -49,23 +51,23 @@ def print_ways(plan: Plan, ways: list[Way], best: Way | None, steps: int | None,
     )
     decides = _table("ckpt", "batch", "peak", "fits", "host", "tokens/s", "hours")
     split = _table("ckpt", *PARTS.values())
-    for way in ways:
-        name = ("▸ " if way is best else "  ") + way.strategy
-        style, checkpointing = None if way.fits else "dim", "on" if way.checkpointing else "off"
-        room = (way.limit - way.memory.total) / GIB
-        host = f"{way.memory.host / GIB:.1f}" + ("" if way.host_fits else " ✘")
+    for candidate in candidates:
+        name = ("▸ " if candidate is best else "  ") + candidate.strategy
+        style, checkpointing = None if candidate.fits else "dim", "on" if candidate.checkpointing else "off"
+        room = (candidate.limit - candidate.memory.total) / GIB
+        host = f"{candidate.memory.host / GIB:.1f}" + ("" if candidate.host_fits else " ✘")
         decides.add_row(
-            name, checkpointing, str(way.micro), f"{way.memory.total / GIB:.1f}",
-            ("✔" if way.fits else "✘") + f" {room:+.1f}", host, f"{way.tokens_per_second:,.0f}",
-            _hours(tokens / way.tokens_per_second) if steps else "?", style=style,
+            name, checkpointing, str(candidate.micro), f"{candidate.memory.total / GIB:.1f}",
+            ("✔" if candidate.fits else "✘") + f" {room:+.1f}", host, f"{candidate.tokens_per_second:,.0f}",
+            _hours(tokens / candidate.tokens_per_second) if steps else "?", style=style,
         )  # fmt: skip
-        held = [f"{getattr(way.memory, part) / GIB:.1f}" for part in PARTS]
+        held = [f"{getattr(candidate.memory, part) / GIB:.1f}" for part in PARTS]
         split.add_row(name, checkpointing, *held, style=style)
     screen.print(decides)
     if parts:
         screen.print(split)
         screen.print("fixed: the CUDA context; load: what loading the model takes beyond a step")
-    if any(way.memory.loading for way in ways):
+    if any(one.memory.loading for one in candidates):
         screen.print("peak: while the base loads, which each GPU quantizes whole before a strategy shards it")
     known = f"it has {plan.host / GIB:.0f}" if plan.host else "--host_memory says what it has"
     run = f"{steps} steps" if steps else "an unknown number of steps (the data set is not here; --max_steps says it)"
@@ -116,18 +118,18 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
         else:
             print_scale(plan, points, micro, checkpointing, args.parts)
         return
-    ways = plan.each(Strategy(args.strategy)) if args.strategy else plan.ways()
-    best = plan.best(ways)
+    candidates = plan.all_candidates(Strategy(args.strategy)) if args.strategy else plan.candidates()
+    best = plan.best(candidates)
     steps = choose.steps(recipe, _rows(recipe), plan.rows)
     if args.json:
-        rows = [choose.as_json(way) for way in ways]
+        rows = [choose.as_json(one) for one in candidates]
         commands = choose.command(args.recipe, plan, best) if best else None
         chosen = choose.as_json(best) if best else None
         print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
     else:
-        print_ways(plan, ways, best, steps, args.parts)
+        print_candidates(plan, candidates, best, steps, args.parts)
     if best is None:
-        raise choose.no_fit_error(plan, ways)
+        raise choose.no_fit_error(plan, candidates)
     if not args.json:
         print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
 

@@ -76,7 +76,7 @@ class Traced:
     work: Work
     matrices: tuple[int, ...]
 
-    def drawn_on(self, other: Traced, times: float, micro: int) -> Traced:
+    def extrapolate(self, other: Traced, times: float, micro: int) -> Traced:
         """Extrapolate to a larger micro-batch: from `other` to this one, and `times` as far beyond."""
 
         def on(here: Count, there: Count) -> Count:
@@ -116,10 +116,11 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
         ) from error
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
     whole = more.plus(layer, layers - depths[1])
-    return Traced(whole, layer, work, _drawn_out(short, long, (layers - depths[1]) / max(1, depths[1] - depths[0])))
+    times = (layers - depths[1]) / max(1, depths[1] - depths[0])
+    return Traced(whole, layer, work, _extrapolate_matrices(short, long, times))
 
 
-def _drawn_out(short: tuple[int, ...], long: tuple[int, ...], times: float) -> tuple[int, ...]:
+def _extrapolate_matrices(short: tuple[int, ...], long: tuple[int, ...], times: float) -> tuple[int, ...]:
     """Extrapolate the longer list: what it has more than the shorter one is repeated `times` times."""
     at = next((n for n, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     more = len(long) - len(short)

@@ -103,7 +103,7 @@ def read_config(path: Path) -> Config:
     values = {}
     for key_node, value_node in root.value:
         try:
-            values[str(key_node.value)] = convert.constructed(value_node)
+            values[str(key_node.value)] = convert.construct(value_node)
         except ValueError as error:
             raise RecipeError(f"{key_node.value}: {error}", where=convert.position(str(path), key_node)) from None
     config = Config(values, places, path)

@@ -209,17 +209,17 @@ def _list(key: Key, node: yaml.SequenceNode, where: str, source: Source) -> list
     return result
 
 
-def unplaced(node: yaml.Node | None) -> yaml.Node:
+def drop_positions(node: yaml.Node | None) -> yaml.Node:
     """A node out of a text that is no file: its lines and columns would mislead."""
     assert node is not None
     node.start_mark = node.end_mark = None
     for item in () if isinstance(node, yaml.ScalarNode) else node.value:
         for inner in item if isinstance(item, tuple) else (item,):
-            unplaced(inner)
+            drop_positions(inner)
     return node
 
 
-def constructed(node: yaml.Node) -> Any:
+def construct(node: yaml.Node) -> Any:
     """A node as Python has it.
 
     Raises:
@@ -233,7 +233,7 @@ def constructed(node: yaml.Node) -> Any:
 
 def _json(key: Key, node: yaml.ScalarNode, where: str) -> yaml.Node:
     try:
-        return unplaced(files.compose(node.value))
+        return drop_positions(files.compose(node.value))
     except yaml.YAMLError:
         raise RecipeError(f"{key.name}: not a block of keys: {node.value}", where=where) from None
 
@@ -242,7 +242,7 @@ def _scalar(key: Key, node: yaml.ScalarNode, where: str, source: Source) -> Any:
     """One word or number, in the first of the key's types that it can be meant as."""
     types, raw = key.types, node.value
     try:
-        plain = constructed(node)
+        plain = construct(node)
     except ValueError as error:
         raise RecipeError(f"{key.name}: {error}", where=where, help="write the value without a !tag") from None
     if plain is None:

@@ -70,7 +70,7 @@ def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value_node, f"{name}.")
         else:
             try:
-                yield name, convert.constructed(value_node)
+                yield name, convert.construct(value_node)
             except ValueError:
                 yield name, None
 

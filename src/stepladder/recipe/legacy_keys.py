@@ -13,7 +13,7 @@ import yaml
 
 from stepladder import files
 from stepladder.errors import RecipeError
-from stepladder.recipe.convert import Pairs, Source, constructed, mapping, unknown_key
+from stepladder.recipe.convert import Pairs, Source, construct, mapping, unknown_key
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def translate(pairs: Pairs, source: Source, errors: list[RecipeError]) -> Pairs:
 
 
 # Old keys that need more than a row of legacy.yaml; `_Translation` has a method for each.
-KEYS = ("warmup_ratio", "gradient_checkpointing_use_reentrant", "tokenizer_name_or_path", "dataset_kwargs",
+COMPUTED_KEYS = ("warmup_ratio", "gradient_checkpointing_use_reentrant", "tokenizer_name_or_path", "dataset_kwargs",
         "dataset_mixture", "dataset_mixer", "dataset_splits", "dataset_configs")  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class _Translation:
         self.result: Pairs = {}
 
     def add(self, name: str, value: yaml.Node) -> None:
-        if name in KEYS:
+        if name in COMPUTED_KEYS:
             getattr(self, name)(name, value)
         elif name in table()["removed"]:
             self._leave_out(name, **table()["removed"][name])
@@ -210,7 +210,7 @@ def _mixture_entries(node: yaml.Node) -> yaml.Node:
 def _plain(node: yaml.Node) -> Any:
     """The value of a node as Python has it; None if its tag does not fit it."""
     try:
-        return constructed(node)
+        return construct(node)
     except ValueError:
         return None
 

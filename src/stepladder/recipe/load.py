@@ -244,7 +244,7 @@ def _node(name: str, words: list[str]) -> yaml.Node:
     text = words[0]
     if text.startswith(("{", "[")) and (key is None or {"list", "dict"} & {*key.types}):
         try:
-            return convert.unplaced(files.compose(text))
+            return convert.drop_positions(files.compose(text))
         except yaml.YAMLError:
             pass
     takes_text = key is not None and {"str", "list"} & {*key.types} and not {"bool", "int", "float"} & {*key.types}

@@ -123,7 +123,7 @@ class _Plainly(yaml.SafeDumper):
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One optimizer step: `rows` sequences in `accumulation` micro-batches of `micro` places on each of `ranks`.
 
     The same rows are trained in a step on any number of ranks. Places without a row are filled with padding rows,
@@ -152,7 +152,7 @@ class Layout:
             yield from [empty] * (self.micro - (end - first))
 
 
-def split_batch(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> Layout:
+def split_batch(global_batch_size: int, micro_batch_size: int, ranks: int, where: str = "") -> StepLayout:
     """The fewest micro-batches of at most `micro_batch_size` sequences that hold the global batch on `ranks` ranks.
 
     They are no larger than they need to be: 8 sequences on 4 ranks are 2 for each, whatever one rank could hold, so
@@ -172,7 +172,7 @@ def split_batch(global_batch_size: int, micro_batch_size: int, ranks: int, where
         )
     accumulation = -(-global_batch_size // (micro_batch_size * ranks))
     micro = -(-global_batch_size // (accumulation * ranks))
-    return Layout(global_batch_size, micro, ranks, accumulation)
+    return StepLayout(global_batch_size, micro, ranks, accumulation)
 
 
 def sums_sharded(settings: Settings) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from stepladder.errors import FAULT, GOOD, LOOK, Verdict
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read
 
 LEAST = 8  # logged losses below which a curve has no shape
@@ -198,7 +198,7 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdi
 
 
 @dataclass(frozen=True)
-class Difference:
+class CurveDifference:
     """The largest difference and the mean residual of two curves; gradient norms are relative."""
 
     steps: int
@@ -218,15 +218,15 @@ class Difference:
         )
 
 
-def difference(reference: Path, other: Path) -> Difference:
+def difference(reference: Path, other: Path) -> CurveDifference:
     """Compare two run folders step by step; a run of another length differs infinitely."""
     first, second = read(reference), read(other)
     if any(len(first.curve(key)) != len(second.curve(key)) for key in ("loss", "grad_norm", "eval_loss")):
-        return Difference(0, *[math.inf] * 5)
+        return CurveDifference(0, *[math.inf] * 5)
     return between(first, second)
 
 
-def between(reference: LoggedRun, other: LoggedRun) -> Difference:
+def between(reference: LoggedRun, other: LoggedRun) -> CurveDifference:
     """Compare the curves of two runs over the steps that both have; what is no number differs infinitely."""
 
     def pairs(key: str) -> list[tuple[float, float]]:
@@ -237,7 +237,7 @@ def between(reference: LoggedRun, other: LoggedRun) -> Difference:
     loss = [b - a for a, b in pairs("loss")]
     norm = [(b - a) / a if a else b and math.inf for a, b in pairs("grad_norm")]
     evaluation = [abs(b - a) for a, b in pairs("eval_loss")]
-    return Difference(
+    return CurveDifference(
         steps=len(loss),
         loss=max(map(abs, loss), default=0.0),
         loss_residual=sum(loss) / max(len(loss), 1),
@@ -280,7 +280,7 @@ def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
         draw.circle(place(*point), 4 * SCALE, outline=RED, width=2 * SCALE)
     out = io.BytesIO()
     image.resize((WIDTH // SCALE, HEIGHT // SCALE), Image.Resampling.LANCZOS).save(out, "PNG", optimize=True)
-    write_whole(path, out.getvalue())
+    write_atomic(path, out.getvalue())
 
 
 def _thinned(curve: Curve) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
 from stepladder.reporting.page import duration, format_share, judge_run
 from stepladder.reporting.runs import LoggedRun
@@ -244,7 +244,7 @@ def _evaluation(run: LoggedRun) -> list[str]:
 def _not_compared(run: LoggedRun) -> str:
     base = (run.facts.get("recipe") or {}).get("model_name_or_path", "BASE")
     data = "" if (run.facts.get("held_out") or {}).get("rows") else " --data HELD_OUT.jsonl"
-    return NOT_COMPARED.format(base=quoted(base), folder=quoted(run.folder), data=data)
+    return NOT_COMPARED.format(base=quote_for_shell(base), folder=quote_for_shell(run.folder), data=data)
 
 
 def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:

@@ -23,12 +23,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.data import audit
 from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
 from stepladder.data.rows import Rows
 from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
-from stepladder.files import write_whole
+from stepladder.files import write_atomic
 from stepladder.manifest import MANIFEST, RECIPE
 from stepladder.reporting import curves
 from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
@@ -68,7 +68,7 @@ def write_audit(folder: Path, train: Any, evaluation: Any) -> None:
         looked = {"rows looked at": AUDITED_ROWS, "of": len(train)}
         findings.insert(0, Finding(FIGURE, "sampled", "a sample drawn by chance", figures=looked))
     found = audit.as_json(audit.Audit(train.name, train, held_out, findings), [])
-    write_whole(folder / "audit.json", json.dumps(found, ensure_ascii=False) + "\n")
+    write_atomic(folder / "audit.json", json.dumps(found, ensure_ascii=False) + "\n")
 
 
 def _sample(rows: Rows) -> Rows:
@@ -84,7 +84,7 @@ def save(path: Path, text: str) -> None:
         RunError: the place cannot be written.
     """
     try:
-        write_whole(path, text)
+        write_atomic(path, text)
     except (OSError, ValueError) as error:  # a ValueError where the path has no name: -o "$UNSET"
         why = getattr(error, "strerror", None) or str(error)
         raise RunError(f"{path} cannot be written", why=why, help="another -o") from None
@@ -332,7 +332,7 @@ def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], boo
 def _commands(run: LoggedRun) -> Iterator[str]:
     """What runs it again: its resolved recipe, under the same strategy and on as many ranks; and its comparison."""
     strategy, ranks = run.facts.get("strategy", "single"), run.facts.get("world_size", 1)
-    again = f"scripts/sft.py --recipe {quoted(run.folder / RECIPE)} --output_dir runs/again"
+    again = f"scripts/sft.py --recipe {quote_for_shell(run.folder / RECIPE)} --output_dir runs/again"
     if strategy != "single":
         yield f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
     elif run.facts or run.rows:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
 from stepladder.recipe import convert
-from stepladder.recipe.recipe import Layout, Recipe, split_batch, sums_sharded
+from stepladder.recipe.recipe import Recipe, StepLayout, split_batch, sums_sharded
 from stepladder.recipe.schema import known_keys
 from stepladder.training.launch.launcher import Launch, Strategy
 
@@ -124,8 +124,8 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     if inputs and launch.strategy.is_zero and launch.strategy.shards_weights:
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
     elif launch.strategy.is_fsdp and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
-        tied = start.read_if_readable(Path(start.find_for(recipe).base) / "config.json").get("tie_word_embeddings")
-        if tied:
+        config = start.read_if_readable(Path(start.resolve_recipe_model(recipe).base) / "config.json")
+        if config.get("tie_word_embeddings"):
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"
     if why:
         raise RecipeError(
@@ -136,7 +136,7 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
         )
 
 
-def build(recipe: Recipe, step: Layout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
+def build(recipe: Recipe, step: StepLayout, precision: str, use_cpu: bool, strategy: Strategy) -> SFTConfig:
     """The training arguments. Creating them starts the process group.
 
     Raises:
@@ -192,7 +192,7 @@ def library_errors_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
         ) from None
 
 
-def layout(recipe: Recipe, ranks: int) -> Layout:
+def layout(recipe: Recipe, ranks: int) -> StepLayout:
     """An optimizer step's rows on the ranks: from `global_batch_size` where it is set, else as TRL means it.
 
     Raises:
@@ -203,7 +203,7 @@ def layout(recipe: Recipe, ranks: int) -> Layout:
         micro = 1
     if total is None:
         steps = recipe.get("gradient_accumulation_steps")
-        return Layout(micro * steps * ranks, micro, ranks, steps)
+        return StepLayout(micro * steps * ranks, micro, ranks, steps)
     found = split_batch(total, micro, ranks, recipe.where("global_batch_size"))
     if recipe.values.get("gradient_accumulation_steps", found.accumulation) != found.accumulation:
         raise RecipeError(

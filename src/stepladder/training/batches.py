@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset, Sampler
 
 from stepladder.data.render import IGNORED
-from stepladder.recipe.recipe import Layout
+from stepladder.recipe.recipe import StepLayout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,7 +66,7 @@ class Order(Sampler[int]):
         group: rows that are sorted by length together.
     """
 
-    def __init__(self, rows: int, layout: Layout, seed: int, strategy: str, lengths: Sequence[int], group: int = 1):
+    def __init__(self, rows: int, layout: StepLayout, seed: int, strategy: str, lengths: Sequence[int], group: int = 1):
         self.rows, self.layout, self.seed, self.strategy = rows, layout, seed, strategy
         self.lengths, self.group = lengths, group
         self.epoch = 0
@@ -98,7 +98,7 @@ class Order(Sampler[int]):
 class StepStream(IterableDataset):
     """The rows of a stream, laid out over the micro-batches as `Order` does."""
 
-    def __init__(self, rows: Iterable[Row], layout: Layout, pad_token_id: int):
+    def __init__(self, rows: Iterable[Row], layout: StepLayout, pad_token_id: int):
         self.rows, self.layout, self.pad_token_id = rows, layout, pad_token_id
 
     def __iter__(self) -> Iterator[Row]:

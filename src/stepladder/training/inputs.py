@@ -125,7 +125,7 @@ class Inputs:
             if not before or not now or before == now:
                 continue
             keys = self._keys(name)
-            what = f"{name.replace('_', ' ')} ({_named(self.recipe, keys[0])}): {_differences(before, now)}"
+            what = f"{name.replace('_', ' ')} ({_with_value(self.recipe, keys[0])}): {_differences(before, now)}"
             if name == EVALUATION and (schedule := self.recipe.get("lr_scheduler_type")) in BY_METRIC:
                 raise LaunchError(
                     f"the run in {self._folder} was begun with other evaluation rows",
@@ -159,9 +159,9 @@ class Inputs:
                 return ["eval_dataset_name"]
             return ["datasets" if self.recipe.get("datasets") else "dataset_name", *SPLIT_KEYS]
         began = (self._before or {}).get("recipe", {})
-        chosen = [key for key in templates.KEYS if self.recipe.get(key)][:1]
+        chosen = [key for key in templates.TEMPLATE_KEYS if self.recipe.get(key)][:1]
         model = [] if chosen == ["chat_template_path"] else MODEL_KEYS
-        return [*chosen, *model, *(key for key in templates.KEYS if began.get(key))]
+        return [*chosen, *model, *(key for key in templates.TEMPLATE_KEYS if began.get(key))]
 
     def _meant_and_not_decisive(self) -> bool:
         """Whether the recipe names other evaluation rows than before, and nothing follows their losses."""
@@ -170,7 +170,7 @@ class Inputs:
         return another and not self.recipe.get("load_best_model_at_end")
 
 
-def _named(recipe: Recipe, key: str) -> str:
+def _with_value(recipe: Recipe, key: str) -> str:
     value = recipe.get(key)
     return f"{key} {value}" if isinstance(value, str) and len(value) <= 200 and "\n" not in value else key
 

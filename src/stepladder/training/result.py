@@ -73,7 +73,7 @@ def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[
         return
     # Transformers pickles its arguments: nothing reads them, and a pickle can run code where it is opened.
     (run.folder / "training_args.bin").unlink(missing_ok=True)
-    weights.share(run.folder)
+    weights.apply_umask(run.folder)
     if shapes:
         weights.check_saved_adapter(run.folder, shapes)
         # The tokens that end an answer, which the base's configuration may lack.

@@ -21,7 +21,7 @@ from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
-from stepladder.recipe.recipe import Layout
+from stepladder.recipe.recipe import StepLayout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import saving
 from stepladder.training.checkpoint.resume import of_step
@@ -29,7 +29,7 @@ from stepladder.training.guard.interruptions import EvaluationLeftError, RankSyn
 from stepladder.training.launch import launcher
 from stepladder.training.watch.telemetry import Telemetry
 
-PART = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
+NORM_CHUNK = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
@@ -44,21 +44,21 @@ class Trainer(SFTTrainer):
         layout: how an optimizer step is cut into micro-batches.
         meter: measures the run.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
-        flat: whether the rows of a batch are concatenated (padding-free).
+        padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
     """
 
     def __init__(
         self,
         model: Any,
-        layout: Layout,
+        layout: StepLayout,
         meter: Telemetry,
         on_nan: str = "stop",
-        flat: bool = False,
+        padding_free: bool = False,
         own_kernels: bool = False,
         **kwargs: Any,
     ):
-        self.layout, self.flat = layout, flat
+        self.layout, self.rows_end_to_end = layout, padding_free
         quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         adapter = {
             name: parameter.detach().clone()
@@ -97,24 +97,24 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         args, rows, pad_token_id = self.args, self.train_dataset, self.processing_class.pad_token_id
         if not hasattr(rows, "__len__"):
-            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.flat)
+            return self._loader(StepStream(rows, self.layout, pad_token_id), self.layout, self.rows_end_to_end)
         seed = args.seed if args.data_seed is None else args.data_seed
         group = LENGTH_GROUP * self.layout.rows
         order = Order(len(rows), self.layout, seed, args.train_sampling_strategy, prepare.lengths(rows), group)
         self._order = order
-        return self._loader(with_padding_row(rows, pad_token_id), self.layout, self.flat, order)
+        return self._loader(with_padding_row(rows, pad_token_id), self.layout, self.rows_end_to_end, order)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         micro, ranks = self.args.per_device_eval_batch_size, self.args.world_size
-        layout = Layout(micro * ranks, micro, ranks, accumulation=1)
+        layout = StepLayout(micro * ranks, micro, ranks, accumulation=1)
         # The mean over all tokens does not depend on the order: by length, rows need the least padding.
         order = Order(len(rows), layout, 0, "group_by_length", prepare.lengths(rows), group=len(rows))
         # TRL chooses its collator by `packing` alone, and `eval_packing` may differ.
-        flat = self.flat or "seq_lengths" in rows.column_names
-        return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, flat, order)
+        padding_free = self.rows_end_to_end or "seq_lengths" in rows.column_names
+        return self._loader(with_padding_row(rows, self.processing_class.pad_token_id), layout, padding_free, order)
 
-    def _loader(self, rows: Any, layout: Layout, padding_free: bool, order: Order | None = None) -> DataLoader:
+    def _loader(self, rows: Any, layout: StepLayout, padding_free: bool, order: Order | None = None) -> DataLoader:
         args = self.args
         loader = DataLoader(
             rows,
@@ -301,7 +301,7 @@ def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     squares, sharded = torch.zeros((), dtype=torch.float64), False
     for gradient in gradients:
         sharded = sharded or isinstance(gradient, DTensor)
-        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(PART)]
+        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(NORM_CHUNK)]
         squares += torch.stack(parts).double().square().sum()
     if sharded:
         torch.distributed.all_reduce(squares)

@@ -22,7 +22,7 @@ from stepladder.data.templates.chat_template import (
     mark,
     source,
 )
-from stepladder.data.templates.layout import ChatTemplate, Layout
+from stepladder.data.templates.layout import ChatTemplate, TemplateLayout
 from stepladder.errors import ModelError, RecipeError, first_line, locate_errors
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 TURN_TOKEN = re.compile(
     r"<[|｜][^\s<>|｜]{1,40}[|｜]?>|<[A-Za-z_]{1,40}\|>|<(?:start|end)_of_(?:turn|utterance)>|\]~!?b[\[\]]|\[e~\[|</s>"
 )
-KEYS = ("chat_template", "chat_template_path", "prompt_template")
+TEMPLATE_KEYS = ("chat_template", "chat_template_path", "prompt_template")
 USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 # The shortest conversations of two turns; some templates demand a system turn.
 SHORTEST = ([USER, ANSWER] * 2, [{"role": "system", "content": "system"}, *[USER, ANSWER] * 2])
@@ -62,7 +62,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
         raise ModelError(
             "the model's tokenizer has no end token, so no answer would end", help="eos_token: one of its tokens"
         )
-    key = next((key for key in KEYS if settings.get(key)), "")
+    key = next((key for key in TEMPLATE_KEYS if settings.get(key)), "")
     if not key:
         own = tokenizer.chat_template
         if isinstance(own, dict) and "default" not in own:
@@ -99,7 +99,7 @@ def load_template(name: str) -> str:
     Raises:
         RecipeError: there is none of this name.
     """
-    known = shipped()
+    known = load_named_templates()
     if name not in known:
         help = f"chat_template_path: {name}" if os.path.exists(name) else suggest(name, known)
         help = help or f"one of {', '.join(sorted(known))}; or a template in Jinja"
@@ -107,7 +107,7 @@ def load_template(name: str) -> str:
     return known[name]
 
 
-def shipped() -> dict[str, str]:
+def load_named_templates() -> dict[str, str]:
     """The templates that have a name: chatml, mistral and zephyr are ours, the others are TRL's."""
     from trl import chat_template_utils
 
@@ -190,15 +190,15 @@ def from_prompt_template(template: str) -> str:
     prompt_end = after.rstrip()
     gap = after[len(prompt_end) :]
 
-    def quoted(text: str) -> str:
+    def quote_for_jinja(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # a JSON string is a Jinja string
 
     return (
         "{%- for message in messages -%}"
         "{%- if message['role'] == 'user' -%}"
-        f"{{{{- {quoted(before)} + message['content'] + {quoted(prompt_end)} -}}}}"
+        f"{{{{- {quote_for_jinja(before)} + message['content'] + {quote_for_jinja(prompt_end)} -}}}}"
         "{%- elif message['role'] == 'assistant' -%}"
-        f"{{{{- {quoted(gap)} + message['content'] + eos_token -}}}}"
+        f"{{{{- {quote_for_jinja(gap)} + message['content'] + eos_token -}}}}"
         "{%- else -%}{{- raise_exception('a prompt_template renders user and assistant turns only') -}}{%- endif -%}"
         "{%- endfor -%}"
     )
@@ -276,7 +276,7 @@ def _with_tool(tokenizer: PreTrainedTokenizerBase) -> str:
     return "".join(layout.literals)
 
 
-def _shortest(tokenizer: PreTrainedTokenizerBase) -> Layout | None:
+def _shortest(tokenizer: PreTrainedTokenizerBase) -> TemplateLayout | None:
     """The layout of the shortest conversation that the template takes."""
     template = ChatTemplate(tokenizer)
     for messages in SHORTEST:

@@ -66,7 +66,7 @@ class Turn:
 
 
 @dataclass
-class Layout:
+class TemplateLayout:
     """The literals of a rendered conversation, and the numbers of the slots between them."""
 
     dialect: Dialect
@@ -105,10 +105,10 @@ class ChatTemplate(TemplateProgram):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__(tokenizer)
-        self.layouts: dict[str, Layout | Refusal] = {}
-        self.plain: dict[tuple[str, ...], Layout] = {}  # of conversations of plain texts, by their roles
+        self.layouts: dict[str, TemplateLayout | Refusal] = {}
+        self.plain: dict[tuple[str, ...], TemplateLayout] = {}  # of conversations of plain texts, by their roles
 
-    def row_text(self, example: Example, layout: Layout, slots: list[Slot]) -> str:
+    def row_text(self, example: Example, layout: TemplateLayout, slots: list[Slot]) -> str:
         """A row's text by its layout.
 
         Raises:
@@ -123,7 +123,7 @@ class ChatTemplate(TemplateProgram):
             pieces += [slots[slot].text, literal]
         return "".join(pieces)
 
-    def row_layout(self, example: Example) -> tuple[list[Slot], Layout]:
+    def row_layout(self, example: Example) -> tuple[list[Slot], TemplateLayout]:
         """The texts of a row, and the layout of conversations of its form.
 
         Raises:
@@ -138,7 +138,7 @@ class ChatTemplate(TemplateProgram):
             self.plain[roles] = layout
         return marked_slots, layout
 
-    def layout(self, slots: list[Slot], marked: Example) -> Layout:
+    def layout(self, slots: list[Slot], marked: Example) -> TemplateLayout:
         """The layout of conversations of this form, as `mark` gives it.
 
         Raises:
@@ -157,27 +157,27 @@ class ChatTemplate(TemplateProgram):
             raise found
         return found
 
-    def _learn(self, slots: list[Slot], marked: Example) -> Layout:
+    def _learn(self, slots: list[Slot], marked: Example) -> TemplateLayout:
         """By the template itself, or by TRL's version of it where that loses less of the conversation."""
         own = self._best(slots, marked, training=False)
-        whole = isinstance(own, Layout) and _loss(own) == (0, False)
+        whole = isinstance(own, TemplateLayout) and _loss(own) == (0, False)
         if not whole and not self.marked and self.training:
             trl = self._best(slots, marked, training=True)
-            if isinstance(trl, Layout) and (isinstance(own, Refusal) or _loss(trl) < _loss(own)):
+            if isinstance(trl, TemplateLayout) and (isinstance(own, Refusal) or _loss(trl) < _loss(own)):
                 own = trl
         if isinstance(own, Refusal):
             raise own
         return own
 
-    def _best(self, slots: list[Slot], marked: Example, training: bool) -> Layout | Refusal:
-        best: Layout | None = None
+    def _best(self, slots: list[Slot], marked: Example, training: bool) -> TemplateLayout | Refusal:
+        best: TemplateLayout | None = None
         refusal = Refusal("it renders nothing")
         last = len(marked["messages"]) - 1
         for number, dialect in enumerate(dialects(marked, training)):
             try:
-                layout = self._by(dialect, slots, marked)
+                layout = self._lay_out(dialect, slots, marked)
                 if any(slots[slot].kind == "content" or slots[slot].message == last for slot in layout.lost):
-                    layout = min(layout, self._spliced(layout, slots, marked), key=_loss)
+                    layout = min(layout, self._splice_last_turn(layout, slots, marked), key=_loss)
             except Refusal as error:
                 refusal = refusal if number else error
                 continue
@@ -187,7 +187,7 @@ class ChatTemplate(TemplateProgram):
                 break
         return best or refusal
 
-    def _by(self, dialect: Dialect, slots: list[Slot], marked: Example) -> Layout:
+    def _lay_out(self, dialect: Dialect, slots: list[Slot], marked: Example) -> TemplateLayout:
         text = self.text(marked, dialect)
         if dialect.parts and PRINTED_PART.search(text):
             raise Refusal("it prints parts as they are")
@@ -197,11 +197,11 @@ class ChatTemplate(TemplateProgram):
         # `{{ arguments }}` of an object is Python's way to write it, not JSON.
         if any(str(arguments) in text for arguments in calls if arguments):
             lost += [number for number, slot in enumerate(slots) if slot.kind == "name"]
-        layout = Layout(dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
+        layout = TemplateLayout(dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
         self._find_turns(layout, slots, marked)
         return layout
 
-    def _spliced(self, whole: Layout, slots: list[Slot], marked: Example) -> Layout:
+    def _splice_last_turn(self, whole: TemplateLayout, slots: list[Slot], marked: Example) -> TemplateLayout:
         """The layout of the last generation prompt followed by the last turn, as it is when the model answers.
 
         Mistral's template writes the system prompt into the last user's turn where that ends the conversation,
@@ -221,12 +221,12 @@ class ChatTemplate(TemplateProgram):
         literals = [*asked[0][:-1], asked[0][-1] + literals[0], *literals[1:]]
         order = asked[1] + order
         lost = [number for number, slot in enumerate(slots) if slot.required and number not in order]
-        layout = Layout(whole.dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
+        layout = TemplateLayout(whole.dialect, literals, order, lost, _lost_tools(marked, "".join(literals)))
         layout.spliced = Point(len(asked[0]) - 1, len(asked[0][-1]))
         self._find_turns(layout, slots, marked)
         return layout
 
-    def _find_turns(self, layout: Layout, slots: list[Slot], marked: Example) -> None:
+    def _find_turns(self, layout: TemplateLayout, slots: list[Slot], marked: Example) -> None:
         # A result may repeat the name of its call: where a text stands first is its place.
         order = layout.order
         first = [(order.index(slot), slots[slot]) for slot in dict.fromkeys(order) if slots[slot].required]
@@ -245,7 +245,7 @@ class ChatTemplate(TemplateProgram):
         if any(order.count(slot) > 1 for slot in order if slots[slot].kind == "content"):
             raise Refusal("it renders a text twice")
 
-    def _turn(self, number: int, places: list[int], layout: Layout, slots: list[Slot], marked: Example) -> Turn:
+    def _turn(self, number: int, places: list[int], layout: TemplateLayout, slots: list[Slot], marked: Example) -> Turn:
         first, last = places[0], places[-1]
         if any(slots[slot].message != number and slots[slot].required for slot in layout.order[first:last]):
             raise Refusal("it renders another message inside the assistant's")
@@ -376,7 +376,7 @@ def _common(text: str, other: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
-def _loss(layout: Layout) -> tuple[int, bool]:
+def _loss(layout: TemplateLayout) -> tuple[int, bool]:
     return len(layout.lost) + len(layout.lost_tools) + len(layout.lost_keys), layout.changed
 
 

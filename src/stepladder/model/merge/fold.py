@@ -52,7 +52,7 @@ def _parts(args: argparse.Namespace) -> _Parts:
     trained, losses = runs[0]
     in_4_bits = next((each for each, _ in runs if each.get("recipe", {}).get("load_in_4bit")), trained)
     quantize = choose_base(args.quantized_base, in_4_bits)
-    source = start.find(str(args.adapter[0]))
+    source = start.resolve_model(str(args.adapter[0]))
     name = args.base or source.base
     base = _find_base(name, None if args.base else config.revision)
     if replaced := next(
@@ -98,12 +98,12 @@ def merge(args: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
         facts = _write(args, parts, folder, dtype, check)
         facts["seconds"] = round(time.perf_counter() - began, 1)
         facts["peak_memory_bytes"] = hardware.peak_resident_bytes()
-        files.write_whole(folder / start.MERGE, json.dumps(facts, indent=2) + "\n")
+        files.write_atomic(folder / start.MERGE, json.dumps(facts, indent=2) + "\n")
         if parts.modelfile:
-            files.write_whole(folder / "Modelfile", parts.modelfile)
+            files.write_atomic(folder / "Modelfile", parts.modelfile)
         licence = card.front_matter(parts.base).get("license")
         text = card.render(args.output_dir, parts.name, licence, parts.trained, parts.losses, facts)
-        files.write_whole(folder / "README.md", text)
+        files.write_atomic(folder / "README.md", text)
     return facts
 
 
@@ -135,7 +135,7 @@ def _write(
         "gguf": parts.gguf.write_and_compare(folder, parts.gguf_name, check) if parts.gguf else None,
         "ollama": bool(parts.modelfile),
         "packages": run.package_versions(),
-        "command": console.quoted(*sys.argv),
+        "command": console.quote_for_shell(*sys.argv),
     }
 
 
@@ -291,6 +291,6 @@ def push(folder: Path, name: str) -> str:
         raise ModelError(
             f"{folder} is merged, and could not be pushed to {name}",
             why=first_line(error),
-            help=f"hf auth login, then: {console.quoted('hf', 'upload', name, folder)}",
+            help=f"hf auth login, then: {console.quote_for_shell('hf', 'upload', name, folder)}",
         ) from None
     return address

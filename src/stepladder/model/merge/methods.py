@@ -111,7 +111,7 @@ class StreamedMerge:
 
         changed = self.units.keys() | self.replaced.keys()
         pairs = [(name, other) for name, other in self.tied.items() if changed & {name, other}]
-        return any(not torch.equal(self.merged(name), self.merged(other)) for name, other in pairs)
+        return any(not torch.equal(self.merged_weight(name), self.merged_weight(other)) for name, other in pairs)
 
     # ---- weights, in fp32 ----
 
@@ -134,7 +134,7 @@ class StreamedMerge:
             tensor = torch.cat([tensor, tensor.new_zeros(rows, *tensor.shape[1:])])
         return tensor
 
-    def merged(self, name: str) -> torch.Tensor:
+    def merged_weight(self, name: str) -> torch.Tensor:
         """The same weight with the adapter folded in."""
         from peft.utils.other import ModulesToSaveWrapper
 
@@ -165,9 +165,9 @@ class StreamedMerge:
         """Base and adapter side by side, in fp32, each module's weights fetched as it is called."""
         return self.peft
 
-    def exact(self) -> PreTrainedModel:
+    def unrounded_model(self) -> PreTrainedModel:
         """The merged model before it is rounded and written."""
-        return self._streamed(self.merged)
+        return self._streamed(self.merged_weight)
 
     def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written."""
@@ -188,22 +188,22 @@ class StreamedMerge:
     def plan(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What will be written, under the names that the base has on disk; what is not a weight stays as it is."""
         code, tensors = CODES[weights.dtype_name(dtype)], dict(self.disk.tensors)
-        for key, name in self._written().items():
+        for key, name in self.output_names().items():
             tensors[key] = Tensor("", code, self.shapes[name])
         return tensors
 
-    def _written(self) -> dict[str, str]:
+    def output_names(self) -> dict[str, str]:
         """The model's name of each weight by its key in the output."""
         names = {key: name for name, key in self.keys.items()}
         return names | {name: name for name in self.tied if self.untied and name not in self.keys}
 
-    def targeted(self) -> dict[str, str]:
+    def target_names(self) -> dict[str, str]:
         """The tensors that may differ from the base's, by key, and their names in the model."""
         changed = self.units.keys() | self.replaced.keys() | self.quantized.keys()
         for pair in self.tied.items():
             if changed & {*pair}:
                 changed |= {*pair} if not self.untied else {*pair} - self.keys.keys()
-        return {key: name for key, name in self._written().items() if name in changed}
+        return {key: name for key, name in self.output_names().items() if name in changed}
 
     def write(self, folder: Path, dtype: torch.dtype, limit: int, progress: Callable[[int, int], None]) -> int:
         """Write the merged weights and the configuration; returns the number of shards.
@@ -213,12 +213,12 @@ class StreamedMerge:
         """
         import torch
 
-        names, plan, targeted = self._written(), self.plan(dtype), self.targeted()
+        names, plan, targeted = self.output_names(), self.plan(dtype), self.target_names()
 
         def produce(key: str) -> torch.Tensor:
             if key not in targeted and plan[key].dtype == self.disk.tensors[key].dtype:
                 return self.disk.read(key)
-            tensor = self.merged(names[key])
+            tensor = self.merged_weight(names[key])
             low, high = tensor.aminmax()
             if not max(-low, high) <= torch.finfo(dtype).max:  # NaN too
                 raise ModelError(f"{key} is too large for {weights.dtype_name(dtype)}", help="--dtype bf16 or fp32")
@@ -258,7 +258,7 @@ class WholeMerge:
             ) from None
         return peft.eval()
 
-    def exact(self) -> PreTrainedModel:
+    def unrounded_model(self) -> PreTrainedModel:
         """The merged model before it is rounded and written."""
         try:
             return self.reference().merge_and_unload(safe_merge=True)
@@ -283,9 +283,9 @@ class WholeMerge:
         }
 
     def write(self, folder: Path, dtype: torch.dtype, limit: int, progress: Callable[[int, int], None]) -> int:
-        model = self.exact()
+        model = self.unrounded_model()
         model.to(dtype).save_pretrained(folder, max_shard_size=limit)
-        weights.share(folder)
+        weights.apply_umask(folder)
         return len(list(folder.glob("*.safetensors")))
 
 

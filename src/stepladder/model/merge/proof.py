@@ -39,7 +39,7 @@ class Proof:
             self.effect = difference(self.logits, self._answers(model))
         del model
         self.bound = max(1e-4, 1e-5 * max(float(answer.abs().max()) for answer in self.logits))
-        self.exact = difference(self.logits, self._answers(merge.exact()))
+        self.exact = difference(self.logits, self._answers(merge.unrounded_model()))
         if not self.exact["max"] <= self.bound:  # NaN fails too
             raise ModelError(
                 f"the merged model is not base and adapter: logits differ by {self.exact['max']:.1e} in fp32",
@@ -117,11 +117,11 @@ class Proof:
             raise ModelError("the merged weights are the base's: the adapter changes nothing in this dtype")
         if isinstance(self.merge, WholeMerge):
             return {"tensors": len(merged.tensors), "changed": len(changed)}
-        targeted = self.merge.targeted()
+        targeted = self.merge.target_names()
         if extra := sorted(changed - targeted.keys()):
             raise ModelError(f"{extra[0]} changed, and the adapter does not target it")
         for key, name in targeted.items():
-            exact = self.merge.merged(name)
+            exact = self.merge.merged_weight(name)
             if not torch.equal(merged.read(key), exact.to(dtype).cpu()):  # with --device cuda, exact is there
                 raise ModelError(f"{key} was not written as it was merged", why="a fault of the disk, or a bug")
             if key not in changed and not torch.equal(exact, self.merge.read(name)):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.console import quoted
+from stepladder.console import quote_for_shell
 from stepladder.errors import ModelError, first_line
 from stepladder.model.pretrained import wrong_base
-from stepladder.model.start import ADAPTER, CONFIG, invalid_config, read_config
+from stepladder.model.start import ADAPTER, ADAPTER_CONFIG, invalid_config, read_config
 from stepladder.model.weights import Weights, more, read_adapter
 
 if TYPE_CHECKING:
@@ -122,19 +122,19 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
 
     configs = []
     for folder in adapters:
-        if not (folder / CONFIG).is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             raise ModelError(f"{folder} is no adapter: it has no adapter_config.json", help="check the path")
         read_config(folder)
         try:
             config = PeftConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError) as error:  # KeyError: a peft_type that it does not know
-            raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
+            raise invalid_config(folder / ADAPTER_CONFIG, f"{type(error).__name__}: {error}") from None
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ModelError(
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
                 why="it learned tokens that come before the prompt, not a change of the base's weights",
                 help="serve base and adapter together: "
-                f'python scripts/generate.py --model {quoted(folder)} --prompt "…"',
+                f'python scripts/generate.py --model {quote_for_shell(folder)} --prompt "…"',
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ModelError(
@@ -180,7 +180,7 @@ def inject(
         except ValueError as error:
             raise wrong_base(folder, base, first_line(error)) from None
         except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
-            raise invalid_config(folder / CONFIG, f"{type(error).__name__}: {error}") from None
+            raise invalid_config(folder / ADAPTER_CONFIG, f"{type(error).__name__}: {error}") from None
         tensors = {key: tensor.to(device).float() for key, tensor in read_adapter(folder).items()}
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
@@ -195,7 +195,8 @@ def inject(
                 raise wrong_base(folder, base, f"there is no place in it for {key}{more(extra)}")
             needed = shapes[in_base] if in_base in shapes else tuple(state[place].shape)
             if tensors[key].shape != needed:
-                raise wrong_base(folder, base, f"{key} is {_by(tensors[key].shape)}, and this base needs {_by(needed)}")
+                held, needs = _format_shape(tensors[key].shape), _format_shape(needed)
+                raise wrong_base(folder, base, f"{key} is {held}, and this base needs {needs}")
             (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
         if scale != 1:
@@ -231,7 +232,7 @@ def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
             layer.set_scale(name, scale)
 
 
-def _by(shape: Any) -> str:
+def _format_shape(shape: Any) -> str:
     return " x ".join(str(size) for size in shape)
 
 

@@ -174,7 +174,7 @@ def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
 def _check_reads(recipe: Recipe, replaced: Path) -> None:
     """Raise LaunchError where the new run reads a file of the run that it replaces, by whatever links."""
     read = {key: _strings(recipe.values.get(key)) for key in READ_KEYS}
-    read[start.KEY].append(start.find_for(recipe).base)  # an adapter's own base is read too
+    read[start.MODEL_KEY].append(start.resolve_recipe_model(recipe).base)  # an adapter's own base is read too
     for key, paths in read.items():
         for path in map(Path, paths):
             above = [*(path / "_").absolute().parents, *(path / "_").resolve().parents]

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stepladder.console import say
 from stepladder.errors import CheckpointError
-from stepladder.files import flush, hash_file, write_whole
+from stepladder.files import flush, hash_file, write_atomic
 from stepladder.training.checkpoint import state
 from stepladder.training.checkpoint.resume import (
     COMPLETE,
@@ -47,7 +47,7 @@ from stepladder.training.checkpoint.resume import (
 )
 from stepladder.training.launch.ranks import from_first
 
-PART = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
+GATHERED_BYTES = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
 SET_BY_RECIPE = ("lr_lambdas", "base_lrs")  # keys of a scheduler's state that are not put back
 
 
@@ -193,7 +193,7 @@ def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 class _Parts:
-    """Collects tensors into files of about `PART` bytes."""
+    """Collects tensors into files of about `GATHERED_BYTES` bytes."""
 
     def __init__(self, folder: Path, stem: str):
         self.folder, self.stem = folder, stem
@@ -206,7 +206,7 @@ class _Parts:
         if not self.fault:
             self._held[name] = value.to("cpu").contiguous()
             self._bytes += value.nbytes
-            if self._bytes >= PART:
+            if self._bytes >= GATHERED_BYTES:
                 self.close()
 
     def close(self) -> None:
@@ -230,7 +230,7 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
     return {
         "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in SET_BY_RECIPE},
         "scaler": scaler.state_dict() if scaler else None,
-        "telemetry": trainer.meter.checkpointed(),
+        "telemetry": trainer.meter.to_checkpoint(),
         "tokens": trainer._total_train_tokens,
         "owes_evaluation": trainer.owes_evaluation,
         # summed up since the last logged step, for `logging_steps` above 1
@@ -258,7 +258,7 @@ def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
         "run": facts,  # from which a lost run.json is rebuilt
     }
     flush(folder)
-    write_whole(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
     flush(folder)
     flush(folder.parent)
 

@@ -168,9 +168,9 @@ def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     """
     if not launch.strategy.is_fsdp or launch.ranks == 1:
         return pretrained.load_base(recipe, precision)
-    may_send, reads = pretrained.can_be_sent(recipe), launch.local_rank == 0
+    may_send, reads = pretrained.recipe_can_be_sent(recipe), launch.local_rank == 0
     model = pretrained.load_base(recipe, precision) if reads or not may_send else None
-    sends = may_send and from_first(model is not None and can_be_sent(model))
+    sends = may_send and from_first(model is not None and model_can_be_sent(model))
     if may_send and not sends and launch.rank == 0:
         say("note: each rank reads all weights, since this model has more than Accelerate could send from rank 0")
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(sends).lower()  # read as the Trainer makes its Accelerator
@@ -179,7 +179,7 @@ def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     return model
 
 
-def can_be_sent(model: Any) -> bool:
+def model_can_be_sent(model: Any) -> bool:
     """Whether Accelerate can send a model: it sends no persistent buffers, and ties what the configuration ties."""
     named = dict(model.named_parameters(remove_duplicate=False))
     ends = [getattr(layer, "weight", None) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]

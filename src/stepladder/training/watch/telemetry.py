@@ -109,7 +109,7 @@ class Telemetry(TrainerCallback):
         self._began: float | None = None
         load("cpu")  # psutil measures the use of the processors since the previous call
 
-    def checkpointed(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> dict[str, Any]:
         """The counts from which a resumed run continues."""
         return {key: getattr(self, key) for key in (*COUNTED, "rows_checksum", "_since_log")}
 

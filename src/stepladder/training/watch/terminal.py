@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
-from stepladder.console import is_main_rank, quoted, say
+from stepladder.console import is_main_rank, quote_for_shell, say
 from stepladder.errors import StepladderError
 from stepladder.model import card, start
 from stepladder.recipe.recipe import Recipe
@@ -255,7 +255,7 @@ def closing_block(run: Run) -> str:
     starts = len(run.manifest["resumed"]) + 1
     used = f", MFU {100 * totals['mfu']:.1f} %" if totals.get("mfu") else ""
     memory = max(totals["peak_memory_bytes"]) / 2**30
-    best, folder = run.manifest["result_step"], quoted(run.folder)
+    best, folder = run.manifest["result_step"], quote_for_shell(run.folder)
     lines = [
         f"✔ {totals['steps']} steps in {totals['seconds']:.0f} s{losses}",
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
@@ -266,7 +266,7 @@ def closing_block(run: Run) -> str:
         f'  ask it:      python scripts/generate.py --model {folder} --prompt "…"',
     ]
     recipe = run.manifest["recipe"]
-    base = quoted(recipe["model_name_or_path"])
+    base = quote_for_shell(recipe["model_name_or_path"])
     held_out = run.manifest.get("held_out", {"rows": 0, "foreign": ""})  # counted by the rank that writes
     if held_out["rows"]:
         lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {folder}")
@@ -286,7 +286,8 @@ def write_page(write: Callable[..., Any], folder: Path, *args: Any) -> None:
             f"{error.what}: {error.why}" if isinstance(error, StepladderError) else f"{type(error).__name__}: {error}"
         )
         say(f"⚠ the pages of {folder} are not whole: {cause}")
-        say(f"  the result stands; for its page, once that is mended: python scripts/report.py {quoted(folder)}")
+        again = f"python scripts/report.py {quote_for_shell(folder)}"
+        say(f"  the result stands; for its page, once that is mended: {again}")
 
 
 def preemption_message(run: Run) -> str:

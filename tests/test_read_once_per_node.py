@@ -56,7 +56,7 @@ def test_the_other_ranks_hold_no_weights(untied: Path, write_recipe, tmp_path: P
     assert loaded["lora"] == pytest.approx([1, 1], abs=0.15), "an adapter's base is read by each rank"
     for name, measured in loaded.items():
         plan = choose.Plan(load.load(str(tmp_path / f"{name}.yaml"), []), 1, 2, hardware.device("h100"))
-        assert plan.way(Strategy("fsdp"), 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
+        assert plan.candidate(Strategy("fsdp"), 1, False).memory.host / size == pytest.approx(sum(measured), rel=0.15)
 
     done = script("sft", "--recipe", tmp_path / "full.yaml", "--output_dir", tmp_path / "plain")
     assert done.code == 0, done
@@ -67,9 +67,9 @@ def test_what_cannot_be_sent_is_read_by_each_rank(tiny: Path) -> None:
     """Guards against a traceback or a hang out of Accelerate, which sends parameters only and ties what the
     configuration ties, whatever the file held."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    assert ranks.can_be_sent(model)
+    assert ranks.model_can_be_sent(model)
     model.register_buffer("seen", torch.zeros(1))
-    assert not ranks.can_be_sent(model)
+    assert not ranks.model_can_be_sent(model)
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-    assert not ranks.can_be_sent(model)
+    assert not ranks.model_can_be_sent(model)
