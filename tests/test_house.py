@@ -23,6 +23,7 @@ FLOORS = [
         "requirements",
         "screen",
         "settings",
+        "suggest",
     },
     {"recipe", "data", "model", "run"},
     {"training", "planning", "evaluation", "reporting", "cluster"},

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from conftest import ROOT, script
-from stepladder.errors import ALIASES, RecipeError, RecipeErrors, nearest, suggest
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, load
 from stepladder.recipe.schema import Key, known_keys
+from stepladder.suggest import ALIASES, nearest, suggest
 
 
 @pytest.fixture

@@ -317,9 +317,11 @@ def test_offline_a_full_disk_is_noticed(tmp_path, monkeypatch, settings, capsys,
             resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     is_whole = Wandb._is_whole
 
-    def with_room_again(self) -> bool:  # lifted no earlier: when the service writes is its own affair
+    def with_room_again(self) -> bool:
+        """The first look, which waits for the service's late writes, is under the limit; then there is room again."""
+        found = is_whole(self)
         resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        return is_whole(self)
+        return found
 
     monkeypatch.setattr(Wandb, "_is_whole", with_room_again)
     tracker.close(0)

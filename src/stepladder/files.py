@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
+import importlib.resources
 import json
 import os
 import shutil
@@ -137,6 +139,13 @@ def parse_json(text: str) -> Any:
     if level:
         raise ValueError("it is nested too deeply")
     return found
+
+
+@functools.cache
+def read_table(name: str) -> Any:
+    """The value of a YAML file of the package, such as recipe/keys.yaml; libyaml reads it where it is installed."""
+    text = importlib.resources.files("stepladder").joinpath(name).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def compose(text: str) -> yaml.Node | None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder.errors import LaunchError, suggest
+from stepladder.errors import LaunchError
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch

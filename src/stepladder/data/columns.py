@@ -14,7 +14,8 @@ from stepladder.data import formats
 from stepladder.data.conversation import KNOWN_KEYS, NAMES, RoleMap, invert_names, yaml_name
 from stepladder.data.formats import Example
 from stepladder.data.readers import Found, Row, quote
-from stepladder.errors import DataError, locate_errors, normalize
+from stepladder.errors import DataError, locate_errors
+from stepladder.suggest import normalize
 
 UNKNOWN_KEYS = "unknown_keys"
 MOST_NAMES = 20  # unused columns, or keys of messages, that are named

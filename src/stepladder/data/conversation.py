@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from stepladder import files
 from stepladder.data.readers import is_unicode, parse_nested, quote
-from stepladder.errors import DataError, suggest
-from stepladder.files import parse_yaml, read_text
+from stepladder.errors import DataError
+from stepladder.suggest import suggest
 
 Message = dict[str, Any]
 
-NAMES: dict[str, Any] = parse_yaml(read_text(Path(__file__).with_name("names.yaml")))
+NAMES: dict[str, Any] = files.read_table("data/names.yaml")
 
 
 def invert_names(names: dict[str, list[str]]) -> dict[str, str]:

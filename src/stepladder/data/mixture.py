@@ -18,8 +18,9 @@ from stepladder.data import formats
 from stepladder.data.conversation import ROLES
 from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key, row_keys
 from stepladder.data.source import Source, has_split, is_local
-from stepladder.errors import DataError, suggest
+from stepladder.errors import DataError
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 GENERAL = Path("data/general.jsonl")
 HELD_OUT = "held_out.json"

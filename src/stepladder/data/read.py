@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stepladder import files
 from stepladder.console import quote_for_shell
 from stepladder.data.json_documents import is_split_object, json_rows, split_word
 from stepladder.data.readers import (
@@ -21,13 +22,12 @@ from stepladder.data.readers import (
     Found,
     arrow_rows,
     csv_rows,
-    first_line,
     parquet_rows,
     python_rows,
     without_nulls,
 )
-from stepladder.errors import DataError
-from stepladder.files import name_fault, parse_yaml, read_json, read_text
+from stepladder.errors import DataError, first_line
+from stepladder.files import name_fault, read_json
 
 READERS: dict[str, Callable[[Any, str], Iterator[Found]]] = {
     ".jsonl": json_rows,
@@ -50,7 +50,7 @@ SAVED = ("state.json", "dataset_info.json")  # stand in each folder that `Datase
 # What a message calls the files of other kinds, and the Python that makes JSONL of FILE, or unpacks it.
 OTHER_KINDS = {
     suffix: (kind["name"], kind["code"])
-    for kind in parse_yaml(read_text(Path(__file__).with_name("other_kinds.yaml")))
+    for kind in files.read_table("data/other_kinds.yaml")
     for suffix in kind["suffixes"]
 }
 UNPACKERS = {".bz2": "bunzip2 -k", ".xz": "unxz -k"}  # which leave a file alone that is there already

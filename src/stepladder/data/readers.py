@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from stepladder.errors import DataError
+from stepladder.errors import DataError, first_line
 
 Row = dict[str, Any]
 Found = tuple[str, "Row | DataError"]  # where, and the row or what is wrong with it
@@ -105,11 +105,6 @@ def quote(value: Any, width: int = 60) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list a thousand deep
         text = f"a {type(value).__name__}"
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:

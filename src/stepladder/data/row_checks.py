@@ -10,15 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder import files
 from stepladder.data import render
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
 from stepladder.data.rows import WIDE, Rows, all_text, normal_text, own_text, role_text, width
 from stepladder.errors import DataError
-from stepladder.files import parse_yaml, read_text
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ NEAR, PIECE, PERMUTATIONS, BANDS, CANDIDATES = 0.8, 5, 126, 18, 50
 
 PRIVATE, ODD = (
     {name: re.compile("|".join(patterns)) for name, patterns in kinds.items()}
-    for kinds in parse_yaml(read_text(Path(__file__).with_name("sensitive_text.yaml"))).values()
+    for kinds in files.read_table("data/sensitive_text.yaml").values()
 )
 
 NOT_RENDERED, ANSWER_CUT, NOTHING_TRAINED = "not_rendered", "answer_cut", "nothing_trained"

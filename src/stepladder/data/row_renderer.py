@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder import files
 from stepladder.data.formats import Example
 from stepladder.data.readers import quote
 from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
 from stepladder.data.templates.layout import ChatTemplate, Point, TemplateLayout, Turn
 from stepladder.errors import DataError
-from stepladder.files import parse_yaml, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ LOSS_HELP = {
     "tools": "a chat_template that renders tools (qwen2_5, or that of a model trained to call them); "
     "or on_bad_row: skip",
 }
-REMARKS: dict[str, dict[str, Any]] = parse_yaml(read_text(Path(__file__).with_name("remarks.yaml")))
+REMARKS: dict[str, dict[str, Any]] = files.read_table("data/remarks.yaml")
 
 
 @dataclass(frozen=True)

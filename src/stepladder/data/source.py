@@ -29,9 +29,10 @@ from stepladder.data.read import (
     refuse_llama_factory,
     stem,
 )
-from stepladder.data.readers import Found, first_line
-from stepladder.errors import DataError, suggest
+from stepladder.data.readers import Found
+from stepladder.errors import DataError, first_line
 from stepladder.files import parse_yaml, read_text
+from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
 SAMPLED_ROWS = 100  # rows looked at to learn what a set is like

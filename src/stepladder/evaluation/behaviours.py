@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.data.columns import find_question_shape
-from stepladder.errors import FAULT, GOOD, LOOK, WORSE, DataError, Verdict, suggest
+from stepladder.errors import FAULT, GOOD, LOOK, WORSE, DataError, Verdict
 from stepladder.evaluation import generation
 from stepladder.evaluation.metrics import can_differ, words
 from stepladder.evaluation.questions import Answer, Question
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from stepladder.data import read
 from stepladder.data.rows import Rows
-from stepladder.errors import DataError, ModelError, RunError
+from stepladder.errors import DataError, ModelError, RunError, first_line
 from stepladder.evaluation.questions import extract_questions
 from stepladder.model import pretrained
 
@@ -122,7 +122,7 @@ def evaluate(
             log_samples=False,
         )
     except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises without a hub
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         help = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
         raise ModelError("the data of a task cannot be had", why=said, help=help) from None
     return [score for task, figures in found["results"].items() for score in _scores(task, figures)]

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepladder import files
-from stepladder.errors import LEVEL, DataError, suggest
+from stepladder.errors import LEVEL, DataError
 from stepladder.evaluation.questions import Answer
+from stepladder.suggest import suggest
 
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"  # which of two figures is the better one
 REPEATED = 4  # words of a run that counts as repeated

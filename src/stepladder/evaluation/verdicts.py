@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, StepladderError, Verdict, suggest
+from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, StepladderError, Verdict
 from stepladder.evaluation import behaviours, metrics
 from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import HIGHER, NEITHER, StyleRule, words
+from stepladder.suggest import suggest
 
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy

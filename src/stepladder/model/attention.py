@@ -24,7 +24,7 @@ from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBA
 from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
 
-from stepladder.errors import ModelError, RecipeError
+from stepladder.errors import ModelError, RecipeError, first_line
 from stepladder.settings import Settings
 
 BY_ROW = "sdpa_by_row"
@@ -48,7 +48,7 @@ PROBE = 3.0  # seconds in which the hub is to answer
 
 @dataclass(frozen=True)
 class Choice:
-    """How a model attends.
+    """How a model attends, as run.json and the opening lines say it.
 
     `padding_free`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why
     there is no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
@@ -179,7 +179,7 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
             with _cache_only_unless_reachable() if name == KERNEL else contextlib.nullcontext():
                 lazy_import_flash_attention(name)
         except Exception as error:
-            faults.append(f"{name} cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+            faults.append(f"{name} cannot be loaded: {first_line(error)}")
         else:
             return name, f"{package} is installed"
     return "", "; ".join(faults)
@@ -191,7 +191,7 @@ def _set_implementation(model: PreTrainedModel, name: str) -> None:
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(
             f"rank 0 attends by {name}, and this rank cannot load it",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             help="the same packages on every node, or attn_implementation: sdpa",
             this_rank_only=True,
         ) from None

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
-from stepladder.errors import ModelError, suggest
+from stepladder.errors import ModelError, first_line
 from stepladder.model import start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ def attach_adapter(
             raise _misfit(source, str(error)) from None
         if not isinstance(error, ValueError):
             raise
-        raise _does_not_fit(recipe, str(error).splitlines()[0], linear, names) from None
+        raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     if source.adapter and tokenizer is not None:
         _load(wrapped, source)

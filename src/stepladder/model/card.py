@@ -17,6 +17,7 @@ from stepladder.manifest import MANIFEST, metrics_text, read_manifest, row_of
 from stepladder.model import start
 from stepladder.model.build import VIRTUAL
 from stepladder.model.weights import Weights
+from stepladder.settings import Settings
 
 README_BYTES = 1 << 22
 UNNAMED = "none named"
@@ -40,9 +41,8 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def training_method(trained: dict[str, Any]) -> str:
-    """How a run trained, from its manifest."""
-    recipe = trained["recipe"]
+def training_method(recipe: Settings | dict[str, Any]) -> str:
+    """How a recipe trains: full fine-tuning, LoRA, QLoRA, DoRA, prefix or prompt tuning."""
     if not recipe.get("use_peft"):
         return "full fine-tuning"
     if (kind := recipe.get("peft_type") or "lora") != "lora":
@@ -110,7 +110,7 @@ def render(
         "tags": ["stepladder", "sft"],
     }
     front |= {"license": licence} if licence else {}
-    how = training_method(trained) if trained else "An adapter"
+    how = training_method(trained["recipe"]) if trained else "An adapter"
     origin = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
     cells = {
         name: _line(value).replace("|", "\\|") for name, value in _facts(base, licence, trained, losses, merged).items()
@@ -151,7 +151,8 @@ def _facts(
         rows |= {
             "data": ", ".join(sets[:1]),
             **({"held out": f"{sets[1]}, not trained on"} if len(sets) > 1 else {}),
-            "method": f"{training_method(trained)}, {counts['trainable']:,} trainable of {counts['all']:,} parameters",
+            "method": f"{training_method(trained['recipe'])}, {counts['trainable']:,} trainable of "
+            f"{counts['all']:,} parameters",
             "training": f"{totals['steps']} steps of {trained['global_batch_size']} sequences, "
             f"{trained['strategy']} on {trained['world_size']} rank(s), {trained['precision']}",
             "last loss": f"{final['loss']:.4f}" if "loss" in final else "unknown",
@@ -322,7 +323,7 @@ def _task(adapter: dict[str, Any], config: dict[str, Any]) -> str:
 
 
 def _method(adapter: dict[str, Any], merged: dict[str, Any], trained: dict[str, Any], config: dict[str, Any]) -> str:
-    method = training_method(trained) if trained else ""
+    method = training_method(trained["recipe"]) if trained else ""
     if adapter:
         kind = "DoRA" if adapter.get("use_dora") else adapter.get("peft_type", "an adapter")
         rank = f", r {adapter.get('r')}, alpha {adapter['lora_alpha']}" if "lora_alpha" in adapter else ""

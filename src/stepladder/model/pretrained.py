@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
 from stepladder.data import templates
-from stepladder.errors import ModelError, RecipeError
+from stepladder.errors import ModelError, RecipeError, first_line
 from stepladder.model import start
 from stepladder.model.start import check_files, check_source
 from stepladder.model.weights import more
@@ -357,7 +357,7 @@ def _loading(name: str, of: str = "") -> Iterator[None]:
             taken = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
             raise ModelError(
                 "the package of that attn_implementation is not installed, or not in a version that Transformers take",
-                why=str(error).strip().splitlines()[0],
+                why=first_line(error),
                 help=f"pip install '{taken}', and attn_implementation: kernels-community/flash-attn2; "
                 "or pip install flash-attn; or attn_implementation: sdpa",
             ) from None

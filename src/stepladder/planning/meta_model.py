@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from stepladder import files
 from stepladder.data.render import IGNORED
-from stepladder.errors import ModelError, suggest
+from stepladder.errors import ModelError, first_line
 from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def load_config(settings: Settings) -> Any:
 
     source = start.resolve_recipe_model(settings)
     name = source.base
-    shapes = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+    shapes = files.read_table("planning/shapes.yaml")
     if not Path(name).is_dir() and name in shapes:
         return AutoConfig.for_model(**shapes[name])
     start.check_files(Path(name), settings.where("model_name_or_path"))
@@ -84,7 +85,7 @@ def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, 
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ModelError(
                 f"the architecture {config.model_type} cannot be built from its configuration",
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 help="a causal language model that the installed Transformers know",
             ) from None
         if quantization := pretrained.quantization_config(settings, work.precision):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepladder import hardware
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model import attention, build, cpu_kernels
 from stepladder.planning import meta_model
 from stepladder.planning.meta_model import Work
@@ -109,7 +109,7 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
     except Exception as error:  # whatever a model does that was never traced before: training goes on without a plan
         raise ModelError(
             f"the architecture {config.model_type} cannot be traced without its values",
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            why=f"{type(error).__name__}: {first_line(error)}",
         ) from error
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
     whole = more.plus(layer, layers - depths[1])

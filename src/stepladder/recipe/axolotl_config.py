@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
-from stepladder.errors import RecipeError, RecipeErrors, nearest, suggest
+from stepladder import files
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, load
 from stepladder.recipe.legacy_keys import is_one_of
-from stepladder.recipe.schema import known_keys, read_table
+from stepladder.recipe.schema import known_keys
+from stepladder.suggest import nearest, suggest
 
 TRANSLATED, DROPPED, UNSUPPORTED = "translated", "default, dropped", "not supported"
 EMPTY: tuple[Any, ...] = (None, "", {})  # what Axolotl takes for a key that is not set
@@ -176,7 +178,7 @@ def rule(function: Rule) -> Rule:
 @functools.cache
 def table() -> dict[str, Any]:
     """The sections of axolotl.yaml."""
-    return read_table("axolotl.yaml")
+    return files.read_table("recipe/axolotl.yaml")
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from stepladder.console import printable, quote_for_shell
-from stepladder.errors import RecipeError, RecipeErrors, suggest
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import axolotl_rules, convert, load, rules  # noqa: F401 - registers its rules
 from stepladder.recipe.axolotl_config import (
     DROPPED,
@@ -35,6 +35,7 @@ from stepladder.recipe.axolotl_config import (
 )
 from stepladder.recipe.schema import Key, known_keys
 from stepladder.screen import Screen
+from stepladder.suggest import suggest
 
 YAML: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 1000}
 SECRET = re.compile(r"api_key|secret|password|(hf|hub)_token")

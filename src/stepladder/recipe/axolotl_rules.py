@@ -14,7 +14,7 @@ from typing import Any
 from stepladder import files
 from stepladder.data.conversation import REASONING, ROLES
 from stepladder.data.source import is_local
-from stepladder.errors import RecipeError, suggest
+from stepladder.errors import RecipeError
 from stepladder.recipe.axolotl_config import (
     CONDITIONS,
     TRANSLATED,
@@ -26,6 +26,7 @@ from stepladder.recipe.axolotl_config import (
     set_keys,
     table,
 )
+from stepladder.suggest import suggest
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".arrow": "arrow"}
 ATTENTION_AND_MLP = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}

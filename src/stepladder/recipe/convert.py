@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from stepladder import files
-from stepladder.errors import RecipeError, RecipeErrors, suggest
-from stepladder.recipe.schema import ANYTHING, Key, read_table
+from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.recipe.schema import ANYTHING, Key
+from stepladder.suggest import suggest
 
 NUMBER = re.compile(r"[-+]?((0|[1-9][\d_]*)(\.[\d_]*)?|\.\d+)([eE][-+]?\d+)?")
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -34,7 +35,9 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "-1 (off), or 1 or more": lambda x: x == -1 or x >= 1,
     "from 0 to 4294967295": lambda x: 0 <= x < 2**32,
 }
-RANGES: dict[str, str] = {key: words for words, keys in read_table("keys.yaml")["ranges"].items() for key in keys}
+RANGES: dict[str, str] = {
+    key: words for words, keys in files.read_table("recipe/keys.yaml")["ranges"].items() for key in keys
+}
 
 Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 

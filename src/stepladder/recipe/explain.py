@@ -23,11 +23,11 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from stepladder import console
-from stepladder.errors import suggest
+from stepladder import console, files
 from stepladder.recipe import axolotl_config, convert, load, rules
-from stepladder.recipe.schema import known_keys, read_table
+from stepladder.recipe.schema import known_keys
 from stepladder.screen import Screen
+from stepladder.suggest import suggest
 
 AXOLOTL = "axolotl"
 DEFAULT, PARENT, RECIPE = "default", "parent", "recipe"
@@ -68,7 +68,7 @@ def explanations() -> dict[str, dict[str, Explanation]]:
     """By group, then key. Axolotl's key names are a group of their own."""
     by_group: dict[str, dict[str, Explanation]] = {}
     known: dict[str, Explanation] = {}
-    for group, entries in read_table("explanations.yaml").items():
+    for group, entries in files.read_table("recipe/explanations.yaml").items():
         # A word in place of an explanation is the key above that means the same.
         by_group[group] = {
             name: known[said]

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe import convert, rules
-from stepladder.recipe.schema import known_keys, read_table
+from stepladder.recipe.schema import known_keys
 
 SCRIPTS = (".sh", ".bash", ".sbatch")
 FLAG = re.compile(r"(?<!\S)--([\w.-]+)(?:[ =]+(?!--)('[^']*'|\"[^\"]*\"|[^\s\\]+))?")
@@ -27,7 +28,7 @@ Tool = dict[str, Any]
 @functools.cache
 def tools() -> dict[str, Tool]:
     """The tools by name, as foreign.yaml has them."""
-    return read_table("foreign.yaml")
+    return files.read_table("recipe/foreign.yaml")
 
 
 def refuse(node: yaml.Node | None, path: Path) -> None:

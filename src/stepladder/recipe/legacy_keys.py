@@ -11,15 +11,15 @@ from typing import Any
 
 import yaml
 
+from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe.convert import Pairs, Source, construct, mapping, unknown_key
-from stepladder.recipe.schema import read_table
 
 
 @functools.cache
 def table() -> dict[str, dict[str, Any]]:
     """The sections of legacy.yaml."""
-    return read_table("legacy.yaml")
+    return files.read_table("recipe/legacy.yaml")
 
 
 def is_one_of(value: Any, values: list[Any]) -> bool:

@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 
 from stepladder import files
-from stepladder.errors import RecipeError, RecipeErrors, nearest, suggest
+from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, legacy_keys, rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.schema import known_keys
+from stepladder.suggest import nearest, suggest
 
 COMMAND_LINE = "command line"
 

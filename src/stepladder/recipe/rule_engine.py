@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from stepladder import files
 from stepladder.errors import RecipeError
 from stepladder.recipe.recipe import Recipe
-from stepladder.recipe.schema import read_table
 
-TABLE = read_table("rules.yaml")
+TABLE = files.read_table("recipe/rules.yaml")
 Check = Callable[[Recipe], "RuleBreak | None"]
 
 

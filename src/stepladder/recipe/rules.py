@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
-from stepladder.errors import suggest
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.rule_engine import TABLE, Check, RuleBreak, build_rules, conflict, format_key, idle
 from stepladder.recipe.schema import known_keys
+from stepladder.suggest import suggest
 
 ATTENTION = ("auto", "sdpa", "eager", *(f"flash_attention_{n}" for n in (2, 3, 4)), "flex_attention")
 # Keys of a block in model_init_kwargs that the recipe has at its top, by which name.

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stepladder import console, files
 
 ANYTHING = ("bool", "dict", "float", "int", "list", "none", "str")
@@ -79,12 +77,6 @@ class Key:
 
 
 Schema = dict[str, Key]
-
-
-def read_table(name: str) -> dict[str, Any]:
-    """The YAML table of this name that lies beside this module."""
-    text = importlib.resources.files("stepladder.recipe").joinpath(name).read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def versions() -> dict[str, str]:
@@ -141,7 +133,7 @@ def introspect() -> Schema:
 
 def own_keys(block: str) -> tuple[Key, ...]:
     """Stepladder's own keys at the top of a recipe ("recipe") or in each entry of `datasets` ("datasets")."""
-    rows = read_table("keys.yaml")[block]
+    rows = files.read_table("recipe/keys.yaml")[block]
     return tuple(
         _key_from_json({"name": name, "owner": "Stepladder", "default": None, **row}) for name, row in rows.items()
     )

@@ -49,7 +49,7 @@ class Trainer(SFTTrainer):
         meter: measures the run.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
         padding_free: whether the rows of a batch are concatenated (padding-free).
-        own_kernels: whether loss and attention are those of `model/cpu`.
+        own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
     """
 
     def __init__(

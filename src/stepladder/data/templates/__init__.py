@@ -23,8 +23,9 @@ from stepladder.data.templates.chat_template import (
     source,
 )
 from stepladder.data.templates.layout import ChatTemplate, TemplateLayout
-from stepladder.errors import ModelError, RecipeError, locate_errors, suggest
+from stepladder.errors import ModelError, RecipeError, first_line, locate_errors
 from stepladder.settings import Settings
+from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +149,7 @@ def from_path(path: str) -> str:
     try:
         template = source(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
     except (OSError, ValueError) as error:
-        raise ModelError(f"no template at '{path}': {str(error).splitlines()[0]}") from None
+        raise ModelError(f"no template at '{path}': {first_line(error)}") from None
     if not template:
         raise ModelError(f"the tokenizer at '{path}' has no chat template")
     return template

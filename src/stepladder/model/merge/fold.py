@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, files, hardware, manifest, run
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model import card, fingerprint, portable, pretrained, start, weights
 from stepladder.model.merge import gguf_file, llama_cpp_text
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
@@ -290,7 +290,7 @@ def push(folder: Path, name: str) -> str:
     except Exception as error:  # the hub's client raises its own, httpx's and OSErrors
         raise ModelError(
             f"{folder} is merged, and could not be pushed to {name}",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             help=f"hf auth login, then: {console.quote_for_shell('hf', 'upload', name, folder)}",
         ) from None
     return address

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model import pretrained, weights
 from stepladder.model.merge import skeleton
 from stepladder.model.merge.skeleton import RoundTrip
@@ -254,7 +254,7 @@ class WholeMerge:
             peft.base_model.set_adapter([*peft.peft_config], inference_mode=True)
         except (ValueError, RuntimeError) as error:
             raise ModelError(
-                "the adapter does not fit this base", where=str(self.adapters[0]), why=str(error).splitlines()[0]
+                "the adapter does not fit this base", where=str(self.adapters[0]), why=first_line(error)
             ) from None
         return peft.eval()
 
@@ -263,7 +263,7 @@ class WholeMerge:
         try:
             return self.reference().merge_and_unload(safe_merge=True)
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
-            raise ModelError("PEFT cannot merge this adapter", why=str(error).splitlines()[0]) from None
+            raise ModelError("PEFT cannot merge this adapter", why=first_line(error)) from None
 
     def reopen(self, folder: Path) -> PreTrainedModel:
         """The merged model as it was written, or the base."""

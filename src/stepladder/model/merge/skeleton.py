@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder.console import quote_for_shell
-from stepladder.errors import ModelError
+from stepladder.errors import ModelError, first_line
 from stepladder.model.pretrained import wrong_base
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG, invalid_config, read_config
 from stepladder.model.weights import Weights, more, read_adapter
@@ -178,7 +178,7 @@ def inject(
         try:
             wrapped, table = _table(wrapped or model, config, name)
         except ValueError as error:
-            raise wrong_base(folder, base, str(error).splitlines()[0]) from None
+            raise wrong_base(folder, base, first_line(error)) from None
         except (TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own fields, unchecked
             raise invalid_config(folder / ADAPTER_CONFIG, f"{type(error).__name__}: {error}") from None
         tensors = {key: tensor.to(device).float() for key, tensor in read_adapter(folder).items()}
@@ -205,7 +205,7 @@ def inject(
         try:
             wrapped.base_model.set_adapter(names, inference_mode=True)
         except ValueError as error:
-            raise ModelError("these adapters cannot be merged together", why=str(error).splitlines()[0]) from None
+            raise ModelError("these adapters cannot be merged together", why=first_line(error)) from None
     return wrapped.eval(), replaced
 
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from stepladder import errors
 from stepladder.console import say
-from stepladder.errors import TrainingError
+from stepladder.errors import TrainingError, first_line
 from stepladder.run import Run
 from stepladder.settings import Settings
 from stepladder.training.guard import signals
@@ -177,7 +177,7 @@ def explain_out_of_memory(recipe: Settings, launch: Launch, micro: int, planned:
         plan = f"; the plan said that it needs {planned / 2**30:.2f}" if planned else ""
         raise TrainingError(
             f"out of memory on rank {launch.rank}, which held {peak_memory_bytes() / 2**30:.2f} GiB at most{plan}",
-            why=str(error).splitlines()[0] if str(error) else "",
+            why=first_line(error),
             help="\n".join(memory_savings(recipe, launch, micro)),
             this_rank_only=True,
         ) from None

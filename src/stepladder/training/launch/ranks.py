@@ -18,7 +18,7 @@ from typing import Any
 
 from stepladder import hardware
 from stepladder.console import say
-from stepladder.errors import LaunchError
+from stepladder.errors import LaunchError, first_line
 from stepladder.model import pretrained
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import RANK_VARIABLES, Launch, requested_ranks
@@ -58,7 +58,7 @@ def meeting(launch: Launch) -> Iterator[None]:
             raise
         through = os.environ.get("GLOO_SOCKET_IFNAME") or "none is named"
         raise LaunchError(
-            f"the {launch.ranks} ranks did not find each other: {str(error).strip().splitlines()[0]}",
+            f"the {launch.ranks} ranks did not find each other: {first_line(error)}",
             where=f"{socket.gethostname()}, rank {launch.rank}",
             why=f"all must reach {first}:{os.environ.get('MASTER_PORT', '')} and each other; interface: {through}",
             help="the same command on every machine but for --machine_rank, --main_process_ip as all of them reach "

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from stepladder.console import is_main_rank, quote_for_shell, say
 from stepladder.errors import StepladderError
-from stepladder.model import start
+from stepladder.model import card, start
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 from stepladder.screen import Screen
@@ -83,20 +83,12 @@ def opening_block(
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
             *adapter,
-            f"run         {_method(recipe)}, {steps} steps{epochs}, {_checkpoints(recipe)}",
+            f"run         {card.training_method(recipe)}, {steps} steps{epochs}, {_checkpoints(recipe)}",
             f"watch       {_watched(recipe, f['plan'])}",
             *(f"resumed     from step {r['step']}, {r['from']}" for r in f["resumed"][-1:]),
             *(f"note        {note}" for note in notes),
         )
     )
-
-
-def _method(recipe: Recipe) -> str:
-    if not recipe.get("use_peft"):
-        return "full fine-tuning"
-    kind = str(recipe.get("peft_type") or "lora")
-    name = {"lora": "LoRA", "dora": "DoRA"}.get(kind, f"{kind} tuning")
-    return f"{name} on 4-bit weights" if recipe.get("load_in_4bit") else name
 
 
 def _checkpoints(recipe: Recipe) -> str:
