@@ -243,7 +243,7 @@ for at_hand, keys in ((True, {}), (True, {"padding_free": False}), (False, {})):
     here.flash_utils._loaded_implementation = None
     model = here.small("llama", "sdpa").bfloat16()
     choice, _ = attention.settle(model, here.settings(**keys), "bf16", "cuda")
-    found.append([choice.implementation, choice.rows, choice.flat, choice.why, here.contaminated(model)])
+    found.append([choice.implementation, choice.rows, choice.padding_free, choice.why, here.contaminated(model)])
 print(json.dumps([found, kernels.OFFLINE]))
 """
 KERNELS = """
