@@ -48,7 +48,7 @@ PROBE = 3.0  # seconds in which the hub is to answer
 
 @dataclass(frozen=True)
 class Choice:
-    """How a model attends, in run.json and the opening lines.
+    """How a model attends, as run.json and the opening lines say it.
 
     `padding_free`: the rows of a batch lie end to end, without padding. `rows`: how they are kept apart. `why`: why
     there is no FlashAttention, or where it comes from, under `attn_implementation: auto` on a GPU.
