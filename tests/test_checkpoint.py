@@ -149,7 +149,7 @@ def test_a_run_without_checkpoints_starts_anew_and_says_so(folder, capsys) -> No
     for step in (2, 4, 6):
         shutil.rmtree(resume.of_step(folder, step))
     assert claim(folder) is None
-    assert "starts anew" in capsys.readouterr().out
+    assert "starts from the beginning" in capsys.readouterr().out
 
 
 def test_another_recipe_is_refused_with_what_differs(folder) -> None:

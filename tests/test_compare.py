@@ -430,7 +430,7 @@ def test_one_process_and_two_ranks_find_the_same(tiny, tuned, tmp_path: Path) ->
     page = (tmp_path / "one/report.html").read_text()
     assert "Base and tuned" in page and "friendly opening" in page and "did not forget" in page
     table = (tmp_path / "one/evaluation_results.md").read_text()
-    assert "| held-out loss (nats a token) |" in table and "numbered steps" in table and "**Prompt**" in table
+    assert "| held-out loss (nats per token) |" in table and "numbered steps" in table and "**Prompt**" in table
 
 
 # --- what people get wrong

@@ -182,14 +182,14 @@ def test_an_allowed_edit_is_a_note_and_recorded(name, starts) -> None:
     assert f"which --allow_change {key} allows: " in said(starts, f"{name} allowed")
     before, now = (manifest(starts.folder / folder)["inputs"] for folder in ("whole", f"{name} allowed"))
     assert [thing for thing in before if before[thing] != now[thing]] != []
-    assert "chosen anew" in said(starts, f"{name} allowed") or name != "evaluation"
+    assert "chosen again" in said(starts, f"{name} allowed") or name != "evaluation"
 
 
 @pytest.mark.parametrize("name", [*HARMLESS, "moved"])
 def test_what_changes_no_curve_changes_none(name, starts) -> None:
     """Guards against refusals of a file that was touched, saved again by another version, or moved."""
     assert starts.codes[name] == 0, said(starts, name)
-    assert "changed since" not in said(starts, name) and "chosen anew" not in said(starts, name)
+    assert "changed since" not in said(starts, name) and "chosen again" not in said(starts, name)
     assert losses(starts.folder / name) == losses(starts.folder / "whole")
 
 
@@ -213,7 +213,7 @@ def test_evaluation_rows_that_the_recipe_changes(starts) -> None:
 def test_the_best_step_is_chosen_anew(name, starts) -> None:
     """Guards the result against the value of another metric, which the coming ones may never pass."""
     assert starts.codes[name] == 0, said(starts, name)
-    assert f"it is chosen anew from the evaluations after checkpoint-{CUT}" in said(starts, name)
+    assert f"it is chosen again from the evaluations after checkpoint-{CUT}" in said(starts, name)
     assert manifest(starts.folder / name)["result_step"] > CUT
 
 

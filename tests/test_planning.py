@@ -281,4 +281,4 @@ def test_scale_on_the_command_line() -> None:
     done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--gpus", 1, "--scale", "8,64", "--json")
     assert done.code == 0 and len(json.loads(done.out)["scale"]) == 2 * len(plan_tables.SCALED_STRATEGIES), done
     done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--scale", "8,63")
-    assert done.code == 2 and "63 GPUs are no whole nodes of 8" in done.err, done
+    assert done.code == 2 and "63 GPUs do not fill nodes of 8" in done.err, done

@@ -268,7 +268,7 @@ def test_what_agrees_passes(made) -> None:
     ("fields", "part"),
     [
         ({"peft_type": "LOHA"}, "is LOHA"),
-        ({"peft_type": "PREFIX_TUNING"}, "train it anew"),
+        ({"peft_type": "PREFIX_TUNING"}, "train it again"),
         ({"peft_type": None}, "is None"),
         ({"task_type": "SEQ_CLS"}, "for SEQ_CLS"),
         ({"bias": "all"}, "the base's own biases"),

@@ -128,7 +128,7 @@ class CheckpointError(StepladderError):
 class Verdict:
     """A judgement on a run's curves, or on what a model's answers show.
 
-    `severity` is good, look or fault; `evidence` says the `figures` (losses in nats a token) in words.
+    `severity` is good, look or fault; `evidence` says the `figures` (losses in nats per token) in words.
     """
 
     severity: str

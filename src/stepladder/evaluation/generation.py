@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_NEW_TOKENS = 128  # of generate.py and compare.py alike: a transcript of one is a side of the other
 SAMPLES, SAMPLE_ROWS, SAMPLE_TOKENS = 3, 30, 64  # questions for a tracker, rows tried for them, tokens of an answer
-HELP = "Ask away. /reset begins anew, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
+HELP = "Ask away. /reset starts a new conversation, /system TEXT sets the system prompt; an empty line or Ctrl-D ends."
 
 
 def generate_answers(

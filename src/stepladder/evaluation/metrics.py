@@ -47,8 +47,8 @@ F1 = Metric("F1", HIGHER, "0–1", True)
 REPETITION = Metric("repetition", LOWER, "share")
 STOPPED = Metric("stops by itself", HIGHER, "share")
 LENGTH = Metric("length", NEITHER, "words")
-LOSS = Metric("held-out loss", LOWER, "nats a token")
-TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats a token")  # where no row was held out
+LOSS = Metric("held-out loss", LOWER, "nats per token")
+TRAINING_LOSS = Metric("loss on training rows", LOWER, "nats per token")  # where no row was held out
 METRICS = (CHRF, ROUGE_L, EXACT, F1, REPETITION, STOPPED, LENGTH)
 
 

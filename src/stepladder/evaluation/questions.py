@@ -164,7 +164,9 @@ def transcript_conditions(path: Path) -> tuple[int | None, float]:
     found = {(row.get("max_new_tokens"), row.get("temperature", 0.0)) for _, row in read.read(path)
              if isinstance(row, dict)}  # fmt: skip
     if len(found) > 1:
-        raise DataError(f"the rows of {path} differ in max_new_tokens or temperature", help="keep them anew, alike")
+        raise DataError(
+            f"the rows of {path} differ in max_new_tokens or temperature", help="write them again with equal values"
+        )
     return found.pop() if found else (None, 0.0)
 
 

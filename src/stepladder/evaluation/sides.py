@@ -337,7 +337,7 @@ def choose_length(sources: Sequence[SideSource], asked: int | None, notes: list[
             if cap is None:
                 notes.append(f"{source} does not say within how many tokens it answers")
             elif asked not in (None, cap):
-                help = f"--max_new_tokens {cap}, or keep the transcript anew with --max_new_tokens {asked}"
+                help = f"--max_new_tokens {cap}, or write the transcript again with --max_new_tokens {asked}"
                 raise DataError(f"{source} answers within {cap} tokens, the others within {asked}", help=help)
             asked = cap or asked
     return asked or generation.MAX_NEW_TOKENS

@@ -21,9 +21,9 @@ from stepladder.suggest import suggest
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy
 COPIES = 0.25  # share of copies above that of the references: a house's set phrases are in every good answer
-KNOWN, HALF_KNOWN = 0.1, 0.7  # nats a token: each of a training answer is given a probability of 0.9, of 0.5
-GAP, WIDE_GAP = 0.3, 1.0  # nats a token, beyond the base's: perplexity 1.35 and 2.7 times that on training rows
-RISE, LOUD_RISE = 0.05, 0.3  # nats a token on general knowledge
+KNOWN, HALF_KNOWN = 0.1, 0.7  # nats per token: each of a training answer is given a probability of 0.9, of 0.5
+GAP, WIDE_GAP = 0.3, 1.0  # nats per token, beyond the base's: perplexity 1.35 and 2.7 times that on training rows
+RISE, LOUD_RISE = 0.05, 0.3  # nats per token on general knowledge
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
 # The verdicts that can be required; those that are given in their place; and what they are drawn from.
 VERDICTS = {
@@ -78,7 +78,7 @@ def judge_divergence(losses: list[RowLoss], whose: str) -> Verdict | None:
     evidence = f"of {whose}, on {bad} of {len(losses)} rows"
     help = "see where its weights became NaN: the run's curves; a third of learning_rate, max_grad_norm: 1.0"
     figures = {"rows": float(bad), "of": float(len(losses))}
-    return Verdict(FAULT, "diverged", "Its loss is no number.", evidence, help, figures) if bad else None
+    return Verdict(FAULT, "diverged", "Its loss is not a number.", evidence, help, figures) if bad else None
 
 
 def judge_memorization(
@@ -277,7 +277,7 @@ def _row(wanted: str, row: dict[str, Any], table: list[dict[str, Any]], number: 
     if not (base and side and test):
         return False, "not measured on both sides"
     if base["mean"] is None or side["mean"] is None:
-        return False, "a side's figure is no number"
+        return False, "a side's figure is not a number"
     percent = row["unit"].startswith("share")
     before, after = (f"{one['mean']:.0%}" if percent else f"{one['mean']:.3f}" for one in (base, side))
     more = f", noise {row['noise']:.0%}" if "noise" in row else ""

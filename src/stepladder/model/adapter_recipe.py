@@ -101,7 +101,7 @@ def _check_kind(source: start.Start, name: str) -> None:
     if kind != "LORA":
         what = f"the adapter is {kind}, and only LoRA (with DoRA and rsLoRA) is trained on"
         if "PROMPT" in str(kind) or "PREFIX" in str(kind) or kind == "P_TUNING":  # no change of weights
-            help = f"{MODEL_KEY}: {source.base}, and train it anew"
+            help = f"{MODEL_KEY}: {source.base}, and train it again"
     elif task not in ("CAUSAL_LM", None):
         what = f"the adapter is for {task}, and causal language models are trained"
         help = "an adapter of task_type CAUSAL_LM"

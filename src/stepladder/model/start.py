@@ -222,7 +222,7 @@ def check_source(name: str | None, where: str = "") -> None:
             f"{folder} holds no model yet: the run has not finished",
             where=where,
             why=f"{MANIFEST} lies there, and no config.json",
-            help="the same sft.py command again goes on with it",
+            help="the same sft.py command again resumes it",
         )
     if (folder / CHECKPOINT).is_file():
         raise ModelError(
@@ -288,7 +288,7 @@ def check_finished(folder: Path, where: str = "") -> None:
             f"{folder} holds the result of no finished run: {MANIFEST} says {state}",
             where=where,
             why="what lies there may be half of a result, or one that was found wrong",
-            help="the same sft.py command again goes on with that run",
+            help="the same sft.py command again resumes that run",
         )
 
 

@@ -187,7 +187,7 @@ def parse_counts(text: str) -> list[int]:
     numbers = sorted({int(word) for word in words})
     if odd := [number for number in numbers if number > NODE and number % NODE]:
         raise LaunchError(
-            f"{odd[0]} GPUs are no whole nodes of {NODE}", where="command line --scale", help="--scale 8,64,512"
+            f"{odd[0]} GPUs do not fill nodes of {NODE}", where="command line --scale", help="--scale 8,64,512"
         )
     return numbers
 

@@ -24,13 +24,13 @@ FLAT = 0.05  # of the whole drop: what still counts as the final level
 CONVERGED, PLATEAU = 0.15, 0.6  # shares of the run that lie at the final level
 UNMOVED = 0.02  # of the first loss
 OSCILLATION = (0.1, 0.25)  # wobble, as shares of the loss and of its drop
-MEMORIZED = 0.1  # nats a token: each trained token is given a probability of 0.9
-GAP = 0.3  # nats a token: held-out perplexity 1.35 times that of training
+MEMORIZED = 0.1  # nats per token: each trained token is given a probability of 0.9
+GAP = 0.3  # nats per token: held-out perplexity 1.35 times that of training
 RISE = 0.02  # of the lowest evaluation loss
 # In fp32 without dropout. Strategies sum in different orders, so the last bits differ; a lost
 # row or a wrong normalization differs by 1e-3 and more. The mean residual must be ten times
 # smaller: rounding goes to both sides, a defect to one (TRL, tests/invariant).
-LOSS_TOLERANCE = 1e-5  # absolute, nats a token
+LOSS_TOLERANCE = 1e-5  # absolute, nats per token
 GRAD_NORM_TOLERANCE = 1e-3  # relative
 SCALE = 2  # drawn twice as large and made smaller: smooth lines
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = (SCALE * length for length in (960, 480, 78, 40, 50, 40))  # pixels
@@ -74,7 +74,7 @@ def judge_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> li
 
 
 class _Shape:
-    """Levels of a noisy curve: where it starts and ends, its lowest, its wobble (all nats a token)."""
+    """Levels of a noisy curve: where it starts and ends, its lowest, its wobble (all nats per token)."""
 
     def __init__(self, curve: Curve):
         self.steps, self.values = list(curve), list(curve.values())
@@ -116,7 +116,7 @@ def _broken(curves: dict[str, Curve]) -> Iterator[Verdict]:
     for name, curve in curves.items():
         bad = [step for step, value in curve.items() if not math.isfinite(value)]
         if bad:
-            what, evidence = f"The {name} is no number.", f"{name} {curve[bad[0]]} at step {bad[0]}"
+            what, evidence = f"The {name} is not a number.", f"{name} {curve[bad[0]]} at step {bad[0]}"
             help = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0; bf16 or fp32 in place of fp16"
             yield Verdict(FAULT, "diverged", what, evidence, help, {"step": bad[0], "values": len(bad)})
             return
@@ -172,7 +172,7 @@ def _oscillation(s: _Shape) -> Iterator[Verdict]:
 def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdict]:
     """Train-to-zero, an evaluation loss that rises again, and the gap between the two losses."""
     if s.end < MEMORIZED:
-        evidence = f"{s.end:.4f} nats a token: each is given a probability of {math.exp(-s.end):.1%}"
+        evidence = f"{s.end:.4f} nats per token: each is given a probability of {math.exp(-s.end):.1%}"
         help = "fewer epochs, a lower learning_rate, more rows; ask it what is not in the data"
         what = "The training loss went to zero: the rows are known by heart."
         yield Verdict(FAULT, "memorized", what, evidence, help, {"end": s.end})

@@ -35,7 +35,7 @@ from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
 CHARTS = (
-    ("Loss", "loss", "eval_loss", "nats a token", True),
+    ("Loss", "loss", "eval_loss", "nats per token", True),
     ("Gradient norm", "grad_norm", "", "before clipping", True),
     ("Learning rate", "learning_rate", "", "", False),
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),

@@ -215,7 +215,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], mo
             raise _no_modelfile(f"it treats a turn by its place: {ours!r} would be {theirs!r}")
     for text, name in ((template, "the chat template"), (system, "its system prompt")):
         if '"""' in text:  # it ends a value of a Modelfile, and there is no escape for it
-            raise _no_modelfile(f'{name} holds """, after which a Modelfile goes on with directives')
+            raise _no_modelfile(f'{name} holds """, after which a Modelfile continues with directives')
     lines = [f"FROM {model}" if model == "." else f"FROM ./{model}", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{system}"""'] if system else []
     ends = generation.get("eos_token_id", tokenizer.eos_token_id)
@@ -228,7 +228,7 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, generation: dict[str, Any], mo
         used = generation.get("do_sample") or key not in SAMPLING
         if used and (value := generation.get(key)):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise _no_modelfile(f"generation_config.json: {key} is no number: {value!r}")
+                raise _no_modelfile(f"generation_config.json: {key} is not a number: {value!r}")
             lines.append(f"PARAMETER {ollama} {value}")
     return "\n".join(lines) + "\n"
 

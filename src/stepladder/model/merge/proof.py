@@ -156,7 +156,7 @@ def logits(model: Any, sequences: list[list[int]], device: str) -> Logits:
 
 
 def difference(ours: Logits, theirs: Logits) -> dict[str, float]:
-    """Largest and mean absolute difference of the logits, and KL(ours || theirs) in nats a token."""
+    """Largest and mean absolute difference of the logits, and KL(ours || theirs) in nats per token."""
     import torch
 
     gaps = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]

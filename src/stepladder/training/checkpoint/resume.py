@@ -123,7 +123,7 @@ def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: I
         _check_longer(recipe, folder, found)
     if found and (why := _outdated_best(found, before, recipe, inputs)):
         run.forgets_best = True
-        say(f"⚠ the best step so far was chosen by {why}: it is chosen anew from the evaluations after {found.name}")
+        say(f"⚠ the best step so far was chosen by {why}: it is chosen again from the evaluations after {found.name}")
     elif found and recipe.get("load_best_model_at_end"):
         _check_best(found)
     step = (found and step_of(found)) or 0
@@ -138,7 +138,7 @@ def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: I
             help=f"mend that, then --resume {of_step(folder, step)}" if found else "mend that, then --overwrite",
         )
     if found is None:
-        say(f"the run in {folder} ended before its first checkpoint: it starts anew")
+        say(f"the run in {folder} ended before its first checkpoint: it starts from the beginning")
         run.clear(but=METRICS)  # by which trackers know the steps that they have
     else:
         _set_aside(folder, step)

@@ -293,5 +293,5 @@ def write_page(write: Callable[..., Any], folder: Path, *args: Any) -> None:
 def preemption_message(run: Run) -> str:
     """That the run stopped on a signal, and how to resume it."""
     if not (steps := run.manifest["totals"]["steps"]):
-        return "stopped before the first step: the same command again begins anew (exit code 75)"
+        return "stopped before the first step: the same command again starts from the beginning (exit code 75)"
     return f"stopped after step {steps}, and saved: the same command again goes on from there (exit code 75)"

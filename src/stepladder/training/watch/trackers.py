@@ -208,7 +208,7 @@ class Wandb(WandbCallback):
         self._end(code)
         if self.run.settings.mode != "offline" or self._is_whole():
             return
-        say(f"⚠ W&B's file in {self.run.settings.sync_dir} lacks the run's end (was the disk full?); it is made anew")
+        say(f"⚠ W&B's file in {self.run.settings.sync_dir} lacks the run's end (was the disk full?); it is rewritten")
         self.run = self._wandb.init(**self._asked_for, mode="offline")
         self._catch_up()
         self._end(code)
