@@ -16,13 +16,14 @@ from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Stepladde
 from stepladder.evaluation import behaviours, metrics
 from stepladder.evaluation.held_out import RowLoss, mean_loss
 from stepladder.evaluation.metrics import HIGHER, NEITHER, StyleRule, words
+from stepladder.reporting.curves import GAP, MEMORIZED
 from stepladder.suggest import suggest
 
 SEED_WORDS = 4  # a run of fewer common words is chance, and is not looked for
 COPIED = (8, 0.5)  # words, and share of the answer, that a run must have for the answer to be a copy
 COPIES = 0.25  # share of copies above that of the references: a house's set phrases are in every good answer
-KNOWN, HALF_KNOWN = 0.1, 0.7  # nats per token: each of a training answer is given a probability of 0.9, of 0.5
-GAP, WIDE_GAP = 0.3, 1.0  # nats per token, beyond the base's: perplexity 1.35 and 2.7 times that on training rows
+HALF_KNOWN = 0.7  # nats per token: each token of a training answer is given a probability of 0.5
+WIDE_GAP = 1.0  # nats per token, beyond the base's: perplexity 2.7 times that on training rows
 RISE, LOUD_RISE = 0.05, 0.3  # nats per token on general knowledge
 NOT_WORSE, BEHAVES, FORGET = "not worse", "behaves", "did not forget"
 # The verdicts that can be required; those that are given in their place; and what they are drawn from.
@@ -104,7 +105,7 @@ def judge_memorization(
     if losses:
         on_training, held_out = losses
         gap = (held_out[1] - on_training[1]) - (held_out[0] - on_training[0])
-        known = on_training[1] < (HALF_KNOWN if gap > WIDE_GAP else KNOWN)
+        known = on_training[1] < (HALF_KNOWN if gap > WIDE_GAP else MEMORIZED)
         figures |= {"training_loss": on_training[1], "held_out_loss": held_out[1], "gap": gap}
         evidence += (
             f"; loss {on_training[1]:.3f} on training rows, {held_out[1]:.3f} held out, a gap {gap:+.3f} "
@@ -141,7 +142,7 @@ def judge_training_rows(base: list[RowLoss], tuned: list[RowLoss]) -> Iterator[V
         before, after = mean_loss(base), mean_loss(tuned, base)
         figures = {"before": before, "after": after}
         evidence = f"loss on training rows {before:.3f} before, {after:.3f} after, on {len(base)} rows"
-        if after < KNOWN:
+        if after < MEMORIZED:
             known = "fewer epochs, a lower learning_rate, more and more varied rows"
             yield Verdict(FAULT, "memorized", "It knows training answers by heart.", evidence, known, figures)
     yield Verdict(LOOK, "not held out", what, evidence, help, figures)

@@ -111,7 +111,7 @@ def render(
     }
     front |= {"license": licence} if licence else {}
     how = training_method(trained["recipe"]) if trained else "An adapter"
-    origin = f"{how} of {_code(base)}{' on ' + ', '.join(map(_code, data)) if data else ''}"
+    origin = f"{how} of {format_code(base)}{' on ' + ', '.join(map(format_code, data)) if data else ''}"
     cells = {
         name: _line(value).replace("|", "\\|") for name, value in _facts(base, licence, trained, losses, merged).items()
     }
@@ -141,12 +141,15 @@ def _facts(
     base: str, licence: str | None, trained: dict[str, Any], losses: list[float], merged: dict[str, Any] | None
 ) -> dict[str, str]:
     """The rows of the card's table."""
-    rows = {"base": _code(base), "licence": _text(licence) if licence else "the base's, which its folder does not name"}
+    rows = {
+        "base": format_code(base),
+        "licence": _text(licence) if licence else "the base's, which its folder does not name",
+    }
     if before := trained.get("starts_from", {}).get("adapter"):
-        rows["trained on from"] = f"the adapter {_code(before)}"
+        rows["trained on from"] = f"the adapter {format_code(before)}"
     if trained:
         # the evaluation's data set comes second
-        sets = [f"{_code(d['name'])} ({d['rows']} rows)" for d in trained.get("datasets", ())]
+        sets = [f"{format_code(d['name'])} ({d['rows']} rows)" for d in trained.get("datasets", ())]
         totals, final, counts = trained["totals"], trained.get("final", {}), trained["parameters"]
         rows |= {
             "data": ", ".join(sets[:1]),
@@ -163,7 +166,7 @@ def _facts(
         if losses:
             rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
     if merged:
-        rows["merged"] = f"{', '.join(map(_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
+        rows["merged"] = f"{', '.join(map(format_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
         rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
@@ -198,7 +201,7 @@ def _text(text: object) -> str:
     return _line(text).replace("<", "&lt;")
 
 
-def _code(text: object) -> str:
+def format_code(text: object) -> str:
     """A name as Markdown's code, between more backticks than it holds in a row: nothing in it is Markdown or HTML."""
     line = _line(text)
     marks = "`" * (_backticks(line) + 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from stepladder.console import quote_for_shell
 from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
+from stepladder.model import card
 from stepladder.reporting.page import duration, format_share, judge_run
 from stepladder.reporting.runs import LoggedRun
 
@@ -25,7 +26,7 @@ NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tun
 def evaluation_results(facts: dict[str, Any]) -> str:
     """The content of compare.json for a person to read and to paste."""
     sides, names = facts["sides"], [_cell(side["name"]) for side in facts["sides"]]
-    lines = ["# Fine-tuning evaluation results", "", f"Command: `{facts['command']}`", ""]
+    lines = ["# Fine-tuning evaluation results", "", f"Command: {card.format_code(facts['command'])}", ""]
     lines += [f"{len(facts['questions'])} questions, {_rows(facts)}; {facts['made']}.", ""]
     rows = [["Criteria", f"Base: {sides[0]['name']}", *(side["name"] for side in sides[1:]), "Winner"]]
     for row in facts["metrics"]:
