@@ -98,6 +98,21 @@ def test_modules_scripts_and_functions_fit_in_the_head() -> None:
     } == LONG_FUNCTIONS
 
 
+def test_names_say_one_thing() -> None:
+    """Guards a reader who looks for a module or a function by its name: no two modules and scripts have one base name,
+    and no function has a name that says nothing."""
+    files = [*FILES, *(ROOT / "scripts").glob("*.py")]
+    stems = [file.stem for file in files if file.name != "__init__.py"]
+    assert {stem for stem in stems if stems.count(stem) > 1} == set()
+    vague = {"of", "told", "own", "given", "said", "found", "named", "shown", "opened", "refused"}
+    assert [
+        f"{file.name}:{node.name}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name in vague
+    ] == []
+
+
 def test_scripts_name_their_command() -> None:
     """Each script's docstring holds the command that a person types."""
     for file in (ROOT / "scripts").glob("*.py"):
