@@ -362,7 +362,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.create_trackers(record, recipe, prepared.arguments, ask)
     watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
-    with arguments.library_errors_as_recipe_errors(recipe):
+    with arguments.raise_as_recipe_errors(recipe):
         return trainer.Trainer(
             model=built.model.model,
             layout=prepared.step,

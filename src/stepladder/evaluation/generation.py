@@ -229,7 +229,7 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
         console.warn(f"note: {note}")
     kept = []
     several = args.prompts or (args.prompt and len(args.prompt) > 1)
-    for question in listed:  # one that the template refuses is told before the first is answered
+    for question in listed:  # one that the template refuses is reported before the first is answered
         prompt_text(tokenizer, question.example)
     for question in _chat(system) if args.chat else listed:
         if several:

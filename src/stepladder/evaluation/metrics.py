@@ -211,7 +211,7 @@ class Difference:
 def interval(values: Floats, weights: Floats) -> tuple[float, float, float]:
     """The weighted mean and its 95 % percentile bootstrap interval (Efron, 1979).
 
-    All are NaN where a value is no number.
+    All are NaN if a value is not a number.
     """
     import numpy as np
 

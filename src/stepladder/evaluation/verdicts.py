@@ -74,7 +74,7 @@ class TrainedAnswers:
 
 
 def judge_divergence(losses: list[RowLoss], whose: str) -> Verdict | None:
-    """The verdict on a model with a loss that is no number, beside which no other says anything."""
+    """The verdict on a model with a NaN loss; no other verdict holds then."""
     bad = sum(not math.isfinite(row.nats) for row in losses)
     evidence = f"of {whose}, on {bad} of {len(losses)} rows"
     help = "see where its weights became NaN: the run's curves; a third of learning_rate, max_grad_norm: 1.0"

@@ -95,7 +95,7 @@ def dtype_of_a_quantized_base(recipe: Recipe) -> RuleBreak | None:
 
 @register
 def model_init_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
-    """What the recipe has a key of its own for is said there, once."""
+    """A setting that the recipe has a key for is set by that key only."""
     for name in (name for name in recipe.get("model_init_kwargs") or {} if name in OWN_KEY):
         at = f"model_init_kwargs.{name}"
         help = f"{OWN_KEY[name]}: …" if OWN_KEY[name] else "remove it: weights are read from safetensors only"

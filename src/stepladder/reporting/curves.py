@@ -112,7 +112,7 @@ def _about_a_line(values: list[float]) -> float:
 
 
 def _broken(curves: dict[str, Curve]) -> Iterator[Verdict]:
-    """The first value that is no number, of the first curve that has one."""
+    """The first value that is not finite, of the first curve that has one."""
     for name, curve in curves.items():
         bad = [step for step, value in curve.items() if not math.isfinite(value)]
         if bad:
@@ -227,7 +227,7 @@ def difference(reference: Path, other: Path) -> CurveDifference:
 
 
 def between(reference: LoggedRun, other: LoggedRun) -> CurveDifference:
-    """Compare the curves of two runs over the steps that both have; what is no number differs infinitely."""
+    """Compare the curves of two runs over the steps that both have; a value that is not a number differs infinitely."""
 
     def pairs(key: str) -> list[tuple[float, float]]:
         first, second = reference.curve(key), other.curve(key)

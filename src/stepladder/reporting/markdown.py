@@ -172,7 +172,7 @@ def _quoted(text: str) -> str:
 
 
 def mini_project_report(run: LoggedRun, domain: str) -> str:
-    """What the exercise asks for, in its order; what the folder does not hold is said to be missing."""
+    """The sections of the exercise, in its order; what the folder lacks is marked as missing."""
     found = _verdicts(run)
     sections = {
         f"Domain: {domain}": [],

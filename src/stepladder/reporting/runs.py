@@ -16,7 +16,7 @@ from stepladder.manifest import MANIFEST, METRICS, METRICS_BYTES, row_of, status
 
 POLL = 1.0  # seconds
 FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}
-QUIET = 600  # seconds without a line after which it is said that nothing comes
+QUIET = 600  # seconds without a line after which the user is told so
 LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
 
 

@@ -168,7 +168,7 @@ def build(recipe: Recipe, step: StepLayout, precision: str, use_cpu: bool, strat
         # A NaN is shown, not replaced by the last loss that was a number.
         "logging_nan_inf_filter": False,
     }
-    with library_errors_as_recipe_errors(recipe):
+    with raise_as_recipe_errors(recipe):
         return SFTConfig(**values)
 
 
@@ -180,7 +180,7 @@ def _accumulation(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def library_errors_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
+def raise_as_recipe_errors(recipe: Recipe) -> Iterator[None]:
     """Raise RecipeError for what TRL or Transformers refuse in the block, such as a loss that this model lacks."""
     try:
         yield
