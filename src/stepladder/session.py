@@ -1,6 +1,6 @@
 """A training run, in the one order that its parts can come in: check, prepare, build, train, finish.
 
-`check` answers a user's mistake in a tenth of a second, so it runs before PyTorch is imported; only a valid recipe may
+`check` reports a user's mistake before PyTorch is imported, which takes seconds; only a valid recipe may
 restart the process under another allocator. `prepare` imports the libraries, after the device is chosen,
 since CUDA reads its environment once. The ranks meet there: from then on all of them take the same path through this
 module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
@@ -321,7 +321,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
             trainer.accelerator.wait_for_everyone()  # a queue ends all nodes when the first one has ended
             console.say(terminal.preemption_message(record))
             return Trained(built, preempted=True)
-        result.save(trainer, record, checked.recipe, shapes)
+        result.save(trainer, record, shapes)
         if record.is_writer:
             # Called in reverse order, once run.json has the status finished: first the audit, then the page.
             closing.callback(terminal.write_page, page.write_page, record.folder)

@@ -242,8 +242,8 @@ def side_by_side(logged: list[LoggedRun]) -> list[str]:
 def follow(folder: Path) -> Iterator[str]:
     """Lines to print, one a logged step, until run.json says that the run has ended.
 
-    A line of metrics.jsonl that is being written is waited for, a damaged one is named, and where the file
-    is written anew (the run was resumed, and rewound to its checkpoint) the following goes on from there.
+    An incomplete last line of metrics.jsonl is read when it is complete, and a damaged line is reported. If the file is
+    rewritten (the run was resumed, and rewound to its checkpoint), it is followed from its beginning.
     """
     at, number, last, heard, quiet, inode = 0, 0, -1, time.monotonic(), False, 0
     while True:
@@ -253,11 +253,11 @@ def follow(folder: Path) -> Iterator[str]:
             open_file(folder / METRICS) as file,
         ):  # not there yet, or a share's hiccup
             facts = os.fstat(file.fileno())
-            anew = at > 0 and (facts.st_size < at or facts.st_ino != inode)
-            at, number, inode = (0, 0, facts.st_ino) if anew else (at, number, facts.st_ino)
+            rewound = at > 0 and (facts.st_size < at or facts.st_ino != inode)
+            at, number, inode = (0, 0, facts.st_ino) if rewound else (at, number, facts.st_ino)
             file.seek(at)
             data = file.read()
-            if anew:
+            if rewound:
                 yield "  the run was resumed from a checkpoint"
         whole = data[: data.rfind(b"\n") + 1]
         at += len(whole)

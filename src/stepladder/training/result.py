@@ -14,7 +14,6 @@ from stepladder import console
 from stepladder.errors import ModelError, TrainingError
 from stepladder.model import card, portable, weights
 from stepladder.run import Run
-from stepladder.settings import Settings
 from stepladder.training.checkpoint import state
 from stepladder.training.trainer import Trainer
 
@@ -47,7 +46,7 @@ def parameter_counts(model: Any) -> dict[str, int]:
     return counts
 
 
-def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
+def save(trainer: Trainer, run: Run, shapes: dict[str, tuple[int, ...]]) -> None:
     """Save the trained model into the run folder and verify it; every rank calls it.
 
     Raises:
@@ -55,17 +54,17 @@ def save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[i
         ModelError: the saved weights are not the trained ones, or are incomplete.
     """
     try:
-        _save(trainer, run, recipe, shapes)
+        _save(trainer, run, shapes)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise TrainingError(
             f"the result could not be written: {error}",
             where=str(run.folder),
-            help="make room, then the same command again: it goes on from the newest whole checkpoint",
+            help="make room, then the same command again: it resumes from the newest complete checkpoint",
             this_rank_only=True,
         ) from None
 
 
-def _save(trainer: Trainer, run: Run, recipe: Settings, shapes: dict[str, tuple[int, ...]]) -> None:
+def _save(trainer: Trainer, run: Run, shapes: dict[str, tuple[int, ...]]) -> None:
     trainer.save_model(str(run.folder))
     trainer.accelerator.wait_for_everyone()
     run.update(saved=verify_saved(trainer, run.folder, run.manifest["precision"]))
