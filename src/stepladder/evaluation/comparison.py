@@ -159,7 +159,7 @@ def _columns(side: Side, questions: list[Question], rules: list[StyleRule]) -> d
     for answer, question in zip(side.answers, questions, strict=bool(side.answers)):
         figures = metrics.score_answer(answer, question.reference)
         for rule in rules:
-            metric = Metric(rule.name, HIGHER, "share of answers", rule.in_reference, rule.required, rule.facts)
+            metric = Metric(rule.name, HIGHER, "share of answers", rule.required, rule.facts)
             figures[metric] = rule.kept(answer.text, question.reference)
         for metric, value in figures.items():
             found.setdefault(metric, []).append(value)

@@ -30,20 +30,19 @@ Floats = Sequence[float]
 
 
 class Metric(NamedTuple):
-    """`needs_reference`: it says nothing of an answer without one. `required` and `facts` are a rule's."""
+    """`required` and `facts` are a rule's."""
 
     name: str
     better: str
     unit: str = ""
-    needs_reference: bool = False
     required: float | None = None
     facts: bool = False
 
 
-CHRF = Metric("chrF", HIGHER, "0–100", True)
-ROUGE_L = Metric("ROUGE-L", HIGHER, "0–1", True)
-EXACT = Metric("exact match", HIGHER, "share", True)
-F1 = Metric("F1", HIGHER, "0–1", True)
+CHRF = Metric("chrF", HIGHER, "0–100")
+ROUGE_L = Metric("ROUGE-L", HIGHER, "0–1")
+EXACT = Metric("exact match", HIGHER, "share")
+F1 = Metric("F1", HIGHER, "0–1")
 REPETITION = Metric("repetition", LOWER, "share")
 STOPPED = Metric("stops by itself", HIGHER, "share")
 LENGTH = Metric("length", NEITHER, "words")
