@@ -162,7 +162,7 @@ def write(
     return len(parts)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | str) -> str:
     """PyTorch's name of a dtype, as Transformers and PEFT write it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 

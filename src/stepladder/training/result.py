@@ -11,14 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stepladder import console
-from stepladder.errors import ModelError, TrainingError
+from stepladder.errors import ModelError, TrainingError, first_line
 from stepladder.model import card, portable, weights
 from stepladder.run import Run
+from stepladder.training import final_save
 from stepladder.training.checkpoint import state
 from stepladder.training.trainer import Trainer
 
 ROWS = 8  # of the training set, whose loss is compared
-# ZeRO-3 saves in 16 bits what it trained in fp32 copies, with a rounding error of 2^-9 of a weight.
+# FSDP and ZeRO train fp32 weights even where the recipe's `dtype`, in which a result is saved, has 16 bits.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}  # of the loss, relative above 1
 
 
@@ -47,10 +48,10 @@ def parameter_counts(model: Any) -> dict[str, int]:
 
 
 def save(trainer: Trainer, run: Run, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Save the trained model into the run folder and verify it; every rank calls it.
+    """Save the trained model into the run folder, verify it, and push it where the recipe says so; every rank calls it.
 
     Raises:
-        TrainingError: it cannot be written.
+        TrainingError: it cannot be written or pushed.
         ModelError: the saved weights are not the trained ones, or are incomplete.
     """
     try:
@@ -62,16 +63,25 @@ def save(trainer: Trainer, run: Run, shapes: dict[str, tuple[int, ...]]) -> None
             help="make room, then the same command again: it resumes from the newest complete checkpoint",
             this_rank_only=True,
         ) from None
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub("Model save", revision=trainer.args.hub_revision)
+        except Exception as error:  # the hub's client has a class of errors for each layer below it
+            raise TrainingError(
+                f"the result is saved, and could not be pushed to the hub: {first_line(error)}",
+                where=str(run.folder),
+                help=f"hf upload {trainer.hub_model_id} {run.folder} --exclude 'checkpoint-*'",
+                this_rank_only=True,
+            ) from None
 
 
 def _save(trainer: Trainer, run: Run, shapes: dict[str, tuple[int, ...]]) -> None:
-    trainer.save_model(str(run.folder))
+    names = final_save.write_weights(trainer, run.folder)
     trainer.accelerator.wait_for_everyone()
-    run.update(saved=verify_saved(trainer, run.folder, run.manifest["precision"]))
+    run.update(saved=verify_saved(trainer, run.folder, names, run.manifest["precision"]))
     if not run.is_writer:
         return
-    # Transformers pickles its arguments: nothing reads them, and a pickle can run code where it is opened.
-    (run.folder / "training_args.bin").unlink(missing_ok=True)
+    trainer.processing_class.save_pretrained(run.folder)
     weights.apply_umask(run.folder)
     if shapes:
         weights.check_saved_adapter(run.folder, shapes)
@@ -100,15 +110,18 @@ def check_saved_model(folder: Path, parameters: int) -> None:
         raise ModelError(
             f"the saved model is not whole: {found:,} of {parameters:,} parameters",
             where=str(folder),
-            help="ZeRO-3 needs stage3_gather_16bit_weights_on_model_save: true in ds_configs/",
+            help="resume from the last checkpoint in one process, which saves again",
         )
 
 
-def verify_saved(trainer: Any, folder: Path, precision: str) -> dict[str, float | int | None]:
+def verify_saved(trainer: Any, folder: Path, names: dict[str, str], precision: str) -> dict[str, float | int | None]:
     """Load the saved weights into the trained model and compare its loss; every rank calls it, after the training.
 
     Sharded strategies have saved empty and partial weights without an error (trl#4416, peft#2450); names
     and shapes may be right and the values another layer's.
+
+    Args:
+        names: the model's name of each tensor in the files, of those that can be put back.
 
     Returns:
         `tensors` read back, and the `loss` of the saved weights (nats per token); None where it is NaN for the trained
@@ -118,7 +131,7 @@ def verify_saved(trainer: Any, folder: Path, precision: str) -> dict[str, float 
         ModelError: the loss differs.
     """
     before = _loss(trainer)
-    count = _put_back(trainer, folder)
+    count = _put_back(trainer, folder, names)
     after = _loss(trainer)
     if math.isnan(before) and math.isnan(after):
         return {"tensors": count, "loss": None}
@@ -131,30 +144,17 @@ def verify_saved(trainer: Any, folder: Path, precision: str) -> dict[str, float 
     return {"tensors": count, "loss": after}
 
 
-def _put_back(trainer: Any, folder: Path) -> int:
+def _put_back(trainer: Any, folder: Path, names: dict[str, str]) -> int:
     trained = state.trainable_state(trainer)
-    names = _names_in_file(trainer, trained.parameters)
     left = set(trained.parameters)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             # in the order of the file, which is the same on every rank: each put is collective
             for key in tensors.keys():  # noqa: SIM118
-                if (name := names.get(key, key)) in left:
+                if (name := names.get(key)) in left:
                     trained.put_weights(name, tensors.get_tensor(key))
                     left.remove(name)
     return len(trained.parameters) - len(left)
-
-
-def _names_in_file(trainer: Any, parameters: dict[str, Any]) -> dict[str, str]:
-    """The model's name of each tensor of an adapter's file, in which PEFT leaves out the adapter's name."""
-    from peft import PeftModel, get_peft_model_state_dict
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        return {}
-    if model.active_peft_config.is_prompt_learning:  # one tensor, which PEFT saves under another name
-        return dict.fromkeys(["prompt_embeddings"], *parameters)
-    return dict(get_peft_model_state_dict(model, {name: name for name in parameters}, save_embedding_layers=False))
 
 
 def _loss(trainer: Any) -> float:

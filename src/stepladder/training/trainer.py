@@ -286,6 +286,9 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: a card is written once, with the result."""
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: `push_to_hub` uploads the result that `result.save` has written and verified."""
+
 
 def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -19,13 +18,10 @@ from typing import Any
 from stepladder import files
 from stepladder.errors import LaunchError
 
-# The launcher's variables by which a sharded model is saved unsharded.
-UNSHARDED_SAVE = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
 # The variables that a launcher sets for each rank, and those by which others count the copies that they start.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COPY_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHER = "the launcher's configuration"
-GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 # Blocks of DeepSpeed's file that would change the curve, and what the recipe has instead.
 OTHER_CURVE = {
     "optimizer": "the recipe's optim, learning_rate and weight_decay decide",
@@ -149,13 +145,6 @@ def _strategy(ranks: int) -> str:
                 why="no run's memory, checkpoints and curve are checked under it",
                 help="stage 2: it shards the gradients too, and sends no more",
             )
-        if file and stage == "3" and zero.get(GATHER_WEIGHTS) is not True:
-            raise LaunchError(
-                f"{GATHER_WEIGHTS} is {json.dumps(zero.get(GATHER_WEIGHTS, False))}",
-                where=file,
-                why="each rank would save its shards of the result, and none the model",
-                help=f'"{GATHER_WEIGHTS}": true',
-            )
         offloads = zero.get("offload_optimizer") or {"device": env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")}
         offload = isinstance(offloads, dict) and (offloads.get("device") or "none") != "none"
         return f"zero{stage}" + ("_offload" if offload else "")
@@ -274,10 +263,6 @@ def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> 
         if theirs not in ("auto", "no", str(value), f"{value}.0"):
             notes.append(f"{key}: {theirs} of the launcher is not used: the recipe decides, and it is {value} here")
     os.environ["ACCELERATE_MIXED_PRECISION"] = str(ours["mixed_precision"])
-    for key, value in UNSHARDED_SAVE.items():  # else the result of a run could not be saved
-        if os.environ.get(key, value) != value:
-            notes.append(f"{key.removeprefix('ACCELERATE_').lower()}: {value} here, since the result is saved whole")
-            os.environ[key] = value
     return notes
 
 
