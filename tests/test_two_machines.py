@@ -59,15 +59,18 @@ class Site:
             self.references[method] = out
         return self.references[method]
 
-    def run(self, line: str, method: str, hosts: str, count: int = 2, **env: str) -> tuple[Path, list[str], list[int]]:
-        """A documented line on the first `count` of two machines, word for word but for its host and counts."""
+    def run(
+        self, line: str, method: str, hosts: str, count: int = 2, ranks: int = 2, **env: str
+    ) -> tuple[Path, list[str], list[int]]:
+        """A documented line on the first `count` of two machines, word for word but for its host and counts; `ranks` of
+        both together."""
         out = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
         words = shlex.split(line.replace("--global_batch_size 16", "--global_batch_size 8"))
         head, recipe = words[: words.index("--recipe")], words[words.index("--recipe") + 2 :]
         given = dict(zip(head, [*head[1:], ""], strict=True))
         changed = {
             "--num_machines": "2",
-            "--num_processes": "2",
+            "--num_processes": str(ranks),
             "--main_process_ip": "node1",
             "--machine_rank": "{rank}",
         }
@@ -110,16 +113,19 @@ def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
         (RECIPE, "full", "plain"),
         (planned("ddp"), "lora", "debian"),
         (planned("fsdp"), "lora", "plain"),
+        (planned("hsdp"), "full", "plain"),
     ],
-    ids=["README", "recipe of 70b", "plan of ddp", "plan of fsdp"],
+    ids=["README", "recipe of 70b", "plan of ddp", "plan of fsdp", "plan of hsdp"],
 )
 def test_the_documented_line(line: str, method: str, hosts: str, site: Site) -> None:
     """Guards two nodes by hand: DeepSpeed trained each by itself, and gloo listened at Debian's 127.0.1.1."""
-    run, said, codes = site.run(line, method, hosts)
+    each = 2 if "hsdp" in line else 1
+    run, said, codes = site.run(line, method, hosts, ranks=2 * each)
     assert codes == [0, 0], "\n".join(said)
     found = manifest(run)
-    assert found["world_size"] == 2
-    assert [device.split(":")[0] for device in found["devices"]] == ["node1", "node2"]
+    assert found["world_size"] == 2 * each
+    assert [device.split(":")[0] for device in found["devices"]] == each * ["node1"] + each * ["node2"]
+    assert each == 1 or "hsdp: 2 replicas of the model, each sharded over 2 ranks" in said[0], said[0]
     assert curves.difference(site.reference(method), run).within(), "\n".join(said)
 
 
