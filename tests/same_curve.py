@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 # accelerate config and ranks
 STRATEGIES = [
     *(("single", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("zero2", 2), ("zero3", 2), ("zero3_offload", 2)),
-    *(("fsdp", 2), ("fsdp", 4), ("fsdp_offload", 2)),
+    *(("fsdp", 2), ("fsdp", 4), ("fsdp_offload", 2), ("hsdp", 4)),
 ]
 GPU = "gpu"  # in place of a config: one plain process, on the device that it finds
 MICRO = (1, 2, 4)
@@ -153,11 +153,7 @@ def launch_many(
     file.write_text(json.dumps(jobs))
     for job in jobs:
         Path(f"{job['log']}.failed").unlink(missing_ok=True)  # of an earlier attempt
-    command = [sys.executable]
-    if config not in ("plain", GPU):
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
-        command = [accelerate, "launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-        command += ["--num_processes", str(ranks), "--main_process_port", "0"]
+    command = [sys.executable] if config in ("plain", GPU) else launcher_words(config, ranks)
     # Sleeping threads: more ranks than cores would else wait for each other at full speed.
     env = {**one_gpu(), "OMP_WAIT_POLICY": "PASSIVE"}
     if config == GPU:  # imported once and forked, a process that has touched CUDA (bitsandbytes does) has none
@@ -172,6 +168,14 @@ def launch_many(
     env["CUDA_VISIBLE_DEVICES"] = ""
     with file.with_suffix(".out").open("w") as out:
         subprocess.run([*command, script, str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
+
+
+def launcher_words(config: str, ranks: int) -> list[str]:
+    """`accelerate launch` with a shipped config, on this machine alone; under hsdp with two replicas."""
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    words = [accelerate, "launch", "--config_file", str(ROOT / f"accelerate_configs/{config}.yaml")]
+    words += ["--parallelism_config_dp_shard_size", str(ranks // 2)] if config == "hsdp" else []
+    return [*words, "--num_processes", str(ranks), "--main_process_port", "0"]
 
 
 def one_gpu() -> dict[str, str]:

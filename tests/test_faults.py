@@ -200,7 +200,7 @@ def test_a_rank_that_dies_is_named(keys, write_recipe, tmp_path) -> None:
     assert manifest(folder)["status"] == "failed"
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero3", "hsdp"])
 def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     """Guards the message: a peak, and what costs least, with the global batch unchanged. The allocation is real."""
     import torch
@@ -216,6 +216,6 @@ def test_out_of_memory_names_the_ways_down(strategy, settings) -> None:
     first, second, third = caught.value.help.splitlines()
     assert first.startswith("--per_device_train_batch_size 4 (the accumulation follows")
     assert second.startswith("--gradient_checkpointing true")
-    assert ("zero3_offload.yaml" if strategy == "zero3" else "zero3.yaml") in third
+    assert {"zero3": "zero3_offload.yaml", "hsdp": "fsdp.yaml"}.get(strategy, "zero3.yaml") in third
     with pytest.raises(RuntimeError, match="something else"), interruptions.explain_out_of_memory(recipe, launch, 8):
         raise RuntimeError("something else")

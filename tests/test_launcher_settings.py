@@ -91,7 +91,7 @@ def test_a_deepspeed_file_that_contradicts_is_refused(fixed, said, recipe, tmp_p
     assert manifest(tmp_path / "run")["status"] == "failed"
 
 
-CUT = ("cp_size", "tp_size", "sp_size", "dp_replicate_size")
+CUT = ("cp_size", "tp_size", "sp_size")
 FSDP = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
 ZERO3 = {"stage": 3}
 
@@ -103,6 +103,8 @@ ZERO3 = {"stage": 3}
         ("FSDP", {"fsdp_config": {**FSDP, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "SIZE_BASED_WRAP"),
         *(("FSDP", {"fsdp_config": FSDP, "parallelism_config": {f"parallelism_config_{key}": 2}}, key) for key in CUT),
         ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 2}}, ""),
+        ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 4}}, "dp_shard_size"),
+        ("MULTI_GPU", {"parallelism_config": {"parallelism_config_dp_replicate_size": 2}}, "without FSDP"),
         ("MEGATRON_LM", {"megatron_lm_config": {"megatron_lm_tp_degree": 1}}, "Megatron-LM"),
         ("DEEPSPEED", {"deepspeed_config": {"zero_stage": 1}}, "ZeRO stage 1"),
         ("DEEPSPEED", {"deepspeed_config": {"zero_stage": 2}}, ""),
@@ -113,8 +115,8 @@ ZERO3 = {"stage": 3}
     ],
 )  # fmt: skip
 def test_what_no_strategy_here_does_is_refused(kind, block, said, tmp_path, monkeypatch) -> None:
-    """Guards configurations of other projects: tracebacks, another optimizer and schedule than the recipe's, and a norm
-    of gradients that counted each replica. Accelerate itself makes its environment of them."""
+    """Guards configurations of other projects: tracebacks, another optimizer and schedule than the recipe's, and sizes
+    of a mesh that are not those of the ranks. Accelerate itself makes its environment of them."""
     from accelerate.commands import launch
 
     if "zero_optimization" in block:

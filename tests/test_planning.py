@@ -14,7 +14,7 @@ from stepladder import hardware
 from stepladder.errors import LaunchError, ModelError, RecipeError
 from stepladder.planning import choose, memory, meta_model, plan_tables, speed, trace
 from stepladder.recipe import load
-from stepladder.training.launch.launcher import Strategy
+from stepladder.training.launch.launcher import Launch, Strategy
 
 sys.path.append(str(ROOT / "benchmarks"))
 import plan as benchmark
@@ -71,6 +71,20 @@ def test_more_ranks_hold_less() -> None:
     }
     assert by_name["ddp"] > by_name["zero2"] > by_name["fsdp"] > by_name["fsdp_offload"]
     assert eight.candidate(Strategy("ddp"), 1, True).memory.total < by_name["ddp"]
+
+
+def test_each_node_is_a_replica_under_hsdp() -> None:
+    """Guards shards of all ranks in a plan for HSDP: a rank holds what it would on its node alone, under FSDP."""
+
+    def plan(nodes: int, gpus: int) -> choose.Plan:
+        recipe = load.load(str(ROOT / "recipes/models/qwen3-0.6b/full"), ["--global_batch_size", "64"])
+        return choose.Plan(recipe, nodes, gpus, hardware.device("h100"))
+
+    four = plan(4, 8).candidate(Strategy("hsdp"), 1, True).memory
+    assert four == plan(1, 8).candidate(Strategy("fsdp"), 1, True).memory
+    assert four.total > plan(4, 8).candidate(Strategy("fsdp"), 1, True).memory.total
+    names = [{way.strategy for way in plan(*machines).candidates()} for machines in ((4, 8), (1, 8), (8, 1))]
+    assert ["hsdp" in found for found in names] == [True, False, False], "fsdp on one node, ddp with a GPU a node"
 
 
 def test_what_the_recipe_says_of_accumulation_is_planned() -> None:
@@ -157,7 +171,7 @@ def test_a_launch_that_cannot_load_is_refused(monkeypatch: pytest.MonkeyPatch) -
     recipe = load.load(str(ROOT / "recipes/models/llama-3.1-70b/qlora"), [])
     for gpu, refused in (("4090", True), ("a6000", False)):
         monkeypatch.setattr(hardware, "device_here", lambda *_, name=gpu: hardware.device(name))
-        words = (recipe, Strategy("fsdp_offload"), 4, 4, "bf16", 2048)
+        words = (recipe, Launch(4, 0, 0, 4, Strategy("fsdp_offload")), "bf16", 2048)
         if refused:
             with pytest.raises(LaunchError, match="no way fits into 4 × 4090") as error:
                 choose.plan_run(*words, gpu=True)
@@ -274,7 +288,7 @@ def test_scale_against_published_figures() -> None:
         shares = [found[strategy, gpus].efficiency(speed.INFINIBAND) for gpus in (8, 128, 512)]
         assert shares == sorted(shares, reverse=True), "more GPUs never use each better"
     slow = {name: found[name, 512].efficiency(speed.ETHERNET) for name in plan_tables.SCALED_STRATEGIES}
-    assert max(slow, key=slow.get) == "hybrid", "sharding within a node sends least between nodes"
+    assert max(slow, key=slow.get) == "hsdp", "sharding within a node sends least between nodes"
 
 
 def test_scale_on_the_command_line() -> None:

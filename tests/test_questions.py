@@ -15,6 +15,7 @@ from stepladder.errors import DataError
 from stepladder.evaluation import generation, questions, sides
 from stepladder.evaluation.endpoint import Endpoint
 from stepladder.evaluation.questions import Answer, Question
+from stepladder.training.launch.launcher import Strategy
 
 USER, ANSWER = {"role": "user", "content": "Rome?"}, {"role": "assistant", "content": "Sunny."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -148,7 +149,7 @@ def test_samples_are_of_questions_that_the_template_renders(tiny: Path) -> None:
         {"messages": [{"role": "user", "content": "Oslo?"}, ANSWER], "tools": TOOLS},
         {"messages": [USER, ANSWER]},
     ]
-    ask = generation.sample_asker(Rows("r", examples, ["r:1", "r:2"]), tokenizer, "single", "fp32")
+    ask = generation.sample_asker(Rows("r", examples, ["r:1", "r:2"]), tokenizer, Strategy("single"), "fp32")
     assert ask and [(row["question"], row["reference"]) for row in ask(model)] == [("Rome?", "Sunny.")]
 
 

@@ -26,10 +26,23 @@ def environment(monkeypatch):
     return set_to
 
 
+SIZES = "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE"
+
+
+def hsdp(replicas: str, shards: str, ranks: int, local_ranks: int) -> dict[str, str]:
+    """What `accelerate launch` sets for the rank 0 of so many, from a file with these two sizes."""
+    return {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local_ranks), "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true", **dict(zip(SIZES, (replicas, shards), strict=True)),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("variables", "strategy"),
     [
         ({}, "single"),
+        (hsdp("auto", "auto", 16, 8), "hsdp"),
+        (hsdp("auto", "auto", 8, 8), "fsdp"),
         ({"WORLD_SIZE": "2"}, "ddp"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "fsdp"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload"),
@@ -49,6 +62,40 @@ def environment(monkeypatch):
 def test_the_strategy_is_named_as_its_config(variables, strategy, environment) -> None:
     environment(**variables)
     assert launcher.read_launch().strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "settled"),
+    [
+        (("auto", "auto"), (16, 8), ("2", "8")),
+        (("auto", "auto"), (8, 8), None),
+        (("auto", "2"), (8, 8), ("4", "2")),
+        (("2", "auto"), (8, 8), ("2", "4")),
+        (("auto", "16"), (32, 8), ("2", "16")),
+        (("1", "8"), (8, 8), None),
+        (("auto", "auto"), (12, 8), "1 replicas, each sharded over 8 ranks, are 8"),
+        (("auto", "auto"), (2, 1), "a replica on one rank is the whole model, which is DDP"),
+        (("8", "1"), (8, 8), "which is DDP"),
+        (("2", "2"), (8, 8), "2 replicas, each sharded over 2 ranks, are 4"),
+        (("16", "auto"), (8, 8), "are 0"),
+        (("two", "auto"), (8, 8), "each is a number, or auto"),
+        (("0", "8"), (8, 8), "each is a number, or auto"),
+    ],
+)
+def test_the_sizes_of_hsdp(asked, ranks, settled, environment) -> None:
+    """Guards `auto`, which Accelerate would end at with a traceback, and sizes that are not those of the ranks."""
+    environment(**hsdp(*asked, *ranks))
+    if isinstance(settled, str):
+        with pytest.raises(LaunchError) as caught:
+            launcher.read_launch()
+        assert settled in str(caught.value)
+        return
+    (note,) = launcher.settle_mesh(launcher.read_launch())
+    if settled:
+        assert tuple(map(os.environ.get, SIZES)) == settled
+        assert f"{settled[0]} replicas of the model, each sharded over {settled[1]} ranks" in note
+    else:
+        assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "false" and "accelerate_configs/fsdp.yaml" in note
 
 
 def test_a_deepspeed_file_that_is_not_there(environment) -> None:

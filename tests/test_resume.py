@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import same_curve
 from conftest import ROOT, Done, manifest, metrics, run
 from stepladder.errors import LaunchError
 from stepladder.manifest import STUCK_AFTER
@@ -90,9 +91,7 @@ class Session:
         file.write_text(json.dumps(self.commands))
         start = [sys.executable, ROOT / "tests/in_turn.py", file]
         if ranks > 1:
-            accelerate = Path(sys.executable).with_name("accelerate")
-            start[:1] = [accelerate, "launch", "--config_file", ROOT / f"accelerate_configs/{config}.yaml",
-                         "--num_processes", ranks, "--main_process_port", "0"]  # fmt: skip
+            start[:1] = same_curve.launcher_words(config, ranks)
         done = run(*start)
         assert done.code == 0, done
         found = json.loads(Path(f"{file}.codes").read_text())
@@ -180,9 +179,9 @@ def test_resumed_again_and_again(name, in_one_process) -> None:
     assert facts["totals"]["tokens"] == manifest(in_one_process["mid_epoch"])["totals"]["tokens"]
 
 
-@pytest.mark.parametrize(("config", "ranks"), [("ddp", 2), ("fsdp", 2), ("zero2", 3), ("zero3", 3)])
+@pytest.mark.parametrize(("config", "ranks"), [("ddp", 2), ("fsdp", 2), ("hsdp", 4), ("zero2", 3), ("zero3", 3)])
 def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process, tiny, rows, tmp_path) -> None:
-    """Guards sharded states (three ranks: shares with padding), and a run that moves from one process to many.
+    """Guards sharded states (three ranks: shares with padding), and a run that moves from one process to many and back.
 
     The same strategy goes on within 1e-6. From another one, sums are made in another order: 1e-5, and for the
     gradient norm of DeepSpeed, which is off by 1e-5 of itself, 1e-3 (see test_train.py).
@@ -207,6 +206,13 @@ def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process,
         assert max(found.values()) <= 1e-5, found
         assert norm <= (1e-3 if config.startswith("zero") else 1e-4)
         assert manifest(again)["world_size"] == ranks
+    session.commands.clear()
+    keys = {"max_steps": 3, "global_batch_size": 6, "eval_strategy": "no"}
+    back = session.resume(tmp_path / "full", "back", 2, **keys)
+    session.start()
+    found = difference(tmp_path / "full", back)
+    assert found.pop("grad_norm") <= (1e-3 if config.startswith("zero") else 1e-4)
+    assert max(found.values()) <= 1e-5, found
 
 
 def test_a_start_that_ends_before_it_trains_is_counted(tmp_path, settings) -> None:

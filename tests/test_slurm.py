@@ -129,7 +129,7 @@ def jobs(site: Site) -> dict[str, str]:
         "zero3": site.sbatch("zero3", "--nodes=2", "--gres=gpu:h100:2", "--cpus-per-gpu=2",
                               recipe_keys=("--strategy", "zero3")),
         HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
-                             recipe_keys=("--strategy=fsdp",)),
+                             recipe_keys=("--strategy=hsdp",)),
         "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
                             "--export=ALL,FAKE_GPU_MIB=5000"),
         "one core": site.sbatch("one core", "--gpus-per-node=2"),
@@ -180,13 +180,14 @@ def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: d
         assert "start" in site.log("ddp") and (site.folder / "ddp" / f"slurm-{job}-{node}.out").stat().st_size
 
 
-@pytest.mark.parametrize("name", ["zero3", HOSTILE], ids=["zero3, typed gres", "fsdp, CPU tasks, hostile path"])
+@pytest.mark.parametrize("name", ["zero3", HOSTILE], ids=["zero3, typed gres", "hsdp, CPU tasks, hostile path"])
 def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str], reference: Path, name: str) -> None:
     """Guards the rendezvous across nodes, however ranks are asked for, and quoting from sbatch to the ranks."""
     site.ended(jobs[name], name, "COMPLETED")
     found = curves.difference(reference, site.folder / name)
     assert found.steps == STEPS and found.within(), found
-    assert site.run_json(name)["world_size"] == 4
+    facts = site.run_json(name)
+    assert (facts["world_size"], facts["strategy"]) == (4, "zero3" if name == "zero3" else "hsdp")
     lines = (site.folder / name / "metrics.jsonl").read_text().splitlines()
     (load,) = {
         frozenset(key for key in json.loads(line) if key.startswith("node_")) for line in lines if '"loss"' in line

@@ -59,15 +59,18 @@ class Site:
             self.references[method] = out
         return self.references[method]
 
-    def run(self, line: str, method: str, hosts: str, count: int = 2, **env: str) -> tuple[Path, list[str], list[int]]:
-        """A documented line on the first `count` of two machines, word for word but for its host and counts."""
+    def run(
+        self, line: str, method: str, hosts: str, count: int = 2, ranks: int = 2, **env: str
+    ) -> tuple[Path, list[str], list[int]]:
+        """A documented line on the first `count` of two machines, word for word but for its host and counts; `ranks` of
+        both together."""
         out = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
         words = shlex.split(line.replace("--global_batch_size 16", "--global_batch_size 8"))
         head, recipe = words[: words.index("--recipe")], words[words.index("--recipe") + 2 :]
         given = dict(zip(head, [*head[1:], ""], strict=True))
         changed = {
             "--num_machines": "2",
-            "--num_processes": "2",
+            "--num_processes": str(ranks),
             "--main_process_ip": "node1",
             "--machine_rank": "{rank}",
         }
@@ -115,20 +118,22 @@ def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
 )
 def test_the_documented_line(line: str, method: str, hosts: str, site: Site) -> None:
     """Guards two nodes by hand: DeepSpeed trained each by itself, and gloo listened at Debian's 127.0.1.1."""
-    run, said, codes = site.run(line, method, hosts)
+    each = 2 if "hsdp" in line else 1
+    run, said, codes = site.run(line, method, hosts, ranks=2 * each)
     assert codes == [0, 0], "\n".join(said)
     found = manifest(run)
-    assert found["world_size"] == 2
-    assert [device.split(":")[0] for device in found["devices"]] == ["node1", "node2"]
+    assert found["world_size"] == 2 * each
+    assert [device.split(":")[0] for device in found["devices"]] == each * ["node1"] + each * ["node2"]
+    assert each == 1 or "hsdp: 2 replicas of the model, each sharded over 2 ranks" in said[0], said[0]
     assert curves.difference(site.reference(method), run).within(), "\n".join(said)
 
 
 def test_a_launch_that_falls_apart(site: Site) -> None:
     """Guards the kind: any launcher that starts fewer ranks than it was asked for, as DeepSpeed's pdsh without a
     hostfile does on each machine by itself."""
-    line = README.replace("--num_machines", "--deepspeed_multinode_launcher pdsh --num_machines")
+    line = RECIPE.replace("--num_machines", "--deepspeed_multinode_launcher pdsh --num_machines")
     line += " --use_cpu true"  # that launcher names a GPU, whether one is there or not
-    run, (said,), (code,) = site.run(line, "qlora", "plain", count=1)
+    run, (said,), (code,) = site.run(line, "full", "plain", count=1)
     (ROOT / ".deepspeed_env").unlink(missing_ok=True)  # the launcher's
     assert code != 0 and "2 ranks were asked for and 1 joined" in said, said
     assert not re.search(r'sft.py", line', said)

@@ -157,6 +157,7 @@ def quiet_libraries() -> None:
     # Without a GPU, pinning host memory has no effect, and PyTorch says so once a loader.
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to.*")  # of GPT-2's Conv1D, and PEFT mends it
+    warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh.*")  # by Accelerate, for HSDP
     # PEFT counts positions itself behind virtual tokens, and says so at each answer.
     warnings.filterwarnings("ignore", message="Position ids are not supported.*")
 

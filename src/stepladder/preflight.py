@@ -269,11 +269,12 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     if not gpus:
         devices.assert_no_gpu_named()
         gpus = 1
-    name = launcher.find_strategy(machine.strategy, machine.nodes * gpus)
-    launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name)
+    name = launcher.find_strategy(machine.strategy, machine.nodes, gpus)
+    launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name, machine.nodes if name.is_hsdp else 1)
     step = arguments.layout(recipe, launch.ranks)
     notes = arguments.check_strategy(recipe, launch)
-    message = f"{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
+    alias = f"{machine.strategy} is " if machine.strategy not in (None, name) else ""
+    message = f"{alias}{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([message, *notes]), launch
 
 
@@ -287,7 +288,7 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
         pick = plan.of_recipe(launch.strategy)
     else:
         precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
-        plan, pick = choose.plan_run(recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu)
+        plan, pick = choose.plan_run(recipe, launch, precision, longest, gpu)
     message = f"{pick.gib} of {plan.device.name}: {pick.batch}"
     if pick.host_limit is not None and not pick.host_fits:
         message += (

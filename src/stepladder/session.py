@@ -146,6 +146,7 @@ def prepare(checked: Checked) -> Prepared:
     notes = checked.notes + [
         f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)
     ]
+    notes += launcher.settle_mesh(launch)
     notes += launcher.leave_to_recipe(precision, checked.step.accumulation, recipe.get("max_grad_norm"))
     with ranks.meeting(launch):
         training_args = arguments.build(recipe, checked.step, precision, use_cpu, launch.strategy)
@@ -220,9 +221,7 @@ def _plan(checked: Checked, train_set: Any, precision: str, use_cpu: bool, notes
     launch, recipe, record = checked.launch, checked.recipe, checked.record
     longest = min(filter(None, (recipe.get("max_length"), prepare.longest(train_set))), default=None)
     try:
-        plan, way = choose.plan_run(
-            recipe, launch.strategy, launch.ranks, launch.local_ranks, precision, longest, gpu=not use_cpu
-        )
+        plan, way = choose.plan_run(recipe, launch, precision, longest, gpu=not use_cpu)
         requirements.disk(recipe, record.folder, *plan.sizes(way), record.replaced_bytes())
         return choose.plan_for_manifest(plan, way)
     except errors.ModelError as error:

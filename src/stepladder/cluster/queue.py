@@ -88,12 +88,12 @@ def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
     recipe = adapter_recipe.settle(job.recipe_of(words))
     gpus = (args.gpus or "").rpartition(":")[2]
-    ranks = args.nodes * (int(gpus) if gpus.isdecimal() else args.ranks)
-    arguments.layout(recipe, ranks)
+    ranks = int(gpus) if gpus.isdecimal() else args.ranks  # of a node
+    arguments.layout(recipe, args.nodes * ranks)
     mixture.load(recipe)
     templates.check_path(recipe)
     asked = args.strategy or dict(itertools.pairwise(words)).get("--strategy")
-    return "auto" if asked == "auto" else launcher.find_strategy(asked, ranks)
+    return "auto" if asked == "auto" else launcher.find_strategy(asked, args.nodes, ranks)
 
 
 def _resources(args: argparse.Namespace, share: tuple[int, int] | None, need: float) -> list[str]:
@@ -165,7 +165,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             pick, args.strategy = best, best.strategy
             overrides += best.keys
         else:
-            pick = plan.of_recipe(launcher.find_strategy(args.strategy, plan.ranks))
+            pick = plan.of_recipe(launcher.find_strategy(args.strategy, args.nodes, int(count)))
         lines.append(f"plan: {pick.strategy}, {pick.batch}: {pick.gib} of each {name}")
         if (times := best.tokens_per_second / pick.tokens_per_second) > SLOWER:
             lines[-1] += (

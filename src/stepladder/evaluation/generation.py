@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from stepladder.training.launch.launcher import Strategy
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_NEW_TOKENS = 128  # of generate.py and compare.py alike: a transcript of one is a side of the other
@@ -160,13 +162,13 @@ def parallel_map(batches: Sequence[Item], work: Callable[[Item], Result]) -> lis
 
 
 def sample_asker(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, strategy: str, precision: str
+    rows: Any, tokenizer: PreTrainedTokenizerBase, strategy: Strategy, precision: str
 ) -> Callable[[Any], list[dict[str, str]]] | None:
     """What asks a model the first questions of `rows` that the chat template renders.
 
     None where there are none, or the strategy shards the weights: only rank 0 asks, and has a part of them.
     """
-    if not isinstance(rows, Rows) or strategy.startswith(("zero3", "fsdp")):
+    if not isinstance(rows, Rows) or strategy.shards_weights:
         return None
     first = extract_questions(rows.take(range(min(SAMPLE_ROWS, len(rows)))))
     asked = [question for question in first if can_be_asked(tokenizer, question)][:SAMPLES]

@@ -15,11 +15,11 @@ from stepladder.planning import memory, meta_model, speed, trace
 from stepladder.planning.memory import Memory
 from stepladder.recipe.recipe import split_batch
 from stepladder.settings import Settings
-from stepladder.training.launch.launcher import Strategy
+from stepladder.training.launch.launcher import Launch, Strategy
 
 PROCESS = 4 * GIB  # host memory of a process that uses CUDA: libraries, pinned buffers, NCCL's
 # The simplest first: it is taken where two are equally fast.
-STRATEGIES = tuple(map(Strategy, ("single", "ddp", "zero2", "fsdp", "zero3", "fsdp_offload", "zero3_offload")))
+STRATEGIES = tuple(map(Strategy, ("single", "ddp", "zero2", "fsdp", "hsdp", "zero3", "fsdp_offload", "zero3_offload")))
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,20 @@ class Plan:
         overhead: bytes per rank that the device needs beside tensors.
         on_gpu: whether the loss runs in a GPU's kernels.
         host: bytes of a node's memory, where known.
+        replicas: of the model under HSDP; one per node by default.
     """
 
     def __init__(
         self, settings: Settings, nodes: int, gpus: int, device: GPU, length: int | None = None,
         precision: str | None = None, overhead: float | None = None, on_gpu: bool = True, host: float | None = None,
+        replicas: int | None = None,
     ):  # fmt: skip
         if nodes < 1 or gpus < 1:
             raise LaunchError(
                 f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", help="--nodes 1 --gpus 1"
             )
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
-        self.host = host
+        self.host, self.replicas = host, replicas or nodes
         self.config = meta_model.load_config(settings)
         in_fp32 = settings.get("bf16") is False and not settings.get("fp16")
         self.precision = precision or ("fp32" if in_fp32 else "bf16" if device.bf16 else "fp16")
@@ -97,6 +99,8 @@ class Plan:
         """For each strategy, without and with checkpointing: the fastest micro-batch that fits, or 1."""
         found = []
         for strategy in strategies:
+            if strategy.is_hsdp and (self.nodes == 1 or self.ranks == self.nodes):
+                continue  # fsdp on one node, and ddp with one rank a node
             alone = strategy == "single" or strategy.offloads  # one rank has nothing to shard over
             if alone if self.ranks == 1 else strategy != "single":
                 for checkpointing in (False, True):
@@ -140,12 +144,13 @@ class Plan:
     def candidate(self, strategy: Strategy, micro: int, checkpointing: bool) -> Candidate:
         step = split_batch(self.rows, micro, self.ranks)
         traced = self._traced(step.micro, checkpointing, strategy.shards)
+        sharers = self.ranks // self.replicas if strategy.is_hsdp else self.ranks
         need = memory.estimate(
-            traced, self.settings, self.config, strategy, self.ranks, step.accumulation > 1, self.overhead
+            traced, self.settings, self.config, strategy, sharers, step.accumulation > 1, self.overhead
         )
         # What a rank holds in a step, with what loading takes beyond it, and the host memory of a node.
         local = self.ranks // self.nodes
-        loads = memory.loading(traced, self.settings, self.config, strategy, self.ranks, local, self.on_gpu)
+        loads = memory.loading(traced, self.settings, self.config, strategy, sharers, local, self.on_gpu)
         host = max(need.host * local, loads.host) if self.on_gpu else 0.0
         need = replace(need, host=host, loading=max(0.0, loads.device + need.overhead - need.total))
         took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
@@ -206,7 +211,7 @@ def fastest(candidates: list[Candidate]) -> Candidate | None:
 
 
 def plan_run(
-    settings: Settings, strategy: Strategy, ranks: int, local_ranks: int, precision: str, longest: int | None, gpu: bool
+    settings: Settings, launch: Launch, precision: str, longest: int | None, gpu: bool
 ) -> tuple[Plan, Candidate]:
     """Plan the run that starts now, in the terms of `totals.peak_memory_bytes`.
 
@@ -219,12 +224,13 @@ def plan_run(
         ModelError: the architecture cannot be planned.
         LaunchError: the micro-batch is `auto`, and nothing fits; or quantizing the base takes more than the GPU has.
     """
-    device = hardware.device_here(local_ranks, gpu)
-    if not gpu and strategy.is_fsdp:
-        strategy = Strategy("fsdp")  # the shards lie in host memory anyhow (training/launch/ranks.py)
+    device, strategy, local_ranks = hardware.device_here(launch.local_ranks, gpu), launch.strategy, launch.local_ranks
+    if not gpu and strategy.is_fsdp:  # the shards lie in host memory anyhow (training/launch/ranks.py)
+        strategy = Strategy(strategy.removesuffix("_offload"))
     overhead = 0 if gpu else peak_resident_bytes()
     host = hardware.host_memory() if gpu else None
-    plan = Plan(settings, ranks // local_ranks, local_ranks, device, longest, precision, overhead, gpu, host)
+    nodes, replicas = launch.ranks // local_ranks, launch.replicas
+    plan = Plan(settings, nodes, local_ranks, device, longest, precision, overhead, gpu, host, replicas)
     candidate = plan.of_recipe(strategy)
     if gpu and candidate.memory.loading and candidate.memory.total > device.memory * GIB:
         raise no_fit_error(plan, [candidate])

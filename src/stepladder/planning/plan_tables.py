@@ -29,7 +29,7 @@ PARTS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "loss": "loss",
     "communication": "comm", "overhead": "fixed", "loading": "load",
 }  # fmt: skip
-SCALED_STRATEGIES = tuple(map(Strategy, ("ddp", "zero3", "fsdp", "hybrid")))
+SCALED_STRATEGIES = tuple(map(Strategy, ("ddp", "zero3", "fsdp", "hsdp")))
 NODE = 8  # GPUs of a full node
 BENDS = 0.9  # of one GPU's speed: below it, more GPUs are paid for than used
 
@@ -77,6 +77,24 @@ def print_candidates(
         "assumed: every row full and every token trained, flash or fused attention, the optimizer's state there; "
         f"the allocator wastes 5 %; {speed.EFFICIENCY:.0%} of the GPU's peak is reached, {speed.SHARDED:.0%} "
         "under ZeRO and FSDP (published runs: 33 to 56 %)"
+    )
+    if plan.nodes > 1 and best is not None:
+        screen.print(_compare_networks(plan, candidates, best))
+
+
+def _compare_networks(plan: Plan, candidates: list[Candidate], best: Candidate) -> str:
+    """Which strategy is the fastest over a slow network between the nodes, and the recommended one's speed there."""
+
+    def over_ethernet(one: Candidate) -> float:
+        words = (one.strategy, one.micro, one.checkpointing, one.accumulation, plan.ranks, plan.nodes)
+        return one.tokens_per_second * plan.step(*words).total / plan.step(*words, ETHERNET).total
+
+    rates = {one: over_ethernet(one) for one in candidates if one.fits}
+    fastest = max(rates, key=lambda one: rates[one])
+    other = f", {best.strategy} {rates[best]:,.0f}" if fastest.strategy != best.strategy else ""
+    return (
+        f"between the nodes: {INFINIBAND.name}; over {ETHERNET.name}, the fastest is {fastest.strategy}: "
+        f"{rates[fastest]:,.0f} tokens/s{other}"
     )
 
 

@@ -90,13 +90,14 @@ def step(
     gradients, weights = 4 * traced.whole.trainable, traced.whole.computed
     collectives: dict[str, float] = {}
     exposed = offload = 0.0
-    if ranks > 1 and strategy.is_hybrid:  # sharded in a node, the same in each
+    if ranks > 1 and strategy.is_hsdp:  # a replica on each node
         inside = Ring(ranks // nodes, 1, device, network)
         collectives["all-gather"] = accumulation * 2 * inside.gather(weights, layers)
         collectives["reduce-scatter"] = accumulation * inside.gather(gradients, layers)
         between = Ring(nodes, nodes, device, network)
         collectives["all-reduce"] = between.reduce(gradients * nodes / ranks) if nodes > 1 else 0.0
         exposed = inside.gather(weights / layers, 1)
+        exposed += between.reduce(gradients / layers * nodes / ranks) if nodes > 1 else 0.0  # of the first layer
     elif ranks > 1 and strategy.shards_weights:
         collectives["all-gather"] = accumulation * 2 * ring.gather(weights, layers)
         collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)

@@ -130,6 +130,8 @@ class Trainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.rows.add(inputs)
+        if launcher.has_replicas(self.accelerator):  # they add their sums once a step, with its last micro-batch
+            model.set_requires_all_reduce(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._bad_losses |= ~torch.isfinite(loss)
         return loss
@@ -301,13 +303,15 @@ def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     28 million weights it is 1.7e-3 too small, and of its halves under FSDP less. Clipping would carry that into the
     curves.
     """
-    squares, sharded = torch.zeros((), dtype=torch.float64), False
+    squares, groups = torch.zeros((), dtype=torch.float64), set()
     for gradient in gradients:
-        sharded = sharded or isinstance(gradient, DTensor)
+        if isinstance(gradient, DTensor):  # HSDP's replicas hold the same shards
+            placed = enumerate(gradient.placements)
+            groups |= {gradient.device_mesh.get_group(at) for at, placement in placed if placement.is_shard()}
         parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(NORM_CHUNK)]
         squares += torch.stack(parts).double().square().sum()
-    if sharded:
-        torch.distributed.all_reduce(squares)
+    for group in groups:
+        torch.distributed.all_reduce(squares, group=group)
     return squares.sqrt()
 
 

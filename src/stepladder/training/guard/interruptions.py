@@ -201,6 +201,8 @@ def memory_savings(recipe: Settings, launch: Launch, micro: int) -> list[str]:
         savings.append(
             f"accelerate launch --config_file accelerate_configs/zero3.yaml …{more}: weights are sharded too"
         )
+    elif launch.strategy.is_hsdp:
+        savings.append(f"accelerate_configs/fsdp.yaml: weights are sharded over all {launch.ranks} ranks")
     elif not launch.strategy.offloads:
         savings.append(f"accelerate_configs/{launch.strategy}_offload.yaml: the shards lie in host memory")
     return savings[:3] or ["a smaller model, a shorter max_length, or more devices"]

@@ -18,6 +18,8 @@ from typing import Any
 from stepladder import files
 from stepladder.errors import LaunchError
 
+# Accelerate's variables for the two dimensions of HSDP's mesh.
+MESH_SIZES = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
 # The variables that a launcher sets for each rank, and those by which others count the copies that they start.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 COPY_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -34,10 +36,7 @@ OTHER_CURVE = {
 
 
 class Strategy(str):
-    """How the ranks share a model: the name of a file in accelerate_configs/, `single` for one process, or `hybrid`.
-
-    `hybrid` shards within a node and copies between nodes; `plan.py --scale` plans it, and nothing launches it.
-    """
+    """How the ranks share a model: the name of a file in accelerate_configs/."""
 
     @property
     def is_zero(self) -> bool:
@@ -49,11 +48,12 @@ class Strategy(str):
 
     @property
     def is_fsdp(self) -> bool:
-        return self.startswith("fsdp")
+        return self.startswith(("fsdp", "hsdp"))
 
     @property
-    def is_hybrid(self) -> bool:
-        return self == "hybrid"
+    def is_hsdp(self) -> bool:
+        """Whether the ranks form replicas, each of which shards the model as FSDP does."""
+        return self.startswith("hsdp")
 
     @property
     def shards_weights(self) -> bool:
@@ -63,7 +63,7 @@ class Strategy(str):
     @property
     def shards(self) -> bool:
         """Whether gradients and optimizer states are sharded, with or without the weights."""
-        return self.is_zero or self.is_fsdp or self.is_hybrid
+        return self.is_zero or self.is_fsdp
 
     @property
     def offloads(self) -> bool:
@@ -72,13 +72,14 @@ class Strategy(str):
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher's environment says."""
+    """What the launcher's environment says; `replicas` of the model are sharded over `ranks / replicas` each."""
 
     ranks: int
     rank: int
     local_rank: int
     local_ranks: int
     strategy: Strategy
+    replicas: int = 1
 
 
 def read_launch() -> Launch:
@@ -115,16 +116,24 @@ def read_launch() -> Launch:
             f"env -u {copies} …, and an output_dir each",
             this_rank_only=True,
         )
-    return Launch(ranks, rank, local_rank, local_ranks, Strategy(_strategy(ranks)))
+    strategy, replicas = _strategy(ranks), 1
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        sizes = [env.get(name) or "1" for name in MESH_SIZES]
+        replicas = count_replicas(sizes[0], sizes[1], ranks, local_ranks, LAUNCHER)
+        strategy = strategy.replace("fsdp", "hsdp") if replicas > 1 else strategy
+    return Launch(ranks, rank, local_rank, local_ranks, Strategy(strategy), replicas)
 
 
-def find_strategy(asked: str | None, ranks: int) -> Strategy:
+def find_strategy(asked: str | None, nodes: int, local_ranks: int) -> Strategy:
     """The strategy that is asked for; where none is, what the ranks need: ddp or single.
 
     Raises:
-        LaunchError: there is no such file in accelerate_configs/.
+        LaunchError: there is no such file in accelerate_configs/, or it is none for these ranks.
     """
+    ranks = nodes * local_ranks
     name = asked or ("ddp" if ranks > 1 else "single")
+    if name == "hsdp":
+        name = "hsdp" if count_replicas("auto", "auto", ranks, local_ranks, "--strategy hsdp") > 1 else "fsdp"
     if not Path(f"accelerate_configs/{name}.yaml").is_file():
         there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
         raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
@@ -200,8 +209,9 @@ def _check_launcher() -> None:
             ),
         }
     if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        plain = env.get("ACCELERATE_USE_FSDP") != "true"
+        refused["parallelism_config without FSDP"] = (plain, "replicas and shards are those of FSDP 2")
         for kind, why in {
-            "dp_replicate": "the norm of the gradients would be counted once for each replica, and clipping be another",
             "tp": "no layer here is cut into columns and rows",
             "cp": "no row here is cut over the ranks",
             "sp": "no row here is cut over the ranks",
@@ -214,6 +224,50 @@ def _check_launcher() -> None:
                 f"{what} cannot be trained with", where=LAUNCHER, why=why,
                 help="a file of accelerate_configs/: fsdp.yaml, zero3.yaml, zero2.yaml or ddp.yaml",
             )  # fmt: skip
+
+
+def count_replicas(replicas: str, shards: str, ranks: int, local_ranks: int, where: str) -> int:
+    """How many replicas of the model the two sizes of a `parallelism_config` make of the ranks.
+
+    `auto`, which is this project's, makes each node a replica; of one size, it is what the other leaves of the ranks.
+
+    Raises:
+        LaunchError: the sizes are not those of these ranks, or a replica is sharded over one rank.
+    """
+    sizes = f"parallelism_config_dp_replicate_size: {replicas}, parallelism_config_dp_shard_size: {shards}"
+    if not all(size == "auto" or (size.isdecimal() and int(size)) for size in (replicas, shards)):
+        raise LaunchError(f"{sizes}: each is a number, or auto", where=where, help="auto: a replica on each node")
+    over = int(shards) if shards != "auto" else local_ranks if replicas == "auto" else ranks // int(replicas)
+    found = int(replicas) if replicas != "auto" else ranks // over
+    if found * over != ranks:
+        raise LaunchError(
+            f"{sizes} do not make {ranks} ranks, {local_ranks} a node",
+            where=where,
+            why=f"{found} replicas, each sharded over {over} ranks, are {found * over}",
+            help="auto for both, and as many ranks on each node; or fsdp.yaml, which shards over all ranks",
+        )
+    if over == 1 < ranks:
+        raise LaunchError(
+            f"{sizes}: nothing would be sharded on {ranks} ranks, {local_ranks} a node",
+            where=where,
+            why="a replica on one rank is the whole model, which is DDP",
+            help="accelerate_configs/ddp.yaml; or fsdp.yaml, which shards over all ranks",
+        )
+    return found
+
+
+def settle_mesh(launch: Launch) -> list[str]:
+    """Replace `auto` in the launcher's `parallelism_config` by numbers, before Accelerate reads it; notes on them."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        return []
+    if launch.replicas == 1:
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
+        return [f"one replica, sharded over {launch.ranks} ranks, is what accelerate_configs/fsdp.yaml does"]
+    shards = launch.ranks // launch.replicas
+    os.environ |= dict(zip(MESH_SIZES, map(str, (launch.replicas, shards)), strict=True))
+    return [
+        f"hsdp: {launch.replicas} replicas of the model, each sharded over {shards} ranks ({launch.local_ranks} a node)"
+    ]
 
 
 def requested_ranks() -> int | None:
@@ -275,6 +329,12 @@ def assert_no_mismatch(trainer: Any) -> None:
         )
 
 
+def has_replicas(accelerator: Any) -> bool:
+    """Whether Accelerate has set up HSDP."""
+    mesh = accelerator.parallelism_config
+    return mesh is not None and mesh.dp_replicate_enabled
+
+
 def assert_set_up(trainer: Any, recorded: dict[str, Any]) -> None:
     """Compare what Accelerate and DeepSpeed have set up with what run.json says of this run.
 
@@ -284,11 +344,13 @@ def assert_set_up(trainer: Any, recorded: dict[str, Any]) -> None:
     accelerator, args = trainer.accelerator, trainer.args
     kind = accelerator.distributed_type.value
     found = {
-        "strategy": "fsdp" if kind == "FSDP" else "ddp" if accelerator.num_processes > 1 else "single",
+        "strategy": "ddp" if accelerator.num_processes > 1 else "single",
         "precision": {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "max_grad_norm": args.max_grad_norm,
     }
+    if kind == "FSDP":
+        found["strategy"] = "hsdp" if has_replicas(accelerator) else "fsdp"
     if kind == "DEEPSPEED":
         engine = trainer.model_wrapped
         found["strategy"] = f"zero{engine.zero_optimization_stage()}"
