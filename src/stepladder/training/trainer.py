@@ -132,6 +132,8 @@ class Trainer(SFTTrainer):
         self.rows.add(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._bad_losses |= ~torch.isfinite(loss)
+        if self.args.logging_strategy == "no":  # TRL would keep its metrics of every micro-batch for the next log
+            self._metrics["train"].clear()
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
