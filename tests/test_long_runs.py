@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import TrainerState
 
 from conftest import ROOT, run, script
@@ -220,6 +222,32 @@ def test_the_history_in_checkpoints_is_short(seed: int, tmp_path: Path) -> None:
             state.best_model_checkpoint = whole.best_model_checkpoint = best
             assert telemetry.final_losses(state) == telemetry.final_losses(whole), step
         assert len(state.log_history) <= 2 * telemetry.HISTORY
+
+
+def test_timed_passes_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards memory on a GPU where steps are logged rarely or never: two CUDA events per micro-batch."""
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.at = 0
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> int:
+            return 1000 * (end.at - self.at)
+
+    clock = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    meter = telemetry.Telemetry(Run(tmp_path, is_writer=True))
+    for _ in range(5000):
+        with meter.forward(torch.device("cuda")):
+            assert len(meter._events) <= 2 * telemetry.PASSES
+    ((_, forward, *_),) = zip(*meter._gather("cpu"), strict=True)
+    assert forward == 5000 and not meter._events
 
 
 def test_without_logging_nothing_gathers(tiny: Path, learnable: Path, tmp_path: Path) -> None:

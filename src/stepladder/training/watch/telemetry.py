@@ -31,6 +31,7 @@ from stepladder.run import Run, process_seconds
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node
+PASSES = 1000  # forward passes whose CUDA events are kept, however rarely a step is logged
 HISTORY = 100  # entries of the trainer's log_history that a checkpoint holds; metrics.jsonl has them all
 COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
 # Rows and columns of the matrices whose product measures a rate: on a GPU the work must outlast the launch.
@@ -158,6 +159,8 @@ class Telemetry(TrainerCallback):
             yield
             events[1].record()
             self._events.append(events)
+            if len(self._events) > 2 * PASSES:
+                self._sum_passes(PASSES)
         else:
             began = time.perf_counter()
             yield
@@ -201,13 +204,19 @@ class Telemetry(TrainerCallback):
                         found[f"node_{first // self.ranks_a_node}/{name}"] = round(share, 1)
         return found
 
-    def _gather(self, device: Any) -> list[tuple[float, ...]]:
-        """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
-        for start, end in self._events:
+    def _sum_passes(self, latest: int = 0) -> None:
+        """Add up the timed forward passes on a GPU but for so many latest ones, which may still run."""
+        done = len(self._events) - latest
+        for start, end in self._events[:done]:
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
+        self._events = self._events[done:]
+
+    def _gather(self, device: Any) -> list[tuple[float, ...]]:
+        """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
+        self._sum_passes()
         own = [self._waits, self._forward, float(peak_memory_bytes()), *load(device)]
-        self._waits, self._forward, self._events = 0.0, 0.0, []
+        self._waits = self._forward = 0.0
         if not dist.is_initialized():
             return [(value,) for value in own]
         here = torch.tensor(own, dtype=torch.float64, device=device)
