@@ -299,7 +299,7 @@ def write_atomic(path: Path, content: str | bytes | Iterable[bytes]) -> None:
             out.flush()
             os.fsync(out.fileno())  # else the rename may reach the disk before the content
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()  # on a full disk it takes what room there is
         raise

@@ -216,7 +216,7 @@ class Telemetry(TrainerCallback):
         """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
         self._sum_passes()
         own = [self._waits, self._forward, float(peak_memory_bytes()), *load(device)]
-        self._waits = self._forward = 0.0
+        self._waits, self._forward = 0.0, 0.0
         if not dist.is_initialized():
             return [(value,) for value in own]
         here = torch.tensor(own, dtype=torch.float64, device=device)
