@@ -30,7 +30,7 @@ def main() -> None:
     if args.watch:
         if len(args.runs) > 1:
             parser.error("--watch follows one run")
-        runs.read(args.runs[0])  # says what is wrong with the folder
+        runs.check_folder(args.runs[0])  # says what is wrong with the folder
         for line in runs.follow(args.runs[0]):
             print(line, flush=True)
         return

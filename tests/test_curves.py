@@ -7,9 +7,16 @@ import random
 
 import pytest
 
-from stepladder.reporting.curves import FAULT, GOOD, judge_curves
+from stepladder.reporting import curves
+from stepladder.reporting.curves import FAULT, GOOD
+from stepladder.reporting.series import Curve
 
 STEPS = 200
+
+
+def judge_curves(*values: dict[int, float]) -> list:
+    """The verdicts on loss, evaluation loss and gradient norm, each given as step → value."""
+    return curves.judge_curves(*(Curve([*each], [*each.values()]) for each in values))
 
 
 def noise(size: float) -> list[float]:
@@ -70,10 +77,10 @@ def test_verdicts_on_curves_made_to_show_them(name: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_is_named_with_its_step(which: str, value: float) -> None:
     """Guards NaN in any of the three: Transformers' filter hides it in the loss, the gradient norm still shows it."""
-    curves = {"loss": curve(falling()), "eval_loss": held_out(falling(1.6)), "grad_norm": dict(NORM)}
+    broken = {"loss": curve(falling()), "eval_loss": held_out(falling(1.6)), "grad_norm": dict(NORM)}
     for step in range(120, STEPS + 1, 20):
-        curves[which][step] = value
-    worst = judge_curves(curves["loss"], curves["eval_loss"], curves["grad_norm"])[0]
+        broken[which][step] = value
+    worst = judge_curves(*broken.values())[0]
     assert (worst.severity, worst.name, worst.figures["step"]) == (FAULT, "diverged", 120)
 
 

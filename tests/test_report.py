@@ -20,6 +20,7 @@ from stepladder.evaluation.held_out import RowLoss
 from stepladder.evaluation.questions import Answer, Question
 from stepladder.reporting import markdown, page, runs
 from stepladder.reporting.curves import judge_curves
+from stepladder.reporting.series import Curve
 
 HOSTILE = (
     "</script></style></title></textarea><script>document.title='owned'</script>"
@@ -315,7 +316,7 @@ def test_long_curves_are_summed_up_in_their_table(tmp_path: Path) -> None:
     run = runs.read(tmp_path)
     source = page.render_page([run])
     assert len(source) < 400_000 and source.count("<tr>") < 100
-    assert judge_curves(run.curve("loss"), {}, {})
+    assert judge_curves(run.curve("loss"), Curve(), Curve())
 
 
 def test_odd_values_still_make_a_page(copy) -> None:
@@ -389,16 +390,15 @@ def verdict(severity: str, name: str) -> dict[str, str]:
 def test_what_lowers_a_recommendation_is_named_in_it(steps, evaluated, more, rows, answer, named) -> None:
     """Guards `Would I deploy this?` against a yes for four steps of random weights, or for answers nobody checked."""
     fell = {step: 1.5 + 2 * math.exp(-step / 30) for step in range(1, steps + 1)}
-    logged = [{"step": step, "loss": loss, "grad_norm": 1.0} for step, loss in fell.items()]
+    logged = {"loss": Curve([*fell], [*fell.values()]), "grad_norm": Curve([*fell], [1.0] * steps)}
     if evaluated is not None:
-        logged += [{"step": step, "eval_loss": fell[step] + evaluated} for step in (steps // 2, steps)]
+        logged["eval_loss"] = Curve((steps // 2, steps), [fell[step] + evaluated for step in (steps // 2, steps)])
     other = {"side": "runs/other", "verdicts": [verdict("fault", "worse than the base")]}
     sides = [{"name": name, "answers": ["a"]} for name in ("base", "runs/mine")]
     comparison = {"questions": ["q"], "references": [""], "sides": sides, "metrics": rows,
                   "verdicts": [{"side": "runs/mine", "verdicts": [LEARNED, *more]}, other]}  # fmt: skip
-    text = markdown.mini_project_report(
-        runs.LoggedRun(Path("runs/mine"), "mine", rows=logged, comparison=comparison), "any"
-    )
+    run = runs.LoggedRun(Path("runs/mine"), "mine", curves=logged, last_step=steps, comparison=comparison)
+    text = markdown.mini_project_report(run, "any")
     line = next(line for line in text.splitlines() if line.startswith("Would I deploy this?"))
     assert f"**{answer}" in line and all(part in line for part in named) and "worse" not in line, line
 

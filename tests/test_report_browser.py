@@ -115,8 +115,8 @@ def test_hover_shows_the_values_at_the_step(opened, folder) -> None:
     assert not browser.find_element("id", "tip").is_displayed()
     ActionChains(browser).move_to_element(plot(browser)).perform()
     tip = browser.find_element("id", "tip").text.split()
-    row = runs.read(folder / "short").rows
-    loss = next(r["loss"] for r in row if r["step"] == int(tip[1]) and "loss" in r)
+    curve = runs.read(folder / "short").curve("loss")
+    (loss,) = curve.values[curve.steps == int(tip[1])]
     assert abs(float(tip[3]) - loss) < 1e-5 and 10 < int(tip[1]) < 20, tip
     assert browser.find_element("id", "tip").size["height"] < 100, "it covers the curve"
     cursors = browser.find_elements("css selector", ".plot .cursor")
@@ -153,8 +153,8 @@ def test_curves_by_keyboard(opened, folder) -> None:
     browser = opened("short")
     whole = axis(browser)
     plot(browser).send_keys(Keys.ARROW_RIGHT)
-    first = runs.read(folder / "short").rows[0]
-    assert text_of(browser, "#spoken") == f"Step 1: {first['loss']:.6g}"
+    first = runs.read(folder / "short").curve("loss").values[0]
+    assert text_of(browser, "#spoken") == f"Step 1: {first:.6g}"
     plot(browser).send_keys(Keys.ARROW_RIGHT, Keys.SHIFT + Keys.ARROW_RIGHT)
     assert text_of(browser, "#spoken").startswith("Step 12: ")
     assert "step 12" in browser.find_element("id", "tip").text

@@ -356,7 +356,7 @@ def test_what_is_in_a_step(tmp_path: Path, monkeypatch) -> None:
         meter.on_step_end(args, None, TrainerControl(**by))
         takes(1000.0)  # an evaluation, or a checkpoint
     found, totals = meter.step_metrics("cpu"), telemetry.totals(meter, 3)
-    assert meter.step_seconds == [21.0, 24.5, 26.5] and totals["seconds"] == 72.0
+    assert [*meter.step_seconds] == [21.0, 24.5, 26.5] and totals["seconds"] == 72.0
     assert found["data_wait_seconds"] == totals["data_wait_seconds"] == 1 + 2 * 2 + 2 * 3
     assert found["tokens_per_second"] == round(30 / 72, 1) and found["padding"] == 0.5
     assert [totals[f"step_seconds_p{q}"] for q in (50, 90, 99)] == [24.5, 26.5, 26.5]

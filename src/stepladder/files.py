@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -25,6 +26,7 @@ from stepladder.errors import RunError
 TEXT_BYTES = 1 << 20  # of a template, a rubric, a model card: the largest in use have a tenth of it
 YAML_BYTES = 1 << 17  # PyYAML reads 0.1 to 0.6 MB a second
 JSON_BYTES = 1 << 26
+LINE_BYTES = 1 << 20  # of a line of a log that grows with the run
 DEPTH = 50  # levels of blocks and lists
 NODES = 200_000  # of a YAML file, its aliases (*name) written out
 PART_SUFFIX = ".part"  # ends the name of a file that is being written
@@ -96,6 +98,20 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(handle, "rb")
 
 
+def read_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of a stream with their ends, one at a time, whatever the file's size.
+
+    Of a line of more than `LINE_BYTES` only a few bytes are kept, which are no JSON.
+    """
+    while line := stream.readline(LINE_BYTES):
+        if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+            line = b"too long: " + line[:10]
+            while (rest := stream.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            line += rest[-1:]
+        yield line
+
+
 def _reason(path: str | Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
         return f"it is a link to {os.readlink(path)!r}, which is not there"
@@ -122,6 +138,9 @@ def read_object(path: str | Path, most: int = JSON_BYTES) -> dict[str, Any]:
     return found
 
 
+_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 19 else float(digits))
+
+
 def parse_json(text: str) -> Any:
     """Any JSON value; an integer of more than 18 digits is a float, since arithmetic on it could overflow.
 
@@ -129,9 +148,11 @@ def parse_json(text: str) -> Any:
         ValueError: it is no JSON, or nested more than `DEPTH` levels deep.
     """
     try:
-        found = json.loads(text, parse_int=lambda digits: (int if len(digits) < 19 else float)(digits))
+        found = _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if text.count("{") + text.count("[") <= DEPTH:
+        return found
     level = [found] if isinstance(found, dict | list) else []
     for _ in range(DEPTH):
         items = [part.values() if isinstance(part, dict) else part for part in level]
@@ -263,17 +284,22 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written", why=error.strerror or str(error), help="another place") from None
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: a reader, after a power cut too, sees the old content or the new one."""
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Write a file atomically: a reader, after a power cut too, sees the old content or the new one.
+
+    Args:
+        content: text, bytes, or parts that are written one by one, as they come.
+    """
+    content = content.encode() if isinstance(content, str) else content
     part = path.with_name(f".{path.name}{PART_SUFFIX}")
     try:
         part.unlink(missing_ok=True)  # a link is not written through
         with part.open("wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
+            out.writelines([content] if isinstance(content, bytes) else content)
             out.flush()
             os.fsync(out.fileno())  # else the rename may reach the disk before the content
         os.replace(part, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink()  # on a full disk it takes what room there is
         raise

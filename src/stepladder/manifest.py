@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from stepladder.errors import LaunchError
-from stepladder.files import parse_json, read_object, read_text
+from stepladder.files import open_file, parse_json, read_lines, read_object
 
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
 STUCK_AFTER = 3  # starts that came no further than one and the same step
-METRICS_BYTES = 1 << 30
 NUMBER, NONE = (int, float), type(None)
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("status", "strategy", "precision", "wandb_run_id"), (str,)),
@@ -41,26 +40,31 @@ KINDS: dict[str, tuple[type, ...]] = {
 }  # of a manifest, where anything reads it
 
 
-def metrics_text(folder: Path) -> str:
-    """The text of metrics.jsonl, damaged or not; empty if there is no such file.
+def read_metrics(folder: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of metrics.jsonl, read one by one, each with its row (`parse_row`); none if there is no such file.
 
     Raises:
         LaunchError: it cannot be read.
     """
     file = folder / METRICS
+    if not os.path.lexists(file):
+        return
     try:
-        return read_text(file, METRICS_BYTES, errors="replace") if os.path.lexists(file) else ""
-    except ValueError as error:
-        raise LaunchError(f"{file} cannot be used: {error}", help="put it back from a copy, or remove it") from None
+        with open_file(file) as stream:
+            for line in read_lines(stream):
+                yield line, parse_row(line)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise LaunchError(f"{file} cannot be used: {why}", help="put it back from a copy, or remove it") from None
 
 
-def row_of(line: str) -> dict[str, Any] | None:
-    """A parsed line of metrics.jsonl; None if it is damaged or incomplete."""
-    with contextlib.suppress(ValueError):
-        row = parse_json(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return None
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of metrics.jsonl; None if it is damaged or incomplete."""
+    try:
+        row = parse_json(line.removeprefix(codecs.BOM_UTF8).decode(errors="replace"))
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:

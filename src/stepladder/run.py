@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any
 from stepladder.console import say
 from stepladder.errors import LaunchError, TrainingError, lost_a_rank
 from stepladder.files import PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
-from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, metrics_text, read_manifest, row_of
+from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, read_manifest, read_metrics
 
 PACKAGES = (
     "stepladder",
@@ -227,8 +228,9 @@ class Run:
 
     def _began(self) -> float:
         """When this process began, less the recorded seconds of the starts before it."""
-        before = [self.manifest, *self.rows()] if self.manifest else []  # one that goes on, or starts anew by itself
-        spent = [value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float)]
+        # one that goes on, or starts anew by itself
+        before = itertools.chain([self.manifest], self.rows()) if self.manifest else ()
+        spent = (value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float))
         return time.perf_counter() - process_seconds() - max(filter(math.isfinite, spent), default=0.0)
 
     @property
@@ -263,17 +265,19 @@ class Run:
 
     def _rewind(self, step: int) -> None:
         """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted."""
-        kept, damaged, self.logged_until = [], 0, step
-        for line in metrics_text(self.folder).splitlines(keepends=True):
-            if row := row_of(line):
-                self.logged_until = max(self.logged_until, row["step"])
-                if row["step"] <= step:
-                    kept.append(line.rstrip("\n") + "\n")
-            else:
-                damaged += line.endswith("\n")
+        damaged, self.logged_until = 0, step
+
+        def kept() -> Iterator[bytes]:
+            nonlocal damaged
+            for line, row in read_metrics(self.folder):
+                damaged += row is None and line.endswith(b"\n")
+                self.logged_until = max(self.logged_until, row["step"] if row else step)
+                if row and row["step"] <= step:
+                    yield line.rstrip(b"\n") + b"\n"
+
+        write_atomic(self.folder / METRICS, kept())
         if damaged:
             say(f"⚠ {self.folder / METRICS} has {damaged} damaged line{'s' * (damaged > 1)}: left out")
-        write_atomic(self.folder / METRICS, "".join(kept))
 
     def update(self, **facts: Any) -> None:
         self.manifest.update(facts)
@@ -287,9 +291,9 @@ class Run:
             self._rows += json.dumps(row) + "\n"
             self._keep(manifest=False)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The undamaged lines of metrics.jsonl."""
-        return [row for line in metrics_text(self.folder).splitlines() if (row := row_of(line))]
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The undamaged lines of metrics.jsonl, read one by one."""
+        return (row for _, row in read_metrics(self.folder) if row)
 
     def _keep(self, manifest: bool = True) -> None:
         """Write what is new. On a full disk the run goes on, and the next call retries all of it."""

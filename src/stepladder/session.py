@@ -391,7 +391,7 @@ def finish(trained: Trained) -> int | None:
     record, rows = checked.record, checked.train_rows
     if record.is_writer and isinstance(rows, Stream) and rows.left_out:
         left_out = list(rows.left_out)
-        record.update(rows_left_out=left_out)
+        record.update(rows_left_out=left_out[:10_000])  # run.json is read whole, so it stays small
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
     console.say(terminal.closing_block(record))
     return None

@@ -13,7 +13,7 @@ import yaml
 from stepladder import files, hardware
 from stepladder.console import printable, quote_for_shell
 from stepladder.errors import ModelError
-from stepladder.manifest import MANIFEST, metrics_text, read_manifest, row_of
+from stepladder.manifest import MANIFEST, read_manifest, read_metrics
 from stepladder.model import start
 from stepladder.model.build import VIRTUAL
 from stepladder.model.weights import Weights
@@ -71,8 +71,7 @@ def read_training(folder: Path) -> tuple[dict[str, Any], list[float]]:
             why="it says how the model was trained, which the result's card repeats",
             help="put it back from a copy, or remove it: the card then says nothing of the training",
         ) from None
-    rows = [row for line in metrics_text(folder).splitlines() if (row := row_of(line))]
-    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), int | float)]
+    losses = (row["loss"] for _, row in read_metrics(folder) if row and isinstance(row.get("loss"), int | float))
     return trained, [loss for loss in losses if abs(loss) < LARGEST]  # not NaN
 
 

@@ -11,13 +11,14 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+
+import numpy as np
 
 from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.files import write_atomic
-from stepladder.reporting.runs import Curve, LoggedRun, finite, read
+from stepladder.reporting.runs import LoggedRun, read
+from stepladder.reporting.series import Curve, Numbers, running_means, summarize
 
 LEAST = 8  # logged losses below which a curve has no shape
 FLAT = 0.05  # of the whole drop: what still counts as the final level
@@ -41,7 +42,7 @@ MOST_POINTS = 400
 def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
     """The verdicts on a run's loss, evaluation loss and gradient norm; the worst come first."""
     found = [*_broken({"loss": train, "evaluation loss": evaluation, "gradient norm": grad_norm})]
-    train, evaluation = finite(train), finite(evaluation)
+    train, evaluation = train.finite(), evaluation.finite()
     if len(train) < LEAST:
         evidence, help = f"{len(train)} logged losses; {LEAST} are needed", "train on, or lower logging_steps"
         found.append(Verdict(LOOK, "too short", "Too few losses to judge.", evidence, help))
@@ -77,48 +78,47 @@ class _Shape:
     """Levels of a noisy curve: where it starts and ends, its lowest, its wobble (all nats per token)."""
 
     def __init__(self, curve: Curve):
-        self.steps, self.values = list(curve), list(curve.values())
+        self.steps, self.values = curve.steps, curve.values
         count = len(self.values)
         self.window = max(3, count // 10)
-        half = self.window // 2
-        self.smooth = [fmean(self.values[max(0, i - half) : i + half + 1]) for i in range(count)]
-        self.start = fmean(self.values[: max(1, min(10, count // 30))])
-        self.end = fmean(self.values[-self.window :])
-        self.lowest = min(range(count), key=self.smooth.__getitem__)
-        self.low = self.smooth[self.lowest]
-        late = self.values[count // 2 :]
-        self.level, self.wobble = fmean(late), _about_a_line(late)
+        self.smooth = running_means(self.values, self.window // 2)
+        self.start = float(self.values[: max(1, min(10, count // 30))].mean())
+        self.end = float(self.values[-self.window :].mean())
+        self.lowest = int(self.smooth.argmin())
+        self.low = float(self.smooth[self.lowest])
+        self.late = self.values[count // 2 :]
+        self.level, self.wobble = float(self.late.mean()), _about_a_line(self.late)
         self.error = self.wobble / math.sqrt(self.window)  # standard error of a level
         self.drop = self.start - self.end
 
     def knee(self) -> int:
         """The point farthest below the chord from first to last loss (Satopää et al., 2011, Kneedle)."""
-        last = len(self.smooth) - 1
-        return min(range(last + 1), key=lambda i: self.smooth[i] - (self.start - self.drop * i / last))
+        chord = self.start - self.drop * np.linspace(0, 1, len(self.smooth))
+        return int((self.smooth - chord).argmin())
 
     def flat_from(self) -> int:
         """The first point from which on the curve stays at its final level."""
         tolerance = max(2 * self.error, FLAT * self.drop)
-        away = [i for i, value in enumerate(self.smooth) if abs(value - self.end) > tolerance]
-        return min(away[-1] + 1, len(self.smooth) - 1) if away else 0
+        away = np.flatnonzero(np.abs(self.smooth - self.end) > tolerance)
+        return min(int(away[-1]) + 1, len(self.smooth) - 1) if len(away) else 0
 
 
-def _about_a_line(values: list[float]) -> float:
+def _about_a_line(values: Numbers) -> float:
     """Standard deviation about the least-squares line."""
-    middle, mean = (len(values) - 1) / 2, fmean(values)
-    spread = sum((i - middle) ** 2 for i in range(len(values)))
-    slope = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread
-    return math.sqrt(fmean((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(values)))
+    place, above = np.arange(len(values)) - (len(values) - 1) / 2, values - values.mean()
+    slope = (place * above).sum() / (place**2).sum()
+    return math.sqrt(((above - slope * place) ** 2).mean())
 
 
 def _broken(curves: dict[str, Curve]) -> Iterator[Verdict]:
     """The first value that is not finite, of the first curve that has one."""
     for name, curve in curves.items():
-        bad = [step for step, value in curve.items() if not math.isfinite(value)]
-        if bad:
-            what, evidence = f"The {name} is not a number.", f"{name} {curve[bad[0]]} at step {bad[0]}"
+        bad = np.flatnonzero(~np.isfinite(curve.values))
+        if len(bad):
+            step = int(curve.steps[bad[0]])
+            what, evidence = f"The {name} is not a number.", f"{name} {curve.values[bad[0]]} at step {step}"
             help = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0; bf16 or fp32 in place of fp16"
-            yield Verdict(FAULT, "diverged", what, evidence, help, {"step": bad[0], "values": len(bad)})
+            yield Verdict(FAULT, "diverged", what, evidence, help, {"step": step, "values": len(bad)})
             return
 
 
@@ -145,7 +145,7 @@ def _course(s: _Shape) -> Iterator[Verdict]:
         phases += f", then falling to {s.end:.3f}"
     else:
         phases += f", stabilization to step {s.steps[flat]}" * (flat > knee) + f", level at {s.end:.3f} since"
-    figures |= {"knee": s.steps[knee], "level_since": s.steps[flat], "level_share": share}
+    figures |= {"knee": int(s.steps[knee]), "level_since": int(s.steps[flat]), "level_share": share}
     if share < CONVERGED:
         what, help = "The loss was still falling at the end.", "more steps may help; watch the evaluation loss"
         yield Verdict(LOOK, "still falling", what, phases, help, figures)
@@ -161,8 +161,7 @@ def _course(s: _Shape) -> Iterator[Verdict]:
 def _oscillation(s: _Shape) -> Iterator[Verdict]:
     of_level, of_drop = OSCILLATION
     if s.wobble > of_level * s.level and s.wobble > of_drop * s.drop:
-        late = s.values[len(s.values) // 2 :]
-        leap = max(abs(b - a) for a, b in pairwise(late))
+        leap = float(np.abs(np.diff(s.late)).max())
         evidence = f"±{s.wobble:.3f} about {s.level:.3f} in the second half, up to {leap:.3f} from step to step"
         help = "a lower learning_rate, or a larger global_batch_size"
         figures = {"wobble": s.wobble, "level": s.level, "largest_leap": leap}
@@ -176,12 +175,13 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdi
         help = "fewer epochs, a lower learning_rate, more rows; ask it what is not in the data"
         what = "The training loss went to zero: the rows are known by heart."
         yield Verdict(FAULT, "memorized", what, evidence, help, {"end": s.end})
-    if not evaluation:
+    if not len(evaluation):
         what, evidence = "Nothing was held out, so nothing tells learning from memorizing.", "no evaluation loss"
         yield Verdict(LOOK, "not evaluated", what, evidence, "eval_dataset_name and eval_strategy: epoch")
         return
-    best = min(evaluation, key=evaluation.__getitem__)
-    low, end, last = evaluation[best], list(evaluation.values())[-1], list(evaluation)[-1]
+    place = evaluation.values.argmin()
+    best, low = int(evaluation.steps[place]), float(evaluation.values[place])
+    end, last = float(evaluation.values[-1]), evaluation.steps[-1]
     gap = end - s.end
     figures = {"best": low, "best_step": best, "end": end, "gap": gap}
     if end - low > RISE * low:
@@ -229,21 +229,24 @@ def difference(reference: Path, other: Path) -> CurveDifference:
 def between(reference: LoggedRun, other: LoggedRun) -> CurveDifference:
     """Compare the curves of two runs over the steps that both have; a value that is not a number differs infinitely."""
 
-    def pairs(key: str) -> list[tuple[float, float]]:
+    def pairs(key: str) -> tuple[Numbers, Numbers]:
         first, second = reference.curve(key), other.curve(key)
-        found = [(first[step], second[step]) for step in first if step in second]
-        return [(a, b) if math.isfinite(a) and math.isfinite(b) else (0.0, math.inf) for a, b in found]
+        steps = np.intersect1d(first.steps, second.steps, assume_unique=True)
+        a, b = first.at(steps), second.at(steps)
+        good = np.isfinite(a) & np.isfinite(b)
+        return np.where(good, a, 0.0), np.where(good, b, np.inf)
 
-    loss = [b - a for a, b in pairs("loss")]
-    norm = [(b - a) / a if a else b and math.inf for a, b in pairs("grad_norm")]
-    evaluation = [abs(b - a) for a, b in pairs("eval_loss")]
+    a, b = pairs("grad_norm")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norm = np.where(a != 0, (b - a) / a, np.where(b != 0, np.inf, 0.0))
+    loss, evaluation = (after - before for before, after in (pairs("loss"), pairs("eval_loss")))
     return CurveDifference(
         steps=len(loss),
-        loss=max(map(abs, loss), default=0.0),
-        loss_residual=sum(loss) / max(len(loss), 1),
-        grad_norm=max(map(abs, norm), default=0.0),
-        grad_norm_residual=sum(norm) / max(len(norm), 1),
-        eval_loss=max(evaluation, default=0.0),
+        loss=float(np.abs(loss).max(initial=0.0)),
+        loss_residual=float(loss.sum()) / max(len(loss), 1),
+        grad_norm=float(np.abs(norm).max(initial=0.0)),
+        grad_norm_residual=float(norm.sum()) / max(len(norm), 1),
+        eval_loss=float(np.abs(evaluation).max(initial=0.0)),
     )
 
 
@@ -251,13 +254,14 @@ def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
     """Draw the training loss over the steps as a line and the held-out loss as rings; nothing without a loss."""
     from PIL import Image, ImageDraw, ImageFont  # here, so that a run without it lacks the picture only
 
-    loss, evaluation = finite(loss), finite(evaluation)
-    if not loss:
+    loss, evaluation = loss.finite(), evaluation.finite()
+    if not len(loss):
         return
-    steps, values = [*loss, *evaluation], [*loss.values(), *evaluation.values()]
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-    pad = (max(values) - min(values) or abs(max(values)) or 1) * 0.06
-    low, high = min(values) - pad, max(values) + pad
+    steps, values = np.append(loss.steps, evaluation.steps), np.append(loss.values, evaluation.values)
+    first, last = int(steps.min()), int(max(steps.max(), steps.min() + 1))
+    lowest, highest = float(values.min()), float(values.max())
+    pad = (highest - lowest or abs(highest) or 1) * 0.06
+    low, high = lowest - pad, highest + pad
 
     def place(step: float, value: float) -> tuple[float, float]:
         across, up = (step - first) / (last - first), (value - low) / (high - low)
@@ -273,22 +277,20 @@ def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
         if step == int(step):
             draw.text((place(step, low)[0], HEIGHT - BOTTOM + 12 * SCALE), str(int(step)), SOFT, font, "mt")
     draw.text((LEFT, 16 * SCALE), "training loss", BLUE, font, "lt")
-    draw.line([place(*point) for point in _thinned(loss)], BLUE, 2 * SCALE, "curve")
-    if evaluation:
+    draw.line([place(*point) for point in _points(loss)], BLUE, 2 * SCALE, "curve")
+    if len(evaluation):
         draw.text((LEFT + draw.textlength("training loss", font) + 24 * SCALE, 16 * SCALE), "held out", RED, font, "lt")
-    for point in evaluation.items():
+    for point in _points(evaluation):
         draw.circle(place(*point), 4 * SCALE, outline=RED, width=2 * SCALE)
     out = io.BytesIO()
     image.resize((WIDTH // SCALE, HEIGHT // SCALE), Image.Resampling.LANCZOS).save(out, "PNG", optimize=True)
     write_atomic(path, out.getvalue())
 
 
-def _thinned(curve: Curve) -> list[tuple[float, float]]:
-    """The means of a long curve's stretches."""
-    points = list(curve.items())
-    size = math.ceil(len(points) / MOST_POINTS)
-    stretches = (points[i : i + size] for i in range(0, len(points), size))
-    return [(fmean(step for step, _ in stretch), fmean(value for _, value in stretch)) for stretch in stretches]
+def _points(curve: Curve) -> list[tuple[float, float]]:
+    """Steps and values; of a long curve the means of its stretches."""
+    short = summarize(curve, MOST_POINTS)
+    return list(zip(short.steps.tolist(), short.means.tolist(), strict=True))
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

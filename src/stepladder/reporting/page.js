@@ -53,11 +53,16 @@
     return found.length > 1 ? found : ticks(low, high, 4);
   }
 
+  // Of a long run each value is the mean of a stretch, which also has its lowest and highest value.
+  function columns(logged, key) {
+    return { x: logged.step, y: logged[key], low: logged[key + "_low"], high: logged[key + "_high"] };
+  }
+
   const charts = $$("figure[data-line]").map((figure) => {
     const plot = $(".plot", figure), { line, points } = figure.dataset;
     const series = runs.flatMap((run, number) => [
-      { run: number, name: run.name, x: run.line.step, y: run.line[line], dots: false },
-      ...(points ? [{ run: number, name: run.name + ", held out", x: run.points.step, y: run.points[points], dots: true }] : []),
+      { run: number, name: run.name, ...columns(run.line, line), dots: false },
+      ...(points ? [{ run: number, name: run.name + ", held out", ...columns(run.points, points), dots: true }] : []),
     ]).filter((one) => one.y.some((value) => value !== null));
     const chart = { plot, title: $("h3", figure).textContent };
     let width, height, x, y, over;
@@ -68,21 +73,24 @@
 
     // More points than pixels are drawn as the mean of each bucket within a band from lowest to highest.
     function trace(one, useLog) {
-      const [from, to] = range(one), buckets = Math.floor(width / 2), many = to - from > 2 * buckets;
+      const [from, to] = range(one), buckets = Math.floor(width / 2), many = to - from > 2 * buckets, banded = many || one.low;
       const size = many ? (to - from) / buckets : 1, path = [], upper = [], lower = [], dots = [];
       let pen = "M";
       for (let start = from; Math.round(start) < to; start += size) {
-        const part = [];
-        for (let i = Math.round(start); i < Math.min(to, Math.round(start + size)); i++) if (one.y[i] !== null && (!useLog || one.y[i] > 0)) part.push(one.y[i]);
+        const part = [], ends = [];
+        for (let i = Math.round(start); i < Math.min(to, Math.round(start + size)); i++) if (one.y[i] !== null && (!useLog || one.y[i] > 0)) {
+          part.push(one.y[i]);
+          if (one.low) ends.push(...[one.low[i], one.high[i]].filter((value) => !useLog || value > 0));
+        }
         if (!part.length) { pen = "M"; continue; }
         const px = x(one.x[Math.min(to - 1, Math.round(start + (size - 1) / 2))]).toFixed(1);
         const mean = y(part.reduce((a, b) => a + b) / part.length).toFixed(1);
         path.push(pen + px + " " + mean);
         dots.push([px, mean]);
         pen = "L";
-        if (many) { upper.push(px + " " + y(Math.max(...part)).toFixed(1)); lower.push(px + " " + y(Math.min(...part)).toFixed(1)); }
+        if (banded) { upper.push(px + " " + y(Math.max(...part, ...ends)).toFixed(1)); lower.push(px + " " + y(Math.min(...part, ...ends)).toFixed(1)); }
       }
-      return { path: path.join(""), band: many ? "M" + upper.concat(lower.reverse()).join("L") + "Z" : "", dots: many ? [] : dots };
+      return { path: path.join(""), band: banded ? "M" + upper.concat(lower.reverse()).join("L") + "Z" : "", dots: many ? [] : dots };
     }
 
     chart.draw = () => {
@@ -90,9 +98,8 @@
       width = plot.clientWidth - margin.left - margin.right;
       height = plot.clientHeight - margin.top - margin.bottom;
       let low = Infinity, high = -Infinity;
-      for (const one of visible()) for (let [i, to] = range(one); i < to; i++) {
-        const value = one.y[i];
-        if (value === null || (useLog && value <= 0)) continue;
+      for (const one of visible()) for (let [i, to] = range(one); i < to; i++) for (const value of [one.y[i], one.low?.[i], one.high?.[i]]) {
+        if (value === null || value === undefined || (useLog && value <= 0)) continue;
         if (value < low) low = value;
         if (value > high) high = value;
       }

@@ -23,6 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stepladder.console import quote_for_shell
 from stepladder.data import audit
 from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
@@ -31,7 +33,8 @@ from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
 from stepladder.files import write_atomic
 from stepladder.manifest import MANIFEST, RECIPE
 from stepladder.reporting import curves
-from stepladder.reporting.runs import Curve, LoggedRun, finite, read, read_all
+from stepladder.reporting.runs import LoggedRun, read, read_all
+from stepladder.reporting.series import Curve, Numbers, summarize
 
 # title, what is drawn as a line, what as points, unit, whether a logarithmic scale makes sense
 CHARTS = (
@@ -42,7 +45,9 @@ CHARTS = (
     ("Peak memory", "peak_memory_gib", "", "GiB, the fullest rank", False),
 )
 TABLE_ROWS = 20  # of the table behind a curve
-SHARED = ("step", *(chart[1] for chart in CHARTS))
+# Logged steps of all runs on a page together that are drawn as they are, and the fewest of one run: of a longer one
+# stretches are drawn, which take three times the room each. With them the page stays below a megabyte.
+MOST_STEPS, LEAST_STEPS = 6000, 600
 ENVIRONMENT = ("strategy", "world_size", "devices", "precision", "global_batch_size", "micro_batch_size",
                "gradient_accumulation_steps", "seed", "recipe_hash", "git_commit", "started", "ended")  # fmt: skip
 AUDITED_ROWS = 10_000  # rows that are looked at: seconds; check.py --audit looks at all of them
@@ -102,8 +107,8 @@ def judge_run(run: LoggedRun) -> list[Verdict]:
     """What the run's curves say and what compare.py found; the worst come first."""
     held_out, evaluation = run.facts.get("held_out") or {}, run.curve("eval_loss")
     if held_out and held_out["rows"] == held_out["trained_on"]:
-        evaluation = {}  # it says nothing that the training loss does not
-    found = curves.judge_curves(run.curve("loss"), evaluation, run.curve("grad_norm")) if run.facts or run.rows else []
+        evaluation = Curve()  # it says nothing that the training loss does not
+    found = curves.judge_curves(run.curve("loss"), evaluation, run.curve("grad_norm")) if _is_run(run) else []
     found += curves.judge_evaluation_rows(**held_out) if held_out else []
     compared = run.comparison.get("verdicts", [])
     for side in compared:
@@ -120,6 +125,7 @@ def render_page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None 
     """
     parts = resources.files(__package__)
     script, style = ((parts / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    most = max(LEAST_STEPS, MOST_STEPS // len(runs))
     return _template().render(
         title=" · ".join(run.name for run in runs),
         runs=runs,
@@ -138,7 +144,8 @@ def render_page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None 
         style=style,
         hashes={"script": _hash(script), "style": _hash(style)},
         data=_data(runs),
-        embedded=_embedded([_curves(run) for run in runs]),
+        long=[(run.name, count, most // 3) for run in runs if (count := len(run.curve("loss"))) > most],
+        embedded=_embedded([_drawn_curves(run, most) for run in runs]),
     )
 
 
@@ -183,51 +190,73 @@ def _embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _curves(run: LoggedRun) -> dict[str, Any]:
-    """The columns of the logged steps and of the evaluations, in seven digits; null where there is no number."""
+def _drawn_curves(run: LoggedRun, most: int) -> dict[str, Any]:
+    """The columns of the logged steps and of the evaluations, in seven digits; null where there is no number.
 
-    def columns(keys: tuple[str, ...], needed: str) -> dict[str, list[float | None]]:
-        by_step = {row["step"]: row for row in run.rows if needed in row}
-        rows = [by_step[step] for step in sorted(by_step)]
-        return {key: [_digits(row.get(key)) for row in rows] for key in keys}
+    Of more than `most` steps each column holds the means of a third as many stretches, and `<metric>_low` and
+    `<metric>_high` their lowest and highest values.
+    """
 
-    return {"name": run.name, "line": columns(SHARED, "loss"), "points": columns(("step", "eval_loss"), "eval_loss")}
+    def columns(keys: list[str], needed: str) -> dict[str, list[float | None]]:
+        steps = run.curve(needed).steps
+        found: dict[str, list[float | None]] = {}
+        for key in keys:
+            curve = Curve(steps, run.curve(key).at(steps))
+            stretches = summarize(curve, most if len(steps) <= most else most // 3)
+            found |= {"step": stretches.steps.tolist(), key: _digits(stretches.means)}
+            if len(steps) > most:
+                found |= {f"{key}_low": _digits(stretches.lows), f"{key}_high": _digits(stretches.highs)}
+        return found
+
+    lines = [line for _, line, *_ in CHARTS]
+    return {"name": run.name, "line": columns(lines, "loss"), "points": columns(["eval_loss"], "eval_loss")}
 
 
-def _digits(value: Any) -> float | None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value if isinstance(value, int) else float(f"{value:.7g}")
+def _digits(values: Numbers) -> list[float | None]:
+    return [float(f"{value:.7g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _chart(runs: list[LoggedRun], title: str, line: str, points: str, unit: str, log: bool) -> dict[str, Any] | None:
     """A chart's names, its course in words, and the table behind it; None without a value to show."""
     columns = [(run.name, run.curve(line)) for run in runs]
-    columns += [(f"{run.name}, held out", run.curve(points)) for run in runs if points and run.curve(points)]
-    columns = [(name, curve) for name, curve in columns if finite(curve)]
+    columns += [(f"{run.name}, held out", run.curve(points)) for run in runs if points]
+    columns = [(name, curve) for name, curve in columns if len(curve.finite())]
     if not columns:
         return None
-    steps = sorted({step for _, curve in columns for step in curve})
-    every = math.ceil(len(steps) / TABLE_ROWS)
+    steps = np.unique(np.concatenate([curve.steps for _, curve in columns]))
     # Evaluations are few: each keeps its row.
-    kept = sorted({*steps[::every], steps[-1], *(s for n, c in columns if n.endswith("held out") for s in c)})
+    evaluated = [curve.steps for name, curve in columns if name.endswith("held out")]
+    kept = np.unique(np.concatenate([steps[:: math.ceil(len(steps) / TABLE_ROWS)], steps[-1:], *evaluated]))
+    kept = kept[:: math.ceil(len(kept) / 100)]
+    cells = zip(*(_logged_values(curve, kept) for _, curve in columns), strict=True)
     return {
         "title": title, "line": line, "points": points, "unit": unit, "log": log,
         "words": [(name, _in_words(curve)) for name, curve in columns],
         "head": [name for name, _ in columns],
-        "rows": [(step, [curve.get(step) for _, curve in columns]) for step in kept[:: math.ceil(len(kept) / 100)]],
+        "rows": list(zip(kept.tolist(), cells, strict=True)),
     }  # fmt: skip
 
 
+def _logged_values(curve: Curve, steps: Numbers) -> list[float | None]:
+    """The values at these steps; None where the curve has none."""
+    there = np.isin(steps, curve.steps, assume_unique=True)
+    return [value if is_there else None for value, is_there in zip(curve.at(steps).tolist(), there, strict=True)]
+
+
 def _in_words(curve: Curve) -> str:
-    good = finite(curve)
-    (first, start), *_ = good.items()
-    last, end = list(good.items())[-1]
-    low, high = min(good, key=good.__getitem__), max(good, key=good.__getitem__)
-    words = f"{format_number(start)} at step {first}, {format_number(end)} at step {last}"
+    good = curve.finite()
+    low, high = good.values.argmin(), good.values.argmax()
+    start, end, lowest, highest = (
+        (format_number(float(good.values[place])), good.steps[place]) for place in (0, -1, low, high)
+    )
+    words = f"{start[0]} at step {start[1]}, {end[0]} at step {end[1]}"
     if len(good) > 2:
-        words += f"; lowest {format_number(good[low])} at {low}, highest {format_number(good[high])} at {high}"
+        words += f"; lowest {lowest[0]} at {lowest[1]}, highest {highest[0]} at {highest[1]}"
     return words + f"; {len(curve) - len(good)} values that are no number" * (len(good) < len(curve))
+
+
+def _is_run(run: LoggedRun) -> bool:
+    return bool(run.facts) or run.last_step is not None
 
 
 def _marked_answers(run: LoggedRun) -> list[tuple[str, list[Any], str]]:
@@ -261,14 +290,14 @@ def _marked(texts: tuple[str, ...]) -> list[Any]:
 def _summary(run: LoggedRun) -> dict[str, str]:
     """The figures that a person looks for first, as far as run.json has them; none of what is no run."""
     f = run.facts
-    if not (f or run.rows):
+    if not _is_run(run):
         return {}
     totals, counts = f.get("totals") or {}, f.get("parameters") or {}
     found: dict[str, str] = {"Status": str(f.get("status", "unknown"))}
     for label, key in (("Loss", "loss"), ("Held-out loss", "eval_loss")):
-        if values := list(finite(run.curve(key)).values()):
-            found[label] = f"{values[0]:.4f} → {values[-1]:.4f}"
-    found["Steps"] = f"{max((row['step'] for row in run.rows), default=0):,}"
+        if len(curve := run.curve(key).finite()):
+            found[label] = f"{curve.values[0]:.4f} → {curve.values[-1]:.4f}"
+    found["Steps"] = f"{run.last_step or 0:,}"
     for label, make in (
         ("Tokens", lambda: f"{totals['tokens']:,}"),
         ("Time in steps", lambda: duration(totals["seconds"])),
@@ -335,7 +364,7 @@ def _commands(run: LoggedRun) -> Iterator[str]:
     again = f"scripts/sft.py --recipe {quote_for_shell(run.folder / RECIPE)} --output_dir runs/again"
     if strategy != "single":
         yield f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
-    elif run.facts or run.rows:
+    elif _is_run(run):
         yield f"python {again}"
     if command := run.comparison.get("command"):
         yield str(command)

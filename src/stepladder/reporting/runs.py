@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from stepladder.errors import FAULT, GOOD, LOOK, RunError, Verdict
-from stepladder.files import open_file, read_object, read_text
-from stepladder.manifest import MANIFEST, METRICS, METRICS_BYTES, row_of, status
+from stepladder.errors import FAULT, GOOD, LOOK, LaunchError, RunError, Verdict
+from stepladder.files import open_file, read_lines, read_object
+from stepladder.manifest import MANIFEST, METRICS, parse_row, read_metrics, status
+from stepladder.reporting.series import LARGEST, Curve
 
 POLL = 1.0  # seconds
 FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}
+FOLLOWED_BYTES = 1 << 20  # of what was logged before --watch begins: about 2,000 steps
+DAMAGED_LINES = 10  # that a remark names
 QUIET = 600  # seconds without a line after which the user is told so
-LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
 
 
 def _is_number(value: Any) -> bool:
@@ -52,28 +55,41 @@ FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "held_out": (dict, _are_held_out_rows),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }
-Curve = dict[int, float]  # optimizer step → value, NaN and infinity included
+# The metrics that the page draws, and how they are read; of the others nothing is kept.
+DRAWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes")
 
 
 @dataclass
 class LoggedRun:
     """What a run folder holds; `remarks` says what it lacks and what in it cannot be read.
 
-    `facts` is run.json, `rows` are the readable lines of metrics.jsonl; `comparison` is compare.json,
-    `audit` is audit.json, of the form that `check.py --audit --json` prints.
+    `facts` is run.json; `curves` are the metrics of metrics.jsonl that the page draws (`DRAWN`) and `last_step` its
+    last step, None if it has none; `comparison` is compare.json, `audit` is audit.json, of the form that
+    `check.py --audit --json` prints.
     """
 
     folder: Path
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    last_step: int | None = None
     comparison: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     def curve(self, key: str) -> Curve:
-        """A metric over the steps; of a step that is logged twice, the later value."""
-        return {row["step"]: row[key] for row in self.rows if isinstance(row.get(key), int | float)}
+        """A metric over the steps; empty where it was not logged."""
+        return self.curves.get(key, Curve())
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RunError where neither run.json nor metrics.jsonl lies."""
+    if not any((folder / name).is_file() for name in (MANIFEST, METRICS)):
+        raise RunError(
+            f"{folder} {'is no run folder' if folder.exists() else 'does not exist'}",
+            why=f"a run folder holds {MANIFEST} and {METRICS}",
+            help="give the output_dir of a training run, such as runs/lora",
+        )
 
 
 def read(folder: Path) -> LoggedRun:
@@ -82,12 +98,7 @@ def read(folder: Path) -> LoggedRun:
     Raises:
         RunError: neither run.json nor metrics.jsonl lies there.
     """
-    if not any((folder / name).is_file() for name in (MANIFEST, METRICS)):
-        raise RunError(
-            f"{folder} {'is no run folder' if folder.exists() else 'does not exist'}",
-            why=f"a run folder holds {MANIFEST} and {METRICS}",
-            help="give the output_dir of a training run, such as runs/lora",
-        )
+    check_folder(folder)
     run = LoggedRun(folder, folder.resolve().name)
     run.facts = _read_json(run, MANIFEST, needed=True)
     for key, (kind, fits) in FACTS.items():
@@ -170,10 +181,6 @@ def _has_findings(audit: dict[str, Any]) -> bool:
     )
 
 
-def finite(curve: Curve) -> Curve:
-    return {step: value for step, value in curve.items() if _is_number(value)}
-
-
 def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any]:
     path = run.folder / name
     if not os.path.lexists(path):
@@ -187,30 +194,36 @@ def _read_json(run: LoggedRun, name: str, needed: bool = False) -> dict[str, Any
 
 
 def _read_metrics(run: LoggedRun) -> None:
-    path = run.folder / METRICS
-    if not os.path.lexists(path):
+    """Read the curves line by line: a run of a million steps has half a gigabyte of metrics."""
+    if not os.path.lexists(run.folder / METRICS):
         run.remarks.append(f"{METRICS} is missing: there are no curves")
         return
+    logged = {key: (array("q"), array("d")) for key in DRAWN}
+    damaged: list[str] = []
+    last_step = None
     try:
-        lines = read_text(path, METRICS_BYTES, errors="replace").split("\n")
-    except ValueError as error:
-        run.remarks.append(f"{METRICS} cannot be read, so there are no curves: {error}")
+        for number, (line, row) in enumerate(read_metrics(run.folder), start=1):
+            if row:
+                step = row["step"]
+                last_step = step if last_step is None else max(step, last_step)
+                for key, (steps, values) in logged.items():
+                    if isinstance(value := row.get(key), int | float):
+                        steps.append(step)
+                        values.append(value)
+            elif not line.endswith(b"\n"):
+                run.remarks.append(f"{METRICS} line {number} is cut short and left out: it was being written")
+            elif line.strip() and len(damaged) <= DAMAGED_LINES:
+                damaged.append(str(number) if len(damaged) < DAMAGED_LINES else "…")
+    except LaunchError as error:
+        run.remarks.append(f"{error.what}, so there are no curves")
         return
-    damaged = []
-    for number, line in enumerate(lines, start=1):
-        if row := row_of(line):
-            if isinstance(peak := row.get("peak_memory_bytes"), int):
-                row["peak_memory_gib"] = peak / 2**30
-            run.rows.append(row)
-        elif line and number == len(lines):
-            run.remarks.append(f"{METRICS} line {number} is cut short and left out: it was being written")
-        elif line.strip():
-            damaged.append(str(number))
     if damaged:
-        shown = ", ".join(damaged[:10]) + ", …" * (len(damaged) > 10)
-        run.remarks.append(f"{METRICS} is damaged at line {shown}: left out")
-    if not run.rows:
+        run.remarks.append(f"{METRICS} is damaged at line {', '.join(damaged)}: left out")
+    if last_step is None:
         run.remarks.append(f"{METRICS} holds no metrics yet")
+    run.last_step, run.curves = last_step, {key: Curve(*columns) for key, columns in logged.items()}
+    memory = run.curve("peak_memory_bytes")
+    run.curves["peak_memory_gib"] = Curve(memory.steps, memory.values / 2**30)
 
 
 def side_by_side(logged: list[LoggedRun]) -> list[str]:
@@ -242,38 +255,36 @@ def side_by_side(logged: list[LoggedRun]) -> list[str]:
 def follow(folder: Path) -> Iterator[str]:
     """Lines to print, one a logged step, until run.json says that the run has ended.
 
-    An incomplete last line of metrics.jsonl is read when it is complete, and a damaged line is reported. If the file is
-    rewritten (the run was resumed, and rewound to its checkpoint), it is followed from its beginning.
+    Of a file that is there already, only the end is shown (`FOLLOWED_BYTES`). An incomplete last line of metrics.jsonl
+    is read when it is complete, and a damaged line is reported. If the file is rewritten (the run was resumed, and
+    rewound to its checkpoint), it is followed from its end, too.
     """
-    at, number, last, heard, quiet, inode = 0, 0, -1, time.monotonic(), False, 0
+    at, number, inode, last, heard, quiet = 0, 0, 0, (-1, False), time.monotonic(), False
     while True:
-        state, data = status(folder), b""  # before the reading: what comes last is read too
+        state = status(folder)  # before the reading: what comes last is read too
         with (
             contextlib.suppress(OSError, ValueError),
             open_file(folder / METRICS) as file,
         ):  # not there yet, or a share's hiccup
             facts = os.fstat(file.fileno())
-            rewound = at > 0 and (facts.st_size < at or facts.st_ino != inode)
-            at, number, inode = (0, 0, facts.st_ino) if rewound else (at, number, facts.st_ino)
-            file.seek(at)
-            data = file.read()
-            if rewound:
+            if rewound := at > 0 and (facts.st_size < at or facts.st_ino != inode):
+                at, number = 0, 0
                 yield "  the run was resumed from a checkpoint"
-        whole = data[: data.rfind(b"\n") + 1]
-        at += len(whole)
-        for line in whole.decode("utf-8", errors="replace").splitlines():
-            number += 1
-            try:
-                row = row_of(line)
-                text = format_step(row) if row else ""
-            except OverflowError:  # a number of 400 digits
-                row = None
-            if not row:
-                yield f"  {METRICS} line {number} is damaged: left out"
-                continue
-            if row["step"] > last or "eval_loss" in row:
-                yield text
-            last, heard, quiet = max(last, row["step"]), time.monotonic(), False
+            if at == 0:
+                inode = facts.st_ino
+                at, number = _find_end(file, facts.st_size)
+                if number and not rewound:
+                    yield f"  {number:,} earlier lines of {METRICS} are left out"
+            file.seek(at)
+            for line in read_lines(file):
+                if not line.endswith(b"\n"):
+                    break
+                at, number = file.tell(), number + 1
+                if not (row := parse_row(line)):
+                    yield f"  {METRICS} line {number} is damaged: left out"
+                elif (place := (row["step"], "eval_loss" in row)) > last:
+                    yield format_step(row)
+                    last, heard, quiet = place, time.monotonic(), False
         if state not in ("running", "unreadable"):
             yield f"the run is {state}{FOLLOW_ON.get(state, '')}"
             return
@@ -281,6 +292,14 @@ def follow(folder: Path) -> Iterator[str]:
             yield f"  nothing for {QUIET // 60} minutes: the run may have been killed before it could say so"
             quiet = True
         time.sleep(POLL)
+
+
+def _find_end(file: BinaryIO, size: int) -> tuple[int, int]:
+    """Where the lines begin that are in a file's last `FOLLOWED_BYTES`, and how many are before them."""
+    at = number = 0
+    while at < size - FOLLOWED_BYTES and (block := file.readline(FOLLOWED_BYTES)):
+        at, number = at + len(block), number + block.endswith(b"\n")
+    return at, number
 
 
 def format_step(row: dict[str, Any]) -> str:

@@ -134,6 +134,8 @@ class Trainer(SFTTrainer):
             model.set_requires_all_reduce(self.accelerator.sync_gradients)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._bad_losses |= ~torch.isfinite(loss)
+        if self.args.logging_strategy == "no":  # TRL would keep its metrics of every micro-batch for the next log
+            self._metrics["train"].clear()
         return loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:

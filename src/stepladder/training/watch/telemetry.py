@@ -15,6 +15,7 @@ import contextlib
 import math
 import statistics
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from stepladder.run import Run, process_seconds
 
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node
+PASSES = 1000  # forward passes whose CUDA events are kept, however rarely a step is logged
+HISTORY = 100  # entries of the trainer's log_history that a checkpoint holds; metrics.jsonl has them all
 COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
 # Rows and columns of the matrices whose product measures a rate: on a GPU the work must outlast the launch.
 GEMM, GEMM_ON_GPU = 1024, 8192
@@ -100,7 +103,7 @@ class Telemetry(TrainerCallback):
         self.tokens = self.trained_tokens = self.places = self.pairs = self.steps = 0
         self.seconds = self.waited = 0.0
         self.rows_checksum = 0  # of the rows trained since the last logged step
-        self.step_seconds: list[float] = []  # of each step since this start
+        self.step_seconds = array("d")  # of each step since this start
         self.save_seconds: list[float] = []  # that each checkpoint of this start delayed the steps
         self.first_step: float | None = None  # seconds from this start's command to its first step
         self._since_log: dict[str, float] = dict.fromkeys(COUNTED, 0)
@@ -156,6 +159,8 @@ class Telemetry(TrainerCallback):
             yield
             events[1].record()
             self._events.append(events)
+            if len(self._events) > 2 * PASSES:
+                self._sum_passes(PASSES)
         else:
             began = time.perf_counter()
             yield
@@ -199,13 +204,19 @@ class Telemetry(TrainerCallback):
                         found[f"node_{first // self.ranks_a_node}/{name}"] = round(share, 1)
         return found
 
-    def _gather(self, device: Any) -> list[tuple[float, ...]]:
-        """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
-        for start, end in self._events:
+    def _sum_passes(self, latest: int = 0) -> None:
+        """Add up the timed forward passes on a GPU but for so many latest ones, which may still run."""
+        done = len(self._events) - latest
+        for start, end in self._events[:done]:
             end.synchronize()
             self._forward += start.elapsed_time(end) / 1000
+        self._events = self._events[done:]
+
+    def _gather(self, device: Any) -> list[tuple[float, ...]]:
+        """By rank, since the last logged step: seconds of data waits and of forward passes, peak bytes, the load."""
+        self._sum_passes()
         own = [self._waits, self._forward, float(peak_memory_bytes()), *load(device)]
-        self._waits, self._forward, self._events = 0.0, 0.0, []
+        self._waits, self._forward = 0.0, 0.0
         if not dist.is_initialized():
             return [(value,) for value in own]
         here = torch.tensor(own, dtype=torch.float64, device=device)
@@ -215,6 +226,7 @@ class Telemetry(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = dict(logs or {})
+        shorten_history(state)
         if not state.is_world_process_zero or "train_runtime" in logs:  # the closing summary is in run.json
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
@@ -295,8 +307,25 @@ def result_step(state: Any) -> int:
 
 def final_losses(state: Any) -> dict[str, float]:
     """The last training and evaluation loss up to the step that is the result, from the trainer's state."""
+    return _losses_until(state.log_history, result_step(state))
+
+
+def _losses_until(history: list[dict[str, float]], step: int) -> dict[str, float]:
     last: dict[str, float] = {}
-    for entry in state.log_history:
-        if entry["step"] <= result_step(state):
+    for entry in history:
+        if entry["step"] <= step:
             last |= {key: entry[key] for key in ("loss", "eval_loss") if key in entry}
     return last
+
+
+def shorten_history(state: Any) -> None:
+    """Keep the last entries of the trainer's `log_history`, and of those before them what `final_losses` may need.
+
+    Transformers keeps every entry in memory and writes all of them into each checkpoint: after a million steps two
+    gigabytes on each rank, and half a gigabyte per checkpoint.
+    """
+    if len(state.log_history) < 2 * HISTORY:
+        return
+    older, kept = state.log_history[:-HISTORY], state.log_history[-HISTORY:]
+    steps = sorted({min(state.best_global_step or 0, older[-1]["step"]), older[-1]["step"]})
+    state.log_history = [{**_losses_until(older, step), "step": step} for step in steps] + kept
