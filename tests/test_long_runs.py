@@ -201,6 +201,16 @@ def test_a_resumed_run_rewinds_a_long_file(long: Path, tmp_path: Path, capsys: p
     assert record.logged_until == STEPS and "has 4 damaged lines" in capsys.readouterr().out
 
 
+def test_a_resumed_run_adds_the_seconds_before(tmp_path: Path) -> None:
+    """Guards `elapsed_seconds` where only the end of a long file is read for it."""
+    long_runs.write_run(tmp_path / "run", STEPS)
+    record = Run(tmp_path / "run", is_writer=True)
+    record.manifest = json.loads((tmp_path / "run/run.json").read_text())
+    record.manifest["datasets"] = [{"sha256": ""}]
+    record.begin("", {"step": 500, "from": ""}, **record.manifest)
+    assert max(by_plain_reading(tmp_path / "run", "step")) == 500 and 0 < record.elapsed - 0.6 * STEPS < 3600
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_history_in_checkpoints_is_short(seed: int, tmp_path: Path) -> None:
     """Guards trainer_state.json: however many steps are logged it stays small, and the result's losses are the same."""

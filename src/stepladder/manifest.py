@@ -40,8 +40,11 @@ KINDS: dict[str, tuple[type, ...]] = {
 }  # of a manifest, where anything reads it
 
 
-def read_metrics(folder: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def read_metrics(folder: Path, last: int = 0) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The lines of metrics.jsonl, read one by one, each with its row (`parse_row`); none if there is no such file.
+
+    Args:
+        last: only the lines that begin in so many last bytes; 0 for all lines.
 
     Raises:
         LaunchError: it cannot be read.
@@ -51,6 +54,11 @@ def read_metrics(folder: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         return
     try:
         with open_file(file) as stream:
+            if last and stream.seek(0, os.SEEK_END) > last:
+                stream.seek(-last, os.SEEK_END)
+                stream.readline()
+            else:
+                stream.seek(0)
             for line in read_lines(stream):
                 yield line, parse_row(line)
     except (OSError, ValueError) as error:

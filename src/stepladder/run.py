@@ -19,7 +19,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, TrainingError, lost_a_rank
-from stepladder.files import PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
+from stepladder.files import LINE_BYTES, PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
 from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, read_manifest, read_metrics
 
 PACKAGES = (
@@ -228,8 +228,9 @@ class Run:
 
     def _began(self) -> float:
         """When this process began, less the recorded seconds of the starts before it."""
-        # one that goes on, or starts anew by itself
-        before = itertools.chain([self.manifest], self.rows()) if self.manifest else ()
+        # one that goes on, or starts anew by itself; the seconds only grow, so the last rows have the most
+        rows = (row for _, row in read_metrics(self.folder, last=LINE_BYTES) if row)
+        before = itertools.chain([self.manifest], rows) if self.manifest else ()
         spent = (value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float))
         return time.perf_counter() - process_seconds() - max(filter(math.isfinite, spent), default=0.0)
 

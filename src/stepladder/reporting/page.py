@@ -44,7 +44,7 @@ CHARTS = (
     ("Throughput", "tokens_per_second", "", "tokens a second, all ranks", False),
     ("Peak memory", "peak_memory_gib", "", "GiB, the fullest rank", False),
 )
-TABLE_ROWS = 20  # of the table behind a curve
+TABLE_ROWS, MOST_ROWS = 20, 100  # of the table behind a curve: of each run, and in all with its evaluations
 # Logged steps of all runs on a page together that are drawn as they are, and the fewest of one run: of a longer one
 # stretches are drawn, which take three times the room each. With them the page stays below a megabyte.
 MOST_STEPS, LEAST_STEPS = 6000, 600
@@ -223,11 +223,11 @@ def _chart(runs: list[LoggedRun], title: str, line: str, points: str, unit: str,
     columns = [(name, curve) for name, curve in columns if len(curve.finite())]
     if not columns:
         return None
-    steps = np.unique(np.concatenate([curve.steps for _, curve in columns]))
-    # Evaluations are few: each keeps its row.
-    evaluated = [curve.steps for name, curve in columns if name.endswith("held out")]
-    kept = np.unique(np.concatenate([steps[:: math.ceil(len(steps) / TABLE_ROWS)], steps[-1:], *evaluated]))
-    kept = kept[:: math.ceil(len(kept) / 100)]
+    kept = np.empty(0, np.int64)
+    for name, curve in columns:  # evaluations are few: each keeps its row
+        most = MOST_ROWS if name.endswith("held out") else TABLE_ROWS
+        kept = np.union1d(kept, np.append(curve.steps[:: math.ceil(len(curve) / most)], curve.steps[-1]))
+    kept = kept[:: math.ceil(len(kept) / MOST_ROWS)]
     cells = zip(*(_logged_values(curve, kept) for _, curve in columns), strict=True)
     return {
         "title": title, "line": line, "points": points, "unit": unit, "log": log,

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from stepladder.errors import FAULT, GOOD, LOOK, LaunchError, RunError, Verdict
 from stepladder.files import open_file, read_lines, read_object
-from stepladder.manifest import MANIFEST, METRICS, parse_row, read_metrics, status
+from stepladder.manifest import MANIFEST, METRICS, NUMBER, parse_row, read_metrics, status
 from stepladder.reporting.series import LARGEST, Curve
 
 POLL = 1.0  # seconds
@@ -207,7 +207,7 @@ def _read_metrics(run: LoggedRun) -> None:
                 step = row["step"]
                 last_step = step if last_step is None else max(step, last_step)
                 for key, (steps, values) in logged.items():
-                    if isinstance(value := row.get(key), int | float):
+                    if isinstance(value := row.get(key), NUMBER):
                         steps.append(step)
                         values.append(value)
             elif not line.endswith(b"\n"):
