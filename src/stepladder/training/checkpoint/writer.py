@@ -101,7 +101,7 @@ class Writer:
                 digest = self._hash_written(name) if isinstance(task, str) else self._write(task)
                 self.files[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": digest}
             except Exception as error:  # of any kind: a checkpoint without this file must not be completed
-                self.fault = f"{name}: {type(error).__name__}: {error}"
+                self.fault = self.fault or f"{name}: {type(error).__name__}: {error}"
             del self._busy[own], task
 
     def _hash_written(self, name: str) -> str:
