@@ -32,12 +32,26 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from background import Running, steps_logged
 from conftest import manifest, metrics
-from stepladder.training.checkpoint.resume import of_step, whole_steps
+from stepladder.training.checkpoint.resume import COMPLETE, of_step, step_of, whole_steps
 from tiny import make_tiny
 
 STRATEGIES = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2}
 STEPS, SAVE_STEPS, FAULTS = 24, 2, 4  # of a history
 TOLERANCE = 1e-6  # a resumed run adds up in the same order as its reference
+SLOW = 0.4  # seconds that each file of a checkpoint takes longer, of some starts: tiny ones are written at once
+SLOW_WRITES = """
+import os, time
+from transformers import TrainerCallback as Callback
+from stepladder.training.checkpoint import writer
+
+hash_written = writer.Writer._hash_written
+
+def slow(self, name):
+    time.sleep(float(os.environ["SLOW"]))
+    return hash_written(self, name)
+
+writer.Writer._hash_written = slow
+"""
 HALT = 5  # seconds, many times what a collective takes
 SMALL = 30_000  # bytes a file: a checkpoint's are larger, run.json and metrics.jsonl are not
 COMPARED = ("loss", "grad_norm", "learning_rate", "rows_checksum", "tokens")
@@ -50,16 +64,18 @@ class History:
         self.folder, self.strategy, self.draw = folder, strategy, draw
         self.recipe, self.keys = folder.with_suffix(".json"), keys
         self.recipe.write_text(json.dumps(keys))
+        self.writes = folder.with_name("slow_writes.py")
+        self.writes.write_text(SLOW_WRITES)
         self.lost = 0  # steps that a fault undid
         self.log: list[str] = []
         self.kinds = counts
 
-    def start(self, disk: int | None = None, log: Any = subprocess.PIPE) -> Running:
+    def start(self, disk: int | None = None, log: Any = subprocess.PIPE, slow: float = 0) -> Running:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk or before[0], before[1]))  # inherited
         try:
             return Running(
-                "--recipe", self.recipe, "--output_dir", self.folder,
+                "--recipe", self.recipe, "--output_dir", self.folder, "--callback", self.writes, SLOW=str(slow),
                 ranks=STRATEGIES[self.strategy], config=self.strategy, log=log, HF_HUB_OFFLINE="1",
                 PET_SHUTDOWN_TIMEOUT="60",
             )  # fmt: skip
@@ -77,10 +93,13 @@ class History:
             return True
         with open("/dev/full", "w") as full:
             log = full if name == "full log" else subprocess.PIPE
-            running = self.start(SMALL if name == "disk full" else None, log)
+            slow = SLOW if name in WRITING or self.draw.random() < 0.3 else 0  # the next save comes while it writes
+            running = self.start(SMALL if name == "disk full" else None, log, slow)
         beside = self.start() if name == "two starts" else None
         more = 1 if name in ("signal", "hangup", "disk full") else self.draw.randint(SAVE_STEPS + 1, 2 * SAVE_STEPS)
-        if name == "killed while saving":
+        if name in WRITING:
+            self._until(running, self._writes)
+        elif name == "killed while saving":
             saves = set(self.folder.glob("checkpoint-*"))
             self._until(running, lambda: bool(set(self.folder.glob("checkpoint-*")) - saves))
         elif name != "killed while starting":
@@ -107,7 +126,7 @@ class History:
 
     def _strike(self, running: Running, name: str) -> None:
         pids = self.pids = running.pids() or [running.process.pid]
-        if name in ("signal", "hangup"):
+        if name in ("signal", "hangup", "signal while writing"):
             kind = signal.SIGHUP if name == "hangup" else self.draw.choice([signal.SIGTERM, signal.SIGUSR1])
             for pid in self.draw.choice([pids, pids[-1:], [running.process.pid]]):
                 _send(pid, kind)
@@ -156,6 +175,9 @@ class History:
             assert time.monotonic() < end, "a rank runs on"
             time.sleep(0.05)
 
+    def _writes(self) -> bool:
+        return any(not (path / COMPLETE).exists() for path in self.folder.glob("checkpoint-*") if step_of(path))
+
     def _step(self) -> int:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines() if steps_logged(self.folder) else []
         found = [int(match[1]) for line in lines if (match := re.match(r'\{"step": (\d+),', line))]
@@ -198,18 +220,20 @@ def _add_copy(checkpoint: Path, draw: random.Random) -> None:
 Damage = Callable[[Path, random.Random], None]
 DAMAGES: dict[str, Damage] = {"killed, a bit flipped": _flip, "killed, a file cut": _cut}
 ADDED: dict[str, Damage] = {"killed, a copy added": _add_copy}  # which costs nothing
-GOES_ON = ("reader gone", "full log", "stopped for a while")  # the run, which is killed a step later
 EDITED: dict[str, Callable[[dict[str, Any]], Path]] = {
     "base edited": lambda keys: Path(keys["model_name_or_path"]) / "model.safetensors",
     "tokenizer edited": lambda keys: Path(keys["model_name_or_path"]) / "tokenizer.json",
     "rows edited": lambda keys: Path(keys["dataset_name"]),
 }
 GOES_ON = ("reader gone", "full log", "stopped for a while")  # the run, which is killed a step later
+WRITING = ("killed while writing", "signal while writing")  # with slow writers
 FAULT_KINDS = (
-    "killed", "killed while saving", "killed while starting", "launcher killed", "two starts", "signal", "hangup",
-    "disk full", *GOES_ON, *DAMAGES, *ADDED, *EDITED,
+    "killed", "killed while saving", *WRITING, "killed while starting", "launcher killed", "two starts", "signal",
+    "hangup", "disk full", *GOES_ON, *DAMAGES, *ADDED, *EDITED,
 )  # fmt: skip
 LABELS = {  # of the page, where the name alone is unclear
+    "killed while writing": "killed while a checkpoint is written beside the training",
+    "signal while writing": "SIGTERM or SIGUSR1 while one is written",
     "two starts": "started twice at once",
     "signal": "SIGTERM or SIGUSR1",
     "hangup": "SIGHUP",
@@ -217,7 +241,12 @@ LABELS = {  # of the page, where the name alone is unclear
     "full log": "the log's disk is full, then killed",
     "stopped for a while": f"a rank stopped for {HALT} s, then killed",
 }
-WITHOUT_PROGRESS = {"killed while starting", "disk full", "killed while saving"}  # three in a row would be `stuck`
+WITHOUT_PROGRESS = {
+    "killed while starting",
+    "disk full",
+    "killed while saving",
+    "killed while writing",
+}  # three in a row would be `stuck`
 
 
 def compare(reference: Path, run: Path) -> str:

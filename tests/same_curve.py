@@ -170,10 +170,11 @@ def launch_many(
         subprocess.run([*command, script, str(file)], cwd=ROOT, env=env, stdout=out, stderr=out)
 
 
-def launcher_words(config: str, ranks: int) -> list[str]:
-    """`accelerate launch` with a shipped config, on this machine alone; under hsdp with two replicas."""
+def launcher_words(config: str | Path, ranks: int) -> list[str]:
+    """`accelerate launch` with a shipped config or a file, on this machine alone; under hsdp with two replicas."""
     accelerate = str(Path(sys.executable).with_name("accelerate"))
-    words = [accelerate, "launch", "--config_file", str(ROOT / f"accelerate_configs/{config}.yaml")]
+    file = config if isinstance(config, Path) else ROOT / f"accelerate_configs/{config}.yaml"
+    words = [accelerate, "launch", "--config_file", str(file)]
     words += ["--parallelism_config_dp_shard_size", str(ranks // 2)] if config == "hsdp" else []
     return [*words, "--num_processes", str(ranks), "--main_process_port", "0"]
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import math
 import os
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conftest import ROOT
 from stepladder import manifest
 from stepladder import run as run_module
 from stepladder.errors import CheckpointError, LaunchError
@@ -249,21 +254,142 @@ def test_metrics_are_rewound(folder) -> None:
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 3, 4, 4]
 
 
-def test_a_full_disk_is_a_fault_and_no_crash(tmp_path) -> None:
-    """Guards the writer: safetensors has an error of its own, and the others wait for a rank that could not write."""
+def write_files(folder: Path, pieces: dict[str, Any], written: tuple[str, ...] = ()) -> Any:
+    from stepladder.training.checkpoint.writer import Writer, cut_into_parts
+
+    writer = Writer(folder, cut_into_parts("model-0", [*pieces.items()]), [*written])
+    writer.start()
+    writer.wait(60)
+    assert not writer.writes
+    return writer
+
+
+def test_a_fault_of_any_kind_is_told_and_ends_no_process(tmp_path) -> None:
+    """Guards the writer's threads: an error in one is lost, and the checkpoint would be completed without its file."""
     import torch
 
-    from stepladder.training.checkpoint.saving import _Parts
+    from stepladder.training.checkpoint.state import Piece
 
-    parts = _Parts(tmp_path, "model-0")
+    piece = Piece(torch.zeros(100_000), 0, (100_000,), False)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # stands for a full disk
     try:
-        parts.add("weight", torch.zeros(100_000))
-        parts.close()
+        writer = write_files(tmp_path, {"weight": piece})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "too large" in parts.fault
-    parts.add("next", torch.zeros(1))  # goes on, to no effect
-    parts.close()
-    assert len(parts.files) == 1
+    assert "model-0-0.safetensors: OSError: [Errno 27] File too large" in writer.fault and not writer.files
+    assert "FileNotFoundError" in write_files(tmp_path, {}, ("state.json",)).fault
+    unknown = piece._replace(values=torch.zeros(2, dtype=torch.complex64))
+    assert "KeyError: 'complex64'" in write_files(tmp_path, {"weight": unknown}).fault
+
+
+def test_files_and_hashes_are_those_of_safetensors(tmp_path, monkeypatch) -> None:
+    """Guards the format, by safetensors' own reader, and hashes of the bytes that were written rather than read: for
+    each dtype, numbers without dimensions, several files, and tensors larger than what is written at once."""
+    import torch
+    from safetensors.torch import load_file
+
+    from stepladder.training.checkpoint import writer
+    from stepladder.training.checkpoint.state import Piece
+
+    monkeypatch.setattr(writer, "PART_BYTES", 5000)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 700)
+    draw = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.uint8, torch.bool)
+    tensors = {str(dtype): torch.randint(0, 2, (19, 23), generator=draw).to(dtype) for dtype in dtypes}
+    tensors |= {"odd": torch.arange(3, dtype=torch.uint8), "step": torch.tensor(7.0), "turned": torch.rand(9, 5).T}
+    done = write_files(tmp_path, {name: Piece(value, 0, tuple(value.shape), False) for name, value in tensors.items()})
+    assert not done.fault and len(done.files) > 2
+    found = {name: value for file in done.files for name, value in load_file(tmp_path / file).items()}
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    for name, facts in done.files.items():
+        content = (tmp_path / name).read_bytes()
+        assert facts == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def complete(folder: Path, *files: str) -> Path:
+    """Mark a folder as a checkpoint of these files."""
+    write_atomic(folder / resume.COMPLETE, json.dumps({"step": 2, "resumable": True, "files": dict.fromkeys(files)}))
+    return folder
+
+
+def test_a_range_is_read_from_whichever_files_hold_it(tmp_path) -> None:
+    """Guards resumption on other ranks: any range of a tensor, whole in one file or cut anywhere over several."""
+    import torch
+    from safetensors.torch import save_file
+
+    from stepladder.training.checkpoint.stored import open_tensors
+
+    value = torch.arange(7 * 5 * 3.0).reshape(7, 5, 3)
+    flat, files = value.flatten(), []
+    for number, (start, stop) in enumerate([(40, 77), (0, 4), (77, 105), (4, 40)]):
+        files.append(f"model-{number}-0.safetensors")
+        save_file({f"cut@{start}": flat[start:stop].clone()}, tmp_path / files[-1],
+                  {"shapes": json.dumps({f"cut@{start}": [7, 5, 3]})})  # fmt: skip
+    save_file({"whole@1": value, "number": torch.tensor(3.0)}, tmp_path / "model-9-0.safetensors")
+    found = open_tensors(complete(tmp_path, *files, "model-9-0.safetensors"), "model")
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        "cut": (7, 5, 3), "whole@1": (7, 5, 3), "number": ()
+    }  # fmt: skip
+    for name in ("cut", "whole@1"):
+        for start, stop in [(0, 105), (0, 1), (3, 5), (14, 16), (39, 78), (50, 50), (104, 105), (105, 105)]:
+            assert torch.equal(found[name].read(start, stop), flat[start:stop]), (name, start, stop)
+    assert found["number"].read(0, 1).tolist() == [3.0]
+    with pytest.raises(CheckpointError, match="a part of cut only"):
+        open_tensors(complete(tmp_path, *files[:3]), "model")
+
+
+def read_range(value: Any, start: int, stop: int) -> Any:
+    return value.flatten()[start:stop]
+
+
+@pytest.mark.parametrize("mesh", [(4,), (3,), (2, 2)])
+def test_the_parts_of_all_ranks_are_the_whole(mesh: tuple[int, ...]) -> None:
+    """Guards sizes that the ranks do not divide, and shards that several ranks hold (hybrid sharding), by PyTorch's own
+    cut: each element is written once."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from stepladder.training.checkpoint.state import _fill, _piece
+
+    ranks = math.prod(mesh)
+    for shape in [(8, 3), (5, 2), (2, 3, 2), (1,), (7,)]:
+        value, written = torch.rand(shape), []
+        read = functools.partial(read_range, value)
+        for rank in range(ranks):
+            dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+            try:
+                placements = [Replicate(), Shard(0)][-len(mesh) :]
+                sharded = distribute_tensor(value, init_device_mesh("cpu", mesh), placements, src_data_rank=None)
+                piece, expected = _piece(sharded), sharded.to_local().clone()
+                assert piece.sharded and piece.shape == shape
+                written += [(piece.start, x) for x in [piece.values] if x.numel()]
+                sharded.to_local().zero_()
+                _fill(sharded, read)
+                assert torch.equal(sharded.to_local(), expected)
+            finally:
+                dist.destroy_process_group()
+        assert torch.equal(torch.cat([x for _, x in sorted(written, key=lambda part: part[0])]), value.flatten())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read() -> None:
+    """Guards runs that were begun before tensors were cut: a checkpoint that the code of 2026-11-29 has written."""
+    import torch
+    from safetensors.torch import load_file
+
+    from stepladder.training.checkpoint.stored import open_tensors
+
+    folder = ROOT / "tests/fixtures/whole_tensors/checkpoint-2"
+    assert not resume.damage(folder)
+    for kind in ("model", "optimizer"):
+        expected = load_file(folder / f"{kind}-0-0.safetensors")
+        found = open_tensors(folder, kind)
+        assert found.keys() == expected.keys() and expected
+        for name, value in expected.items():
+            assert found[name].shape == tuple(value.shape)
+            assert torch.equal(found[name].read(0, value.numel()), value.flatten())

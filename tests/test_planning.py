@@ -133,8 +133,8 @@ def test_host_memory_while_a_model_loads() -> None:
     plan shows; and a choice of what no node can load where another way is as fast."""
     copy, full = 4 * 70.55e9, "models/llama-3.1-70b/full"  # 70.55 billion parameters by its model card
 
-    def host(recipe: str, strategy: str, *words: str) -> float:
-        plan = plan_of(recipe, "h100", 8, "--global_batch_size", "8", *words)
+    def host(recipe: str, strategy: str, *words: str, saves: str = "no") -> float:
+        plan = plan_of(recipe, "h100", 8, "--global_batch_size", "8", "--save_strategy", saves, *words)
         return plan.candidate(Strategy(strategy), 1, True).memory.host
 
     assert host(full, "ddp") == pytest.approx(8 * copy, rel=1e-3)
@@ -144,6 +144,10 @@ def test_host_memory_while_a_model_loads() -> None:
     assert host(full, "fsdp", *low) == pytest.approx(8 * copy, rel=1e-3) and host(full, "ddp", *low) == 0
     assert host("models/llama-3.1-70b/lora", "fsdp") == 0, "mapped from its files"
     assert host("models/llama-3.1-70b/lora", "fsdp", "--dtype", "float32") == pytest.approx(8 * copy, rel=1e-3)
+
+    for strategy in ("ddp", "fsdp", "zero3"):  # the copy that a checkpoint is written from: weights and two moments
+        assert host(full, strategy, saves="epoch") == pytest.approx(max(3 * copy, host(full, strategy)), rel=1e-3)
+    assert host(full, "zero3", "--save_only_model", "true", saves="epoch") == pytest.approx(copy, rel=1e-3)
 
     def best(words: tuple[str, ...], host: float | None) -> str:
         recipe = load.load(str(ROOT / "recipes" / full), [*words])

@@ -54,6 +54,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+SUB_GROUPS = """
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        if args.process_index == 0:
+            print("sub-groups:", len(optimizer.optimizer.fp32_partitioned_groups_flat), flush=True)
+"""
+
+
 class Session:
     """Commands of sft.py that one process, or one launch, runs in turn."""
 
@@ -86,7 +96,7 @@ class Session:
         self.commands.append({"cut": [str(source), str(self.folder / name), step]})
         return self.train(name, *words, **keys)
 
-    def start(self, config: str = "single", ranks: int = 1, codes: list[int] | None = None) -> Done:
+    def start(self, config: str | Path = "single", ranks: int = 1, codes: list[int] | None = None) -> Done:
         file = self.folder / "commands.json"
         file.write_text(json.dumps(self.commands))
         start = [sys.executable, ROOT / "tests/in_turn.py", file]
@@ -213,6 +223,31 @@ def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process,
     found = difference(tmp_path / "full", back)
     assert found.pop("grad_norm") <= (1e-3 if config.startswith("zero") else 1e-4)
     assert max(found.values()) <= 1e-5, found
+
+
+def test_several_sub_groups_under_zero3(in_one_process, tiny, rows, tmp_path) -> None:
+    """Guards large models, whose optimizer states ZeRO-3 holds in several sub-groups: saved, resumed, moved there from
+    one process, and back."""
+    settings = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    settings["zero_optimization"]["sub_group_size"] = 10_000  # of 32,000 numbers on each rank
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    config = tmp_path / "zero3.yaml"
+    text = (ROOT / "accelerate_configs/zero3.yaml").read_text()
+    config.write_text(text.replace("ds_configs/zero3.json", str(tmp_path / "zero3.json")))
+    (tmp_path / "sub_groups.py").write_text(SUB_GROUPS)
+    session, source = Session(tmp_path, tiny, rows), in_one_process["full"]
+    whole = session.train("whole", "--callback", tmp_path / "sub_groups.py")
+    again = session.resume(whole, "again", KILLED_AFTER)
+    moved = session.resume(source, "moved", KILLED_AFTER)
+    done = session.start(config, 2)
+    assert int(done.out.split("sub-groups: ")[1].split()[0]) > 2, done
+    session.commands = []
+    back = session.resume(whole, "back", KILLED_AFTER)
+    session.start()
+    assert max(difference(whole, again).values()) <= 1e-6
+    for begun, resumed in ((source, moved), (whole, back)):
+        found = difference(begun, resumed)
+        assert found.pop("grad_norm") <= 1e-3 and max(found.values()) <= 1e-5, found
 
 
 def test_a_start_that_ends_before_it_trains_is_counted(tmp_path, settings) -> None:

@@ -372,8 +372,9 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             train_dataset=prepared.train_set,
             eval_dataset=prepared.eval_set,
             meter=meter,
+            watchdog=watch,
             on_nan=recipe.get("on_nan"),
-            callbacks=[*own, line, watch, *watchers],
+            callbacks=[*own, line, *watchers],
         )
 
 

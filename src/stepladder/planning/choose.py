@@ -152,6 +152,9 @@ class Plan:
         local = self.ranks // self.nodes
         loads = memory.loading(traced, self.settings, self.config, strategy, sharers, local, self.on_gpu)
         host = max(need.host * local, loads.host) if self.on_gpu else 0.0
+        saving = need.host * local + memory.checkpoint_copy(traced, self.settings, strategy) / self.nodes
+        if self.on_gpu and (self.host is None or saving <= self.host):  # else the saves block the training
+            host = max(host, saving)
         need = replace(need, host=host, loading=max(0.0, loads.device + need.overhead - need.total))
         took = self.step(strategy, step.micro, checkpointing, step.accumulation, self.ranks, self.nodes)
         fast = speed.tokens_per_second(traced, self.ranks, step.accumulation, took) * self.rows / step.places

@@ -29,7 +29,8 @@ class Memory:
     """Peak bytes of one rank, and bytes of host memory for all ranks of a node.
 
     `loading` is what the loading of the model needs on the device beyond a step. `host` is what lies there in place of
-    the device (offload) or while the model loads; what is mapped from its files is not counted.
+    the device (offload), with the copy that a checkpoint is written from, or while the model loads; what is mapped from
+    its files is not counted.
     """
 
     weights: float
@@ -182,6 +183,15 @@ class _Step:
         if self.accumulates and not in_step and not sums_sharded(self.settings):
             held = self.master  # whole, in fp32
         return self.whole.held / self.ranks, held, self.whole.states / self.ranks, communication
+
+
+def checkpoint_copy(traced: Traced, settings: Settings, strategy: Strategy) -> float:
+    """Bytes of the copy in host memory that a checkpoint is written from, of all ranks together."""
+    whole = traced.whole
+    if settings.get("save_strategy") == "no" or not whole.trained:
+        return 0.0
+    weights = 4 * whole.trainable if strategy.is_zero else whole.trained  # ZeRO's are its fp32 ones
+    return weights * (1 if settings.get("save_only_model") else 1 + whole.states / whole.trained)
 
 
 def zero2_parts(matrices: tuple[int, ...], trainable: float, ranks: int) -> list[float]:

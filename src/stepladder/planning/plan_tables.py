@@ -73,7 +73,8 @@ def print_candidates(
     run = f"{steps} steps" if steps else "an unknown number of steps (the data set is not here; --max_steps says it)"
     screen.print(
         f"the whole run: {run}; its hours are at most these, since rows are seldom full\n"
-        f"host: GiB of a node's memory, while the model loads or for what is offloaded; {known}\n"
+        "host: GiB of a node's memory, while the model loads, or for what is offloaded and a copy of what a checkpoint "
+        f"holds; {known}\n"
         "assumed: every row full and every token trained, flash or fused attention, the optimizer's state there; "
         f"the allocator wastes 5 %; {speed.EFFICIENCY:.0%} of the GPU's peak is reached, {speed.SHARDED:.0%} "
         "under ZeRO and FSDP (published runs: 33 to 56 %)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
-from stepladder.training.checkpoint import saving
+from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
-from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync
+from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync, Watchdog
 from stepladder.training.launch import launcher
 from stepladder.training.watch.telemetry import Telemetry
 
@@ -43,6 +44,7 @@ class Trainer(SFTTrainer):
     Args:
         layout: how an optimizer step is cut into micro-batches.
         meter: measures the run.
+        watchdog: ends a run that does not move.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
         padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
@@ -53,6 +55,7 @@ class Trainer(SFTTrainer):
         model: Any,
         layout: StepLayout,
         meter: Telemetry,
+        watchdog: Watchdog,
         on_nan: str = "stop",
         padding_free: bool = False,
         own_kernels: bool = False,
@@ -83,7 +86,10 @@ class Trainer(SFTTrainer):
             self.remove_callback(callback)
         self.meter, self.rows = meter, StepRows()
         self.rank_sync = RankSync(self, on_nan)
-        for own in (meter, self.rank_sync):
+        self.watchdog = watchdog
+        self._pending_save: saving.Save | None = None  # that is being written
+        self._complete_step: int | None = None  # of the newest complete checkpoint; each rank's disk may show it later
+        for own in (meter, self.rank_sync, watchdog):
             self.add_callback(own)
         # By it Transformers would delete checkpoints before the other ranks are known to be done.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -193,7 +199,7 @@ class Trainer(SFTTrainer):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         """Interrupt the evaluation at the next batch when a stop is requested; the next start repeats it first.
 
-        Transformers runs that one by `eval_on_start`, which `saving.load` sets, without the consequences of
+        Transformers runs that one by `eval_on_start`, which `loading.load` sets, without the consequences of
         an evaluation: the schedule's step and the best metric.
         """
         owed = skip_scheduler and self.state.global_step > 0
@@ -226,6 +232,7 @@ class Trainer(SFTTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save the best step whatever `save_steps` is, and the step of a stop whatever its metric is."""
+        self.finish_save()  # which may forget the best step so far
         before = self.state.best_metric, self.state.best_global_step
         if better := bool(metrics) and super()._determine_best_metric(
             metrics, trial
@@ -235,13 +242,51 @@ class Trainer(SFTTrainer):
         return better or self.rank_sync.preempted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.finish_save()
+        step = self.state.global_step
+        if self._complete_step == step:
+            return  # the epoch ended with the step that was saved already
         with self.meter.saving():
-            saved = saving.save(self)
-        if saved:
-            return
-        if self.rank_sync.preempted:
+            self._pending_save = saving.start(self)
+        if self._pending_save is None:
+            self._forget_unsaved(step)
+        elif self._pending_save.blocks or self.rank_sync.preempted:
+            self.finish_save()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Complete the checkpoint that is being written where the training fails: several ranks may not meet then."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception:
+            if self.args.world_size == 1:
+                self.finish_save()
+            raise
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is writing a checkpoint."""
+        return self._pending_save is not None and self._pending_save.writer.writes
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, and complete it; every rank calls it.
+
+        Raises:
+            TrainingError: it was to be the last one before a stop, and could not be written.
+        """
+        if self._pending_save is not None:
+            save, self._pending_save = self._pending_save, None
+            began = time.perf_counter()
+            complete = saving.finish(self, save)
+            self.meter.save_seconds[-1] += time.perf_counter() - began
+            if complete:
+                self._complete_step = save.step
+            else:
+                self._forget_unsaved(save.step)
+
+    def _forget_unsaved(self, step: int) -> None:
+        if self.rank_sync.preempted and step == self.state.global_step:
             raise TrainingError("no checkpoint could be written before the stop", help="mend that, and start again")
-        if self.state.best_global_step == self.state.global_step:  # the best step is one of those that are saved
+        if self.state.best_global_step == step:  # the best step is one of those that are saved
             self.state.best_metric, self.state.best_global_step = self._best_before
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -254,8 +299,9 @@ class Trainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.
             self.state.compute_steps(self.args, max_steps)
-            saving.load(self, Path(resume_from_checkpoint))
-            saving.compare_rates(self)
+            loading.load(self, Path(resume_from_checkpoint))
+            self._complete_step = self.state.global_step
+            loading.compare_rates(self)
             if self.meter.run.forgets_best:
                 self.state.best_metric = self.state.best_global_step = None
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
@@ -273,10 +319,11 @@ class Trainer(SFTTrainer):
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         """Put the position back: Transformers calls it last before the first step."""
         if checkpoint_folder is not None:
-            saving.load_position(self, Path(checkpoint_folder))
+            loading.load_position(self, Path(checkpoint_folder))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """Name the best folder in place of Transformers' `_save_checkpoint`: it makes `_load_best_model` run."""
+        self.finish_save()
         best, chooses = self.state.best_global_step, self.args.load_best_model_at_end and not self.rank_sync.preempted
         self.state.best_model_checkpoint = str(of_step(Path(self.args.output_dir), best)) if chooses and best else None
         if chooses and not best and self.args.process_index == 0:
@@ -285,7 +332,7 @@ class Trainer(SFTTrainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        saving.load_weights(self, Path(self.state.best_model_checkpoint))
+        loading.load_weights(self, Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: a card is written once, with the result."""

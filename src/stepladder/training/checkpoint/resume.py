@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stepladder.training.inputs import EVALUATION, Inputs
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
+HASHED_AT_ONCE = 8  # files of a checkpoint: hashlib lets other threads run
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
 LENGTH = ("max_steps", "num_train_epochs")  # of a run: more of it trains a finished one on
 OF_THE_CHOICE = {"metric_for_best_model", "greater_is_better"}
@@ -249,8 +251,11 @@ def damage(checkpoint: Path, weights_only: bool = False) -> str:
             size = (checkpoint / name).stat().st_size
             if size != facts["bytes"]:
                 return f"{name} has {size:,} bytes instead of {facts['bytes']:,}"
-            if hash_file(checkpoint / name) != facts["sha256"]:
-                return f"{name} is not what was written (SHA-256)"
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            hashes = pool.map(hash_file, [checkpoint / name for name in files])
+            for (name, facts), digest in zip(files.items(), hashes, strict=True):
+                if digest != facts["sha256"]:
+                    return f"{name} is not what was written (SHA-256)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

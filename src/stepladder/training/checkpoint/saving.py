@@ -1,66 +1,76 @@
 """Atomic checkpoints, in one format for every strategy and number of ranks.
 
-    checkpoint-N/model-RANK-PART.safetensors      the trained weights by name, unsharded, in fp32
-                 optimizer-RANK-PART.safetensors  `<weight>/<key>`, unsharded
+    checkpoint-N/model-RANK-PART.safetensors      the trained weights by name, in fp32
+                 optimizer-RANK-PART.safetensors  `<weight>/<key>`
                  rng-RANK.safetensors             the random generators of each rank
                  trainer_state.json               Transformers' own
                  state.json                       scheduler, scaler, counters
                  COMPLETE.json                    written last: marks the checkpoint as complete
 
-Tensors and JSON only: nothing in it can run code. Each rank writes every world-size-th parameter. Upstream
-tried a rename as the last step twice, which raced between ranks (transformers#27925, #35580); hence a
-file that one rank writes after all have reported that theirs are on the disk.
+Tensors and JSON only: nothing in it can run code. Each rank writes what it holds: of a sharded tensor its range of
+the flattened one (`stored.py`), of those that all ranks hold every world-size-th. It copies them to host memory, and
+writes the copy while the training goes on. Upstream tried a rename as the last step twice, which raced between ranks
+(transformers#27925, #35580); hence a file that one rank writes after all have reported that theirs are on the disk.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 import random
 import shutil
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 
+from stepladder import hardware
 from stepladder.console import say
-from stepladder.errors import CheckpointError
-from stepladder.files import flush, hash_file, write_atomic
+from stepladder.files import flush, write_atomic
 from stepladder.training.checkpoint import state
-from stepladder.training.checkpoint.resume import (
-    COMPLETE,
-    STATE,
-    TRAINER_STATE,
-    WITHOUT_BEST,
-    damage,
-    listed_files,
-    of_step,
-    whole_steps,
-)
-from stepladder.training.launch.ranks import from_first
+from stepladder.training.checkpoint.resume import COMPLETE, STATE, TRAINER_STATE, of_step, whole_steps
+from stepladder.training.checkpoint.state import Piece
+from stepladder.training.checkpoint.writer import Writer, cut_into_parts
 
-GATHERED_BYTES = 1 << 30  # bytes that a rank gathers before it writes them: the memory that a save needs
+ROOM = 0.8  # of the free memory, which a copy of what is saved may take
+NO_UPLOAD = (None, False, "false", "end")  # settings of a tracker that uploads no checkpoint
 SET_BY_RECIPE = ("lr_lambdas", "base_lrs")  # keys of a scheduler's state that are not put back
 
 
-def save(trainer: Any) -> bool:
-    """Write `checkpoint-<global_step>`; every rank calls it at a step's end.
+@dataclass
+class Save:
+    """A checkpoint that is being written.
+
+    Attributes:
+        content: of `COMPLETE.json`, but for the files.
+        blocks: whether it must be finished before the training goes on.
+    """
+
+    folder: Path
+    step: int
+    content: dict[str, Any]
+    writer: Writer
+    blocks: bool
+
+
+def start(trainer: Any) -> Save | None:
+    """Begin to write `checkpoint-<global_step>`; every rank calls it at a step's end, and `finish` later.
+
+    What is written is a copy in host memory, unless it has no room there: then the save `blocks`, as it does where a
+    callback reads the files.
 
     Returns:
-        Whether it was written. If not (disk full, read-only), rank 0 has warned and removed the incomplete folder;
-        older checkpoints are untouched, and the next save tries again.
+        None if it cannot be written (disk full, read-only), of which rank 0 has warned.
     """
     folder = of_step(Path(trainer.args.output_dir), trainer.state.global_step)
-    if whole_steps(folder.parent)[-1:] == [trainer.state.global_step]:
-        return True  # the epoch ended with the step that was saved already
     first = trainer.args.process_index == 0
     trainer.store_flos()
     fault = ""
@@ -68,152 +78,122 @@ def save(trainer: Any) -> bool:
         trainer.meter.run.drop_replaced()  # its room may be needed
         shutil.rmtree(folder, ignore_errors=True)
         fault = _attempt(folder.mkdir, 0o777, True)
-    if _no_rank_failed(fault):
-        files, fault = _write_share(trainer, folder)
-        if found := _no_rank_failed(fault, files):
-            if first:
-                fault = _attempt(_complete, trainer, folder, found)
-            if _no_rank_failed(fault):
-                if first:
-                    _delete_older(trainer)
-                return True
+    if not _no_rank_failed(fault):
+        return None
+    weights, states = _own_pieces(trainer)
+    loss, *blocks = _sum_over_ranks(
+        trainer, float(trainer._tr_loss), _lacks_room(trainer, weights + states), _files_are_read(trainer)
+    )
+    if blocks[0]:
+        _note_no_room()
+    else:
+        weights, states = _copies(weights), _copies(states)
+    rank = trainer.args.process_index
+    parts = cut_into_parts(f"model-{rank}", weights) + cut_into_parts(f"optimizer-{rank}", states)
+    writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
     if first:
-        shutil.rmtree(folder, ignore_errors=True)
+        counters = json.dumps(_counters(trainer, loss / trainer.args.world_size), indent=1)
+        writes |= {TRAINER_STATE: trainer.state.save_to_json, STATE: lambda file: file.write_text(counters)}
+    writer = Writer(folder, parts, [*writes])
+    for name, write in writes.items():  # they change with the next step
+        writer.fault = writer.fault or _attempt(write, folder / name)
+    writer.start()
+    return Save(folder, trainer.state.global_step, _content(trainer), writer, blocks=any(blocks))
+
+
+def finish(trainer: Any, save: Save) -> bool:
+    """Wait until the files of all ranks are on the disk, and complete the checkpoint; every rank calls it.
+
+    Returns:
+        Whether it is complete. If not, rank 0 has warned and removed the incomplete folder; older checkpoints are
+        untouched, and the next save tries again.
+    """
+    _wait(trainer, save)
+    first, fault = trainer.args.process_index == 0, ""
+    if files := _no_rank_failed(save.writer.fault, save.writer.files):
+        if first:
+            fault = _attempt(_complete, save, files)
+        if _no_rank_failed(fault):
+            if first:
+                _delete_older(trainer)
+            return True
+    if first:
+        shutil.rmtree(save.folder, ignore_errors=True)
     return False
 
 
-def load(trainer: Any, folder: Path) -> None:
-    """Put weights, optimizer, scheduler and scaler back; every rank calls it, on any strategy.
+def _own_pieces(trainer: Any) -> tuple[list[tuple[str, Piece]], list[tuple[str, Piece]]]:
+    """What this rank writes of the weights and of the optimizer's states, by the names in its files.
 
-    Raises:
-        CheckpointError: its parameters are not those that are trained here.
+    What is not sharded is written by one rank each. Nothing is copied here, nor sent between the ranks.
     """
-    here = state.trainable_state(trainer)
-    weights, states = _weights(folder, here.parameters), _tensors(folder, "optimizer")
-    by_parameter: dict[str, dict[str, Callable[[], torch.Tensor]]] = defaultdict(dict)
-    for name, read in states.items():
-        parameter, _, key = name.rpartition("/")
-        by_parameter[parameter][key] = read
-    here.put_states(by_parameter)
-    with torch.no_grad():
-        for name, read in weights.items():
-            here.put_weights(name, read())
-    saved = json.loads((folder / STATE).read_text())
-    _put_scheduler(trainer, saved["scheduler"])
-    if (scaler := _scaler(trainer)) and saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    trainer.meter.restore(saved["telemetry"])
-    trainer._total_train_tokens = saved["tokens"]
-    trainer.owes_evaluation = trainer.args.eval_on_start = saved.get("owes_evaluation", False)
-
-
-def compare_rates(trainer: Any) -> None:
-    """Warn if the steps so far were trained with other learning rates than this recipe gives them."""
-    scheduler, done = trainer.lr_scheduler, trainer.state.global_step
-    warns = trainer.args.process_index == 0 and isinstance(scheduler, LambdaLR)
-    if not warns or scheduler.last_epoch != done:  # fp16 leaves steps out
-        return
-    for row in trainer.meter.run.rows():
-        here = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](row["step"] - 1)
-        if not math.isclose(row.get("learning_rate", here), here, rel_tol=1e-6):
-            say(f"⚠ this is not the curve of a run that began with this recipe: step {row['step']} was trained with")
-            say(f"  a rate of {row['learning_rate']:.4g}, and its schedule over all steps has {here:.4g} there")
-            return
-
-
-def load_weights(trainer: Any, folder: Path) -> None:
-    """Put the weights alone back; every rank calls it.
-
-    Raises:
-        CheckpointError: it is damaged, or its parameters are not those that are trained here.
-    """
-    if fault := from_first(damage(folder, weights_only=True) if trainer.args.process_index == 0 else ""):
-        raise CheckpointError(f"the best checkpoint, {folder}, cannot be loaded", why=fault, help=WITHOUT_BEST)
-    here = state.trainable_state(trainer)
-    with torch.no_grad():
-        for name, read in _weights(folder, here.parameters).items():
-            here.put_weights(name, read())
-
-
-def load_position(trainer: Any, folder: Path) -> None:
-    """Put back the sums since the last logged step, and the random generators.
-
-    Call it last before the first step: the loaders draw random numbers.
-    """
-    saved = json.loads((folder / STATE).read_text())
-    trainer._tr_loss += saved["since_log"]["loss"]
-    trainer._globalstep_last_logged = saved["since_log"]["step"]
-    for key, values in saved["since_log"]["metrics"].items():
-        trainer._metrics["train"][key].extend(values)
-    file = folder / f"rng-{trainer.args.process_index}.safetensors"
-    if file not in listed_files(folder):  # more ranks than before: there is no state to continue
-        torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
-        return
-    with safe_open(file, framework="pt") as tensors:
-        metadata = tensors.metadata()
-        torch.set_rng_state(tensors.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in tensors.keys():  # noqa: SIM118
-            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
-    version, numbers, gauss = json.loads(metadata["python"])
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(json.loads(metadata["numpy"]))
-
-
-# ---- writing
-
-
-def _write_share(trainer: Any, folder: Path) -> tuple[dict[str, Any], str]:
-    """Write this rank's files. A rank whose disk is full still gathers, since the others wait for it."""
     rank, ranks = trainer.args.process_index, trainer.args.world_size
-    model, optimizer = _Parts(folder, f"model-{rank}"), _Parts(folder, f"optimizer-{rank}")
+    weights, states = [], []
     here = state.trainable_state(trainer)
     for number, name in enumerate(here.parameters):
-        for key, value in here.get(name):
-            if number % ranks == rank and key == state.WEIGHT:
-                model.add(name, value)
-            elif number % ranks == rank and not trainer.args.save_only_model:
-                optimizer.add(f"{name}/{key}", value)
-    loss = torch.stack([trainer._tr_loss.detach().float()])
+        for key, piece in here.pieces(name):
+            if not (piece.values.numel() if piece.sharded else number % ranks == rank):
+                continue
+            place = f"@{piece.start}" if piece.sharded else ""
+            if key == state.WEIGHT:
+                weights.append((name + place, piece))
+            elif not trainer.args.save_only_model:
+                states.append((f"{name}/{key}{place}", piece))
+    return weights, states
+
+
+def _copies(pieces: list[tuple[str, Piece]]) -> list[tuple[str, Piece]]:
+    return [(name, piece._replace(values=piece.values.to("cpu", copy=True))) for name, piece in pieces]
+
+
+def _lacks_room(trainer: Any, pieces: list[tuple[str, Piece]]) -> bool:
+    """Whether the copies of all ranks of this node may not fit into its memory, if theirs are like this rank's."""
+    ranks, held = max(1, trainer.meter.ranks_a_node), psutil.Process().memory_info()
+    own = held.rss - getattr(held, "shared", 0)  # without mapped files, such as the base's
+    memory = min(psutil.virtual_memory().available, hardware.host_memory() - ranks * own)
+    return ranks * sum(piece.values.nbytes for _, piece in pieces) > ROOM * memory
+
+
+@functools.cache  # once is enough
+def _note_no_room() -> None:
+    say("⚠ host memory has no room for a copy of the checkpoint: the training waits while saves are written")
+
+
+def _files_are_read(trainer: Any) -> bool:
+    """Whether a callback's `on_save` may read a checkpoint: the user's own, or a tracker that uploads it."""
+    for callback in trainer.callback_handler.callbacks:
+        reader = getattr(callback, "callback", callback)  # a tracker's own; None once it has failed
+        uploads: Any = getattr(reader, "_log_model", True)
+        uploads = getattr(uploads, "value", uploads)  # W&B's is an enumeration
+        if reader and type(reader).on_save is not TrainerCallback.on_save and uploads not in NO_UPLOAD:
+            return True
+    return False
+
+
+def _sum_over_ranks(trainer: Any, *values: float) -> list[float]:
+    sums = torch.tensor(values, dtype=torch.float32, device=trainer.args.device)
     if dist.is_initialized():
-        dist.all_reduce(loss)
-    model.close()
-    optimizer.close()
-    others: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
-    if rank == 0:
-        others[TRAINER_STATE] = trainer.state.save_to_json
-        content = json.dumps(_counters(trainer, float(loss) / ranks), indent=1)
-        others[STATE] = lambda file: file.write_text(content)
-    fault = model.fault or optimizer.fault
-    for file, write in others.items():
-        fault = fault or _attempt(write, folder / file)
-    files: dict[str, Any] = {}
-    for file in [*model.files, *optimizer.files, *others]:
-        fault = fault or _attempt(_flush, folder / file, files)
-    return files, fault
+        dist.all_reduce(sums)
+    return sums.tolist()
 
 
-class _Parts:
-    """Collects tensors into files of about `GATHERED_BYTES` bytes."""
+def _wait(trainer: Any, save: Save) -> None:
+    """Return once the writers of all ranks have ended; every rank calls it.
 
-    def __init__(self, folder: Path, stem: str):
-        self.folder, self.stem = folder, stem
-        self.files: list[str] = []
-        self.fault = ""
-        self._held: dict[str, torch.Tensor] = {}
-        self._bytes = 0
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        if not self.fault:
-            self._held[name] = value.to("cpu").contiguous()
-            self._bytes += value.nbytes
-            if self._bytes >= GATHERED_BYTES:
-                self.close()
-
-    def close(self) -> None:
-        if self._held:
-            self.files.append(f"{self.stem}-{len(self.files)}.safetensors")
-            self.fault = _attempt(save_file, self._held, self.folder / self.files[-1])
-        self._held, self._bytes = {}, 0
+    The ranks ask each other each second, so that none stands in a collective for as long as another writes. The
+    watchdog moves as long as one of them does.
+    """
+    moved = -1
+    while True:
+        now = save.writer.moved
+        writing, moving = _sum_over_ranks(trainer, save.writer.writes, now != moved)
+        if moving:
+            trainer.watchdog.move()
+        trainer.watchdog.waits_for = save.writer.describe() if writing else ""
+        if not writing:
+            return
+        moved = now
+        save.writer.wait(1.0)
 
 
 def _write_random_states(file: Path) -> None:
@@ -226,7 +206,7 @@ def _write_random_states(file: Path) -> None:
 
 
 def _counters(trainer: Any, loss: float) -> dict[str, Any]:
-    scaler = _scaler(trainer)
+    scaler = state.loss_scaler(trainer)
     return {
         "scheduler": {k: v for k, v in trainer.lr_scheduler.state_dict().items() if k not in SET_BY_RECIPE},
         "scaler": scaler.state_dict() if scaler else None,
@@ -242,25 +222,21 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
     }
 
 
-def _flush(file: Path, files: dict[str, Any]) -> None:
-    """Wait until a file is on the disk, then record its size and hash."""
-    flush(file)
-    files[file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-
-
-def _complete(trainer: Any, folder: Path, files: dict[str, Any]) -> None:
-    facts = trainer.meter.run.manifest
-    content = {
+def _content(trainer: Any) -> dict[str, Any]:
+    facts = dict(trainer.meter.run.manifest)
+    return {
         "step": trainer.state.global_step,
         **{key: facts.get(key) for key in ("world_size", "strategy", "recipe_hash", "wandb_run_id")},
         "resumable": not trainer.args.save_only_model,
-        "files": files,
         "run": facts,  # from which a lost run.json is rebuilt
     }
-    flush(folder)
-    write_atomic(folder / COMPLETE, json.dumps(content, indent=1) + "\n")
-    flush(folder)
-    flush(folder.parent)
+
+
+def _complete(save: Save, files: dict[str, Any]) -> None:
+    flush(save.folder)
+    write_atomic(save.folder / COMPLETE, json.dumps({**save.content, "files": files}, indent=1) + "\n")
+    flush(save.folder)
+    flush(save.folder.parent)
 
 
 def _delete_older(trainer: Any) -> None:
@@ -280,8 +256,6 @@ def _delete_older(trainer: Any) -> None:
 
 def _attempt(do: Callable[..., Any], *args: Any) -> str:
     """The error of `do(*args)`, or nothing. safetensors has its own error for a full disk."""
-    from safetensors import SafetensorError
-
     try:
         do(*args)
     except (OSError, SafetensorError) as error:
@@ -301,66 +275,3 @@ def _no_rank_failed(fault: str, files: dict[str, Any] | None = None) -> dict[str
             say("  the older ones stand, the run goes on, and the next save tries again")
             return {}
     return {name: facts for _, theirs in answers for name, facts in theirs.items()} or {"": None}
-
-
-# ---- reading
-
-
-def _weights(folder: Path, parameters: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
-    """How to read each weight of a checkpoint. Raises CheckpointError if they are not those of `parameters`."""
-    weights = _tensors(folder, "model")
-    if set(weights) != set(parameters):
-        missing, extra = sorted({*parameters} - {*weights}), sorted({*weights} - {*parameters})
-        raise CheckpointError(
-            f"{folder} holds other parameters than this run trains",
-            why=f"missing: {missing[:3] or 'none'}; not known here: {extra[:3] or 'none'}",
-            help="the recipe, base model and libraries of the run that wrote it, or another --output_dir",
-        )
-    return weights
-
-
-def _tensors(folder: Path, kind: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """How to read each tensor, by name: nothing is read before."""
-    found: dict[str, Callable[[], torch.Tensor]] = {}
-    for file in listed_files(folder):
-        if not file.name.startswith(f"{kind}-"):
-            continue
-        tensors = safe_open(file, framework="pt").__enter__()
-        for name in tensors.keys():  # noqa: SIM118
-            found[name] = functools.partial(tensors.get_tensor, name)
-    return found
-
-
-def _put_scheduler(trainer: Any, saved: dict[str, Any]) -> None:
-    """Continue the schedule. ZeRO omits empty parameter groups, so their number may differ."""
-    groups, rates, scheduler = trainer.optimizer.param_groups, saved["_last_lr"], trainer.lr_scheduler
-    if len(rates) != len(groups):
-        rates = rates[:1] * len(groups)
-    if isinstance(scheduler, LambdaLR):  # the recipe's own at this step, which `--allow_change` may have changed
-        factors = [factor(saved["last_epoch"]) for factor in scheduler.lr_lambdas]
-        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    scheduler.load_state_dict({**scheduler.state_dict(), **saved, "_last_lr": rates})
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-
-
-class _ZeroScaler:
-    """DeepSpeed's fp16 loss scaler, with the interface of torch's."""
-
-    def __init__(self, scaler: Any):
-        self.scaler = scaler
-
-    def state_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self.scaler).items() if isinstance(value, int | float)}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        vars(self.scaler).update(saved)
-
-
-def _scaler(trainer: Any) -> Any:
-    """The loss scaler of fp16; None without fp16."""
-    if not trainer.args.fp16:
-        return None
-    if trainer.is_deepspeed_enabled:
-        return _ZeroScaler(trainer.model_wrapped.optimizer.loss_scaler)
-    return trainer.accelerator.scaler

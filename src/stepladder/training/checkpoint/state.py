@@ -1,18 +1,21 @@
-"""The trainable weights and their optimizer state by parameter name, unsharded, under any strategy.
+"""The trainable weights and their optimizer state by parameter name: the part of each that a rank holds.
 
-This makes a checkpoint independent of the strategy and of the number of ranks. Both classes gather and put back
-one parameter at a time, so no rank holds more than one unsharded; each call is collective: every rank makes
-it, for the same parameter, in the same order.
+A part is a range of the flattened unsharded tensor, whatever the strategy: FSDP shards by rows, ZeRO-3 in equal parts,
+ZeRO-1 and 2 wherever the flat buffer of all weights is cut. This makes a checkpoint independent of the strategy and of
+the number of ranks, and lets each rank save and load its part without the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+Read = Callable[[int, int], torch.Tensor]  # the elements of an unsharded, flattened tensor from one index to another
 
 WEIGHT = ""  # the key of the weights themselves, beside the optimizer's own (`exp_avg`, `step` …)
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # added by torch.compile and activation checkpointing
@@ -37,25 +40,79 @@ def trainable_state(trainer: Any) -> Plain | Zero:
     return Plain(parameters, trainer.optimizer.optimizer)
 
 
-class Plain:
-    """One process, DDP, and FSDP, whose parameters and states are DTensors."""
+class _ZeroScaler:
+    """DeepSpeed's fp16 loss scaler, with the interface of torch's."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self.scaler).items() if isinstance(value, int | float)}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        vars(self.scaler).update(saved)
+
+
+def loss_scaler(trainer: Any) -> Any:
+    """The loss scaler of fp16; None without fp16."""
+    if not trainer.args.fp16:
+        return None
+    if trainer.is_deepspeed_enabled:
+        return _ZeroScaler(trainer.model_wrapped.optimizer.loss_scaler)
+    return trainer.accelerator.scaler
+
+
+class Piece(NamedTuple):
+    """A rank's part of a tensor.
+
+    Attributes:
+        values: of any shape; of a part the flattened elements.
+        start: index of the first one in the unsharded, flattened tensor.
+        shape: of the unsharded tensor.
+        sharded: whether other ranks hold other parts; if not, all ranks hold the same.
+    """
+
+    values: torch.Tensor
+    start: int
+    shape: tuple[int, ...]
+    sharded: bool
+
+
+class Trained:
+    """The trained parameters by name, and their optimizer."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
         self.parameters, self.optimizer = parameters, optimizer
 
-    def get(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights (by the key WEIGHT), then each of the optimizer's states; numbers as 0-d tensors."""
-        parameter = self.parameters[name]
-        yield WEIGHT, _whole(parameter.detach())
-        for key, value in self.optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                yield key, _whole(value)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the unsharded parameter."""
+        return tuple(self.parameters[name].shape)
 
     def put_weights(self, name: str, value: torch.Tensor) -> None:
-        _fill(self.parameters[name].data, value)
+        """Put an unsharded tensor into a parameter; every rank calls it."""
+        self.fill_weights(name, lambda start, stop: value.flatten()[start:stop])
 
-    def put_states(self, states: Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]) -> None:
-        """Put the optimizer's states back: `states[name][key]()` reads one, unsharded.
+    def fill_weights(self, name: str, read: Read) -> None:
+        """Put into a parameter what `read` gives of an unsharded one; every rank calls it, in the same order."""
+        raise NotImplementedError
+
+
+class Plain(Trained):
+    """One process, DDP, and FSDP, whose parameters and states are DTensors."""
+
+    def pieces(self, name: str) -> Iterator[tuple[str, Piece]]:
+        """The weights (by the key WEIGHT), then each of the optimizer's states; numbers as 0-d tensors."""
+        parameter = self.parameters[name]
+        yield WEIGHT, _piece(parameter.detach())
+        for key, value in self.optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                yield key, _piece(value)
+
+    def fill_weights(self, name: str, read: Read) -> None:
+        _fill(self.parameters[name].data, read)
+
+    def put_states(self, states: Mapping[str, Mapping[str, Read]]) -> None:
+        """Put the optimizer's states back, which `states[name][key]` reads.
 
         The optimizer creates them itself, by a step without effect (as torch's own
         `distributed.checkpoint.state_dict` does), so that type, dtype and device are right; then they are
@@ -67,21 +124,18 @@ class Plain:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             for key, read in states.get(name, {}).items():
-                made = self.optimizer.state[parameter]
-                if isinstance(made[key], torch.Tensor):
-                    _fill(made[key], read())
-                else:
-                    made[key] = type(made[key])(read().item())
+                _put(self.optimizer.state[parameter], key, read)
 
 
-class Zero:
-    """DeepSpeed's ZeRO stages 1 to 3, with or without offloading, by its documented API.
+class Zero(Trained):
+    """DeepSpeed's ZeRO stages 1 to 3, with or without offloading.
 
     The weights are ZeRO's fp32 ones, from which the model's own are derived.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], zero: Any):
-        self.parameters, self.zero, self.optimizer = parameters, zero, zero.optimizer
+        super().__init__(parameters, zero.optimizer)
+        self.zero = zero
         self.sharded = any(hasattr(parameter, "ds_id") for parameter in parameters.values())  # stage 3
         self.flat = zero.fp32_partitioned_groups_flat if self.sharded else zero.single_partition_of_fp32_groups
         self._link()
@@ -90,7 +144,7 @@ class Zero:
         """Link each parameter to its part of the optimizer's states, under ZeRO-1 and 2.
 
         DeepSpeed (0.19.8) does so after the first step of the first parameter group, when the other
-        groups have no state yet: `safe_get_full_optimizer_state` then fails for their parameters.
+        groups have no state yet, so that reading the states of their parameters fails.
         """
         from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
@@ -99,35 +153,39 @@ class Zero:
                 if flat in self.optimizer.state:
                     lazy_init_hp_params_optimizer_state(parameters, flat, self.optimizer.state)
 
-    def get(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def shape(self, name: str) -> tuple[int, ...]:
+        parameter: Any = self.parameters[name]
+        return tuple(parameter.ds_shape if self.sharded else parameter.shape)
 
-        parameter = self.parameters[name]
-        yield WEIGHT, safe_get_full_fp32_param(parameter)
+    def pieces(self, name: str) -> Iterator[tuple[str, Piece]]:
+        """As `Plain.pieces`."""
+        yield WEIGHT, self._piece(name, None)
         for key, value in self.optimizer.state.get(self.flat[0], {}).items():
             if isinstance(value, torch.Tensor) and value.dim():
-                yield key, safe_get_full_optimizer_state(parameter, key)
+                yield key, self._piece(name, key)
             else:  # a number, the same for all parameters: Adam's `step`
-                yield key, _whole(value)
+                yield key, _piece(value)
 
-    def put_weights(self, name: str, value: torch.Tensor) -> None:
+    def fill_weights(self, name: str, read: Read) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        parameter = self.parameters[name]
-        value = value.to(self.flat[0].dtype)
+        parameter: Any = self.parameters[name]
+        self._fill(name, None, read)
+        if self.sharded and parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+            start, stop = self._bounds(name)
+            parameter.ds_tensor.data[: stop - start].copy_(read(start, stop))
+            return
+        shape = self.shape(name)
+        value = read(0, math.prod(shape)).view(shape)
         if not self.sharded:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
             parameter.data.copy_(value)
             return
-        safe_set_local_fp32_param(parameter, self._share(parameter, value))
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # one that is small, and kept gathered
             parameter.data.copy_(value)
 
-    def put_states(self, states: Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]) -> None:
+    def put_states(self, states: Mapping[str, Mapping[str, Read]]) -> None:
         """As `Plain.put_states`; numbers are the same for all parameters under ZeRO."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
         kept = [flat.grad for flat in self.flat]
         for flat in self.flat:
             flat.grad = torch.zeros_like(flat)
@@ -142,31 +200,46 @@ class Zero:
         for flat, gradient in zip(self.flat, kept, strict=True):
             flat.grad = gradient
         self._link()
-        for name, parameter in self.parameters.items():
+        made = self.optimizer.state.get(self.flat[0], {})
+        numbers = {key for key, value in made.items() if not (isinstance(value, torch.Tensor) and value.dim())}
+        for name in self.parameters:
             for key, read in states.get(name, {}).items():
-                value = read()
-                if not value.dim():
-                    for flat in self.flat:
-                        made = self.optimizer.state[flat]
-                        if isinstance(made[key], torch.Tensor):
-                            made[key].fill_(value)
-                        else:
-                            made[key] = type(made[key])(value.item())
-                elif self.sharded:
-                    safe_set_local_optimizer_state(parameter, self._share(parameter, value), key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                if key not in numbers:
+                    self._fill(name, key, read)
+                    continue
+                for flat in self.flat:
+                    _put(self.optimizer.state[flat], key, read)
 
-    def _share(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        """This rank's part of an unsharded tensor. ZeRO-3 pads to a multiple of the ranks, which its own
-        `safe_set_full_…` functions do not: they fail for other sizes.
+    def _piece(self, name: str, key: str | None) -> Piece:
+        start, stop = self._bounds(name)
+        return Piece(self._part(name, key).detach()[: stop - start], start, self.shape(name), True)
+
+    def _part(self, name: str, key: str | None) -> torch.Tensor:
+        """This rank's part of a parameter's fp32 weights (key None) or states, which shares their memory.
+
+        DeepSpeed's own `safe_get_local_fp32_param` copies offloaded ones to the device.
         """
-        size = parameter.ds_tensor.numel()
-        start = size * torch.distributed.get_rank(parameter.ds_process_group)
-        share = torch.zeros(size, dtype=value.dtype)
-        part = value.flatten()[start : start + size]
-        share[: part.numel()] = part
-        return share.to(parameter.ds_tensor.device)
+        parameter: Any = self.parameters[name]
+        if not self.sharded:
+            mapping = parameter._hp_mapping
+            return mapping.get_hp_fragment(key) if mapping else torch.empty(0)
+        group, start, size = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        flat = self.flat[group]
+        return (flat if key is None else self.optimizer.state[flat][key]).narrow(0, start, size)
+
+    def _bounds(self, name: str) -> tuple[int, int]:
+        """The first index of this rank's part, and the one after the last."""
+        parameter: Any = self.parameters[name]
+        if not self.sharded:
+            address = parameter._hp_mapping and parameter._hp_mapping.lp_fragment_address
+            return (address.start, address.start + address.numel) if address else (0, 0)
+        # ZeRO-3 pads to a multiple of the ranks: the last parts may be shorter than the others, or empty.
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+        return min(size * rank, parameter.ds_numel), min(size * (rank + 1), parameter.ds_numel)
+
+    def _fill(self, name: str, key: str | None, read: Read) -> None:
+        start, stop = self._bounds(name)
+        self._part(name, key).data[: stop - start].copy_(read(start, stop))
 
 
 def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
@@ -178,20 +251,52 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
-def _whole(value: Any) -> torch.Tensor:
-    if isinstance(value, DTensor):  # offloaded shards are gathered on the device of the collectives
-        there: Any = value.to(value.device_mesh.device_type)
-        return there.full_tensor()
-    if isinstance(value, torch.Tensor):
-        return value if value.dim() else value.clone()  # ZeRO shares one `step`, and safetensors refuses shared tensors
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+def _piece(value: Any) -> Piece:
+    if isinstance(value, DTensor):
+        if bounds := _bounds(value):
+            mesh = value.device_mesh
+            copies = [n for n, kind in enumerate(value.placements) if isinstance(kind, Replicate)]
+            is_copy = any(mesh.get_local_rank(n) for n in copies)  # of a shard that another rank writes
+            values = value.to_local().flatten()
+            return Piece(values[:0] if is_copy else values, bounds[0], tuple(value.shape), True)
+        # offloaded shards are gathered on the device of the collectives
+        gathered: Any = value.to(value.device_mesh.device_type)
+        value = gathered.full_tensor()
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    return Piece(value, 0, tuple(value.shape), False)
 
 
-def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy an unsharded tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
-        mesh = target.device_mesh
-        shard = distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(shard.to_local())
+def _bounds(tensor: DTensor) -> tuple[int, int] | None:
+    """The indices between which a rank's elements lie in the flattened tensor; None where they are no range."""
+    shards = [(n, kind) for n, kind in enumerate(tensor.placements) if not isinstance(kind, Replicate)]
+    if len(shards) != 1 or type(shards[0][1]) is not Shard or shards[0][1].dim:
+        return None
+    mesh, dimension = tensor.device_mesh, shards[0][0]
+    rows, width = tensor.shape[0], math.prod(tensor.shape[1:])
+    size = math.ceil(rows / mesh.size(dimension))  # as torch.chunk cuts
+    first = min(size * mesh.get_local_rank(dimension), rows)
+    bounds = width * first, width * min(first + size, rows)
+    assert bounds[1] - bounds[0] == tensor.to_local().numel(), f"a shard of {tensor.shape} has another size"
+    return bounds
+
+
+def _put(states: dict[str, Any], key: str, read: Read) -> None:
+    if isinstance(states[key], torch.Tensor):
+        _fill(states[key], read)
     else:
-        target.copy_(value)
+        states[key] = type(states[key])(read(0, 1).item())
+
+
+def _fill(target: torch.Tensor, read: Read) -> None:
+    """Fill a tensor, which may be sharded, with its part of an unsharded one."""
+    if isinstance(target, DTensor):
+        local = target.to_local()
+        if bounds := _bounds(target):
+            local.copy_(read(*bounds).view(local.shape))
+            return
+        mesh, value = target.device_mesh, read(0, target.numel()).view(target.shape)
+        shard = distribute_tensor(value.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
+        local.copy_(shard.to_local())
+    else:
+        target.copy_(read(0, target.numel()).view(target.shape))

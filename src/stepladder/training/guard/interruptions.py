@@ -43,28 +43,31 @@ class RankSync(TrainerCallback):
         self.trainer, self.on_nan = trainer, on_nan
         self.preempted = False
         self.skipped: list[int] = []  # steps
-        self._save_after_evaluation = False
+        self._save_after_evaluation = self._save_is_written = False
 
     def stop_asked(self) -> bool:
-        """Whether any rank has received a stop signal; every rank calls it."""
-        asked = torch.tensor(signals.stop_asked(), dtype=torch.int64, device=self.trainer.args.device)
+        """Whether any rank has received a stop signal; every rank calls it, between two batches of an evaluation."""
+        stops, writing = self._sum(signals.stop_asked(), self.trainer.writes)
+        if not writing:
+            self.trainer.finish_save()
+        return bool(stops)
+
+    def _sum(self, *values: int) -> list[int]:
+        """Integers summed over all ranks."""
+        sums = torch.tensor(values, dtype=torch.int64, device=self.trainer.args.device)
         if dist.is_initialized():
-            dist.all_reduce(asked)
-        return bool(asked)
+            dist.all_reduce(sums)
+        return sums.tolist()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.loss_before = self.trainer._tr_loss.clone()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows, (bad_loss, bad_gradient) = self.trainer.rows, self.trainer.not_finite()
-        seen = torch.tensor(
-            [signals.stop_asked(), bad_loss, bad_gradient, rows.checksum(), *rows.counts.tolist()],
-            dtype=torch.int64,
-            device=args.device,
+        stops, writing, losses, gradients, *counts = self._sum(
+            signals.stop_asked(), self.trainer.writes, bad_loss, bad_gradient, rows.checksum(), *rows.counts.tolist()
         )
-        if dist.is_initialized():
-            dist.all_reduce(seen)
-        stops, losses, gradients, *counts = seen.tolist()
+        self._save_is_written = not writing
         self.trainer.meter.count(*counts)
         self.preempted |= bool(stops)
         if losses or gradients:
@@ -72,6 +75,8 @@ class RankSync(TrainerCallback):
         rows.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._save_is_written:  # all ranks have seen it in this step
+            self.trainer.finish_save()
         if state.global_step >= state.max_steps:
             self.preempted = False  # no step is left to stop before
         if self.preempted:
@@ -99,6 +104,7 @@ class RankSync(TrainerCallback):
             self.trainer.meter.run.update(skipped_steps=self.skipped)
             say(f"⚠ {place}, and the step is left out; {row_list}")
             return
+        self.trainer.finish_save()  # a start after the end resumes from it
         more = f", after {SKIPS} that were left out" if self.on_nan == "skip" else ""
         raise TrainingError(
             f"{place}{more}",
@@ -110,34 +116,34 @@ class RankSync(TrainerCallback):
 class Watchdog(TrainerCallback):
     """Dumps the Python stacks of this rank and exits with 1 after `limit` seconds without progress.
 
-    Progress is a micro-batch, an evaluated batch or a save. The time counts from the first step:
-    preparing data, or skipping a resumed stream, may take longer. Each rank watches
-    itself; the others wait in a collective and reach the limit with it. It comes before torch's
-    own limit (`ddp_timeout`, 1800 s), which names no line.
+    Progress is a micro-batch, an evaluated batch, or a chunk of a checkpoint that the run waits for. The time counts
+    from the first step: preparing data, or skipping a resumed stream, may take longer. Each rank watches itself; the
+    others wait in a collective and reach the limit with it. It comes before torch's own limit (`ddp_timeout`, 1800 s),
+    which names no line.
     """
 
     def __init__(self, run: Run, limit: float, rank: int):
         self.run, self.limit, self.rank = run, limit, rank
-        self._moved: float | None = None
+        self.waits_for = ""  # beside the step, for the message
+        self._moved, self._step = 0.0, 0
         self._ended = threading.Event()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._moved is None:
+        self.move()
+        if not self._step:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-        self._moved = time.monotonic()
         self._step = state.global_step + 1
 
-    def _move(self, *args: Any, **kwargs: Any) -> None:
+    def move(self, *args: Any, **kwargs: Any) -> None:
         self._moved = time.monotonic()
 
-    on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_save = on_log = _move
+    on_substep_end = on_step_end = on_prediction_step = on_evaluate = on_log = move
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._ended.set()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.limit / 10)):
-            assert self._moved is not None
             if time.monotonic() - self._moved > self.limit:
                 self._end()
 
@@ -146,7 +152,7 @@ class Watchdog(TrainerCallback):
         with file.open("w") as out:
             faulthandler.dump_traceback(out, all_threads=True)
         fault = TrainingError(
-            f"[rank {self.rank}] nothing has moved for {self.limit:g} s in step {self._step}",
+            f"[rank {self.rank}] nothing has moved for {self.limit:g} s {self.waits_for or f'in step {self._step}'}",
             why=f"where it stands: {file}",
             help="compare the files of all ranks: the one that waits in no collective is the cause",
         )
