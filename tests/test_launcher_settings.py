@@ -101,6 +101,7 @@ ZERO3 = {"stage": 3}
     [
         ("FSDP", {"fsdp_config": {**FSDP, "fsdp_version": 1}}, "fsdp_version: 1"),
         ("FSDP", {"fsdp_config": {**FSDP, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "SIZE_BASED_WRAP"),
+        ("FSDP", {"fsdp_config": {**FSDP, "fsdp_ignored_modules": ".*norm"}}, "fsdp_ignored_modules: .*norm"),
         *(("FSDP", {"fsdp_config": FSDP, "parallelism_config": {f"parallelism_config_{key}": 2}}, key) for key in CUT),
         ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 2}}, ""),
         ("FSDP", {"fsdp_config": FSDP, "parallelism_config": {"parallelism_config_dp_shard_size": 4}}, "dp_shard_size"),

@@ -241,11 +241,12 @@ def build(prepared: Prepared) -> Built:
 
     from stepladder.model import attention
     from stepladder.model import build as model_build
+    from stepladder.training.launch import weight_sending
 
     checked, launch, recipe = prepared.checked, prepared.checked.launch, prepared.recipe
     device = prepared.arguments.device.type
     transformers.set_seed(prepared.arguments.seed)  # before the adapter draws its first weights
-    base = ranks.load_base_model(recipe, prepared.precision, launch)
+    base = weight_sending.load_base_model(recipe, prepared.precision, launch)
     model = model_build.build(
         base, recipe, prepared.precision,
         lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),

@@ -128,7 +128,7 @@ def attach_adapter(
             raise
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
-    if source.adapter and tokenizer is not None:
+    if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
     return wrapped
 

@@ -182,42 +182,8 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
 
 
 def recipe_can_be_sent(recipe: Settings) -> bool:
-    """Whether FSDP can take every weight from rank 0, in full fine-tuning, so that other ranks need read none.
-
-    Not what is quantized or adapted as it is loaded, nor weights below fp32: which of them Transformers keeps in fp32
-    only the loading tells, and FSDP makes fp32 ones of all on each rank.
-    """
-    changed = ("use_peft", "load_in_4bit", "load_in_8bit", "trust_remote_code", "model_init_kwargs")
-    return not any(recipe.get(key) for key in changed) and (recipe.get("dtype") or "float32") == "float32"
-
-
-def make_unread_model(recipe: Settings) -> PreTrainedModel:
-    """The model that `load_base` reads, with weights that take no memory until they are written, and true buffers.
-
-    As Transformers makes it on a local rank above 0 under `FSDP_CPU_RAM_EFFICIENT_LOADING`, but that 5.23 reads all
-    weights there too. Accelerate tells parameters apart by their addresses, which meta tensors do not have.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    source = start.resolve_recipe_model(recipe)
-    config = load_config(source.base, source.revision)
-    with _loading(source.base):
-        with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))
-        model = kind.from_pretrained(None, config=config, state_dict={}, dtype=torch.float32, **_attention(recipe))
-    copies: dict[int, torch.nn.Parameter] = {}  # tied ones stay one
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                copy = copies.get(id(parameter))
-                if copy is None:
-                    copy = copies[id(parameter)] = torch.nn.Parameter(
-                        torch.empty_like(parameter, device="cpu"), parameter.requires_grad
-                    )
-                module._parameters[name] = copy
-    model.config.use_cache = False
-    return model
+    """Whether rank 0 can send the weights under FSDP: not those that are quantized, nor code's that others lack."""
+    return not any(recipe.get(key) for key in ("load_in_4bit", "load_in_8bit", "trust_remote_code"))
 
 
 def _attention(recipe: Settings) -> dict[str, str | None]:

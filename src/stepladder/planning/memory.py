@@ -62,9 +62,10 @@ def loading(
 ) -> Loading:
     """What each rank holds while the model loads, before a strategy has sharded anything.
 
-    Weights in the dtype of their file are mapped from it and belong to no process; others are copies. Under ZeRO-3
-    rank 0 reads one parameter after the other. A base in 4 bits is quantized on each device, whole, before it is
-    sharded (`update_device_map` in Transformers' `quantizer_bnb_4bit.py`), a parameter of the file's at a time.
+    Weights in the dtype of their file are mapped from it and belong to no process; others are copies. Under FSDP rank 0
+    alone has them, and lets go of each as it is sent; under ZeRO-3 it reads one parameter after the other. A base in 4
+    bits is quantized on each device, whole, before it is sharded (`update_device_map` in Transformers'
+    `quantizer_bnb_4bit.py`), a parameter of the file's at a time.
     """
     whole, layer = traced.whole, traced.layer
     if settings.get("load_in_4bit"):
@@ -78,8 +79,6 @@ def loading(
     copied = dtype not in ("auto", saved)
     size = torch.float32.itemsize if dtype == "auto" else getattr(dtype, "itemsize", 4)
     full, sharded = not settings.get("use_peft"), strategy.is_fsdp and ranks > 1
-    if sharded and full and traced.work.precision != "fp32" and dtype != torch.float32:
-        copied, size = True, torch.float32.itemsize  # Accelerate makes fp32 ones of what is trained
     copy = size * (whole.parameters - (0 if full else whole.trainable)) if copied else 0.0
     readers = 1 if sharded and pretrained.recipe_can_be_sent(settings) else local_ranks
     if not on_gpu:  # the host's memory is the device's; only one that is sharded is smaller later

@@ -27,7 +27,7 @@ from stepladder.training.batches import Order, RowNumberCollator, StepRows, Step
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
 from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync, Watchdog
-from stepladder.training.launch import launcher
+from stepladder.training.launch import launcher, weight_sending
 from stepladder.training.watch.telemetry import Telemetry
 
 NORM_CHUNK = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
@@ -294,7 +294,13 @@ class Trainer(SFTTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         launcher.assert_no_mismatch(self)
+        weights = None
+        if self.accelerator.is_fsdp2 and getattr(self.model, "hf_quantizer", None) is None:
+            weights = weight_sending.take_weights(self.model)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if weights is not None:
+            offload = self.accelerator.state.fsdp_plugin.cpu_offload
+            weight_sending.send_weights(self.model, self.optimizer, weights, offload)
         launcher.assert_set_up(self, self.meter.run.manifest)
         if resume_from_checkpoint is not None:
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.

@@ -207,6 +207,10 @@ def _check_launcher() -> None:
                 wrap != "TRANSFORMER_BASED_WRAP",
                 "FSDP 2 shards layers, which have a forward pass, and not parts of some size",
             ),
+            f"fsdp_ignored_modules: {env.get('FSDP_IGNORED_MODULES')}": (
+                bool(env.get("FSDP_IGNORED_MODULES")),
+                "each rank would train their weights by itself",
+            ),
         }
     if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         plain = env.get("ACCELERATE_USE_FSDP") != "true"

@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import hardware
-from stepladder.console import say
 from stepladder.errors import LaunchError, first_line
-from stepladder.model import pretrained
-from stepladder.settings import Settings
 from stepladder.training.launch.launcher import RANK_VARIABLES, Launch, requested_ranks
 
 
@@ -158,32 +155,3 @@ def once_per_node(launch: Launch, work: Callable[[], Path]) -> Path:
     dist.monitored_barrier(group, timeout=datetime.timedelta(days=30))
     dist.all_gather_object(folders, folders[0], group=group)
     return folders[launch.rank - launch.local_rank]
-
-
-def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
-    """The model to train, read once per node where FSDP can send the weights, else by each rank; every rank calls it.
-
-    Accelerate sends each parameter from rank 0 as it shards it (`fsdp2_load_full_state_dict`), so the other ranks of a
-    node need no weights.
-    """
-    if not launch.strategy.is_fsdp or launch.ranks == 1:
-        return pretrained.load_base(recipe, precision)
-    may_send, reads = pretrained.recipe_can_be_sent(recipe), launch.local_rank == 0
-    model = pretrained.load_base(recipe, precision) if reads or not may_send else None
-    sends = may_send and from_first(model is not None and model_can_be_sent(model))
-    if may_send and not sends and launch.rank == 0:
-        say("note: each rank reads all weights, since this model has more than Accelerate could send from rank 0")
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(sends).lower()  # read as the Trainer makes its Accelerator
-    if model is None:
-        model = pretrained.make_unread_model(recipe) if sends else pretrained.load_base(recipe, precision)
-    return model
-
-
-def model_can_be_sent(model: Any) -> bool:
-    """Whether Accelerate can send a model: it sends no persistent buffers, and ties what the configuration ties."""
-    named = dict(model.named_parameters(remove_duplicate=False))
-    ends = [getattr(layer, "weight", None) for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-    tied = ends[0] is ends[1]  # not where the file holds two, even if its configuration ties them
-    return named.keys() >= model.state_dict().keys() and tied == bool(
-        model.config.get_text_config().tie_word_embeddings
-    )
