@@ -20,26 +20,20 @@ def main() -> None:
 
 
 def run(job: dict, rank: int) -> None:
-    from stepladder.planning.trace import LiveBytes
+    from stepladder.planning.live_bytes import LiveBytes
     from stepladder.training.watch import telemetry
 
-    class Resized(LiveBytes):
-        """FSDP frees what it gathered by resizing the storage to nothing, which no operator tells."""
-
+    class Peak(LiveBytes):
         peak = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if self.now > self.peak:
-                for key, (ref, size) in list(self._sizes.items()):
-                    storage = ref()
-                    if storage is not None and storage.nbytes() != size:
-                        self._sizes[key] = ref, storage.nbytes()
-                        self.now += storage.nbytes() - size
+                self.measure_again()
             self.peak = max(self.peak, self.now)
             return out
 
-    live = Resized()
+    live = Peak()
 
     class Probe(telemetry.Telemetry):
         def __init__(self, *args: Any) -> None:

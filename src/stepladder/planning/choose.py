@@ -167,9 +167,8 @@ class Plan:
     ) -> speed.Step:  # fmt: skip
         """The seconds of an optimizer step on `ranks` ranks of `nodes` nodes."""
         traced = self._traced(micro, checkpointing, strategy.shards)
-        full, quantized = not self.settings.get("use_peft"), bool(self.settings.get("load_in_4bit"))
         return speed.step(
-            traced, self.config, strategy, ranks, nodes, accumulation, self.device, full, quantized, network
+            traced, self.settings, self.config, strategy, ranks, nodes, accumulation, self.device, network
         )
 
     def sizes(self, candidate: Candidate) -> tuple[float, float, float]:

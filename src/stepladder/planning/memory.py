@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from stepladder.model import pretrained
-from stepladder.planning.trace import PHASES, Traced
+from stepladder.planning import sharding
+from stepladder.planning.live_bytes import PHASES
+from stepladder.planning.sharding import Unit
+from stepladder.planning.trace import Traced
 from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Strategy
@@ -109,12 +112,12 @@ class _Step:
     def __init__(
         self, traced: Traced, settings: Settings, config: Any, strategy: Strategy, ranks: int, accumulates: bool
     ) -> None:
-        self.whole, self.layer, self.matrices = traced.whole, traced.layer, traced.matrices
+        self.whole, self.layer, self.matrices, self.traced = traced.whole, traced.layer, traced.matrices, traced
         self.settings, self.strategy, self.ranks, self.accumulates = settings, strategy, ranks, accumulates
         self.layers = config.num_hidden_layers
         self.outside = self.whole.computed - self.layers * self.layer.computed  # weights that belong to no layer
         # Bytes per number of what ZeRO reduces, and of its two buckets: Transformers' `auto` for `reduce_bucket_size`.
-        self.element = 2 if strategy.shards and traced.work.precision != "fp32" else 4
+        self.element = sharding.zero_element(traced)
         self.buckets = ZERO_BUCKETS * config.hidden_size**2 * self.element
         self.master = 4 * self.whole.trainable  # ZeRO's own copy of the trained weights, in fp32
         states = self.whole.states * self.master / self.whole.trained if self.whole.trained else 0.0
@@ -130,7 +133,7 @@ class _Step:
         elif self.strategy.is_zero3:
             weights, held, optimizer, communication = self._zero3(phase)
         elif self.strategy.is_fsdp:
-            weights, held, optimizer, communication = self._fsdp(phase, gradients)
+            weights, held, optimizer, communication, activations = self._fsdp(phase)
         else:
             weights, optimizer = whole.held, whole.states
             held = whole.trained if self.accumulates or in_step else gradients
@@ -163,25 +166,49 @@ class _Step:
         communication = gathered + (self.buckets if phase >= 2 else 0)
         return whole.computed / ranks, held, self.master_and_states / ranks, communication
 
-    def _fsdp(self, phase: int, gradients: float) -> tuple[float, float, float, float]:
-        """The same under FSDP.
+    def _fsdp(self, phase: int) -> tuple[float, float, float, float, float]:
+        """The same under FSDP, and the activations, which are not the worst where whole gradients are not there.
 
-        What belongs to no layer is whole from the forward pass to its end. So is the layer that computes; with it the
-        one fetched before, each beside the buffer that it came in, but for the loss and the embedding's gradient.
+        Accelerate makes units of each layer, the embedding, and the last norm with the head (`fsdp2_prepare_model`).
+        The latter stay whole from their first use to their last, an embedding tied to the head with them. A unit is
+        copied out of the buffer that it came in, which is freed once the next one has come out of its own.
         """
-        layer, every, in_step = self.layer, self.whole.trained, phase == len(PHASES)
-        outside_trained = every - self.layers * layer.trained
-        at_an_end = phase == 1 or (phase == 3 and outside_trained > 0)
-        communication = 0 if in_step else self.outside + (1 if at_an_end else 3) * layer.computed
-        if phase in (2, 3) and not at_an_end and gradients >= layer.gradients[3]:
-            communication += 2 * layer.gradients[3]  # a layer's whole gradients, once it has them, and their way
-        if phase == 3 and at_an_end and not self.accumulates:
-            every -= outside_trained  # they are whole still, among the activations
-        # a layer's gradients are sharded as it is done: all of them once the first layer is
-        held = (every if self.accumulates or phase > 2 else gradients) / self.ranks
-        if self.accumulates and not in_step and not sums_sharded(self.settings):
+        units = sharding.fsdp_units(self.traced, self.ranks)
+        layer, embedding, ends = units["layer"].divide(self.layers), units["embedding"], units["ends"]
+        every = sum(unit.reduced for unit in units.values())
+        done = units["layer"].reduced if not embedding.gathered else every  # what is sharded before the embedding's
+        activations = self.whole.apart[phase] if phase < len(PHASES) else 0.0
+        communication = max(self._gathered(phase, layer, embedding, ends)) - activations if phase < len(PHASES) else 0.0
+        held = every if self.accumulates or phase > 3 else done if phase == 3 else ends.reduced if phase == 2 else 0.0
+        held /= self.ranks
+        if self.accumulates and phase < len(PHASES) and not sums_sharded(self.settings):
             held = self.master  # whole, in fp32
-        return self.whole.held / self.ranks, held, self.whole.states / self.ranks, communication
+        padded = every / self.master if self.master else 1.0
+        weights = sharding.fsdp_held(self.traced, self.ranks)
+        return weights, held, self.whole.states * padded / self.ranks, communication, activations
+
+    def _gathered(self, phase: int, layer: Unit, embedding: Unit, ends: Unit) -> list[float]:
+        """Bytes of activations and of what FSDP gathered and reduces, at each moment that may be a phase's worst.
+
+        The backward pass fetches a unit ahead, and keeps the gradients of the one before on their way.
+        """
+        whole, apart, fetched = self.whole, self.whole.apart[phase], layer.gathered
+        tied, adapter = not embedding.gathered, bool(self.settings.get("use_peft"))
+        first, head = embedding.gathered, 2 * ends.gathered
+        always = ends.gathered if tied else 0.0
+        if phase == 0:
+            start = 2 * always if tied else 2 * first - 2 * fetched
+            last = 0.0 if tied or adapter else head + fetched  # with an adapter, only the loss gathers the head
+            return [apart + always + 2 * fetched, whole.kept + always + 3 * fetched, start + 2 * fetched,
+                    whole.kept + last]  # fmt: skip
+        if phase == 1:
+            gathered = head if adapter and not tied else 0.0  # `full_tensor`, with its copy
+            return [apart + ends.gathered + fetched, whole.kept + gathered + fetched]
+        if phase == 2:
+            return [apart + always + 2 * fetched + max(layer.reduced, 0.0 if tied else ends.reduced)]
+        if tied:
+            return [apart + always + layer.reduced + (0.0 if ends.reduced else fetched)]
+        return [apart + max(embedding.reduced, layer.reduced + fetched + first), 2 * first + layer.reduced]
 
 
 def checkpoint_copy(traced: Traced, settings: Settings, strategy: Strategy) -> float:

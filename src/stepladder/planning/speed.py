@@ -12,7 +12,9 @@ from typing import Any
 
 from stepladder.hardware import GPU
 from stepladder.model import flops
+from stepladder.planning import sharding
 from stepladder.planning.trace import Traced
+from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Strategy
 
 EFFICIENCY = 0.40  # of the peak: NeMo Automodel's Llama-3-8B LoRA on an H100 reaches 0.41
@@ -76,38 +78,36 @@ def count_batch_flops(traced: Traced, config: Any, full: bool) -> float:
 
 
 def step(
-    traced: Traced, config: Any, strategy: Strategy, ranks: int, nodes: int, accumulation: int, device: GPU,
-    full: bool, quantized: bool, network: Network = INFINIBAND,
+    traced: Traced, settings: Settings, config: Any, strategy: Strategy, ranks: int, nodes: int, accumulation: int,
+    device: GPU, network: Network = INFINIBAND,
 ) -> Step:  # fmt: skip
     """The time of an optimizer step of `accumulation` micro-batches on each of `ranks`."""
     efficiency = SHARDED if ranks > 1 and strategy.shards else EFFICIENCY
-    reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if quantized else 1)
-    arithmetic = count_batch_flops(traced, config, full) / reached
+    reached = device.tflops * 1e12 * efficiency * (IN_FOUR_BITS if settings.get("load_in_4bit") else 1)
+    arithmetic = count_batch_flops(traced, config, not settings.get("use_peft")) / reached
     again = 4 / 3 if traced.work.checkpointing else 1  # the trace counts them too, but for the second forward pass
     compute = accumulation * max(arithmetic, OPERATOR * traced.whole.operators * again)
-    ring = Ring(ranks, nodes, device, network)
-    layers = config.num_hidden_layers
-    gradients, weights = 4 * traced.whole.trainable, traced.whole.computed
+    layers, weights = config.num_hidden_layers, traced.whole.computed
     collectives: dict[str, float] = {}
     exposed = offload = 0.0
-    if ranks > 1 and strategy.is_hsdp:  # a replica on each node
-        inside = Ring(ranks // nodes, 1, device, network)
-        collectives["all-gather"] = accumulation * 2 * inside.gather(weights, layers)
-        collectives["reduce-scatter"] = accumulation * inside.gather(gradients, layers)
-        between = Ring(nodes, nodes, device, network)
-        collectives["all-reduce"] = between.reduce(gradients * nodes / ranks) if nodes > 1 else 0.0
-        exposed = inside.gather(weights / layers, 1)
-        exposed += between.reduce(gradients / layers * nodes / ranks) if nodes > 1 else 0.0  # of the first layer
-    elif ranks > 1 and strategy.shards_weights:
-        collectives["all-gather"] = accumulation * 2 * ring.gather(weights, layers)
-        collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)
-        exposed = ring.gather(weights / layers, 1)  # the first layer waits for its weights
-    elif ranks > 1 and strategy == "zero2":
-        collectives["reduce-scatter"] = accumulation * ring.gather(gradients, layers)
-        exposed = ring.gather(traced.whole.trainable * 2, 1)  # the updated weights, after the step
-    elif ranks > 1:
-        collectives["all-reduce"] = ring.reduce(gradients)
-        exposed = ring.reduce(min(gradients, BUCKET))  # the last bucket has nothing left to hide behind
+    if ranks > 1:
+        sent = sharding.count_traffic(traced, settings, config, strategy, ranks, nodes, accumulation)
+        ring = Ring(ranks, nodes, device, network)
+        if strategy.is_hsdp:  # a replica on each node
+            between, ring = Ring(nodes, nodes, device, network), Ring(ranks // nodes, 1, device, network)
+            collectives["all-reduce"] = between.reduce(sent["all-reduce"]) if nodes > 1 else 0.0
+        elif not strategy.shards:
+            collectives["all-reduce"] = ring.reduce(sent["all-reduce"])
+            exposed = ring.reduce(min(sent["all-reduce"], BUCKET))  # the last bucket has nothing left to hide behind
+        if "reduce-scatter" in sent:
+            collectives["reduce-scatter"] = ring.gather(sent["reduce-scatter"], accumulation * layers)
+        if strategy == "zero2":
+            exposed = ring.gather(sent["all-gather"], 1)  # the updated weights, after the step
+        elif strategy.shards:
+            collectives["all-gather"] = ring.gather(sent["all-gather"], accumulation * 2 * layers)
+            exposed = ring.gather(weights / layers, 1)  # the first layer waits for its weights
+        if strategy.is_hsdp and nodes > 1:
+            exposed += between.reduce(sent["all-reduce"] / layers)  # of the first layer
     if strategy.offloads:
         moved = accumulation * 2 * weights / ranks + 8 * traced.whole.trainable / ranks
         offload = moved / (TO_HOST * 1e9)

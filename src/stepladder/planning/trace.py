@@ -7,26 +7,21 @@ have shapes and no values: a layer of any size takes a fraction of a second and 
 
 from __future__ import annotations
 
-import functools
 import math
-import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
 from stepladder.model import attention, build, cpu_kernels
 from stepladder.planning import meta_model
+from stepladder.planning.live_bytes import PHASES, Moments
 from stepladder.planning.meta_model import Work
 from stepladder.settings import Settings
 
 DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
-PHASES = ("forward", "loss", "last layer", "first layer")  # the last two: their part of the backward pass
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32_768  # of TRL's loss (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)
 COUNT = 64.0  # any: the loss is divided by it
 # Numbers of the parameter's own precision for each of its own: moments, averages, a slow copy. Momentum is off by
@@ -47,7 +42,9 @@ class Count:
     `held` are the weights as loaded, `computed` as they are computed with, `quantized` those of
     them in 4 or 8 bits, `outside` what belongs to no layer; `states` are the optimizer's. Not bytes
     but numbers: `trainable` and all `parameters`, and the `operators` of a forward and backward pass.
-    Of a phase: all that is alive at its worst moment but weights and gradients, and the gradients.
+    Of a phase: all that is alive at its worst moment but weights and gradients, the gradients, and the most that is
+    alive but weights and the gradients of layers that are done (`apart`), for strategies that shard these. `kept` is
+    what the forward pass leaves to the backward pass.
     """
 
     held: float
@@ -59,6 +56,8 @@ class Count:
     operators: float
     activations: tuple[float, ...]
     gradients: tuple[float, ...]
+    apart: tuple[float, ...]
+    kept: float
 
     def plus(self, other: Count, times: float) -> Count:
         def add(a: Any, b: Any) -> Any:
@@ -67,14 +66,38 @@ class Count:
         return Count(*(add(a, vars(other)[name]) for name, a in vars(self).items()))
 
 
+class Parameter(NamedTuple):
+    """A parameter as a strategy shards it: `rows` is its first dimension, `held` and `computed` are bytes a number.
+
+    `part` is the unit that it is gathered with: a `layer`, the `embedding`, or the `ends` (the head, the last norm, an
+    embedding tied to the head, and what belongs to no layer).
+    """
+
+    part: str
+    rows: int
+    numbers: int
+    held: int
+    computed: int
+    trained: bool
+    is_matrix: bool
+
+
 @dataclass(frozen=True)
 class Traced:
-    """A `whole` model, what one `layer` adds to it, the work that was traced, and the size of each trained matrix."""
+    """A `whole` model, what one `layer` adds to it, the work that was traced, and the parameters in the model's order.
+
+    Parameters are traced before a strategy pads them; one in 4 bits has the shape and the numbers of its storage.
+    """
 
     whole: Count
     layer: Count
     work: Work
-    matrices: tuple[int, ...]
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """The size of each matrix that is trained."""
+        return tuple(p.numbers for p in self.parameters if p.trained and p.is_matrix)
 
     def extrapolate(self, other: Traced, times: float, micro: int) -> Traced:
         """Extrapolate to a larger micro-batch: from `other` to this one, and `times` as far beyond."""
@@ -83,7 +106,7 @@ class Traced:
             return here.plus(here.plus(there, -1), times)
 
         work = replace(self.work, micro=micro)
-        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work, self.matrices)
+        return Traced(on(self.whole, other.whole), on(self.layer, other.layer), work, self.parameters)
 
 
 def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
@@ -117,10 +140,12 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
     layer = more.plus(few, -1).plus(more.plus(few, -1), 1 / max(1, depths[1] - depths[0]) - 1)
     whole = more.plus(layer, layers - depths[1])
     times = (layers - depths[1]) / max(1, depths[1] - depths[0])
-    return Traced(whole, layer, work, _extrapolate_matrices(short, long, times))
+    return Traced(whole, layer, work, _extrapolate_parameters(short, long, times))
 
 
-def _extrapolate_matrices(short: tuple[int, ...], long: tuple[int, ...], times: float) -> tuple[int, ...]:
+def _extrapolate_parameters(
+    short: tuple[Parameter, ...], long: tuple[Parameter, ...], times: float
+) -> tuple[Parameter, ...]:
     """Extrapolate the longer list: what it has more than the shorter one is repeated `times` times."""
     at = next((n for n, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     more = len(long) - len(short)
@@ -128,19 +153,20 @@ def _extrapolate_matrices(short: tuple[int, ...], long: tuple[int, ...], times: 
     return long[:at] + again[: round(more * times)] + long[at:]
 
 
-def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Count, tuple[int, ...]]:
+def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Count, tuple[Parameter, ...]]:
     from accelerate.utils import patch_environment
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model, base = meta_model.build_meta_model(settings, meta_model.shorten_config(config, depth, work.gpu), work)
     held, states = meta_model.weight_bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    sizes = [p.element_size() for p in model.parameters()]
     rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
     # FakeTensorMode asks whether CUDA is available; by NVML, the question does not start the driver.
     with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"), FakeTensorMode(allow_non_fake_inputs=True):
         meta_model.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
-        moments = _Moments(model)
-        _follow(base, depth, moments)
+        moments = Moments([*model.parameters()], [*model.buffers(), *meta_model.quantization_constants(model)])
+        layers = moments.follow(base, depth)
         flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)
         shape = (1, work.micro * work.length) if flat or end_to_end(settings) else (work.micro, work.length)
         ids = torch.zeros(shape, dtype=torch.long)
@@ -153,12 +179,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
                 if config.model_type == "opt":  # which counts them from a mask of two dimensions
                     given["position_ids"] = torch.arange(shape[1]).expand(shape)
                 if work.gpu or cpu_kernels.has_plain_logits(base):  # all tokens are trained, at worst
-                    hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
-                    hidden, head = hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings()
-                    if work.gpu:
-                        loss = _TritonLoss.apply(hidden, head.weight)
-                    else:
-                        loss = cpu_kernels.log_probs(hidden, head, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
+                    loss = compute_loss(base, given, mask, work.gpu)
                 else:
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
                                  labels=ids).loss  # fmt: skip
@@ -171,8 +192,38 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         moments.operators,
         tuple(alive - moments.weights - gradients for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
+        tuple(moments.apart[phase] - moments.weights for phase in PHASES),
+        moments.kept - moments.weights,
     )  # fmt: skip
-    return count, tuple(p.numel() for p in learns if p.ndim > 1)
+    return count, _parameters(model, base, layers, sizes)
+
+
+def compute_loss(base: Any, given: dict[str, Any], mask: torch.Tensor | None, gpu: bool) -> torch.Tensor:
+    """The loss of all tokens, from the last layer's output and the head's weight, as TRL computes it on that device.
+
+    Args:
+        given: what the base takes, but for its mask.
+    """
+    hidden = base.base_model(**given, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden, head = hidden.reshape(-1, hidden.shape[-1]), base.get_output_embeddings()
+    if gpu:
+        return _TritonLoss.apply(hidden, getattr(head.weight, "full_tensor", lambda: head.weight)())  # FSDP with PEFT
+    return cpu_kernels.log_probs(hidden, head, torch.zeros(len(hidden), dtype=torch.long))[0].sum()
+
+
+def _parameters(model: Any, base: Any, layers: Any, sizes: list[int]) -> tuple[Parameter, ...]:
+    """The parameters of a model in its order; `sizes` are the bytes a number that each is held in."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings().weight
+    parts = {id(p): "layer" for p in layers.parameters()}
+    if head is None or head.weight is not embedding:
+        parts[id(embedding)] = "embedding"
+    return tuple(
+        Parameter(
+            parts.get(id(p), "ends"), len(p), p.numel(), p.element_size() if hasattr(p, "quant_state") else size,
+            p.element_size(), p.requires_grad, p.ndim > 1,
+        )
+        for p, size in zip(model.parameters(), sizes, strict=True)
+    )  # fmt: skip
 
 
 def end_to_end(settings: Settings) -> bool:
@@ -192,71 +243,6 @@ def _mask(settings: Settings, shape: tuple[int, int]) -> torch.Tensor | None:
     if "flash" in str(settings.get("attn_implementation")) or (rows == 1 and not end_to_end(settings)):
         return None
     return torch.ones((rows, 1, tokens, tokens), dtype=torch.bool)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, real or fake: `now`.
-
-    Storages are counted, so that views cost nothing; what a kernel allocates inside itself is not seen. The same count
-    is the forecast (a step on fake tensors) and what it is compared with (a real step).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
-        self.now = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, out)):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf)
-        return out
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that existed before."""
-        for part in plain(tensor):
-            storage = part.untyped_storage()
-            key = storage._cdata
-            if key not in self._sizes:
-                ref = weakref.ref(storage, functools.partial(self._forget, key))
-                self._sizes[key] = ref, storage.nbytes()
-                self.now += storage.nbytes()
-
-    def _forget(self, key: int, _: Any) -> None:
-        self.now -= self._sizes.pop(key)[1]
-
-
-def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold the bytes of one that may be a wrapper, such as a DTensor."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            if isinstance(part := getattr(tensor, name), torch.Tensor):  # a DTensor names its mesh too
-                yield from plain(part)
-    else:
-        yield tensor
-
-
-class _Moments(LiveBytes):
-    """Keeps the peak of each phase: all bytes alive, and those of gradients among them."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.phase = PHASES[0]
-        self.operators = 0
-        self.worst = dict.fromkeys(PHASES, (0, 0))
-        self.parameters = list(model.parameters())
-        for tensor in [*self.parameters, *model.buffers(), *meta_model.quantization_constants(model)]:
-            self.add(tensor)
-        self.weights = self.now
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.operators += func.namespace == "aten" and not func.is_view
-        if self.now > self.worst[self.phase][0]:
-            gradients = sum(p.grad.untyped_storage().nbytes() for p in self.parameters if p.grad is not None)
-            self.worst[self.phase] = self.now, gradients
-        return out
 
 
 def _states(model: Any, optimizer: str) -> float:
@@ -290,23 +276,6 @@ def _factored(shape: torch.Size) -> int:
     if len(shape) < 2:
         return shape.numel()
     return shape[:-1].numel() + shape[:-2].numel() * shape[-1]
-
-
-def _follow(base: Any, depth: int, moments: _Moments) -> None:
-    """Let the counter know when each phase begins."""
-    layers = next(m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
-
-    def begin(phase: str, *_: Any) -> None:
-        moments.phase = phase
-
-    def watch(phase: str, module: Any, args: Any, out: Any) -> None:
-        hidden = out[0] if isinstance(out, tuple) else out
-        if hidden.requires_grad:
-            hidden.register_hook(functools.partial(begin, phase))
-
-    for layer, phase in ((layers[-1], PHASES[2]), (layers[0], PHASES[3])):
-        layer.register_forward_hook(functools.partial(watch, phase))
-    base.get_decoder().register_forward_hook(functools.partial(begin, "loss"))
 
 
 class _TritonLoss(torch.autograd.Function):
