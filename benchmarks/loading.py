@@ -4,8 +4,8 @@
 
 Measured are private bytes (RssAnon, tests/measure_load.py) of real launches of scripts/sft.py on CPU, of a random
 Llama of 252 million parameters, in multiples of its size in fp32. The shards lie in host memory here; where they lie
-on GPUs, only what is read and what is under way does. `plan` is the host memory that a plan for GPUs counts for
-the load, with the weights that each strategy shards added.
+on GPUs, only what is read and what is under way does: the host memory that a plan for GPUs has, in brackets.
+Freed tensors are returned at once (MALLOC_MMAP_THRESHOLD_): else what glibc keeps of them is measured too.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class Case:
     def name(self) -> str:
         return "-".join(map(str, dataclasses.astuple(self)))
 
+    def __str__(self) -> str:
+        """The files, and what they are read as."""
+        return f"{self.files} {self.saved} file{'s' * (self.files != 'one')} as {self.dtype}"
+
     def recipe(self, folder: Path) -> dict[str, Any]:
         model = folder / f"{self.saved}-{self.files}"
         return same_curve.recipe_keys(self.method, model, folder / "rows.jsonl") | {
@@ -66,7 +70,8 @@ KINDS = [
     {"saved": "bfloat16", "files": "several"},
     {"saved": "bfloat16", "dtype": "bfloat16", "bf16": True},
 ]
-CASES = [Case(*each, **kind) for each in itertools.product(("fsdp", "zero3"), ("full", "lora")) for kind in KINDS]
+STRATEGIES, METHODS = ("fsdp", "hsdp", "zero3"), ("full", "lora")
+CASES = [Case(*each, **kind) for each in itertools.product(STRATEGIES, METHODS) for kind in KINDS]
 
 
 def prepare(folder: Path) -> None:
@@ -118,15 +123,16 @@ def plan(case: Case, folder: Path) -> float:
 
 
 def table(cases: list[Case], folder: Path) -> str:
-    """Markdown rows."""
-    rows = ["| strategy | method | files | dtype | rank 0 | others, at most | all ranks | plan, host |",
-            "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    """Markdown rows, one per strategy and method."""
     size = sum(file.stat().st_size for file in (folder / "float32-one").glob("*.safetensors"))
-    for case in cases:
-        together, each = measure_load.peaks(folder / f"{case.name}.log", RANKS)
-        figures = [each[0], max(each[1:]), together, plan(case, folder)]
-        cells = [case.strategy, case.method, f"{case.files}, {case.saved}", case.dtype + ", bf16" * case.bf16]
-        rows.append(f"| {' | '.join(cells)} | {' | '.join(f'{value / size:.2f}' for value in figures)} |")
+    heads = [str(Case("", "", **kind)) for kind in KINDS]
+    rows = [f"| strategy | method | {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(heads)]
+    for each, group in itertools.groupby(cases, key=lambda case: (case.strategy, case.method)):
+        cells = list(each)
+        for case in group:
+            together, _ = measure_load.peaks(folder / f"{case.name}.log", RANKS)
+            cells.append(f"{together / size:.2f} ({plan(case, folder) / size:.2f})")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -141,7 +147,7 @@ def main() -> None:
     prepare(args.folder)
     cases = [case for case in CASES if args.only in case.name]
     if not args.measured:
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
         measure(cases, args.folder)
     rows = table(cases, args.folder)
     print(rows)

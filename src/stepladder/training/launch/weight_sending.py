@@ -14,7 +14,7 @@ import pickle
 from typing import Any
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
+from accelerate.utils import fsdp2_canonicalize_names
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import distribute_tensor
 
@@ -33,24 +33,29 @@ def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     if not pretrained.recipe_can_be_sent(recipe):
         return pretrained.load_base(recipe, precision)
     model = pretrained.load_base(recipe, precision) if launch.rank == 0 else None
-    empty = from_first(model and copy_without_weights(model))
-    if empty is None and launch.rank == 0:
+    empty = from_first(None if model is None else copy_without_weights(model))
+    if model is None:
+        return pretrained.load_base(recipe, precision) if empty is None else pickle.loads(empty)
+    if empty is None:
         say("note: each rank reads all weights, since this model cannot be sent from rank 0 to the others")
-    return model or (pickle.loads(empty) if empty else pretrained.load_base(recipe, precision))
+    return model
 
 
 def copy_without_weights(model: Any) -> bytes | None:
     """A loaded model, pickled: parameters on the meta device and tied as they are, buffers with their values.
 
-    None where that is impossible: its weights are quantized, or a part of it has no name to be pickled by.
+    None where that is impossible: its weights are quantized, or a part of it has no name to be pickled by, which pickle
+    may notice only as it reads.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     empty = {id(each): _without_values(each) for each in model.parameters()}
     try:
-        return pickle.dumps(copy.deepcopy(model, empty))
+        pickled = pickle.dumps(copy.deepcopy(model, empty))
+        pickle.loads(pickled)
     except (pickle.PicklingError, TypeError, AttributeError):
         return None
+    return pickled
 
 
 def take_weights(model: Any) -> dict[str, torch.Tensor]:
