@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import same_curve
 from conftest import manifest
 from stepladder.data import mixture
+from stepladder.errors import TrainingError
 from stepladder.evaluation.held_out import mean_loss, measure_losses
 from stepladder.model import pretrained
-from stepladder.training import final_save
+from stepladder.training import final_save, result
 
 
 def make_untied(tiny: Path, folder: Path) -> Path:
@@ -177,6 +178,23 @@ def test_one_tensor_is_held_at_a_time(
     assert most < sum(p.nbytes for p in model.parameters()) * 0.8
 
 
+def test_a_result_that_cannot_be_pushed_is_saved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the hub's errors, which are errors of a file system too: they were taken for a full disk."""
+    done: list[str] = []
+
+    def push(message: str, revision: str | None) -> None:
+        assert done == ["saved"]  # and verified, with its card
+        raise OSError("401 Client Error: Unauthorized")
+
+    monkeypatch.setattr(result, "_save", lambda *_: done.append("saved"))
+    args = SimpleNamespace(push_to_hub=True, hub_revision=None)
+    trainer: Any = SimpleNamespace(args=args, hub_model_id="me/it", push_to_hub=push)
+    with pytest.raises(TrainingError) as caught:
+        result.save(trainer, SimpleNamespace(folder=tmp_path), {})  # type: ignore[arg-type]
+    assert "the result is saved" in caught.value.what and "401" in caught.value.what
+    assert f"hf upload me/it {tmp_path}" in caught.value.help
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp"])
 def test_a_sharded_result_is_one_process_s(
@@ -207,7 +225,7 @@ def test_a_sharded_result_is_one_process_s(
         found, dtype = tensors_in(run), torch.bfloat16 if name == "lower" else torch.float32
         assert {tensor.dtype for tensor in found.values()} == {dtype}
         if dtype == torch.float32:  # not rounded to 16 bits and back
-            assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.values())
+            assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in found.values())
         if "use_peft" not in keys:
             base = tensors_in(Path(manifest(run)["starts_from"]["base"]))
             assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in base.items()}
