@@ -1,6 +1,6 @@
 """Every method under every strategy, world size, micro-batch and packing, against one plain process.
 
-    python tests/same_curve.py                                # 284 runs, writes the tables of docs/compatibility.md
+    python tests/same_curve.py                                # 312 runs, writes the tables of docs/compatibility.md
     python tests/same_curve.py --only qlora --only zero3      # a part of them, printed
     python tests/same_curve.py --gpu                          # this machine's GPU against its CPU, printed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def test_each_node_is_a_replica_under_hsdp() -> None:
     assert four.total > plan(4, 8).candidate(Strategy("fsdp"), 1, True).memory.total
     names = [{way.strategy for way in plan(*machines).candidates()} for machines in ((4, 8), (1, 8), (8, 1))]
     assert ["hsdp" in found for found in names] == [True, False, False], "fsdp on one node, ddp with a GPU a node"
+    done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--nodes", 8, "--gpus", 1, "--strategy", "hsdp")
+    assert done.code == 2 and "a replica on one rank is the whole model, which is DDP" in done.err, done
+
+
+def test_a_slow_network_is_compared() -> None:
+    """Guards the recommendation over several nodes, which is another one where their network is slow: FSDP sends all
+    weights through it, HSDP the gradients of each GPU's shard."""
+    words = ("--recipe", "models/llama-3.1-8b/full", "--gpu", "h100", "--nodes", 2, "--global_batch_size", 32)
+    done = script("plan", *words)
+    assert done.code == 0 and "▸ fsdp" in done.out, done
+    said = " ".join(done.out.split())
+    assert "over Ethernet, 100 Gb/s a node, the fastest is hsdp: " in said, done
+    faster, slower = re.search(r"fastest is hsdp: ([\d,]+) tokens/s, fsdp ([\d,]+)", said).groups()
+    assert int(faster.replace(",", "")) > 5 * int(slower.replace(",", ""))
 
 
 def test_what_the_recipe_says_of_accumulation_is_planned() -> None:

@@ -23,7 +23,7 @@ from stepladder.planning.choose import STRATEGIES, Candidate, Plan
 from stepladder.planning.speed import ETHERNET, INFINIBAND, Network, Step
 from stepladder.recipe.recipe import Recipe
 from stepladder.screen import Screen
-from stepladder.training.launch.launcher import Strategy
+from stepladder.training.launch.launcher import Strategy, settle_strategy
 
 PARTS = {
     "weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ", "loss": "loss",
@@ -119,7 +119,7 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
         args: plan.py's flags.
 
     Raises:
-        LaunchError: no such strategy, or none fits.
+        LaunchError: no such strategy, it is none for these GPUs, or none fits.
     """
     if args.strategy not in (None, *STRATEGIES):
         raise LaunchError(
@@ -137,7 +137,8 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
         else:
             print_scale(plan, points, micro, checkpointing, args.parts)
         return
-    candidates = plan.all_candidates(Strategy(args.strategy)) if args.strategy else plan.candidates()
+    asked = settle_strategy(Strategy(args.strategy), args.nodes, args.gpus) if args.strategy else None
+    candidates = plan.all_candidates(asked) if asked else plan.candidates()
     best = plan.best(candidates)
     steps = choose.steps(recipe, _rows(recipe), plan.rows)
     if args.json:

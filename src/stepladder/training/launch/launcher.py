@@ -130,14 +130,22 @@ def find_strategy(asked: str | None, nodes: int, local_ranks: int) -> Strategy:
     Raises:
         LaunchError: there is no such file in accelerate_configs/, or it is none for these ranks.
     """
-    ranks = nodes * local_ranks
-    name = asked or ("ddp" if ranks > 1 else "single")
-    if name == "hsdp":
-        name = "hsdp" if count_replicas("auto", "auto", ranks, local_ranks, "--strategy hsdp") > 1 else "fsdp"
+    name = asked or ("ddp" if nodes * local_ranks > 1 else "single")
     if not Path(f"accelerate_configs/{name}.yaml").is_file():
         there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
         raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
-    return Strategy(name)
+    return settle_strategy(Strategy(name), nodes, local_ranks)
+
+
+def settle_strategy(strategy: Strategy, nodes: int, local_ranks: int) -> Strategy:
+    """The strategy that a file of accelerate_configs/ gives these ranks: `hsdp.yaml` on one node gives `fsdp`.
+
+    Raises:
+        LaunchError: hsdp has one rank on each node.
+    """
+    if not strategy.is_hsdp or count_replicas("auto", "auto", nodes * local_ranks, local_ranks, "--strategy hsdp") > 1:
+        return strategy
+    return Strategy("fsdp")
 
 
 def _strategy(ranks: int) -> str:
