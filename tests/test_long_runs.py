@@ -177,7 +177,7 @@ def test_commands_take_little_memory(tmp_path: Path) -> None:
     assert done.code == 0, done
     short, long = ([int(n) for n in re.findall(r"s, (\d+) MiB", line)] for line in done.out.splitlines()[2:4])
     assert len(short) == len(long) == 5, done
-    assert all(after - before < 48 for before, after in zip(short, long, strict=True)), done
+    assert all(after - before < 32 for before, after in zip(short, long, strict=True)), done
 
 
 def test_watch_shows_the_end_of_a_long_run(long: Path) -> None:

@@ -55,7 +55,7 @@ FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "held_out": (dict, _are_held_out_rows),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }
-# The metrics that the page draws, and how they are read; of the others nothing is kept.
+# The metrics that the page draws; of the others nothing is kept.
 DRAWN = ("loss", "eval_loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_bytes")
 
 

@@ -32,7 +32,7 @@ from stepladder.run import Run, process_seconds
 DROPPED = {"epoch", "num_tokens", "eval_num_tokens", "total_flos"}
 LOAD = ("cpu_percent", "memory_percent", "gpu_percent", "gpu_memory_percent")  # of a node
 PASSES = 1000  # forward passes whose CUDA events are kept, however rarely a step is logged
-HISTORY = 100  # entries of the trainer's log_history that a checkpoint holds; metrics.jsonl has them all
+HISTORY = 100  # entries of log_history that are kept, and as many more until it is cut; metrics.jsonl has all
 COUNTED = ("tokens", "trained_tokens", "places", "pairs", "steps", "seconds", "waited")
 # Rows and columns of the matrices whose product measures a rate: on a GPU the work must outlast the launch.
 GEMM, GEMM_ON_GPU = 1024, 8192
