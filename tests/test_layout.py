@@ -696,7 +696,7 @@ def test_skipped_rows_are_listed(tokenizer, settings) -> None:
     kept = render.render(rows, tokenizer, settings(max_length=64, on_bad_row="skip"), 0, remarks)
     assert [row["rows"] for row in kept] == [[0], [3]]
     assert [line.split(": ")[0] for line in remarks.skipped] == ["rows:2", "rows:3"]
-    assert "2 rows are skipped, the first at rows:2" in remarks.notes(4)[-1]
+    assert "2 rows are skipped, the first at rows:2" in remarks.notes(rows.where)[-1]
 
 
 def test_a_row_keeps_what_the_template_is_told(tokenizer, settings) -> None:

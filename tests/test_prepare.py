@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ def cached(tmp_path, monkeypatch) -> Path:
 def made(monkeypatch) -> list[int]:
     """How many rows were rendered, call by call."""
     calls: list[int] = []
-    real = render.render
-    monkeypatch.setattr(render, "render", lambda rows, *args: calls.append(len(rows)) or real(rows, *args))
+    real = render.write
+    monkeypatch.setattr(render, "write", lambda out, rows, *args: calls.append(len(rows)) or real(out, rows, *args))
     return calls
 
 
@@ -83,37 +84,41 @@ def test_a_damaged_set_is_prepared_again(name, learnable, tokenizer, settings, c
     assert [path.name for path in cached.iterdir()] == [folder.name]
 
 
-def test_several_processes_prepare_what_one_does(tokenizer, settings) -> None:
+def test_several_processes_prepare_what_one_does(tokenizer, settings, tmp_path) -> None:
     """Guards the order and the numbers of the rows where processes share them."""
     rows = mixture.from_name("data/techco.jsonl")
-    one, _ = prepare.render_parallel(rows, tokenizer, settings(max_length=512))
-    three, _ = prepare.render_parallel(rows, tokenizer, settings(max_length=512, dataset_num_proc=3))
+    one, _ = prepare.render_parallel(rows, tokenizer, settings(max_length=512), tmp_path / "one")
+    three, _ = prepare.render_parallel(
+        rows, tokenizer, settings(max_length=512, dataset_num_proc=3), tmp_path / "three"
+    )
     assert one.to_list() == three.to_list() and [row["rows"] for row in three] == [[n] for n in range(72)]
 
 
-def test_processes_follow_the_jobs_cores(tokenizer, settings, monkeypatch) -> None:
+def test_processes_follow_the_jobs_cores(tokenizer, settings, monkeypatch, tmp_path) -> None:
     """Guards a job of two cores on a node of 128: as many processes as the node has cores, each with a thread of the
     tokenizer for every one of them."""
     started = []
 
     class Pool(concurrent.futures.ThreadPoolExecutor):
         def __init__(self, processes, context, initializer, initargs):
-            started.append((processes, *initargs))
-            super().__init__(processes)
+            started.append((processes, initargs[0]))
+            super().__init__(processes, "", initializer, initargs)
 
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(prepare, "ROWS_A_PROCESS", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # which a process sets for itself
+    folders = (tmp_path / str(number) for number in itertools.count())
     rows = mixture.from_name("data/techco.jsonl")
     for confined_to, of_job, expected in ((2, "", (2, 1)), (128, "2", (2, 1)), (128, "6", (6, 1)), (2, "6", (2, 1))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=confined_to: set(range(cores)))
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", of_job)
-        prepare.render_parallel(rows, tokenizer, settings(max_length=512))
+        prepare.render_parallel(rows, tokenizer, settings(max_length=512), next(folders))
         assert started.pop() == expected
-    prepare.render_parallel(rows, tokenizer, settings(max_length=512, dataset_num_proc=2))
+    prepare.render_parallel(rows, tokenizer, settings(max_length=512, dataset_num_proc=2), next(folders))
     assert started.pop() == (2, 1)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
-    prepare.render_parallel(rows, tokenizer, settings(max_length=512))
+    prepare.render_parallel(rows, tokenizer, settings(max_length=512), next(folders))
     assert not started, "one core, and no other process"
 
 
@@ -122,8 +127,9 @@ def test_a_bad_row_in_a_worker_is_told_as_elsewhere(tokenizer, settings, tmp_pat
     file = tmp_path / "rows.jsonl"
     long = {"input": "why? " * 200, "output": "because."}
     file.write_text("".join(json.dumps(row) + "\n" for row in [{"input": "hello", "output": "world"}] * 9 + [long]))
+    rows, keys = mixture.from_name(str(file)), settings(max_length=160, dataset_num_proc=2)
     with pytest.raises(DataError, match="nothing of this row is trained") as caught:
-        prepare.render_parallel(mixture.from_name(str(file)), tokenizer, settings(max_length=160, dataset_num_proc=2))
+        prepare.render_parallel(rows, tokenizer, keys, tmp_path / "parts")
     assert caught.value.where == f"{file}:10" and "raise max_length" in caught.value.help
     assert "first 160 tokens" in caught.value.why and caught.value.kind == "data"
 
@@ -145,7 +151,7 @@ def test_nothing_is_cached_of_rows_that_cannot_be_used(learnable, tokenizer, set
     tokenizer.chat_template = None
     with pytest.raises(ModelError):
         prepare.prepare_rows(mixture.from_name(str(learnable)), None, tokenizer, settings(max_length=160))
-    assert not cached.exists()
+    assert not [*cached.glob("*")]
 
 
 def test_packed_rows_know_what_is_in_them(learnable, tokenizer, settings, cached) -> None:

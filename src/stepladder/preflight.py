@@ -256,7 +256,8 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
-    message = f"{most} tokens in the longest row; {share:.0%} of all are trained"
+    at_least = "at least " * any(finding.name == "long_text" for finding in found)
+    message = f"{at_least}{most} tokens in the longest row; {share:.0%} of all are trained"
     if ends := templates.turn_ends(tokenizer):
         message += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
     warned = [finding for finding in found if finding.severity == WARNING]

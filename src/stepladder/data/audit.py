@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from stepladder.console import printable
 from stepladder.data import columns, mixture, render
+from stepladder.data.file_list import FileList
 from stepladder.data.formats import Example
 from stepladder.data.row_checks import ERROR, FIGURE, WARNING, Finding, Limits, check_texts
 from stepladder.data.rows import Rows, Stream
@@ -89,7 +89,7 @@ def _read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findi
     Raises:
         DataError: not one row can be read.
     """
-    good: list[tuple[Example, str]] = []
+    good, places = FileList[Example](), FileList[str]()
     bad: list[DataError] = []
     classes: dict[str, Counter[str]] = {column: Counter() for column in CLASS_COLUMNS}
     found = source.rows()
@@ -104,7 +104,8 @@ def _read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findi
             try:
                 if isinstance(row, DataError):
                     raise row
-                good.append((converter.example(where, row), where))
+                good.append(converter.example(where, row))
+                places.append(where)
                 for column in classes.keys() & row.keys():
                     classes[column][str(row[column])] += 1
             except DataError as error:
@@ -120,7 +121,7 @@ def _read(source: Source, skip_bad_rows: bool = False) -> tuple[Rows, list[Findi
     if good:
         findings += [Finding(WARNING, name, what, help=help) for name, what, help in converter.remarks()]
     findings += itertools.chain.from_iterable(_classes(column, counts) for column, counts in classes.items())
-    return Rows.from_pairs(source.label, good), findings
+    return Rows(source.label, good, places), findings
 
 
 def stop_on_errors(findings: Iterable[Finding]) -> None:
@@ -154,12 +155,16 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class RowView:
-    """A row as the model sees it: its tokens, how many are trained, and how many max_length cuts off."""
+    """A row as the model sees it: its tokens, how many are trained, and how many max_length cuts off.
+
+    Of a very long row (`is_whole` is false) tokens and cut ones are counted in its beginning alone.
+    """
 
     where: str
     tokens: int
     trained: int
     cut: int
+    is_whole: bool
     stretches: list[Stretch]
 
 
@@ -168,7 +173,8 @@ def view_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings
     max_length = settings.get("max_length")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = rows.take(range(min(count, len(rows))))
-    for where, row in zip(first.where, render.tokenize(first, tokenizer, render.mode(settings)), strict=True):
+    rendered = render.tokenize(first, tokenizer, render.mode(settings), None, max_length)
+    for where, row in zip(first.where, rendered, strict=True):
         if isinstance(row, DataError):  # among the findings
             continue
         cut = 0 if max_length is None else max(0, len(row.ids) - max_length)
@@ -181,7 +187,7 @@ def view_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings
             text = str(tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
             stretches.append(Stretch(text[len(before) :], trained, is_special))
             before = text
-        yield RowView(where, len(ids), sum(trained for trained, _ in kinds), cut, stretches)
+        yield RowView(where, len(ids), sum(trained for trained, _ in kinds), cut, row.is_whole, stretches)
 
 
 def as_json(audit: Audit, views: list[RowView]) -> dict[str, Any]:
@@ -190,7 +196,9 @@ def as_json(audit: Audit, views: list[RowView]) -> dict[str, Any]:
         "data": audit.name,
         "examples": len(audit.train) if audit.train else 0,
         "valid": not audit.errors,
-        "findings": [dataclasses.asdict(finding) for finding in audit.findings],
+        "findings": [
+            {**vars(finding), "where": list(finding.where), "like": list(finding.like)} for finding in audit.findings
+        ],
         "rows": [{**vars(row), "stretches": [stretch._asdict() for stretch in row.stretches]} for row in views],
     }
 
@@ -212,7 +220,7 @@ def print_audit(audit: Audit, views: list[RowView]) -> None:
     for finding in audit.findings:
         if finding.severity == WARNING:
             say(f"⚠ {finding.what}", "yellow")
-            for place in _places(finding)[:MOST_PLACES]:
+            for place in _places(finding, MOST_PLACES):
                 say(f"    {place}")
             if (more := len(finding.where) - MOST_PLACES) > 0:
                 say(f"    … and {more:,} more; --json lists all")
@@ -238,14 +246,19 @@ def _figures(finding: Finding) -> str:
     return " · ".join(parts[:MOST_FIGURES]) + f" · and {rest} more" * (rest > 0)
 
 
-def _places(finding: Finding) -> list[str]:
-    return [f"{a}, as {b}" if b else a for a, b in itertools.zip_longest(finding.where, finding.like)]
+def _places(finding: Finding, most: int | None = None) -> list[str]:
+    pairs = itertools.zip_longest(finding.where[:most], finding.like[:most])
+    return [f"{a}, as {b}" if b else a for a, b in pairs]
+
+
+def _at_least(row: RowView) -> str:
+    return "" if row.is_whole else "at least "
 
 
 def _write_row(row: RowView, console: Screen) -> None:
     """A row's text, its trained tokens in colour, or between ⟦ and ⟧ where there is no colour."""
     line = Text()
-    line.append(f"── {row.where} · {row.tokens:,} tokens, {row.trained:,} trained ──\n", "bold")
+    line.append(f"── {row.where} · {_at_least(row)}{row.tokens:,} tokens, {row.trained:,} trained ──\n", "bold")
     for trained, stretches in itertools.groupby(row.stretches, key=lambda stretch: stretch.trained):
         marked = trained and not console.is_terminal
         line.append("⟦" * marked)
@@ -255,6 +268,6 @@ def _write_row(row: RowView, console: Screen) -> None:
         line.append("⟧" * marked)
     line.rstrip()
     if row.cut:
-        line.append(f"\n✂ {row.cut:,} more tokens are cut off by max_length", "red")
+        line.append(f"\n✂ {_at_least(row)}{row.cut:,} more tokens are cut off by max_length", "red")
     line.append("\n")
     console.print(line, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import Any
 from stepladder import files, run
 from stepladder.data import formats
 from stepladder.data.conversation import ROLES
-from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key, row_keys
+from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key
 from stepladder.data.source import Source, has_split, is_local
 from stepladder.errors import DataError
 from stepladder.settings import Settings
@@ -334,10 +334,9 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
     if not record.is_writer:
         return []
     is_needed = isinstance(train, Rows) and (evaluation or len(train) <= MOST_TRAINED)  # 20 s of a million rows
-    trained = row_keys(train.examples) if isinstance(train, Rows) and is_needed else None
     held_out = [row_key(example) for example in evaluation.examples] if evaluation else []
-    count = sum(one in trained for one in held_out) if trained is not None else None
-    known = trained if trained is not None and len(trained) <= MOST_TRAINED else None
+    both, known = _compare_keys(train, set(held_out)) if isinstance(train, Rows) and is_needed else (None, None)
+    count = None if both is None else sum(key in both for key in held_out)
     if record.manifest["resumed"] and known is not None:
         before = read_held_out(record.folder)
         known = known | before.trained if before and before.trained is not None else None
@@ -363,6 +362,19 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
     except OSError as error:
         notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): compare.py will read the data again instead")
     return notes
+
+
+def _compare_keys(train: Rows, held_out: set[str]) -> tuple[set[str], set[str] | None]:
+    """The keys of held-out rows that are trained on too, and those of all trained rows unless they are very many."""
+    known: set[str] | None = set()
+    both = set()
+    for key in map(row_key, train.examples):
+        if key in held_out:
+            both.add(key)
+        if known is not None:
+            known.add(key)
+            known = known if len(known) <= MOST_TRAINED else None
+    return both, known
 
 
 def read_held_out(folder: Path) -> HeldOut | None:

@@ -29,6 +29,7 @@ from stepladder.errors import DataError
 from stepladder.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +45,7 @@ CODE = (
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
 ROWS_A_PROCESS = 20_000
+_given: list[Any] = []  # rows, tokenizer and settings in a further process
 
 
 def prepare_rows(
@@ -65,6 +67,43 @@ def prepare_rows(
                 os.utime(cached)  # in use from now on
             return cached
         console.say(f"⚠ the prepared rows in {cached} are damaged and are prepared again: {fault}")
+    try:
+        return _prepare(train, evaluation, tokenizer, settings, cached)
+    except OSError:  # a home folder may be read-only or full on a compute node: then for this job alone
+        apart = Path(tempfile.mkdtemp(prefix="stepladder-")) / cached.name
+        try:
+            return _prepare(train, evaluation, tokenizer, settings, apart)
+        except OSError as error:
+            raise DataError(
+                "the prepared rows can be written nowhere",
+                where=f"{cached.parent}, {apart.parent}",
+                why=str(error),
+                help="XDG_CACHE_HOME=/a/folder/with/space",
+            ) from None
+
+
+def _prepare(
+    train: Rows | Stream | None,
+    evaluation: Rows | None,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    folder: Path,
+) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_old(folder.parent)
+    # A network's file system keeps a folder whose files are mapped: they are no longer as `_write` returns.
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as work:
+        return _write(*_render_sets(train, evaluation, tokenizer, settings, Path(work)), folder)
+
+
+def _render_sets(
+    train: Rows | Stream | None,
+    evaluation: Rows | None,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    work: Path,
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The sets, which read files in the folder `work`; and their notes and skipped rows."""
     packs, eval_packs = settings.get("packing"), settings.get("eval_packing")
     sets, said = {}, {}
     for name, rows, is_packed in (
@@ -73,26 +112,14 @@ def prepare_rows(
     ):
         if rows is None:
             continue
-        dataset, remarks = render_parallel(rows, tokenizer, settings)
+        dataset, remarks = render_parallel(rows, tokenizer, settings, work / name)
         if not len(dataset):
             raise render.none_left(rows.name, remarks)
         if name == TRAIN and remarks.turns and not remarks.ends and render.mode(settings) != "everything":
             raise DataError(NO_END[0], help=NO_END[1])
         sets[name] = _pack(dataset, settings, is_packed)
-        said[name] = {"notes": remarks.notes(len(rows)), "skipped": remarks.skipped}
-    try:
-        return _write(sets, said, cached)
-    except OSError:  # a home folder may be read-only or full on a compute node: then for this job alone
-        apart = Path(tempfile.mkdtemp(prefix="stepladder-")) / cached.name
-        try:
-            return _write(sets, said, apart)
-        except OSError as error:
-            raise DataError(
-                "the prepared rows can be written nowhere",
-                where=f"{cached.parent}, {apart.parent}",
-                why=str(error),
-                help="XDG_CACHE_HOME=/a/folder/with/space",
-            ) from None
+        said[name] = {"notes": remarks.notes(rows.where), "skipped": remarks.skipped}
+    return sets, said
 
 
 def open_prepared(folder: Path) -> tuple[Dataset | None, Dataset | None]:
@@ -118,15 +145,15 @@ def read_notes(folder: Path, train: Rows | Stream | None, evaluation: Rows | Non
 
 def longest(dataset: Dataset | IterableDataset) -> int | None:
     """Tokens of the longest sequence; None of a stream, whose rows nobody has seen."""
-    return max(lengths(dataset)) if hasattr(dataset, "__len__") else None
+    return int(lengths(dataset).max()) if hasattr(dataset, "__len__") else None
 
 
-def lengths(dataset: Dataset) -> list[int]:
-    """Tokens of each row, without reading one."""
+def lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each row, as int32 [rows], without reading one."""
     import pyarrow.compute as pc
 
     table = dataset.select_columns("input_ids").with_format("arrow")[:]
-    return list(pc.list_value_length(table.column("input_ids")).to_pylist())
+    return pc.list_value_length(table.column("input_ids")).to_numpy()
 
 
 def prepare_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
@@ -143,34 +170,39 @@ def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: S
     pairs = list(itertools.islice(stream, STREAMED))
     rows, remarks = Rows.from_pairs(stream.name, pairs), Remarks()
     render.render(rows, tokenizer, settings, 0, remarks)
-    return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(len(rows))]
+    return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(rows.where)]
 
 
-def render_parallel(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> tuple[Dataset, Remarks]:
-    """As `render.render`, in `dataset_num_proc` processes, or in as many as pay; with what was remarked."""
-    from datasets import concatenate_datasets
+def render_parallel(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> tuple[Dataset, Remarks]:
+    """As `render.render`, in `dataset_num_proc` processes, or in as many as pay; with what was remarked.
+
+    The set reads the files that are written into `folder`.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    folder.mkdir()
 
     cores = hardware.cores()
     processes = settings.get("dataset_num_proc") or min(cores, len(rows) // ROWS_A_PROCESS)
     if processes < 2:
-        return _part(rows, tokenizer, settings, 0)
+        remarks = _write_part(folder / "0.arrow", rows, tokenizer, settings)
+        return Dataset.from_file(str(folder / "0.arrow")), remarks
     edges = [len(rows) * number // processes for number in range(processes + 1)]
     with concurrent.futures.ProcessPoolExecutor(
         processes,
         # A fork would share the locks of the threads that PyTorch and the tokenizer have started.
         multiprocessing.get_context("spawn"),
         initializer=_start_process,
-        initargs=(max(1, cores // processes),),
+        initargs=(max(1, cores // processes), rows, tokenizer, settings),
     ) as pool:
-        jobs = [
-            pool.submit(_part, rows.take(range(first, end)), tokenizer, settings, first)
-            for first, end in itertools.pairwise(edges)
-        ]
-        parts = [job.result() for job in jobs]
-    remarks = Remarks()
-    for _, found in parts:
-        remarks.join(found)
-    return concatenate_datasets([dataset for dataset, _ in parts]), remarks
+        parts = [folder / f"{number}.arrow" for number in range(processes)]
+        jobs = [pool.submit(_write_share, *job) for job in zip(parts, edges, edges[1:], strict=False)]
+        remarks = Remarks()
+        for job, first in zip(jobs, edges, strict=False):
+            remarks.join(job.result(), first)
+    return concatenate_datasets([Dataset.from_file(str(part)) for part in parts]), remarks
 
 
 def _pack(dataset: Dataset | IterableDataset, settings: Settings, packs: bool) -> Dataset | IterableDataset:
@@ -201,14 +233,24 @@ def _for_each_sequence(batch: dict[str, Any]) -> dict[str, Any]:
     return {"rows": [list(dict.fromkeys(rows)) for rows in batch["rows"]]}
 
 
-def _start_process(threads: int) -> None:
+def _start_process(threads: int, *given: Any) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's, which would else be all cores' in each process
     console.quiet_libraries()
+    _given[:] = given
 
 
-def _part(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, first: int) -> tuple[Dataset, Remarks]:
+def _write_share(file: Path, first: int, end: int) -> Remarks:
+    rows, tokenizer, settings = _given
+    return _write_part(file, rows.take(range(first, end)), tokenizer, settings, first)
+
+
+def _write_part(
+    file: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, first: int = 0
+) -> Remarks:
     remarks = Remarks()
-    return render.render(rows, tokenizer, settings, first, remarks), remarks
+    with file.open("wb") as stream:
+        render.write(stream, rows, tokenizer, settings, first, remarks)
+    return remarks
 
 
 def _identity(
@@ -229,11 +271,6 @@ def _identity(
 
 def _write(sets: dict[str, Dataset], said: dict[str, Any], folder: Path) -> Path:
     """Save the sets beside and move them into place: whoever looks sees all of them or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for old in folder.parent.iterdir():
-        with contextlib.suppress(OSError):  # another job may be clearing it away too
-            if old.stat().st_mtime < time.time() - KEPT:
-                shutil.rmtree(old)
     part = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         for name, dataset in sets.items():
@@ -253,6 +290,14 @@ def _write(sets: dict[str, Dataset], said: dict[str, Any], folder: Path) -> Path
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _clear_old(folder: Path) -> None:
+    """Remove the prepared sets that no run has used for long."""
+    for old in folder.iterdir():
+        with contextlib.suppress(OSError):  # another job may be clearing it away too
+            if old.stat().st_mtime < time.time() - KEPT:
+                shutil.rmtree(old)
 
 
 def _damage(folder: Path) -> str:

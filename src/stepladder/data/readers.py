@@ -187,7 +187,8 @@ def parquet_rows(stream: Any, name: str) -> Iterator[Found]:
     from pyarrow.parquet import ParquetFile
 
     with _arrow_faults(name, "Parquet"):
-        file = ParquetFile(stream)
+        # Else all of a row group is held, which may be the file.
+        file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         _refuse_duplicates(file.schema_arrow.names, name)
         yield from _batch_rows(file.iter_batches(batch_size=1000), name)
 

@@ -8,12 +8,13 @@ trained characters follow from the layout, and the tokens are marked by their pl
 from __future__ import annotations
 
 import bisect
+import io
 import itertools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 from stepladder.data.formats import Example
 from stepladder.data.row_renderer import Remarks, RowRenderer, Span, refuse_losses, template_refusal
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+COLUMNS = ("input_ids", "labels", "rows")
 IGNORED = -100  # the label of a token that trains nothing
 START, END = operator.itemgetter(0), operator.itemgetter(1)  # of a token's characters
 LOOKED_AT = 20  # rows of each batch whose tokens are decoded, to see whether they are the text
 ANCHORS = ("\n", "a", ".")  # a text is tokenized behind one of these where it is no text's beginning
+T = TypeVar("T")
 Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each
 # What opens a question in the formats that chats are published in.
 RENDERED_CHAT = re.compile(
@@ -39,6 +42,21 @@ RENDERED_CHAT = re.compile(
     re.MULTILINE,
 )
 BATCH = 1000  # rows that the Rust tokenizer takes at once, on all its threads
+CHARACTERS = 250_000  # of their texts: each token takes some 300 bytes
+WRITTEN = 1 << 16  # tokens that are written at once
+LONG = 1_000_000  # characters from which no more of a text is tokenized than max_length needs
+LONGEST = 4_000_000  # characters of a text whose tokens are all needed
+MARGIN = 1000  # tokens behind max_length that are tokenized too
+
+
+class Text(NamedTuple):
+    """A row as text with the characters that are trained, or what is wrong with it."""
+
+    number: int
+    example: Example
+    text: str
+    spans: list[Span] | DataError
+    is_whole: bool = True  # whether its end is there too
 
 
 @dataclass
@@ -49,6 +67,7 @@ class Rendered:
     labels: list[int]
     turns: int = 0
     ends: list[int] = field(default_factory=list)
+    is_whole: bool = True  # whether there are no further tokens
 
 
 def render(
@@ -67,14 +86,40 @@ def render(
         DataError: the template refuses a row or loses a part of it, or nothing of it is trained within `max_length`.
         ModelError: conversations and a tokenizer without a chat template.
     """
-    from datasets import Dataset, Features
+    import pyarrow
+    from datasets import Dataset
 
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "rows": []}
-    for number, row in _within_length(rows, tokenizer, settings, Remarks() if remarks is None else remarks):
-        columns["input_ids"].append(row.ids)
-        columns["labels"].append(row.labels)
-        columns["rows"].append([first + number])
-    return Dataset.from_dict(columns, features=Features(_features()))
+    stream = io.BytesIO()
+    write(stream, rows, tokenizer, settings, first, Remarks() if remarks is None else remarks)
+    return Dataset.from_buffer(pyarrow.py_buffer(stream.getbuffer()))
+
+
+def write(
+    stream: BinaryIO,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings | None,
+    first: int,
+    remarks: Remarks,
+) -> None:
+    """Write the columns that `render` describes as an Arrow stream; no more than a batch of them is held."""
+    import pyarrow
+
+    type_ = pyarrow.list_(pyarrow.int32())
+    schema = pyarrow.schema([(name, type_) for name in COLUMNS])
+    with pyarrow.ipc.new_stream(stream, schema) as out:
+        found = _within_length(rows, tokenizer, settings, remarks)
+        while batch := list(_take_tokens(found)):
+            columns = zip(*((row.ids, row.labels, [first + number]) for number, row in batch), strict=True)
+            out.write_batch(pyarrow.record_batch([pyarrow.array(column, type_) for column in columns], schema=schema))
+
+
+def _take_tokens(found: Iterator[tuple[int, Rendered]]) -> Iterator[tuple[int, Rendered]]:
+    """The next rows, until they have as many tokens as a batch holds."""
+    tokens = 0
+    while tokens < WRITTEN and (item := next(found, None)):
+        tokens += len(item[1].ids)
+        yield item
 
 
 def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> IterableDataset:
@@ -103,7 +148,7 @@ def render_stream(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: 
 def _features() -> dict[str, Any]:
     from datasets import List, Value
 
-    return {name: List(Value("int32")) for name in ("input_ids", "labels", "rows")}
+    return {name: List(Value("int32")) for name in COLUMNS}
 
 
 def _within_length(
@@ -112,7 +157,7 @@ def _within_length(
     """Rows cut to `max_length`, with their numbers; one that cannot be used is raised, or skipped and listed."""
     max_length = settings.get("max_length") if settings else None
     skips = settings is not None and settings.get("on_bad_row") == "skip"
-    for number, row in enumerate(tokenize(rows, tokenizer, mode(settings), remarks)):
+    for number, row in enumerate(tokenize(rows, tokenizer, mode(settings), remarks, max_length)):
         if isinstance(row, Rendered):
             row.ids, row.labels = row.ids[:max_length], row.labels[:max_length]
             if any(label != IGNORED for label in row.labels):
@@ -145,62 +190,112 @@ def mode(settings: Settings | None) -> str:
 
 
 def tokenize(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, train_on: str = "all_turns", remarks: Remarks | None = None
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str = "all_turns",
+    remarks: Remarks | None = None,
+    max_length: int | None = None,
 ) -> Iterator[Rendered | DataError]:
     """Each row as tokens, in order and without truncation, or what is wrong with it in its stead.
+
+    Of a text of more than `LONG` characters no more is tokenized than `max_length` needs; the row is remarked.
 
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
     """
-    if any("messages" in example for example in rows.examples) and tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and any("messages" in example for example in rows.examples):
         raise ModelError(
             "the model has no chat template, so a conversation cannot be rendered",
             why="base models are trained on plain text",
             help='prompt_template: "### User: {input}\\n### Assistant: ", or chat_template: chatml, or rows of text',
         )
-    renderer = RowTokenizer(tokenizer, Remarks() if remarks is None else remarks)
-    for start in range(0, len(rows), BATCH):
-        yield from renderer.batch(rows.examples[start : start + BATCH], rows.where[start : start + BATCH], train_on)
+    renderer = RowTokenizer(tokenizer, Remarks() if remarks is None else remarks, max_length)
+    texts = renderer.texts(zip(rows.examples, rows.where, strict=True))
+    while batch := list(take_batch(texts, lambda row: len(row.text))):
+        yield from renderer.batch(batch, train_on)
+
+
+def take_batch(rows: Iterator[T], size: Callable[[T], int] = len) -> Iterator[T]:  # type: ignore[assignment]
+    """The next rows, as many as are tokenized at once; `size` counts the characters of one."""
+    characters = 0
+    for row in itertools.islice(rows, BATCH):
+        yield row
+        characters += size(row)
+        if characters >= CHARACTERS:
+            return
 
 
 class RowTokenizer(RowRenderer):
-    """Rows to tokens by one tokenizer."""
+    """Rows to tokens by one tokenizer; of a very long row only those that can be within `max_length`."""
 
-    def batch(self, examples: list[Example], where: list[str], train_on: str) -> Iterator[Rendered | DataError]:
-        texts: list[str] = []
-        spans: list[list[Span] | DataError] = []
-        for example, self.where in zip(examples, where, strict=True):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks, max_length: int | None):
+        super().__init__(tokenizer, remarks)
+        self.max_length = max_length
+
+    def texts(self, rows: Iterable[tuple[Example, str]]) -> Iterator[Text]:
+        """Each row as its template renders it, as far as its tokens can be within `max_length`."""
+        for self.number, (example, where) in enumerate(rows):
             try:
-                with locate_errors(self.where):
-                    text, found = self.conversation(example) if "messages" in example else (example["text"], [])
-                texts.append(text)
-                spans.append(found)
+                with locate_errors(where):
+                    text, spans = self.conversation(example) if "messages" in example else (example["text"], [])
+                    whole, text = len(text), self._head(text)
+                yield Text(self.number, example, text, spans, is_whole=len(text) == whole)
             except DataError as error:
-                texts.append("")
-                spans.append(error)
+                yield Text(self.number, example, "", error)
+
+    def _head(self, text: str) -> str:
+        """Of a very long text the part that gives `max_length` tokens: its own are the same as those of the whole.
+
+        A tokenizer's choice depends on the characters around it, not on those a thousand tokens on.
+
+        Raises:
+            DataError: the text is too long to be tokenized as a whole, and no part of it is enough.
+        """
+        if len(text) <= LONG:
+            return text
+        if self.max_length is not None:
+            head = text[: LONG + 8 * self.max_length]
+            ids = self.tokenizer(head, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            if len(head) < len(text) and len(ids) > self.max_length + MARGIN:
+                self.remark("long_text")
+                return head
+        if len(text) > LONGEST:
+            raise DataError(
+                f"the row is a text of {len(text):,} characters, too long to be one sequence of tokens",
+                why="max_length is null, so that all of it would be tokenized" * (not self.max_length),
+                help="split it into several rows, or remove it" + "; or a max_length" * (not self.max_length),
+            )
+        return text
+
+    def batch(self, rows: list[Text], train_on: str) -> Iterator[Rendered | DataError]:
         encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False
+            [row.text for row in rows],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
         )
-        for number, example in enumerate(examples):
-            turns, self.where = spans[number], where[number]
-            ids, offsets = encoded["input_ids"][number], encoded["offset_mapping"][number]
-            if isinstance(turns, DataError):
-                yield turns
+        ids_of, offsets_of = encoded["input_ids"], encoded["offset_mapping"]
+        for number, (self.number, example, text, spans, is_whole) in enumerate(rows):
+            ids, offsets = ids_of[number], offsets_of[number]
+            if isinstance(spans, DataError):
+                yield spans
             elif "messages" not in example:
                 if chat := RENDERED_CHAT.search(example["text"]):
                     self.remark("rendered_text", chat[0].strip())
                 ids = self._add_begin_and_end(ids)
-                yield Rendered(ids, list(ids))
+                yield Rendered(ids, list(ids), is_whole=is_whole)
             else:
-                cuts = [span.start for span in turns] + [span.end for span in turns if not span.ends]
-                ids, offsets = self._tokenize_apart(texts[number], sorted(cuts), (ids, offsets))
-                if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(texts[number]):
+                cuts = [span.start for span in spans] + [span.end for span in spans if not span.ends]
+                ids, offsets = self._tokenize_apart(text, sorted(cuts), (ids, offsets))
+                if number < LOOKED_AT and _letters(self.tokenizer.decode(ids)) != _letters(text):
                     self.remark("changed_by_tokenizer")
-                if self.unknown in ids and str(self.tokenizer.unk_token) not in texts[number]:
+                if self.unknown in ids and str(self.tokenizer.unk_token) not in text:
                     self.remark("changed_by_tokenizer")
                 if self.begin and ids[: len(self.begin)] != self.begin:
                     self.remark("no_beginning", self.tokenizer.decode(self.begin))
-                yield _labelled(ids, offsets, turns, train_on)
+                rendered = _labelled(ids, offsets, spans, train_on)
+                rendered.is_whole = is_whole
+                yield rendered
 
     def _add_begin_and_end(self, ids: list[int]) -> list[int]:
         """Plain text is trained whole: it begins as the tokenizer begins every text, and ends by one end token."""

@@ -5,18 +5,22 @@ Errors make a set unfit, warnings ask for a look, figures describe.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stepladder import files
-from stepladder.data import render
+from stepladder.data import copies, render
+from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
-from stepladder.data.rows import WIDE, Rows, all_text, normal_text, own_text, role_text, width
+from stepladder.data.rows import WIDE, Rows, all_text, role_text, width
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -27,10 +31,6 @@ ERROR, WARNING, FIGURE = "error", "warning", "figure"
 LANGUAGE_SAMPLE = 2000  # rows
 LANGUAGE_SURE = 40  # characters below which a language cannot be told
 LONG_ENOUGH = 20  # characters from which a text's tokens per character say something
-
-# Near-duplicates: Jaccard similarity of the texts' 5-character pieces. 18 bands of 7 find 98.5 % of
-# the pairs at 0.8 as candidates; each candidate is then compared exactly.
-NEAR, PIECE, PERMUTATIONS, BANDS, CANDIDATES = 0.8, 5, 126, 18, 50
 
 PRIVATE, ODD = (
     {name: re.compile("|".join(patterns)) for name, patterns in kinds.items()}
@@ -52,9 +52,9 @@ class Finding:
     severity: str
     name: str
     what: str
-    where: list[str] = field(default_factory=list)
+    where: Sequence[str] = ()
     help: str = ""
-    like: list[str] = field(default_factory=list)
+    like: Sequence[str] = ()
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,70 +92,38 @@ def _copies(found: Rows, evaluation: Rows | None) -> Iterator[Finding]:
     """Rows that are (nearly) others, and evaluation rows that are (nearly) trained on."""
     own = len(found)
     apart = evaluation or Rows("", [], [])
-    examples = found.examples + apart.examples
-    exact, near = _pairs(list(map(normal_text, examples)), list(map(own_text, examples)), own)
-    places = found.where + apart.where
-    for name, pairs, word in (("duplicates", exact, "exact"), ("near_duplicates", near, "near")):
-        inside = [(i, j) for i, j in pairs if i < own]
-        across = [(i, j) for i, j in pairs if i >= own]
+    places = join([found.where, apart.where])
+    for name, (later, earlier), word in zip(
+        ("duplicates", "near_duplicates"),
+        copies.find(join([found.examples, apart.examples]), own),
+        ("exact", "near"),
+        strict=True,
+    ):
+        inside = bisect.bisect_left(later, own)  # they are in the rows' order
         for label, what, help, these in (
-            (name, f"{word} copies of other rows", "remove them, unless they are meant to weigh more", inside),
-            (f"eval_{name}", f"{word} copies of trained rows in {apart.name}", "remove them from one set", across),
+            (name, f"{word} copies of other rows", "remove them, unless they are meant to weigh more", slice(inside)),
+            (
+                f"eval_{name}",
+                f"{word} copies of trained rows in {apart.name}",
+                "remove them from one set",
+                slice(inside, None),
+            ),
         ):
-            if these:
-                where, like = [places[i] for i, _ in these], [places[j] for _, j in these]
-                yield Finding(WARNING, label, f"{what}: {len(these):,}", where, help, like)
-
-
-def _pairs(wholes: list[str], words: list[str], own: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(later, earlier) positions of equal rows, and of nearly equal ones, one pair for each later row.
-
-    Equal rows are alike as a whole; nearly equal ones are alike in their words, and as a whole.
-    The first `own` rows are compared with each other, the rest with those only. What is a near copy
-    stands for nothing itself: its own copies are those of the first.
-    """
-    from rensa import RMinHash, RMinHashLSH
-
-    first: dict[str, int] = {}
-    exact, near = [], []
-    index = RMinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS, num_bands=BANDS)
-    for i, whole in enumerate(wholes):
-        if whole in first:
-            exact.append((i, first[whole]))
-            continue
-        if i < own:
-            first[whole] = i
-        pieces = _pieces(words[i])
-        sketch = RMinHash(num_perm=PERMUTATIONS, seed=1)
-        sketch.update(list(pieces))
-        for j in sorted(index.query(sketch))[:CANDIDATES]:
-            if _alike(pieces, _pieces(words[j])) and _alike(_pieces(whole), _pieces(wholes[j])):
-                near.append((i, j))
-                break
-        else:
-            if i < own:
-                index.insert(i, sketch)
-    return exact, near
-
-
-def _alike(pieces: set[str], others: set[str]) -> bool:
-    return len(pieces & others) >= NEAR * len(pieces | others)
-
-
-def _pieces(text: str) -> set[str]:
-    return {text[i : i + PIECE] for i in range(max(1, len(text) - PIECE + 1))}
+            if many := len(later[these]):
+                where, like = take(places, later[these]), take(places, earlier[these])
+                yield Finding(WARNING, label, f"{what}: {many:,}", where, help, like)
 
 
 def _suspects(found: Rows, patterns: dict[str, re.Pattern[str]], name: str, help: str) -> Iterator[Finding]:
-    places: dict[str, list[str]] = {}
-    for example, where in zip(found.examples, found.where, strict=True):
+    numbers: dict[str, array[int]] = {}
+    for number, example in enumerate(found.examples):
         text = all_text(example)
         for kind, pattern in patterns.items():
             if any(_is_meant(kind, match[0]) for match in pattern.finditer(text)):
-                places.setdefault(kind, []).append(where)
-    for kind, where_all in places.items():
-        what = f"{kind} in {len(where_all):,} row{'s' * (len(where_all) != 1)}"
-        yield Finding(WARNING, name, what, where_all, help)
+                numbers.setdefault(kind, array("Q")).append(number)
+    for kind, rows in numbers.items():
+        what = f"{kind} in {len(rows):,} row{'s' * (len(rows) != 1)}"
+        yield Finding(WARNING, name, what, take(found.where, rows), help)
 
 
 def _is_meant(kind: str, text: str) -> bool:
@@ -169,7 +137,7 @@ def _is_meant(kind: str, text: str) -> bool:
 
 def _lengths(found: Rows) -> Iterator[Finding]:
     for label, role in (("input", "user"), ("output", "assistant")):
-        lengths = [len(role_text(example, role)) for example in found.examples]
+        lengths = array("Q", (len(role_text(example, role)) for example in found.examples))
         if any(lengths):
             yield Finding(FIGURE, f"{label}_characters", f"{label} characters", figures=spread(lengths))
 
@@ -178,11 +146,11 @@ def _languages(found: Rows) -> Iterator[Finding]:
     """Shares of the languages, of a sample spread over the set. Short texts and numbers tell none."""
     from py3langid import classify
 
-    sample = found.examples[:: math.ceil(len(found) / LANGUAGE_SAMPLE)]
-    texts = [text for text in map(all_text, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE]
+    sample = take(found.examples, range(0, len(found), math.ceil(len(found) / LANGUAGE_SAMPLE)))
+    texts = (text for text in map(all_text, sample) if sum(map(str.isalpha, text)) >= LANGUAGE_SURE)
     counts = Counter(classify(text[:1000])[0] for text in texts)
-    if counts:
-        shares = {language: round(count / len(texts), 4) for language, count in counts.most_common()}
+    if total := counts.total():
+        shares = {language: round(count / total, 4) for language, count in counts.most_common()}
         yield Finding(FIGURE, "languages", "languages", figures=shares)
 
 
@@ -195,30 +163,31 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     max_length, train_on = settings.get("max_length"), render.mode(settings)
     skips = settings.get("on_bad_row") == "skip"
     bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
-    lengths, trained, kept, turns, ended, kept_rows = [0], 0, 0, 0, 0, 0
-    cut: list[str] = []
-    beheaded: list[str] = []  # rows that lose their whole answer
-    idle: list[str] = []  # rows with nothing to train
+    trained, kept, turns, ended, kept_rows = 0, 0, 0, 0, 0
+    lengths, cut = array("Q"), array("Q")
+    beheaded = array("Q")  # rows that lose their whole answer
+    idle = array("Q")  # rows with nothing to train
+    all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
-    rendered = render.tokenize(rows, tokenizer, train_on, remarks)
-    for where, row in zip(rows.where, rendered, strict=True):
+    for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length)):
         if isinstance(row, DataError):
-            _add_fault(findings, row, where, skips)
+            _add_fault(findings, row, rows.where[number], skips)
             continue
+        all_known = all_known and row.is_whole
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
         trained, kept = trained + len(left), kept + len(row.ids[:max_length])
         is_cut = max_length is not None and len(row.ids) > max_length
         if is_cut:
-            cut.append(where)
+            cut.append(number)
         kept_rows += bool(left)
         if not left:
-            (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(where)
+            (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(number)
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended = turns + row.turns, ended + found
 
-    lengths = lengths[1:] or lengths
+    lengths = lengths or array("Q", [0])
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
     findings += [
         Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths)),
@@ -231,17 +200,18 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
             findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
     if beheaded:
         what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(bad, ANSWER_CUT, what + skipped, beheaded, help))
+        findings.append(Finding(bad, ANSWER_CUT, what + skipped, take(rows.where, beheaded), help))
     if idle:
         what = "nothing of the row is trained"
-        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, idle, "remove the row"))
+        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, take(rows.where, idle), "remove the row"))
     if skips and len(rows) and not kept_rows:
         findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
         what = f"{share_of_rows(cut, len(rows))} are cut by max_length {max_length}"
-        findings.append(Finding(WARNING, "cut", what, cut, f"max_length: {max(lengths)} keeps all, at more memory"))
-    for name, what, help, places in remarks.texts(len(rows)):
-        findings.append(Finding(WARNING, name, what, places, help))
+        help = f"max_length: {max(lengths)} keeps all, at more memory" if all_known else "shorten or split the rows"
+        findings.append(Finding(WARNING, "cut", what, take(rows.where, cut), help))
+    for name, what, help, numbers in remarks.texts(len(rows)):
+        findings.append(Finding(WARNING, name, what, take(rows.where, numbers), help))
     return findings + list(_badly_tokenized(rows, tokenizer))
 
 
@@ -253,30 +223,30 @@ def _add_fault(findings: list[Finding], error: DataError, where: str, skips: boo
         return
     what = error.what.partition(": ")[0] + SKIPPED
     if same := next((finding for finding in findings if finding.what == what), None):
-        same.where.append(where)
+        same.where.append(where)  # type: ignore[attr-defined]
     else:
-        findings.append(Finding(WARNING, NOT_RENDERED, what, [where], error.help))
+        findings.append(Finding(WARNING, NOT_RENDERED, what, FileList([where]), error.help))
 
 
 def _badly_tokenized(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Texts with more tokens than characters, and texts with characters that the tokenizer does not know."""
-    dense: list[str] = []
-    unknown: list[str] = []
-    for start in range(0, len(rows), render.BATCH):
-        texts = [all_text(example) for example in rows.examples[start : start + render.BATCH]]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for text, ids, where in zip(texts, encoded, rows.where[start:], strict=False):
+    dense, unknown = array("Q"), array("Q")
+    texts = (all_text(example)[: render.LONG] for example in rows.examples)
+    numbers = itertools.count()
+    while batch := list(render.take_batch(texts)):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for text, ids, number in zip(batch, encoded, numbers, strict=False):
             if len(ids) > len(text) >= LONG_ENOUGH:
-                dense.append(where)
+                dense.append(number)
             if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) and tokenizer.unk_token_id in ids:
-                unknown.append(where)
-    for name, places, what in (
+                unknown.append(number)
+    for name, found, what in (
         ("more_tokens_than_characters", dense, "have more tokens than characters: slow to train and hard to learn"),
         ("unknown_characters", unknown, "hold characters that the tokenizer does not know"),
     ):
-        if places:
+        if found:
             help = "a model whose tokenizer knows this script, or other rows"
-            yield Finding(WARNING, name, f"{share_of_rows(places, len(rows))} {what}", places, help)
+            yield Finding(WARNING, name, f"{share_of_rows(found, len(rows))} {what}", take(rows.where, found), help)
 
 
 def spread(values: Iterable[int]) -> dict[str, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,54 +49,55 @@ NO_END = (
 )
 
 
-def share_of_rows(places: list[str], total: int) -> str:
-    return f"{len(places):,} of {total:,} rows ({len(places) / total:.1%})"
+def share_of_rows(numbers: Sequence[int], total: int) -> str:
+    return f"{len(numbers):,} of {total:,} rows ({len(numbers) / total:.1%})"
 
 
 @dataclass
 class Remarks:
-    """Rows by what is remarked of them, and the rows that were left out (`file:line: what`).
+    """The numbers of rows by what is remarked of them, and the rows that were left out (`file:line: what`).
 
     `turns` are trained, and `ends` of them train their end of turn within `max_length`.
     """
 
-    rows: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    rows: dict[tuple[str, str], array[int]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     turns: int = 0
     ends: int = 0
 
-    def add(self, kind: str, where: str, detail: str = "") -> None:
+    def add(self, kind: str, row: int, detail: str = "") -> None:
         """Remark a row once under each kind; the detail of the first stands for most kinds."""
         key = (kind, detail)
         if not REMARKS[kind].get("each"):
             key = next((known for known in self.rows if known[0] == kind), key)
-        places = self.rows.setdefault(key, [])
-        if not places or places[-1] != where:
-            places.append(where)
+        numbers = self.rows.setdefault(key, array("Q"))
+        if not numbers or numbers[-1] != row:
+            numbers.append(row)
 
     def skip(self, error: DataError) -> None:
         self.skipped.append(f"{error.where}: {error.what}")
 
-    def join(self, other: Remarks) -> None:
-        """Add what was remarked of the rows that follow."""
-        for (kind, detail), places in other.rows.items():
-            for where in places:
-                self.add(kind, where, detail)
+    def join(self, other: Remarks, first: int) -> None:
+        """Add what was remarked of the rows that follow, from the number `first` on."""
+        for (kind, detail), numbers in other.rows.items():
+            for number in numbers:
+                self.add(kind, first + number, detail)
         self.skipped += other.skipped
         self.turns, self.ends = self.turns + other.turns, self.ends + other.ends
 
-    def texts(self, total: int) -> list[tuple[str, str, str, list[str]]]:
-        """Kind, what is remarked, what helps and the rows, of a set of so many rows."""
+    def texts(self, total: int) -> list[tuple[str, str, str, array[int]]]:
+        """Kind, what is remarked, what helps and the numbers of the rows, of a set of so many rows."""
         found = []
-        for (kind, detail), places in self.rows.items():
+        for (kind, detail), numbers in self.rows.items():
             what, help = REMARKS[kind]["what"], REMARKS[kind]["help"]
-            what = what.format(rows=share_of_rows(places, total), detail=repr(detail))
-            found.append((kind, what, help.format(), places))
+            what = what.format(rows=share_of_rows(numbers, total), detail=repr(detail))
+            found.append((kind, what, help.format(), numbers))
         return found
 
-    def notes(self, total: int) -> list[str]:
-        """What a run prints at its start: each remark with the first row that it concerns."""
-        notes = [f"{text}, the first at {places[0]}: {help}" for _, text, help, places in self.texts(total)]
+    def notes(self, where: Sequence[str]) -> list[str]:
+        """What a run prints at its start: each remark with the first row that it concerns, by the rows' places."""
+        texts = self.texts(len(where))
+        notes = [f"{text}, the first at {where[numbers[0]]}: {help}" for _, text, help, numbers in texts]
         if self.skipped:
             notes.append(f"{len(self.skipped):,} rows are skipped, the first at {self.skipped[0]}")
         return notes
@@ -109,10 +112,10 @@ class RowRenderer:
         self.begin = beginning(tokenizer)
         self.unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
 
-        self.where = ""  # of the row at hand
+        self.number = 0  # of the row at hand
 
     def remark(self, kind: str, detail: str = "") -> None:
-        self.remarks.add(kind, self.where, detail)
+        self.remarks.add(kind, self.number, detail)
 
     def conversation(self, example: Example) -> tuple[str, list[Span]]:
         """A conversation as text, and the characters of its trained turns.

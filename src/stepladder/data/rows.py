@@ -1,23 +1,26 @@
-"""Examples of a set, held in memory or streamed, with the place each came from; and what a bad row does.
+"""Examples of a set, held in a file or streamed, with the place each came from; and what a bad row does.
 
 A row is known by its key, which is made of its text.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import random
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stepladder.data import formats
 from stepladder.data.columns import UNKNOWN_KEYS, Converter, Remark, usual_shape
 from stepladder.data.conversation import REASONING
+from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import Found
 from stepladder.data.source import SAMPLED_ROWS, Source
 from stepladder.errors import DataError
@@ -33,15 +36,15 @@ Item = tuple[formats.Example, str]
 
 @dataclass
 class Rows:
-    """Examples held in memory.
+    """Examples, where each came from, and what is known of them as a set: neither changes.
 
     `skipped` lists the bad rows that were left out (`file:line: what`), `notes` holds what a person
     should be told, and `sets` how many of its rows each set of a mixture gives, and their share.
     """
 
     name: str
-    examples: list[formats.Example]
-    where: list[str]
+    examples: Sequence[formats.Example]
+    where: Sequence[str]
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sets: list[dict[str, Any]] = field(default_factory=list)
@@ -51,8 +54,8 @@ class Rows:
 
     def take(self, chosen: Iterable[int]) -> Rows:
         """The rows at these positions."""
-        picked = list(chosen)
-        examples, where = [self.examples[i] for i in picked], [self.where[i] for i in picked]
+        picked = array("Q", chosen)
+        examples, where = take(self.examples, picked), take(self.where, picked)
         return Rows(self.name, examples, where, self.skipped, self.notes, self.sets)
 
     @classmethod
@@ -61,8 +64,8 @@ class Rows:
         total = sum(map(len, parts))
         return cls(
             name=" + ".join(part.name for part in parts),
-            examples=[example for part in parts for example in part.examples],
-            where=[where for part in parts for where in part.where],
+            examples=join([part.examples for part in parts]),
+            where=join([part.where for part in parts]),
             skipped=[line for part in parts for line in part.skipped],
             notes=[note for part in parts for note in part.notes],
             sets=[{**part.sets[0], "rows": len(part), "share": round(len(part) / total, 6)} for part in parts if total],
@@ -75,16 +78,21 @@ class Rows:
     def fingerprint(self) -> dict[str, Any]:
         """Name, number and SHA-256 of the examples in their order; skipped rows; the sets' shares."""
         skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped}
-        return {"name": self.name, **digest(self.examples), **skipped, "sets": self.sets}
+        return {"name": self.name, **self._digest, **skipped, "sets": self.sets}
+
+    @functools.cached_property
+    def _digest(self) -> dict[str, Any]:
+        return digest(self.examples)
 
 
 def digest(examples: Iterable[formats.Example]) -> dict[str, Any]:
     """The number of examples, and the SHA-256 of their canonical JSON."""
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
-    content, count, rest = hashlib.sha256(), 0, iter(examples)
-    while chunk := list(itertools.islice(rest, 1000)):  # a call of the encoder costs more than a row
-        content.update(encode(chunk).encode())
-        count += len(chunk)
+    content, count = hashlib.sha256(), 0
+    for count, example in enumerate(examples, start=1):  # lists of a thousand
+        before = ", " if count % 1000 != 1 else "][" if count > 1 else "["
+        content.update((before + encode(example)).encode())
+    content.update(b"]" if count else b"")
     return {"rows": count, "sha256": content.hexdigest()}
 
 
@@ -96,21 +104,22 @@ def collect(source: Source, skip_bad_rows: bool = False) -> Rows:
     """
     skipped: list[str] = []
     remarks: list[Remark] = []
-    pairs = list(examples(source, skip_bad_rows, skipped, remarks))
-    if not pairs:
+    found, places, long = FileList[formats.Example](), FileList[str](), []
+    for example, where in examples(source, skip_bad_rows, skipped, remarks):
+        found.append(example)
+        places.append(where)
+        length = len(example.get("text", "")) + sum(len(message["content"]) for message in example.get("messages", ()))
+        if length > LONG:
+            long.append(f"{where}: a row of {length:,} characters; is a line break missing?")
+    if not found:
         why = f"all {len(skipped)} are bad: {skipped[0]}"
         raise DataError(f"no row of {source.label} can be used", why=why, help=_help_of_first(source))
-    rows = Rows.from_pairs(source.label, pairs)
-    rows.skipped = skipped
+    rows = Rows(source.label, found, places, skipped)
     rows.sets = [{"name": source.label, "rows": len(rows), "of": len(rows), "share": 1.0}]
     if skipped:
         rows.notes.append(f"{len(skipped)} bad rows of {source.label} are skipped, the first at {skipped[0]}")
     # Message keys that the chat template does not read are reported as it renders (row_renderer.py).
-    rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS]
-    for example, where in pairs:
-        length = len(example.get("text", "")) + sum(len(message["content"]) for message in example.get("messages", ()))
-        if length > LONG:
-            rows.notes.append(f"{where}: a row of {length:,} characters; is a line break missing?")
+    rows.notes += [str(remark) for remark in remarks if remark.name != UNKNOWN_KEYS] + long
     return rows
 
 

@@ -121,17 +121,18 @@ class Source:
         sliced = SLICE.fullmatch(self.split)  # as the hub's own loader reads it
         split = sliced["name"] if sliced else self.split
         files = self._files(split)
-        found = itertools.chain.from_iterable(read(file, split) for file in files)
+        found, again = (itertools.chain.from_iterable(read(file, split) for file in files) for _ in range(2))
         if not sliced or sliced["start"] == sliced["stop"] is None:
             return found
-        rows = list(found)  # how many there are must be known for percentages and for counting from the end
+        total = sum(1 for _ in found)  # must be known for percentages and for counting from the end
 
         def bound(text: str | None) -> int | None:
             if text is None:
                 return None
-            return round(int(text[:-1]) / 100 * len(rows)) if text.endswith("%") else int(text)
+            return round(int(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
 
-        return iter(rows[bound(sliced["start"]) : bound(sliced["stop"])])
+        chosen = range(total)[bound(sliced["start"]) : bound(sliced["stop"])]
+        return itertools.islice(again, chosen.start, chosen.stop)
 
     def _files(self, split: str) -> list[Path]:
         root = Path() if self.path in GENERIC else Path(self.path).expanduser()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stepladder.data import mixture
+from stepladder.data.file_list import join
 from stepladder.data.formats import Example
 from stepladder.data.mixture import HeldOut
 from stepladder.data.render import IGNORED, render
@@ -97,9 +99,10 @@ class Runs:
             parts += [rows] if rows else []
         if len(parts) < 2:
             return parts[0] if parts else None
-        examples = [example for rows in parts for example in rows.examples]
         return Rows(
-            " + ".join(rows.name for rows in parts), examples, [where for rows in parts for where in rows.where]
+            " + ".join(rows.name for rows in parts),
+            join([rows.examples for rows in parts]),
+            join([rows.where for rows in parts]),
         )
 
     def held_out(self, source: str) -> Rows:
@@ -215,7 +218,7 @@ def leave_out_copied_prompts(asked: list[Question], notes: list[str]) -> list[Qu
     return [asked[i] for i in first]
 
 
-def _firsts(examples: list[Example]) -> list[int]:
+def _firsts(examples: Iterable[Example]) -> list[int]:
     """Where each row stands first, by all that it gives to the model, blanks apart."""
     found: dict[str, int] = {}
     for i, example in enumerate(examples):

@@ -28,6 +28,7 @@ from stepladder.data.render import IGNORED
 from stepladder.recipe.recipe import StepLayout
 
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
 
 Row = dict[str, Any]
@@ -66,7 +67,15 @@ class Order(Sampler[int]):
         group: rows that are sorted by length together.
     """
 
-    def __init__(self, rows: int, layout: StepLayout, seed: int, strategy: str, lengths: Sequence[int], group: int = 1):
+    def __init__(
+        self,
+        rows: int,
+        layout: StepLayout,
+        seed: int,
+        strategy: str,
+        lengths: Sequence[int] | np.ndarray,
+        group: int = 1,
+    ):
         self.rows, self.layout, self.seed, self.strategy = rows, layout, seed, strategy
         self.lengths, self.group = lengths, group
         self.epoch = 0
@@ -83,16 +92,20 @@ class Order(Sampler[int]):
         return self.steps * self.layout.places
 
     def __iter__(self) -> Iterator[int]:
-        order = list(range(self.rows))
-        if self.strategy != "sequential":
+        if self.strategy == "sequential":
+            order = iter(range(self.rows))
+        else:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.rows, generator=generator).tolist()
-        sizes = {self.group, self.layout.rows} if self.strategy == "group_by_length" else {self.layout.rows}
-        for size in sorted(sizes, reverse=True):
-            groups = (order[start : start + size] for start in range(0, self.rows, size))
-            order = [i for rows in groups for i in sorted(rows, key=lambda i: -self.lengths[i])]
-        for start in range(0, self.rows, self.layout.rows):
-            yield from self.layout.spread(order[start : start + self.layout.rows], empty=self.rows)
+            order = map(int, torch.randperm(self.rows, generator=generator).numpy())
+        if self.strategy == "group_by_length" and self.group > self.layout.rows:
+            order = itertools.chain.from_iterable(self._by_length(order, self.group))
+        for rows in self._by_length(order, self.layout.rows):
+            yield from self.layout.spread(rows, empty=self.rows)
+
+    def _by_length(self, order: Iterator[int], size: int) -> Iterator[list[int]]:
+        """The rows in groups of this size, the longest of each first."""
+        while rows := list(itertools.islice(order, size)):
+            yield sorted(rows, key=lambda row: -self.lengths[row])
 
 
 class StepStream(IterableDataset):
