@@ -193,7 +193,9 @@ def test_every_shipped_model_has_its_shape() -> None:
 
 
 def test_the_command_line() -> None:
-    done = script("plan", "--recipe", "models/llama-3.1-8b/lora", "--gpus", 1, "--gpu", "4090", "--json")
+    """Guards what a person copies: the command repeats the keys given, else it would train another batch."""
+    keys = "--global-batch-size", 16, "--gradient_checkpointing=false", "--seed=3"
+    done = script("plan", "--recipe", "models/llama-3.1-8b/lora", "--gpus", 1, "--gpu", "4090", "--json", *keys)
     assert done.code == 0, done
     answer = json.loads(done.out)
     best = answer["recommended"]
@@ -201,6 +203,7 @@ def test_the_command_line() -> None:
     assert sum(best["memory"].values()) == pytest.approx(best["peak_memory_bytes"], abs=10)
     launch, slurm = answer["commands"]
     assert launch.startswith("accelerate launch --config_file accelerate_configs/single.yaml --num_processes 1 ")
+    assert " --global-batch-size 16 --seed=3 --per_device" in launch and launch.count("gradient_checkpointing") == 1
     assert slurm.startswith("sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --mem-per-gpu=48G slurm/sft.sbatch ")
 
 
