@@ -91,8 +91,9 @@ def zero3_traffic(
 ) -> dict[str, float]:  # fmt: skip
     """The same under ZeRO-3, which pads each parameter to a multiple of the ranks (`partition_parameters.py`).
 
-    What is gathered as the forward pass ends is kept for the backward pass. A layer of more than `live` numbers that is
-    computed again is gathered again in part (`partitioned_param_coordinator.py`).
+    What is gathered as the forward pass ends is kept for the backward pass, and a layer of more than `live` numbers
+    that is computed again is gathered again in part (`partitioned_param_coordinator.py`). Frozen layers are not kept:
+    they are gathered for each pass, and a half of `live` less where layers are computed again (counted, not read).
 
     Args:
         hidden: the hidden size.
@@ -100,15 +101,22 @@ def zero3_traffic(
         layer: numbers of a layer.
         element: bytes per number that is reduced.
     """
-    numbers = gathered = reduced = persistent = 0.0
+    numbers = reduced = persistent = 0.0
+    gathered = dict.fromkeys(("layer", "embedding", "ends"), 0.0)
     for parameter in parameters:
         padded = math.ceil(parameter.numbers / ranks) * ranks
         reduced += parameter.trained * padded * element
         if parameter.numbers <= ZERO3_PERSISTENT * hidden:
             persistent += padded * parameter.computed  # gathered once, after the optimizer step
         else:
-            numbers, gathered = numbers + padded, gathered + padded * parameter.computed
-    size = gathered / numbers
-    more = numbers - min(numbers, live) + recomputed * max(0, layer - live)
-    sent = accumulation * (gathered + more * size) + persistent
-    return {"all-gather": sent, "reduce-scatter": accumulation * reduced}
+            numbers += padded
+            gathered[parameter.part] += padded * parameter.computed
+    once = sum(gathered.values())
+    kept = min(numbers, live) * once / numbers
+    if all(parameter.trained for parameter in parameters):
+        sent = 2 * once - kept + recomputed * max(0, layer - live) * once / numbers
+    else:
+        passes = 3 if recomputed else 2
+        sent = passes * gathered["layer"] + 2 * gathered["ends"] + gathered["embedding"]
+        sent -= kept / 2 if recomputed else 0.0
+    return {"all-gather": accumulation * sent + persistent, "reduce-scatter": accumulation * reduced}
