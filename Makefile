@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
+.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-scale plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -73,6 +73,10 @@ survive: $(INSTALLED) models/smollm2-135m-instruct ## what saves and resumed sta
 
 plan-check: $(INSTALLED) models/smollm2-135m-instruct ## hold the plan's peak memory against real steps; writes docs/planning.md (about 20 minutes)
 	$(BIN)/python benchmarks/plan.py --folder runs/plan-check --page docs/planning.md
+
+plan-scale: $(INSTALLED) ## hold the plan of up to 512 ranks against PyTorch on fake tensors; writes docs/planning.md (about 5 minutes)
+	$(BIN)/python benchmarks/plan_scale.py --page docs/planning.md
+	$(BIN)/python benchmarks/plan_zero3.py --page docs/planning.md
 
 plan-gpu: $(INSTALLED) ## the same on a CUDA GPU, with random weights of 0.6 to 8 billion parameters (not run yet: see docs/planning.md)
 	$(BIN)/python benchmarks/plan_gpu.py --folder runs/plan-gpu --page docs/planning.md

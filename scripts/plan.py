@@ -49,7 +49,7 @@ def main() -> None:
     with console.quick_imports():
         from stepladder.planning import plan_tables
 
-    plan_tables.print_plan(args, recipe, device)
+    plan_tables.print_plan(args, overrides, recipe, device)
 
 
 if __name__ == "__main__":

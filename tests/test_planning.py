@@ -19,6 +19,7 @@ from stepladder.training.launch.launcher import Launch, Strategy
 
 sys.path.append(str(ROOT / "benchmarks"))
 import plan as benchmark
+import plan_scale as scaled
 
 Case = benchmark.Case
 SLICE = [
@@ -227,7 +228,9 @@ def test_every_shipped_model_has_its_shape() -> None:
 
 
 def test_the_command_line() -> None:
-    done = script("plan", "--recipe", "models/llama-3.1-8b/lora", "--gpus", 1, "--gpu", "4090", "--json")
+    """Guards what a person copies: the command repeats the keys given, else it would train another batch."""
+    keys = "--global-batch-size", 16, "--gradient_checkpointing=false", "--seed=3"
+    done = script("plan", "--recipe", "models/llama-3.1-8b/lora", "--gpus", 1, "--gpu", "4090", "--json", *keys)
     assert done.code == 0, done
     answer = json.loads(done.out)
     best = answer["recommended"]
@@ -235,6 +238,7 @@ def test_the_command_line() -> None:
     assert sum(best["memory"].values()) == pytest.approx(best["peak_memory_bytes"], abs=10)
     launch, slurm = answer["commands"]
     assert launch.startswith("accelerate launch --config_file accelerate_configs/single.yaml --num_processes 1 ")
+    assert " --global-batch-size 16 --seed=3 --per_device" in launch and launch.count("gradient_checkpointing") == 1
     assert slurm.startswith("sbatch --nodes=1 --gpus-per-node=1 --cpus-per-gpu=8 --mem-per-gpu=48G slurm/sft.sbatch ")
 
 
@@ -317,3 +321,16 @@ def test_scale_on_the_command_line() -> None:
     assert done.code == 0 and len(json.loads(done.out)["scale"]) == 2 * len(plan_tables.SCALED_STRATEGIES), done
     done = script("plan", "--recipe", "models/qwen3-0.6b/full", "--scale", "8,63")
     assert done.code == 2 and "63 GPUs do not fill nodes of 8" in done.err, done
+
+
+def test_the_plan_of_512_ranks_follows_pytorch() -> None:
+    """Guards the formulas of FSDP, which no machine here can run at this size, against `fully_shard` on a fake process
+    group: a change of torch's padding or of the units that Accelerate makes of a model fails here."""
+    cases = [
+        scaled.Case("qwen3-0.6b/full", 512, layers=2, length=256),  # an embedding tied to the head
+        scaled.Case("llama-3.1-8b/lora", 512, layers=2, length=256),  # LoRA's 16 rows are padded to 512
+        scaled.Case("llama-3.1-8b/lora", 512, "hsdp", layers=2, length=256, accumulation=2),
+    ]
+    for case, found in zip(cases, scaled.measure_apart(cases), strict=True):
+        for what, traced in found["trace"].items():
+            assert found["plan"][what] == pytest.approx(traced, rel=0.02), f"{case}: {what}"

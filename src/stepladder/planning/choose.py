@@ -302,9 +302,19 @@ def _no_host(plan: Plan, least: Candidate) -> LaunchError:
     )
 
 
-def command(recipe: str, plan: Plan, candidate: Candidate) -> tuple[str, str]:
-    """The command line on the machine, and the one for Slurm."""
-    keys = quote_for_shell("--recipe", recipe, *candidate.keys)
+def command(recipe: str, overrides: list[str], plan: Plan, candidate: Candidate) -> tuple[str, str]:
+    """The command line on the machine, and the one for Slurm.
+
+    Args:
+        overrides: the recipe's keys on the command line, of which the candidate's replace some.
+    """
+    kept, keeps = [], True
+    for word in overrides:
+        if word.startswith("--"):
+            key = word[2:].partition("=")[0].replace("-", "_")
+            keeps = f"--{key}" not in (*candidate.keys, "--activation_checkpointing")
+        kept += [word] if keeps else []
+    keys = quote_for_shell("--recipe", recipe, *kept, *candidate.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
     launch = f"accelerate launch --config_file accelerate_configs/{candidate.strategy}.yaml"
     launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"

@@ -21,9 +21,6 @@ from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Strategy
 
-# ZeRO-3 keeps a weight gathered if it is used again within so many weights
-# (`stage3_max_reuse_distance`, and `stage3_max_live_parameters`, the defaults of DeepSpeed).
-ZERO3_LIVE = 1e9
 ZERO_BUCKETS = 2  # of `reduce_bucket_size`: one fills while the other is reduced (`overlap_comm`)
 
 
@@ -159,7 +156,7 @@ class _Step:
     def _zero3(self, phase: int) -> tuple[float, float, float, float]:
         """The same under ZeRO-3."""
         whole, ranks, in_step = self.whole, self.ranks, phase == len(PHASES)
-        gathered = 0 if in_step else whole.computed * min(1, ZERO3_LIVE / whole.parameters)
+        gathered = 0 if in_step else whole.computed * min(1, sharding.ZERO3_LIVE / whole.parameters)
         if phase == 3:  # the backward pass is the last use of a layer's weights in a step
             gathered = min(gathered, self.outside + self.layer.computed)
         held = self.element * whole.trainable / ranks + (self.master / ranks if in_step else 0)

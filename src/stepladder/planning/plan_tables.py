@@ -112,11 +112,12 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:,.1f}" if seconds > 360 else f"{seconds / 3600:.2g}"
 
 
-def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
+def print_plan(args: argparse.Namespace, overrides: list[str], recipe: Recipe, device: GPU) -> None:
     """Print what plan.py is asked for.
 
     Args:
         args: plan.py's flags.
+        overrides: the recipe's keys on its command line, which the command to type repeats.
 
     Raises:
         LaunchError: no such strategy, it is none for these GPUs, or none fits.
@@ -143,7 +144,7 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
     steps = choose.steps(recipe, _rows(recipe), plan.rows)
     if args.json:
         rows = [choose.as_json(one) for one in candidates]
-        commands = choose.command(args.recipe, plan, best) if best else None
+        commands = choose.command(args.recipe, overrides, plan, best) if best else None
         chosen = choose.as_json(best) if best else None
         print(json.dumps({"ways": rows, "recommended": chosen, "commands": commands, "steps": steps}))
     else:
@@ -151,7 +152,7 @@ def print_plan(args: argparse.Namespace, recipe: Recipe, device: GPU) -> None:
     if best is None:
         raise choose.no_fit_error(plan, candidates)
     if not args.json:
-        print("\n" + "\n".join(choose.command(args.recipe, plan, best)))
+        print("\n" + "\n".join(choose.command(args.recipe, overrides, plan, best)))
 
 
 def _rows(recipe: Recipe) -> int | None:

@@ -11,10 +11,12 @@ from stepladder.recipe.recipe import sums_sharded
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Strategy
 
-# ZeRO-3 keeps a weight gathered if it is used again within so many weights (`stage3_max_reuse_distance`, the default of
-# DeepSpeed), and for good if it is small (`stage3_param_persistence_threshold`: so many times the hidden size, which is
-# Transformers' `auto`).
-ZERO3_REUSE, ZERO3_PERSISTENT = 1e9, 10
+# ZeRO-3 holds at most so many gathered numbers, and keeps those that are used again within as many
+# (`stage3_max_live_parameters` and `stage3_max_reuse_distance`, the defaults of DeepSpeed).
+ZERO3_LIVE = 1e9
+# ZeRO-3 keeps a parameter whole that has at most so many numbers times the hidden size (Transformers' `auto` for
+# `stage3_param_persistence_threshold`).
+ZERO3_PERSISTENT = 10
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,10 @@ def count_traffic(
         return sent | ({"all-reduce": reduced / sharers} if strategy.is_hsdp else {})  # once a step
     element = zero_element(traced)
     if strategy.is_zero3:
-        return _zero3_traffic(traced, config, ranks, accumulation)
+        recomputed = config.num_hidden_layers * traced.work.checkpointing
+        return zero3_traffic(
+            traced.parameters, config.hidden_size, ranks, accumulation, recomputed, traced.layer.parameters, element
+        )
     if strategy.is_zero:
         return {"all-gather": element * trainable, "reduce-scatter": accumulation * element * trainable}
     return {"all-reduce": 4 * trainable}
@@ -81,15 +86,38 @@ def zero_element(traced: Traced) -> int:
     return 4 if traced.work.precision == "fp32" else 2
 
 
-def _zero3_traffic(traced: Traced, config: Any, ranks: int, accumulation: int) -> dict[str, float]:
-    """The same under ZeRO-3, which pads each parameter to a multiple of the ranks (`partition_parameters.py`)."""
-    small = ZERO3_PERSISTENT * config.hidden_size
-    gathered = reduced = kept = 0.0
-    for parameter in traced.parameters:
-        numbers = math.ceil(parameter.numbers / ranks) * ranks
-        reduced += parameter.trained * numbers * zero_element(traced)
-        if parameter.numbers <= small:
-            kept += numbers * parameter.computed  # gathered once, after the optimizer step
+def zero3_traffic(
+    parameters: tuple[Parameter, ...], hidden: int, ranks: int, accumulation: int, recomputed: int, layer: float,
+    element: int, live: float = ZERO3_LIVE,
+) -> dict[str, float]:  # fmt: skip
+    """The same under ZeRO-3, which pads each parameter to a multiple of the ranks (`partition_parameters.py`).
+
+    What is gathered as the forward pass ends is kept for the backward pass, and a layer of more than `live` numbers
+    that is computed again is gathered again in part (`partitioned_param_coordinator.py`). Frozen layers are not kept:
+    they are gathered for each pass, and a half of `live` less where layers are computed again (counted, not read).
+
+    Args:
+        hidden: the hidden size.
+        recomputed: layers whose forward pass is computed again.
+        layer: numbers of a layer.
+        element: bytes per number that is reduced.
+    """
+    numbers = reduced = persistent = 0.0
+    gathered = dict.fromkeys(("layer", "embedding", "ends"), 0.0)
+    for parameter in parameters:
+        padded = math.ceil(parameter.numbers / ranks) * ranks
+        reduced += parameter.trained * padded * element
+        if parameter.numbers <= ZERO3_PERSISTENT * hidden:
+            persistent += padded * parameter.computed  # gathered once, after the optimizer step
         else:
-            gathered += numbers * parameter.computed
-    return {"all-gather": accumulation * 2 * gathered + kept, "reduce-scatter": accumulation * reduced}
+            numbers += padded
+            gathered[parameter.part] += padded * parameter.computed
+    once = sum(gathered.values())
+    kept = min(numbers, live) * once / numbers
+    if all(parameter.trained for parameter in parameters):
+        sent = 2 * once - kept + recomputed * max(0, layer - live) * once / numbers
+    else:
+        passes = 3 if recomputed else 2
+        sent = passes * gathered["layer"] + 2 * gathered["ends"] + gathered["embedding"]
+        sent -= kept / 2 if recomputed else 0.0
+    return {"all-gather": accumulation * sent + persistent, "reduce-scatter": accumulation * reduced}

@@ -178,9 +178,10 @@ def split_batch(global_batch_size: int, micro_batch_size: int, ranks: int, where
 def sums_sharded(settings: Settings) -> bool:
     """Whether FSDP reduces the gradients after every micro-batch, so that a rank keeps its shard of their sum.
 
-    Else it sums whole gradients in fp32 until the step's last micro-batch (`set_requires_gradient_sync`). Those of an
-    adapter are small, and reducing them once a step is faster; of a whole model no GPU could hold them.
+    Else it sums whole gradients in fp32 until the step's last micro-batch (`set_requires_gradient_sync`). Of a whole
+    model no GPU could hold them, and with an adapter torch 2.13 fails in bf16 on a head that nothing gathers, since
+    TRL reads its weight (`to_accumulated_grad_if_needed` in `_fsdp_param.py`).
     """
     asked = (settings.get("accelerator_config") or {}).get("gradient_accumulation_kwargs") or {}
     chosen = asked.get("sync_each_batch")
-    return not settings.get("use_peft") if chosen is None else bool(chosen)
+    return True if chosen is None else bool(chosen)
