@@ -95,6 +95,7 @@ def estimate(
     """The peak of a training step in its steady state.
 
     Args:
+        ranks: those that share a model's shards; under HSDP, the ranks of a node.
         accumulates: whether an optimizer step takes several micro-batches, so that gradients are there from the start.
         overhead: bytes that the device needs whatever runs on it.
     """
@@ -129,7 +130,7 @@ class _Step:
             weights, held, optimizer, communication = self._zero2(phase)
         elif self.strategy.is_zero3:
             weights, held, optimizer, communication = self._zero3(phase)
-        elif self.strategy.is_fsdp:
+        elif self.strategy.is_fsdp or self.strategy.is_hybrid:
             weights, held, optimizer, communication, activations = self._fsdp(phase)
         else:
             weights, optimizer = whole.held, whole.states
@@ -173,11 +174,14 @@ class _Step:
         units = sharding.fsdp_units(self.traced, self.ranks)
         layer, embedding, ends = units["layer"].divide(self.layers), units["embedding"], units["ends"]
         every = sum(unit.reduced for unit in units.values())
-        done = units["layer"].reduced if not embedding.gathered else every  # what is sharded before the embedding's
+        # What the first layer finds sharded; with a tied head, what the embedding does.
+        done = every - embedding.reduced - layer.reduced if embedding.gathered else units["layer"].reduced
         activations = self.whole.apart[phase] if phase < len(PHASES) else 0.0
         communication = max(self._gathered(phase, layer, embedding, ends)) - activations if phase < len(PHASES) else 0.0
-        held = every if self.accumulates or phase > 3 else done if phase == 3 else ends.reduced if phase == 2 else 0.0
-        held /= self.ranks
+        now = done if phase == 3 else ends.reduced if phase == 2 else 0.0  # of this micro-batch
+        held = (every if self.accumulates or phase > 3 else now) / self.ranks
+        if self.strategy.is_hybrid and self.accumulates:  # kept beside their sum until the pass ends (`AllReduceState`)
+            held += now / self.ranks
         if self.accumulates and phase < len(PHASES) and not sums_sharded(self.settings):
             held = self.master  # whole, in fp32
         padded = every / self.master if self.master else 1.0
@@ -205,7 +209,8 @@ class _Step:
             return [apart + always + 2 * fetched + max(layer.reduced, 0.0 if tied else ends.reduced)]
         if tied:
             return [apart + always + layer.reduced + (0.0 if ends.reduced else fetched)]
-        return [apart + max(embedding.reduced, layer.reduced + fetched + first), 2 * first + layer.reduced]
+        on_embedding = embedding.reduced + (embedding.reduced + layer.reduced) / self.ranks
+        return [apart + max(on_embedding, layer.reduced + fetched + first), 2 * first + layer.reduced]
 
 
 def checkpoint_copy(traced: Traced, settings: Settings, strategy: Strategy) -> float:
