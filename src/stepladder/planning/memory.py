@@ -130,7 +130,7 @@ class _Step:
             weights, held, optimizer, communication = self._zero2(phase)
         elif self.strategy.is_zero3:
             weights, held, optimizer, communication = self._zero3(phase)
-        elif self.strategy.is_fsdp or self.strategy.is_hybrid:
+        elif self.strategy.is_fsdp:
             weights, held, optimizer, communication, activations = self._fsdp(phase)
         else:
             weights, optimizer = whole.held, whole.states
@@ -180,7 +180,7 @@ class _Step:
         communication = max(self._gathered(phase, layer, embedding, ends)) - activations if phase < len(PHASES) else 0.0
         now = done if phase == 3 else ends.reduced if phase == 2 else 0.0  # of this micro-batch
         held = (every if self.accumulates or phase > 3 else now) / self.ranks
-        if self.strategy.is_hybrid and self.accumulates:  # kept beside their sum until the pass ends (`AllReduceState`)
+        if self.strategy.is_hsdp and self.accumulates:  # kept beside their sum until the pass ends (`AllReduceState`)
             held += now / self.ranks
         if self.accumulates and phase < len(PHASES) and not sums_sharded(self.settings):
             held = self.master  # whole, in fp32
