@@ -174,7 +174,9 @@ def trace_steps(case: Case, recipe: Any, model: Any, base: Any, rows: Any) -> di
             for micro in range(case.accumulation):
                 live.measure_again()
                 live.begin()
-                model.set_requires_gradient_sync(sharded or micro == case.accumulation - 1)
+                last = micro == case.accumulation - 1
+                model.set_requires_gradient_sync(sharded or last)
+                model.set_requires_all_reduce(last)  # HSDP's replicas add their sums once a step, as in trainer.py
                 model(input_ids=ids).backward()
                 peak = max(alive for alive, _ in live.worst.values())
             model.zero_grad()
