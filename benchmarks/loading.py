@@ -47,7 +47,8 @@ class Case:
 
     def __str__(self) -> str:
         """The files, and what they are read as."""
-        return f"{self.files} {self.saved} file{'s' * (self.files != 'one')} as {self.dtype}"
+        short = {"float32": "fp32", "bfloat16": "bf16"}
+        return f"{short[self.saved]} file{'s' * (self.files != 'one')} as {short[self.dtype]}"
 
     def recipe(self, folder: Path) -> dict[str, Any]:
         model = folder / f"{self.saved}-{self.files}"

@@ -197,7 +197,7 @@ def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
     assert done.code == 2 and "zero2 takes 34 GiB of host memory per rank" in done.err and "zero3" in done.err, done
     assert "share of a node is 30" in done.err and "Traceback" not in done.err
     done = script("submit", *full, "--strategy", "auto", "--partition", "all")
-    assert "# plan: fsdp" in done.out and "--mem-per-gpu=30G" in done.out, done  # which reads them once a node
+    assert "# plan: fsdp" in done.out and "--mem-per-gpu=30G" in done.out, done  # whose rank 0 alone reads them
     done = script("submit", *full, "--strategy", "zero2", "--partition", "all", "--mem_per_gpu", "40G", "--cpus", "32")
     assert "--gpus-per-node=h100:8 --cpus-per-task=32 " in done.out and "--mem-per-gpu=40G" in done.out, done
     done = script("submit", *full[:2], "--gpus", "8", "--dry_run", SBATCH_CPUS_PER_GPU="4", SBATCH_MEM_PER_CPU="4G")

@@ -12,11 +12,14 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import same_curve
 from conftest import losses
 from stepladder import hardware
+from stepladder.errors import ModelError
+from stepladder.model import attention
 from stepladder.planning import choose
 from stepladder.recipe import load
 from stepladder.training.launch import weight_sending
@@ -105,7 +108,8 @@ def test_one_rank_reads(models: dict[str, Path], tmp_path: Path) -> None:
 
 def test_what_another_rank_builds(tiny: Path) -> None:
     """Guards what a rank without weights starts from: the model that rank 0 has read, with its buffers' values and ties
-    and no memory for weights; and None, at which each rank reads, where it cannot be sent."""
+    and no memory for weights; kernels that it cannot load are an error before the first step. Where a model cannot be
+    sent, there is None, at which each rank reads."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.register_buffer("seen", torch.arange(3))
     built = pickle.loads(weight_sending.copy_without_weights(model) or b"")
@@ -114,5 +118,11 @@ def test_what_another_rank_builds(tiny: Path) -> None:
     assert built.generation_config.to_dict() == model.generation_config.to_dict()
     for (name, ours), (theirs, buffer) in zip(built.named_buffers(), model.named_buffers(), strict=True):
         assert name == theirs and torch.equal(ours, buffer)
+    AttentionInterface.register("own", sdpa_attention_forward)
+    model.set_attn_implementation("own")
+    built = pickle.loads(weight_sending.copy_without_weights(model) or b"")
+    del AttentionInterface._global_mapping["own"]
+    with pytest.raises(ModelError, match="this rank cannot load it"):
+        attention.set_implementation(built, "own")
     model.forward = types.MethodType(lambda self: None, model)
     assert weight_sending.copy_without_weights(model) is None

@@ -92,7 +92,7 @@ def settle(
     if settings.get("attn_implementation") == "auto" and device == "cuda":
         flash_name, why = first(_find_flash(model, precision))
         if flash_name:
-            _set_implementation(model, flash_name)
+            set_implementation(model, flash_name)
     config = model.config.get_text_config()
     name, flash = config._attn_implementation, is_flash_attention_requested(config)
     fault, help = "", "attn_implementation: auto"
@@ -185,8 +185,14 @@ def _find_flash(model: PreTrainedModel, precision: str) -> tuple[str, str]:
     return "", "; ".join(faults)
 
 
-def _set_implementation(model: PreTrainedModel, name: str) -> None:
+def set_implementation(model: PreTrainedModel, name: str) -> None:
+    """Let `model` attend by what rank 0 does, and load its kernels in this process.
+
+    Raises:
+        ModelError: this process cannot load them.
+    """
     try:
+        model.set_attn_implementation("eager")  # else Transformers does nothing where the name stands already
         model.set_attn_implementation(name)
     except (ImportError, ValueError, OSError) as error:
         raise ModelError(

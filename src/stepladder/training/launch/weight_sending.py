@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import distribute_tensor
 
 from stepladder.console import say
-from stepladder.model import pretrained
+from stepladder.model import attention, pretrained
 from stepladder.settings import Settings
 from stepladder.training.launch.launcher import Launch
 from stepladder.training.launch.ranks import from_first
@@ -34,9 +34,12 @@ def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
         return pretrained.load_base(recipe, precision)
     model = pretrained.load_base(recipe, precision) if launch.rank == 0 else None
     empty = from_first(None if model is None else copy_without_weights(model))
-    if model is None:
-        return pretrained.load_base(recipe, precision) if empty is None else pickle.loads(empty)
-    if empty is None:
+    if model is None and empty is not None:
+        model = pickle.loads(empty)
+        attention.set_implementation(model, model.config.get_text_config()._attn_implementation)
+    elif model is None:
+        return pretrained.load_base(recipe, precision)
+    elif empty is None:
         say("note: each rank reads all weights, since this model cannot be sent from rank 0 to the others")
     return model
 
