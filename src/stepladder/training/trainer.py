@@ -76,7 +76,7 @@ class Trainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if name in adapter:
                 parameter.data = adapter[name].to(torch.float32)
-        reduce_in_fp32(self.accelerator)
+        sum_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
@@ -325,15 +325,20 @@ def _local_part(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
-def reduce_in_fp32(accelerator: Any) -> None:
-    """Let FSDP sum gradients over the ranks in fp32 and return the loss unrounded; call it before it wraps the model.
+def sum_in_fp32(accelerator: Any) -> None:
+    """Let FSDP and ZeRO sum gradients in fp32, over ranks and micro-batches; call it before they wrap the model.
 
     For bf16 Accelerate sets all of FSDP's dtypes to bf16 (`FullyShardedDataParallelPlugin.set_mixed_precision`):
     sums of gradients lose what DDP keeps, and the loss is rounded on its way out of the model, to
-    steps of 3e-2 for a loss above 4. Torchtitan reduces in fp32, too.
+    steps of 3e-2 for a loss above 4. Torchtitan reduces in fp32, too. DeepSpeed sums in the dtype of the model
+    (`get_data_types` and `communication_data_type` in `runtime/engine.py`), unless its configuration says otherwise.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
         )
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config.setdefault("communication_data_type", "fp32")
+        plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
