@@ -128,7 +128,7 @@ def shard(model: Any, mesh: Any) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,
-        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),  # as trainer.reduce_in_fp32 has it
+        mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),  # as gradients.sum_in_fp32 has it
     )  # fmt: skip
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), torch_device_mesh=mesh, mixed_precision="bf16",

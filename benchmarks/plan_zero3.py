@@ -74,7 +74,10 @@ def make_engine(ranks: int, layers: int, live: int, checkpointing: bool, adapter
         "stage3_param_persistence_threshold": 10 * HIDDEN, "stage3_max_reuse_distance": live,
         "stage3_max_live_parameters": live,
     }  # fmt: skip
-    settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero,
+        "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"},  # as gradients.py sets it
+    }  # fmt: skip
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False,
@@ -104,7 +107,7 @@ def predict(model: Any, ranks: int, layers: int, kept: float, checkpointing: boo
         Parameter(part(name), p.ds_shape[0], p.ds_numel, 2, 2, p.requires_grad, len(p.ds_shape) > 1)
         for name, p in model.named_parameters()
     )
-    return zero3_traffic(parameters, HIDDEN, ranks, 1, layers * checkpointing, LAYER, 2, kept * LAYER)
+    return zero3_traffic(parameters, HIDDEN, ranks, 1, layers * checkpointing, LAYER, kept * LAYER)
 
 
 def main() -> None:

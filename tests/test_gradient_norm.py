@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepladder.training import trainer
+from stepladder.training import gradients
 
 
 def large() -> torch.Tensor:
@@ -20,9 +20,9 @@ def test_the_norm_of_a_large_gradient_is_exact() -> None:
     """
     gradient = large()
     exact = float(gradient.double().norm())
-    assert abs(float(trainer.gradient_norm([gradient])) / exact - 1) < 1e-6
+    assert abs(float(gradients.gradient_norm([gradient])) / exact - 1) < 1e-6
     halves = [gradient[: len(gradient) // 3], gradient[len(gradient) // 3 :]]
-    assert abs(float(trainer.gradient_norm(halves)) / exact - 1) < 1e-6, "however it is sharded"
+    assert abs(float(gradients.gradient_norm(halves)) / exact - 1) < 1e-6, "however it is sharded"
     # Once this fails, PyTorch sums exactly and `gradient_norm` can go.
     assert abs(float(torch.linalg.vector_norm(gradient)) / exact - 1) > 1e-4
 
@@ -36,7 +36,7 @@ def test_clipping_is_torchs(max_norm: float) -> None:
     theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
     for mine, other in zip(ours, theirs, strict=True):
         other.grad = mine.grad.clone()
-    before = trainer.clip_gradients([parameter.grad for parameter in ours], max_norm)
+    before = gradients.clip_gradients([parameter.grad for parameter in ours], max_norm)
     expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     assert float(before) == pytest.approx(float(expected), rel=1e-6)
     for mine, other in zip(ours, theirs, strict=True):

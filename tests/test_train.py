@@ -91,7 +91,7 @@ def test_the_same_curve(cell: Cell, runs, tiny: Path) -> None:
 
 @pytest.mark.proof
 def test_bf16_under_fsdp_keeps_the_loss_and_the_sums_in_fp32(smollm2: Path, tmp_path: Path) -> None:
-    """Guards `trainer.reduce_in_fp32`: without it the loss is rounded to 8 bits and the curves part by 1.2e-2."""
+    """Guards `gradients.sum_in_fp32`: without it the loss is rounded to 8 bits and the curves part by 1.2e-2."""
     cell = Cell("lora", "fsdp", 2, 2, "unpacked", "bf16")
     same_curve.run_all([cell.reference, cell], tmp_path, STEPS)
     found = same_curve.judged(cell, tmp_path, STEPS)

@@ -114,9 +114,12 @@ class _Step:
         self.settings, self.strategy, self.ranks, self.accumulates = settings, strategy, ranks, accumulates
         self.layers = config.num_hidden_layers
         self.outside = self.whole.computed - self.layers * self.layer.computed  # weights that belong to no layer
-        # Bytes per number of what ZeRO reduces, and of its two buckets: Transformers' `auto` for `reduce_bucket_size`.
-        self.element = sharding.zero_element(traced)
-        self.buckets = ZERO_BUCKETS * config.hidden_size**2 * self.element
+        self.element = sharding.zero_element(traced)  # bytes per number of what ZeRO computes with
+        # Bytes per number of its buckets, whose size is Transformers' `auto` for `reduce_bucket_size`.
+        bucket = ZERO_BUCKETS * 4
+        if strategy == "zero2" and self.element == 2:  # filled in 16 bits, and sent as an fp32 copy
+            bucket = ZERO_BUCKETS * 2 + 4
+        self.buckets = bucket * config.hidden_size**2
         self.master = 4 * self.whole.trainable  # ZeRO's own copy of the trained weights, in fp32
         states = self.whole.states * self.master / self.whole.trained if self.whole.trained else 0.0
         self.master_and_states = self.master + states
@@ -146,12 +149,15 @@ class _Step:
         """Bytes of weights, gradients, optimizer and communication under ZeRO-2."""
         # DeepSpeed 0.19.8 makes one flat buffer of the trained weights and keeps those that it was made of.
         weights = self.whole.computed + self.element * self.whole.trainable
-        parts = [self.element * part for part in zero2_parts(self.matrices, self.whole.trainable, self.ranks)]
-        most, last = max(parts), parts[-1]  # the last layer, whose gradients come first, is the last rank's
-        before = most if self.accumulates else 0.0  # the sum so far, which stays beside this micro-batch's
-        at_last = 2 * last if self.accumulates else last
-        at_step = most + self.master / self.ranks
-        held = {2: max(before, at_last), 3: before + most, len(PHASES): at_step}.get(phase, before)
+        if self.element == 2:  # one buffer of this rank's part, which sums the micro-batches and is the optimizer's
+            held = self.master / self.ranks if self.accumulates or phase >= 2 else 0.0
+        else:
+            parts = [4 * part for part in zero2_parts(self.matrices, self.whole.trainable, self.ranks)]
+            most, last = max(parts), parts[-1]  # the last layer, whose gradients come first, is the last rank's
+            before = most if self.accumulates else 0.0  # the sum so far, which stays beside this micro-batch's
+            at_last = 2 * last if self.accumulates else last
+            at_step = most + self.master / self.ranks
+            held = {2: max(before, at_last), 3: before + most, len(PHASES): at_step}.get(phase, before)
         return weights, held, self.master_and_states / self.ranks, self.buckets if phase >= 2 else 0
 
     def _zero3(self, phase: int) -> tuple[float, float, float, float]:
@@ -160,7 +166,7 @@ class _Step:
         gathered = 0 if in_step else whole.computed * min(1, sharding.ZERO3_LIVE / whole.parameters)
         if phase == 3:  # the backward pass is the last use of a layer's weights in a step
             gathered = min(gathered, self.outside + self.layer.computed)
-        held = self.element * whole.trainable / ranks + (self.master / ranks if in_step else 0)
+        held = (2 if in_step else 1) * self.master / ranks
         communication = gathered + (self.buckets if phase >= 2 else 0)
         return whole.computed / ranks, held, self.master_and_states / ranks, communication
 

@@ -70,25 +70,24 @@ def count_traffic(
         times = accumulation if sums_sharded(settings) else 1
         sent = {"all-gather": accumulation * gathered, "reduce-scatter": times * reduced}
         return sent | ({"all-reduce": reduced / sharers} if strategy.is_hsdp else {})  # once a step
-    element = zero_element(traced)
     if strategy.is_zero3:
         recomputed = config.num_hidden_layers * traced.work.checkpointing
         return zero3_traffic(
-            traced.parameters, config.hidden_size, ranks, accumulation, recomputed, traced.layer.parameters, element
+            traced.parameters, config.hidden_size, ranks, accumulation, recomputed, traced.layer.parameters
         )
     if strategy.is_zero:
-        return {"all-gather": element * trainable, "reduce-scatter": accumulation * element * trainable}
+        return {"all-gather": zero_element(traced) * trainable, "reduce-scatter": accumulation * 4 * trainable}
     return {"all-reduce": 4 * trainable}
 
 
 def zero_element(traced: Traced) -> int:
-    """Bytes per number of the gradients that ZeRO reduces: those of the precision that it computes in."""
+    """Bytes per number of the weights that ZeRO computes with; it reduces gradients in fp32 (`sum_in_fp32`)."""
     return 4 if traced.work.precision == "fp32" else 2
 
 
 def zero3_traffic(
     parameters: tuple[Parameter, ...], hidden: int, ranks: int, accumulation: int, recomputed: int, layer: float,
-    element: int, live: float = ZERO3_LIVE,
+    live: float = ZERO3_LIVE,
 ) -> dict[str, float]:  # fmt: skip
     """The same under ZeRO-3, which pads each parameter to a multiple of the ranks (`partition_parameters.py`).
 
@@ -100,13 +99,12 @@ def zero3_traffic(
         hidden: the hidden size.
         recomputed: layers whose forward pass is computed again.
         layer: numbers of a layer.
-        element: bytes per number that is reduced.
     """
     numbers = reduced = persistent = 0.0
     gathered = dict.fromkeys(("layer", "embedding", "ends"), 0.0)
     for parameter in parameters:
         padded = math.ceil(parameter.numbers / ranks) * ranks
-        reduced += parameter.trained * padded * element
+        reduced += parameter.trained * padded * 4
         if parameter.numbers <= ZERO3_PERSISTENT * hidden:
             persistent += padded * parameter.computed  # gathered once, after the optimizer step
         else:

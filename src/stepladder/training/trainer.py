@@ -6,12 +6,10 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
@@ -23,6 +21,7 @@ from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
+from stepladder.training import gradients
 from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
@@ -30,7 +29,6 @@ from stepladder.training.guard.interruptions import EvaluationLeftError, RankSyn
 from stepladder.training.launch import launcher, weight_sending
 from stepladder.training.watch.telemetry import Telemetry
 
-NORM_CHUNK = 65_536  # gradient elements summed at once: small enough to be exact to 1e-7, large enough to be fast
 LENGTH_GROUP = 50  # steps whose rows are sorted by length together, as Transformers does
 
 
@@ -79,7 +77,7 @@ class Trainer(SFTTrainer):
         for name, parameter in model.named_parameters():
             if name in adapter:
                 parameter.data = adapter[name].to(torch.float32)
-        reduce_in_fp32(self.accelerator)
+        gradients.sum_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
         for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
@@ -160,11 +158,11 @@ class Trainer(SFTTrainer):
     def _clip_grad_norm(self, model: Any) -> Any:
         if not self._norm_on_cpu:
             return super()._clip_grad_norm(model)
-        return clip_gradients(_gradients(model), self.args.max_grad_norm)
+        return gradients.clip_gradients(gradients.list_gradients(model), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._norm_on_cpu:  # max_grad_norm: 0 clips nothing
-            grad_norm = gradient_norm(_gradients(model))
+            grad_norm = gradients.gradient_norm(gradients.list_gradients(model))
         self._norm = super()._get_grad_norm(model, grad_norm)
         return self._norm
 
@@ -345,54 +343,3 @@ class Trainer(SFTTrainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: `push_to_hub` uploads the result that `result.save` has written and verified."""
-
-
-def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def gradient_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all gradients together (a scalar in fp64), over the ranks where they are sharded.
-
-    PyTorch's fp32 norm on CPU sums a whole tensor in a few running sums (pytorch#151761): of an embedding of
-    28 million weights it is 1.7e-3 too small, and of its halves under FSDP less. Clipping would carry that into the
-    curves.
-    """
-    squares, groups = torch.zeros((), dtype=torch.float64), set()
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):  # HSDP's replicas hold the same shards
-            placed = enumerate(gradient.placements)
-            groups |= {gradient.device_mesh.get_group(at) for at, placement in placed if placement.is_shard()}
-        parts = [torch.linalg.vector_norm(part) for part in _local_part(gradient).flatten().split(NORM_CHUNK)]
-        squares += torch.stack(parts).double().square().sum()
-    for group in groups:
-        torch.distributed.all_reduce(squares, group=group)
-    return squares.sqrt()
-
-
-def clip_gradients(gradients: list[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale the gradients in place to a norm of at most `max_norm`; returns the norm before."""
-    before = gradient_norm(gradients)
-    scale = float(max_norm / (before + 1e-6))  # as torch.nn.utils.clip_grad_norm_ has it
-    if scale < 1.0:
-        for gradient in gradients:
-            _local_part(gradient).mul_(scale)
-    return before
-
-
-def _local_part(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def reduce_in_fp32(accelerator: Any) -> None:
-    """Let FSDP sum gradients over the ranks in fp32 and return the loss unrounded; call it before it wraps the model.
-
-    For bf16 Accelerate sets all of FSDP's dtypes to bf16 (`FullyShardedDataParallelPlugin.set_mixed_precision`):
-    sums of gradients lose what DDP keeps, and the loss is rounded on its way out of the model, to
-    steps of 3e-2 for a loss above 4. Torchtitan reduces in fp32, too.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
