@@ -34,7 +34,8 @@ def main() -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     work = telemetry.Work(Flops(10**8, 10**6, 10**5), False, 1e12, "")
-    device, state = torch.device("cpu"), SimpleNamespace(global_step=1, is_world_process_zero=first)
+    device, history = torch.device("cpu"), list[dict]()
+    state = SimpleNamespace(global_step=1, is_world_process_zero=first, log_history=history)
     of_cpu, logged = SimpleNamespace(device=device), TrainerControl(should_log=True)
     ids = torch.ones(4, 512, dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids, "attention_mask": ids, "rows": torch.arange(4)[:, None]}
