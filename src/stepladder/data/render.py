@@ -263,7 +263,8 @@ class RowTokenizer(RowRenderer):
             raise DataError(
                 f"the row is a text of {len(text):,} characters, too long to be one sequence of tokens",
                 why="max_length is null, so that all of it would be tokenized" * (not self.max_length),
-                help="split it into several rows, or remove it" + "; or a max_length" * (not self.max_length),
+                help="a max_length, or " * (not self.max_length)
+                + "split it into several rows, or remove it; or on_bad_row: skip",
             )
         return text
 
