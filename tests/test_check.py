@@ -77,7 +77,7 @@ def test_everything_wrong_is_on_one_screen(write_recipe: Callable[..., Path], tm
     assert f"{recipe}:" in wrong["accounts"]["where"] and "hf auth login" in wrong["accounts"]["help"]
     assert "zero3" in wrong["strategy"]["help"], "what there is"
     done = check(*words[:-1], "single", HF_TOKEN="", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert done.code == 2 and "✘ memory" in done.out and "--strategy zero3_offload" in done.out, done
+    assert done.code == 2 and "✘ memory" in done.out and "--strategy fsdp_offload" in done.out, done
     assert "Traceback" not in done.err, done
 
 

@@ -19,6 +19,7 @@ from stepladder.errors import DataError
 from stepladder.evaluation import held_out, questions
 from stepladder.model import card
 from stepladder.reporting import markdown, page, runs
+from stepladder.reporting.series import Curve
 
 ANSWER = "The door opens with the word that the owl said on {}, and with no other word."
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -243,7 +244,8 @@ def test_a_run_says_which_of_its_evaluation_rows_are_trained_on(tmp_path: Path) 
     facts = manifest(tmp_path)
     assert facts["held_out"] == {"rows": 3, "trained_on": 3, "foreign": "other.jsonl"}
     logged = runs.LoggedRun(tmp_path, "r", facts=facts)
-    logged.rows = [{"step": n, "loss": 3 - 0.01 * n, "grad_norm": 1.0, "eval_loss": 3 - 0.01 * n} for n in range(1, 99)]
+    steps = range(1, 99)
+    logged.curves = {key: Curve(steps, [3 - 0.01 * n for n in steps]) for key in ("loss", "grad_norm", "eval_loss")}
     names = {verdict.name for verdict in page.judge_run(logged)}
     assert {"not held out", "foreign evaluation", "not evaluated"} <= names and "generalizes" not in names
     # Trained on with other rows after a resume: it knows both. A stream's rows are not kept.

@@ -35,7 +35,7 @@ STEPS = 4
 def planned(strategy: str) -> str:
     """What plan.py says to type on a machine."""
     way = choose.Candidate(Strategy(strategy), 1, 1, False, Memory(*[0.0] * 7), 0.0, None, 0.0)
-    return choose.command("lora", SimpleNamespace(nodes=2, ranks=2), way)[0]  # type: ignore[arg-type]
+    return choose.command("lora", [], SimpleNamespace(nodes=2, ranks=2), way)[0]  # type: ignore[arg-type]
 
 
 class Site:
