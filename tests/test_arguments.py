@@ -48,6 +48,15 @@ def test_an_optimizer_that_no_checkpoint_holds_is_refused(optimizer, settings) -
         arguments.check_strategy(settings(optim=optimizer), under("single", ranks=1))
 
 
+def test_an_adapter_sums_its_gradients_on_shards(settings) -> None:
+    """Guards a traceback of torch at the first step: FSDP in bf16, an adapter, and gradients summed whole by request."""
+    own = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}}
+    with pytest.raises(RecipeError, match="sync_each_batch: false cannot run with an adapter under FSDP"):
+        arguments.check_strategy(settings(use_peft=True, **own), under("fsdp"))
+    assert not arguments.check_strategy(settings(use_peft=True, **own), under("ddp"))
+    assert not arguments.check_strategy(settings(**own), under("fsdp"))
+
+
 def test_lomo_is_refused_on_several_ranks(settings) -> None:
     """Guards a run whose ranks each train weights of their own, which only the check of the saved result found."""
     assert not arguments.check_strategy(settings(optim="lomo"), under("single", ranks=1))

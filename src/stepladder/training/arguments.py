@@ -85,6 +85,13 @@ def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:
             why="PEFT runs the virtual tokens through their encoder as it saves, on one rank, which has a shard of it",
             help="accelerate_configs/ddp.yaml or zero2.yaml: the trained tensor is too small to shard",
         )
+    if recipe.get("use_peft") and launch.strategy.is_fsdp and not sums_sharded(recipe):
+        raise RecipeError(
+            "sync_each_batch: false cannot run with an adapter under FSDP",
+            where=recipe.where("accelerator_config"),
+            why="torch 2.13 fails as it sums whole gradients of bf16 (`_unsharded_param`) where the head is not tied",
+            help="leave it out: an adapter's gradients are small, so reducing them more often costs little",
+        )
     if recipe.get("use_peft"):
         _check_whole_modules(recipe, launch)
     if recipe.get("load_in_8bit") and launch.ranks > 1:
