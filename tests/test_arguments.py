@@ -49,7 +49,7 @@ def test_an_optimizer_that_no_checkpoint_holds_is_refused(optimizer, settings) -
 
 
 def test_an_adapter_sums_its_gradients_on_shards(settings) -> None:
-    """Guards a traceback of torch at the first step: FSDP in bf16, an adapter, and gradients summed whole by request."""
+    """Guards a traceback of torch at the first step: an adapter under FSDP, its gradients summed whole by request."""
     own = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}}
     with pytest.raises(RecipeError, match="sync_each_batch: false cannot run with an adapter under FSDP"):
         arguments.check_strategy(settings(use_peft=True, **own), under("fsdp"))
