@@ -136,7 +136,7 @@ def test_every_line_is_a_row_or_named(lines: list[bytes], tmp_path_factory: pyte
     file = fresh(tmp_path_factory.getbasetemp() / "lines.jsonl", content)
     rows = collect(Source(str(file)), skip_bad_rows=True)
     filled = [number for number, line in enumerate(lines, start=2) if line.strip()]
-    named = [int(place.removeprefix(f"{file}:").split(":")[0]) for place in rows.where + rows.skipped]
+    named = [int(place.removeprefix(f"{file}:").split(":")[0]) for place in (*rows.where, *rows.skipped)]
     assert sorted(named) == [1, *filled]
 
 
