@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
 from stepladder.data import mixture, templates
-from stepladder.data.rows import Rows, Stream
+from stepladder.data.rows import LISTED, Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.recipe import Recipe, StepLayout
@@ -393,7 +393,7 @@ def finish(trained: Trained) -> int | None:
     record, rows = checked.record, checked.train_rows
     if record.is_writer and isinstance(rows, Stream) and rows.left_out:
         left_out = list(rows.left_out)
-        record.update(rows_left_out=left_out[:10_000])  # run.json is read whole, so it stays small
+        record.update(rows_left_out=left_out[:LISTED])
         console.say(f"  {len(left_out):,} rows of the stream were skipped, the first at {left_out[0]}")
     console.say(terminal.closing_block(record))
     return None

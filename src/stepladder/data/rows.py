@@ -27,6 +27,7 @@ from stepladder.errors import DataError
 
 COUNTED = 20  # bad rows that are counted before a load stops
 SKIP = "on_bad_row: skip, which leaves bad rows out and lists them"
+LISTED = 10_000  # rows left out that run.json names: it is read whole, so it stays small
 SHUFFLE_BUFFER = 10_000  # rows of a stream that are held while shuffling
 LONG_ANSWER = 40  # characters, wide ones counted as WIDE
 WIDE = 3  # characters that a wide one (Chinese, Japanese, Korean) counts as: about as much as it says
@@ -77,7 +78,7 @@ class Rows:
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, number and SHA-256 of the examples in their order; skipped rows; the sets' shares."""
-        skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped}
+        skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped[:LISTED]}
         return {"name": self.name, **self._digest, **skipped, "sets": self.sets}
 
     @functools.cached_property
@@ -279,7 +280,7 @@ class Stream:
             for number, source in enumerate(self.sources)
             if taken
         ]
-        skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped}
+        skipped = {"skipped": len(self.skipped), "skipped_rows": self.skipped[:LISTED]}
         return {"name": self.name, **known, **skipped, "sets": sets}
 
 
