@@ -320,7 +320,7 @@ def test_a_range_is_read_from_whichever_files_hold_it(tmp_path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from stepladder.training.checkpoint.stored import open_tensors
+    from stepladder.training.checkpoint.loading import open_tensors
 
     value = torch.arange(7 * 5 * 3.0).reshape(7, 5, 3)
     flat, files = value.flatten(), []
@@ -382,7 +382,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from stepladder.training.checkpoint.stored import open_tensors
+    from stepladder.training.checkpoint.loading import open_tensors
 
     folder = ROOT / "tests/fixtures/whole_tensors/checkpoint-2"
     assert not resume.damage(folder)

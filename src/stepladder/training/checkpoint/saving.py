@@ -8,7 +8,7 @@
                  COMPLETE.json                    written last: marks the checkpoint as complete
 
 Tensors and JSON only: nothing in it can run code. Each rank writes what it holds: of a sharded tensor its range of
-the flattened one (`stored.py`), of those that all ranks hold every world-size-th. It copies them to host memory, and
+the flattened one (`loading.py`), of those that all ranks hold every world-size-th. It copies them to host memory, and
 writes the copy while the training goes on. Upstream tried a rename as the last step twice, which raced between ranks
 (transformers#27925, #35580); hence a file that one rank writes after all have reported that theirs are on the disk.
 """

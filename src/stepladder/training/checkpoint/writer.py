@@ -20,8 +20,8 @@ import torch
 
 from stepladder.files import flush, hash_file
 from stepladder.model import weights
+from stepladder.training.checkpoint.loading import SHAPES
 from stepladder.training.checkpoint.state import Piece
-from stepladder.training.checkpoint.stored import SHAPES
 
 PART_BYTES = 1 << 30  # of a file, unless one tensor is larger: several files are written and verified at once
 CHUNK_BYTES = 1 << 24  # written and hashed at once
