@@ -26,7 +26,7 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export PYTHONFAULTHANDLER=1
 # A node's cores are divided among its ranks; the default would be one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > STEPLADDER_RANKS ? SLURM_CPUS_ON_NODE / STEPLADDER_RANKS : 1))}
-# On a GPU node glibc returns freed host memory at once; else ranks that load under ZeRO-3 hold up to twice as much.
+# On a GPU node glibc returns freed host memory at once: it kept half of what a load under ZeRO-3 took (docs/planning.md).
 if [[ ${SLURM_GPUS_ON_NODE:-} ]]; then export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-131072}; fi
 # How long torchrun waits after TERM before it kills its ranks: a step and a save (30 s by default).
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
