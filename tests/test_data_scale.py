@@ -16,7 +16,7 @@ import pytest
 from conftest import script
 from stepladder.data import audit, copies, file_list, mixture, prepare, render
 from stepladder.data.file_list import FileList, join
-from stepladder.data.row_checks import Limits, check_texts, check_tokens
+from stepladder.data.row_checks import ANSWER_CUT, Limits, check_texts, check_tokens
 from stepladder.data.row_renderer import Remarks
 from stepladder.data.rows import Rows
 from stepladder.errors import RunError
@@ -182,6 +182,16 @@ def test_of_a_very_long_row_the_first_tokens_are_those_of_the_whole(tokenizer, s
         (note,) = [note for note in remarks.notes(rows.where) if "1,000,000" in note]
         assert note.startswith("2 of 2 rows") and "the first at r:1" in note
     assert [row.ids for row in render.tokenize(rows, tokenizer, "all_turns", None, 9000)] == [row.ids for row in whole]
+
+
+def test_an_answer_behind_a_very_long_question_is_cut_off(tokenizer, settings, monkeypatch) -> None:
+    """Guards the advice: the row was said to train nothing, and to be removed, where max_length cuts its answer off."""
+    monkeypatch.setattr(render, "LONG", 1000)
+    monkeypatch.setattr(render, "MARGIN", 20)
+    turns = [{"role": "user", "content": "What did the owl do? " * 800}, {"role": "assistant", "content": "It flew."}]
+    rows = Rows("r", [{"messages": turns}], ["r:1"])
+    (error,) = (found for found in check_tokens(rows, tokenizer, settings(max_length=64)) if found.name == ANSWER_CUT)
+    assert list(error.where) == ["r:1"] and "max_length 64 cuts off the whole answer" in error.what
 
 
 def test_a_row_of_twenty_megabytes(tiny, write_recipe, tmp_path) -> None:
