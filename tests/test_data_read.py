@@ -307,6 +307,16 @@ def test_slices_of_local_files(split: str, kept: str, tmp_path: Path) -> None:
     assert "".join(files_read(Source(str(file), split=split))) == kept
 
 
+@pytest.mark.parametrize("split", ["train[3:2]", "train[9:]", "train[:1%]"])
+def test_a_slice_without_a_row_is_refused(split: str, tmp_path: Path) -> None:
+    """Guards against a traceback (IndexError) where a slice of a file holds no row."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl([{"input": "Number?", "output": str(n)} for n in range(6)]))
+    with pytest.raises(DataError, match=r"train.* holds no row") as caught:
+        collect(Source(str(file), split=split))
+    assert "6 rows" in caught.value.why and caught.value.help
+
+
 def test_the_hub_loader_is_used_for_what_is_not_local(tmp_path: Path) -> None:
     """Guards the way of a hub id, with the loader's own `text` builder, which needs no network."""
     file = tmp_path / "a.txt"

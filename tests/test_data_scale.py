@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import errno
-import io
 import itertools
 import json
+import os
 import random
+import tempfile
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from conftest import script
-from stepladder.data import copies, file_list, mixture, prepare, render
+from stepladder.data import audit, copies, file_list, mixture, prepare, render
 from stepladder.data.file_list import FileList, join
-from stepladder.data.row_checks import Limits, check_texts, check_tokens
+from stepladder.data.row_checks import ANSWER_CUT, Limits, check_texts, check_tokens
 from stepladder.data.row_renderer import Remarks
 from stepladder.data.rows import Rows
-from stepladder.errors import DataError
+from stepladder.errors import RunError
 
 INDEX = 150  # bytes per row that may be held: positions, lengths, and the bands of the search for copies
 
@@ -90,20 +91,47 @@ def test_lists_in_files_are_lists(tmp_path, monkeypatch) -> None:
         held[200]
 
 
-def test_a_full_disk_stops_with_a_reason(tmp_path, monkeypatch) -> None:
-    """Guards against a traceback where the rows that are read do not fit on the disk."""
-
-    class Full(io.BytesIO):
-        def write(self, content) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    file = write_rows(tmp_path / "rows.jsonl", 50)
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch) -> None:
+    """A disk of the cache that is full after the first rows."""
+    write = file_list._write
     monkeypatch.setattr(file_list, "WRITTEN", 100)
     monkeypatch.setattr(file_list, "_newest", None)
-    monkeypatch.setattr(file_list, "_open", Full)
-    with pytest.raises(DataError, match="written nowhere") as caught:
-        mixture.from_name(str(file))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    device = tmp_path.stat().st_dev
+
+    def fill(file, content: bytes, position: int) -> None:
+        if os.fstat(file.fileno()).st_dev == device and position + len(content) > 1000:
+            write(file, content[:30], position)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, content, position)
+
+    monkeypatch.setattr(file_list, "_write", fill)
+
+
+@pytest.mark.parametrize("read", [mixture.from_name, lambda name: audit.audit_source(name, Limits())])
+def test_a_full_disk_stops_with_a_reason(read, full_disk, tmp_path, monkeypatch) -> None:
+    """Guards against a traceback where the rows do not fit on the disk, and against an audit that lists them as bad."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = write_rows(tmp_path / "rows.jsonl", 50)
+    with pytest.raises(RunError, match="written nowhere") as caught:
+        read(str(file))
     assert "No space left" in caught.value.why and "XDG_CACHE_HOME" in caught.value.help
+
+
+def test_rows_move_where_the_disk_of_the_cache_is_full(full_disk, tmp_path, monkeypatch) -> None:
+    """Guards a run on a node whose home is full: it stopped, though /tmp had room."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk")
+    monkeypatch.setattr(tempfile, "tempdir", str(memory))
+    items = [{"text": "ä" * number} for number in range(80)]
+    held = FileList(items[:10])
+    before = iter(held)
+    assert next(before) == items[0]
+    for item in items[10:]:
+        held.append(item)
+    assert list(held) == items and list(before) == items[1:]
 
 
 def test_copies_are_those_that_a_comparison_of_all_pairs_finds() -> None:
@@ -154,6 +182,16 @@ def test_of_a_very_long_row_the_first_tokens_are_those_of_the_whole(tokenizer, s
         (note,) = [note for note in remarks.notes(rows.where) if "1,000,000" in note]
         assert note.startswith("2 of 2 rows") and "the first at r:1" in note
     assert [row.ids for row in render.tokenize(rows, tokenizer, "all_turns", None, 9000)] == [row.ids for row in whole]
+
+
+def test_an_answer_behind_a_very_long_question_is_cut_off(tokenizer, settings, monkeypatch) -> None:
+    """Guards the advice: the row was said to train nothing, and to be removed, where max_length cuts its answer off."""
+    monkeypatch.setattr(render, "LONG", 1000)
+    monkeypatch.setattr(render, "MARGIN", 20)
+    turns = [{"role": "user", "content": "What did the owl do? " * 800}, {"role": "assistant", "content": "It flew."}]
+    rows = Rows("r", [{"messages": turns}], ["r:1"])
+    (error,) = (found for found in check_tokens(rows, tokenizer, settings(max_length=64)) if found.name == ANSWER_CUT)
+    assert list(error.where) == ["r:1"] and "max_length 64 cuts off the whole answer" in error.what
 
 
 def test_a_row_of_twenty_megabytes(tiny, write_recipe, tmp_path) -> None:

@@ -74,7 +74,7 @@ def usual_shape(head: list[Found]) -> formats.Shape:
     """The shape that most of a set's first rows have: it is the others that are wrong.
 
     Raises:
-        DataError: none of them has a known shape.
+        DataError: none of them has a known shape, or there is none.
     """
     shapes: Counter[formats.Shape] = Counter()
     fault: DataError | None = None
@@ -85,8 +85,8 @@ def usual_shape(head: list[Found]) -> formats.Shape:
             shapes[find_shape(row, where)] += 1
         except DataError as error:
             fault = fault or error
-    if not shapes and fault:
-        raise fault
+    if not shapes:
+        raise fault or DataError("the set holds no row", help="another split or file")
     return shapes.most_common(1)[0][0]
 
 

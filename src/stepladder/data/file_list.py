@@ -17,7 +17,7 @@ from multiprocessing.reduction import DupFd
 from typing import IO, Any, TypeVar, overload
 
 from stepladder import files
-from stepladder.errors import DataError
+from stepladder.errors import RunError
 
 T = TypeVar("T")
 LENGTH = struct.Struct("<Q")  # stands before each item: its bytes
@@ -45,22 +45,35 @@ class _File:
         """Write what is still held, and return the file's descriptor.
 
         Raises:
-            DataError: it cannot be written.
+            RunError: it cannot be written.
         """
+        content = bytes(self.tail)
         try:
             self.file = self.file or _open()
-            rest = memoryview(self.tail)
-            while rest:
-                rest = rest[self.file.write(rest) :]
+            try:
+                _write(self.file, content, self.end)
+            except OSError:
+                self._move()
+                _write(self.file, content, self.end)
         except OSError as error:
-            raise DataError(
+            raise RunError(
                 "the rows can be written nowhere as they are read",
                 where=f"{files.cache_folder()}, {tempfile.gettempdir()}",
                 why=str(error),
                 help="XDG_CACHE_HOME=/a/folder/with/space",
             ) from None
-        self.end, self.tail = self.end + len(self.tail), bytearray()
+        self.end, self.tail = self.end + len(content), bytearray()
         return self.file.fileno()
+
+    def _move(self) -> None:
+        """Go on in the folder for temporary files, where the disk of the cache is full."""
+        assert self.file
+        if os.fstat(self.file.fileno()).st_dev == os.stat(tempfile.gettempdir()).st_dev:
+            return  # as full
+        elsewhere = _open_elsewhere()
+        for position in range(0, self.end, WRITTEN):
+            _write(elsewhere, os.pread(self.file.fileno(), min(WRITTEN, self.end - position), position), position)
+        self.file = elsewhere  # who reads the other one keeps it
 
     def __reduce__(self) -> Any:
         return _reopen, (DupFd(self.flush()),)  # once for all lists: a process is not started with a file twice
@@ -85,7 +98,18 @@ def _open() -> IO[bytes]:
     with contextlib.suppress(OSError):
         files.cache_folder().mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=files.cache_folder(), buffering=0)
+    return _open_elsewhere()
+
+
+def _open_elsewhere() -> IO[bytes]:
     return tempfile.TemporaryFile(buffering=0)
+
+
+def _write(file: IO[bytes], content: bytes, position: int) -> None:
+    """Write at a position, so that what is written again after a fault takes the place of what was."""
+    while content:
+        written = os.pwrite(file.fileno(), content, position)
+        content, position = content[written:], position + written
 
 
 class FileList(Sequence[T]):
@@ -109,7 +133,7 @@ class FileList(Sequence[T]):
         return made
 
     def append(self, item: T) -> None:
-        """Raises DataError where the disk is full."""
+        """Raises RunError where the disk is full: no fault of the row, which `on_bad_row: skip` would leave out."""
         self._places.append(self._files[0].append(item))
 
     def take(self, positions: Iterable[int]) -> FileList[T]:

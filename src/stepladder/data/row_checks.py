@@ -182,8 +182,9 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         if is_cut:
             cut.append(number)
         kept_rows += bool(left)
-        if not left:
-            (beheaded if any(label != render.IGNORED for label in row.labels) else idle).append(number)
+        if not left:  # of a very long row the answer may lie behind the tokens
+            is_behind = not row.is_whole and row.turns > 0
+            (beheaded if is_behind or any(label != render.IGNORED for label in row.labels) else idle).append(number)
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended = turns + row.turns, ended + found
 

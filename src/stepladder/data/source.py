@@ -132,6 +132,8 @@ class Source:
             return round(int(text[:-1]) / 100 * total) if text.endswith("%") else int(text)
 
         chosen = range(total)[bound(sliced["start"]) : bound(sliced["stop"])]
+        if not chosen:
+            raise self._error(f"{self.split} holds no row", "another slice", f"{self.label} has {total:,} rows")
         return itertools.islice(again, chosen.start, chosen.stop)
 
     def _files(self, split: str) -> list[Path]:
