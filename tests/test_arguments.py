@@ -57,6 +57,16 @@ def test_an_adapter_sums_its_gradients_on_shards(settings) -> None:
     assert not arguments.check_strategy(settings(**own), under("fsdp"))
 
 
+def test_an_output_layer_beside_an_adapter_is_refused_on_shards(settings) -> None:
+    """Guards a silent other curve: each rank of FSDP trained its shard of the output layer on its own rows alone."""
+    recipe = settings(use_peft=True, lora_modules_to_save=["lm_head"])
+    for name in ("fsdp", "hsdp"):
+        with pytest.raises(RecipeError, match=f"lora_modules_to_save: lm_head cannot be trained under {name}"):
+            arguments.check_strategy(recipe, under(name))
+    for name in ("ddp", "zero2", "zero3"):
+        assert not arguments.check_strategy(recipe, under(name))
+
+
 def test_lomo_is_refused_on_several_ranks(settings) -> None:
     """Guards a run whose ranks each train weights of their own, which only the check of the saved result found."""
     assert not arguments.check_strategy(settings(optim="lomo"), under("single", ranks=1))

@@ -223,6 +223,21 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+def test_weights_that_no_file_holds_are_refused(tiny: Path, tmp_path: Path, settings) -> None:
+    """Guards random layers in a trained or asked model: Transformers only warns of them, and warnings are not shown."""
+    from stepladder.model import pretrained
+
+    shutil.copytree(tiny, folder := tmp_path / "deeper")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    for read in (
+        lambda: pretrained.load_base(settings(model_name_or_path=str(folder)), "fp32"),
+        lambda: pretrained.load_for_inference(str(folder)),
+    ):
+        with pytest.raises(ModelError, match=r"lack model\.layers\.3\.\S+ and 8 more"):
+            read()
+
+
 def test_code_beside_a_model_runs_only_where_it_is_trusted(tiny: Path, tmp_path: Path, settings, monkeypatch) -> None:
     """Guards against code that comes with a base: Transformers asked on the terminal and waited, and named no flag of
     ours. So does every reader of a base: generate.py, the plan, merge.py, a chat template's source."""

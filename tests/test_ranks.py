@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,6 +97,16 @@ def test_the_sizes_of_hsdp(asked, ranks, settled, environment) -> None:
         assert f"{settled[0]} replicas of the model, each sharded over {settled[1]} ranks" in note
     else:
         assert os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] == "false" and "accelerate_configs/fsdp.yaml" in note
+
+
+def test_sizes_that_accelerate_does_not_read(environment, monkeypatch) -> None:
+    """Guards a run under plain FSDP whose command line asked for replicas: Accelerate ignored it without a word."""
+    words = ["python", "accelerate", "launch", "--config_file", "fsdp.yaml", "--parallelism_config_dp_shard_size", "2"]
+    parent = SimpleNamespace(cmdline=lambda: [*words, "scripts/sft.py"])
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(parents=lambda: [parent]))
+    environment(ACCELERATE_USE_FSDP="true")
+    with pytest.raises(LaunchError, match="--parallelism_config_dp_shard_size has no effect"):
+        launcher.settle_mesh(launcher.read_launch())
 
 
 def test_a_deepspeed_file_that_is_not_there(environment) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import same_curve
@@ -52,9 +52,14 @@ def models(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapter.save_pretrained(folder / "adapter")
-    for name in ("large", "untied"):
+    experts = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(experts).save_pretrained(folder / "experts")
+    for name in ("large", "untied", "experts"):
         tokenizer.save_pretrained(folder / name)
-    return {"tiny": tiny, **{name: folder / name for name in ("large", "untied", "adapter")}}
+    return {"tiny": tiny, **{name: folder / name for name in ("large", "untied", "experts", "adapter")}}
 
 
 def cases(models: dict[str, Path], rows: Path) -> dict[str, dict[str, Any]]:
@@ -67,6 +72,7 @@ def cases(models: dict[str, Path], rows: Path) -> dict[str, dict[str, Any]]:
         "full in bf16": ("full", "large", {"dtype": "bfloat16", "bf16": True}),
         "an adapter trained on": ("lora", "adapter", dict.fromkeys(lora) | {"use_peft": True}),
         "dora": ("lora", "tiny", {"use_dora": True}),
+        "experts with a loss of their own": ("full", "experts", {}),
         **{case: (case.split()[0], "large", {}) for case in LARGE},
     }  # fmt: skip
     return {
@@ -81,7 +87,8 @@ def cases(models: dict[str, Path], rows: Path) -> dict[str, dict[str, Any]]:
 
 def test_one_rank_reads(models: dict[str, Path], tmp_path: Path) -> None:
     """Guards large models under FSDP: 8 ranks that load 70 billion parameters in fp32 each would need 2.3 TB; and that
-    what rank 0 sends is what a plain process trains: tied weights, added tokens, buffers and adapters."""
+    what rank 0 sends is what a plain process trains: tied weights, added tokens, buffers, adapters, and the outputs of
+    routers, which only the rank that had made the model recorded."""
     rows, recipes = same_curve.write_rows(tmp_path / "rows.jsonl"), {}
     for case, keys in cases(models, rows).items():
         recipes[case] = tmp_path / f"{case}.yaml"

@@ -157,12 +157,13 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     if quantization := quantization_config(recipe, mixed_precision):
         kwargs["quantization_config"] = quantization
     with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=weights_dtype(recipe, mixed_precision),
             revision=source.revision,
             trust_remote_code=bool(recipe.get("trust_remote_code")),
             use_safetensors=True,
+            output_loading_info=True,
             **kwargs,
         )
     if getattr(model, "_hf_peft_config_loaded", False):  # Transformers puts the base in an adapter's place
@@ -171,6 +172,7 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
             where=recipe.where("model_name_or_path"),
             help=f"hf download {name}, then the same command again",
         )
+    _check_complete(name, loading)
     model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
     for module in model.modules():
         # On CPUs with AVX-512 BF16, bitsandbytes repacks the weights at the first evaluation and
@@ -179,6 +181,20 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _check_complete(name: str, loading: dict[str, Any]) -> None:
+    """Raise ModelError for weights that no file holds: Transformers initializes them at random, with a warning.
+
+    Args:
+        loading: what `from_pretrained` returns beside the model, with `output_loading_info`.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(
+            f"the weights of '{name}' lack {missing[0]}{more(missing)}",
+            why="its config.json describes a model that its files do not hold: the rest would be random",
+            help="the config.json that belongs to these weights, or the files that are missing",
+        )
 
 
 def recipe_can_be_sent(recipe: Settings) -> bool:
@@ -260,10 +276,11 @@ def load_for_inference(
     place = str(source.adapter) if source.has_tokenizer else source.base
     tok = load_tokenizer(place, source.revision, trust_remote_code)
     with _loading(source.base, of=str(source.adapter or "")):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             source.base, revision=source.revision, dtype=dtype, use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
+    _check_complete(source.base, loading)
     with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:

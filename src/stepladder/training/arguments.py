@@ -43,6 +43,7 @@ ON_SHARDS = {
     *("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd"),
 }
 EMBEDDINGS = ("embed", "wte")  # in the names of input embeddings
+OUTPUTS = ("lm_head", "embed_out")  # the last part of the names of output embeddings
 # Part of their state is no plain tensor of `optimizer.state`: a projector, a dictionary of their own, or torchao's
 # quantized tensors, which differ by a rounding once they were written as plain ones.
 NOT_SAVED = ("galore", "apollo", "adalomo", "adamw_torch_4bit", "adamw_torch_8bit")
@@ -130,7 +131,10 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
     why = ""
     if inputs and launch.strategy.is_zero and launch.strategy.shards_weights:
         why = "PEFT saves input embeddings on one rank, which has a shard of them: DeepSpeed ends there"
-    elif launch.strategy.is_fsdp and (inputs := [*inputs, *(n for n in whole if n == "lm_head")]):
+    elif launch.strategy.is_fsdp and (heads := [name for name in whole if name.rsplit(".", 1)[-1] in OUTPUTS]):
+        inputs = heads
+        why = "TRL's fused loss reads it outside of its forward pass: FSDP would not sum its gradients over the ranks"
+    elif launch.strategy.is_fsdp and inputs:
         config = start.read_if_readable(Path(start.resolve_recipe_model(recipe).base) / "config.json")
         if config.get("tie_word_embeddings"):
             why = "FSDP shards a module by itself, and input and output embeddings are one tensor in this base"

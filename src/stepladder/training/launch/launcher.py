@@ -269,8 +269,13 @@ def count_replicas(replicas: str, shards: str, ranks: int, local_ranks: int, whe
 
 
 def settle_mesh(launch: Launch) -> list[str]:
-    """Replace `auto` in the launcher's `parallelism_config` by numbers, before Accelerate reads it; notes on them."""
+    """Replace `auto` in the launcher's `parallelism_config` by numbers, before Accelerate reads it; notes on them.
+
+    Raises:
+        LaunchError: sizes on the launcher's command line, which Accelerate does not read.
+    """
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") != "true":
+        _check_sizes_are_read()
         return []
     if launch.replicas == 1:
         os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "false"
@@ -280,6 +285,22 @@ def settle_mesh(launch: Launch) -> list[str]:
     return [
         f"hsdp: {launch.replicas} replicas of the model, each sharded over {shards} ranks ({launch.local_ranks} a node)"
     ]
+
+
+def _check_sizes_are_read() -> None:
+    """Raise LaunchError where the launcher's command line has sizes of a mesh, and its file no `parallelism_config`."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for parent in psutil.Process().parents():
+            words = [*itertools.takewhile(lambda word: not word.endswith(".py"), parent.cmdline()[3:])]
+            if ignored := [word for word in words if word.replace("-", "_").startswith("__parallelism_config_")]:
+                raise LaunchError(
+                    f"{ignored[0]} has no effect",
+                    where="the command line of accelerate launch",
+                    why="Accelerate reads it only with --use_parallelism_config or a parallelism_config in its file",
+                    help="accelerate_configs/hsdp.yaml, which has one",
+                )
 
 
 def requested_ranks() -> int | None:

@@ -37,6 +37,8 @@ def load_base_model(recipe: Settings, precision: str, launch: Launch) -> Any:
     if model is None and empty is not None:
         model = pickle.loads(empty)
         attention.set_implementation(model, model.config.get_text_config()._attn_implementation)
+        with torch.device("meta"):  # making a model registers which outputs its class records (`_CAN_RECORD_REGISTRY`)
+            type(model)(copy.deepcopy(model.config))
     elif model is None:
         return pretrained.load_base(recipe, precision)
     elif empty is None:
