@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,3 +394,36 @@ def test_a_checkpoint_of_an_earlier_version_is_read() -> None:
         for name, value in expected.items():
             assert found[name].shape == tuple(value.shape)
             assert torch.equal(found[name].read(0, value.numel()), value.flatten())
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), OSError(30, "Read-only file system")])
+def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(error, folder, monkeypatch, capsys) -> None:
+    """Guards `save_total_limit` on a disk that refuses to delete, or beside a script that has deleted it already: rank
+    0 ended with a traceback after its save was complete, and the other ranks waited for it."""
+    from stepladder.training.checkpoint import saving
+    from stepladder.training.checkpoint.writer import Writer
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(process_index=0, output_dir=str(folder), device="cpu"),
+        state=SimpleNamespace(best_global_step=None),
+        watchdog=SimpleNamespace(move=lambda: None),
+        save_total_limit=1,
+        _best_before=(None, None),
+    )
+    newest = resume.of_step(folder, 8)
+    newest.mkdir()
+    writer = Writer(newest, [], [])
+    writer.start()
+    unlink = Path.unlink
+
+    def refuse(file: Path, missing_ok: bool = False) -> None:
+        if file.name == resume.COMPLETE:
+            raise error
+        unlink(file, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert saving.finish(trainer, saving.Save(newest, 8, {"step": 8}, writer, blocks=False))
+    out = capsys.readouterr().out
+    assert "an older checkpoint could not be deleted" in out and error.strerror in out
+    assert resume.whole_steps(folder) == [2, 4, 6, 8]

@@ -63,6 +63,20 @@ class Callback(TrainerCallback):
             print("sub-groups:", len(optimizer.optimizer.fp32_partitioned_groups_flat), flush=True)
 """
 
+NAN_AT_FIRST = """
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            embeddings = model.get_input_embeddings()
+            self.hook = embeddings.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.hook.remove()
+"""
+
 
 class Session:
     """Commands of sft.py that one process, or one launch, runs in turn."""
@@ -223,6 +237,21 @@ def test_under_each_strategy_and_from_one_process(config, ranks, in_one_process,
     found = difference(tmp_path / "full", back)
     assert found.pop("grad_norm") <= (1e-3 if config.startswith("zero") else 1e-4)
     assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_a_checkpoint_before_the_first_step_that_counted(config, tiny, rows, tmp_path) -> None:
+    """Guards a run under ZeRO whose first step `on_nan: skip` has skipped: resumed from there, its optimizer had
+    counted a step that was none, and the curve was another one without a word."""
+    (tmp_path / "nan.py").write_text(NAN_AT_FIRST)
+    session = Session(tmp_path, tiny, rows)
+    keys = {"on_nan": "skip", "eval_strategy": "no"}
+    whole = session.train("whole", "--callback", tmp_path / "nan.py", **keys)
+    resumed = session.resume(whole, "resumed", 1, **keys)
+    session.start(config, 2)
+    assert manifest(whole)["skipped_steps"] == [1]
+    found = difference(whole, resumed)
+    assert max(found.values()) <= 1e-6, found
 
 
 def test_several_sub_groups_under_zero3(in_one_process, tiny, rows, tmp_path) -> None:

@@ -56,6 +56,14 @@ class Callback(TrainerCallback):
         assert os.path.exists(f"{args.output_dir}/checkpoint-{state.global_step}/COMPLETE.json")
         print("complete when it is read", flush=True)
 """
+LAST = """
+import signal
+from transformers import TrainerCallback
+
+class Callback(TrainerCallback):
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+"""
 
 
 class Slow(Session):
@@ -128,3 +136,13 @@ def test_a_slow_writer_is_no_hang_and_a_stuck_one_is_named(tiny, learnable, writ
     assert "in slow" in (tmp_path / "stuck/hang-rank-0.txt").read_text()
     assert not (of_step(tmp_path / "stuck", 2) / COMPLETE).exists()
     assert [row["step"] for row in metrics(tmp_path / "stuck")] == [1, 2, 3, 4]
+
+
+def test_a_stop_after_the_last_step_does_not_end_the_verification_of_the_result(tiny, learnable, tmp_path) -> None:
+    """Guards a signal that comes in or after the last step: the loss of the saved result was left as an evaluation is,
+    and a run whose training was complete failed with a traceback."""
+    (tmp_path / "last.py").write_text(LAST)
+    session = Slow(tmp_path, tiny, learnable)
+    folder = session.train("run", "--callback", tmp_path / "last.py", max_steps=2)
+    session.start()
+    assert manifest(folder)["status"] == "finished" and manifest(folder)["saved"]["loss"] > 0

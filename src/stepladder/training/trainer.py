@@ -172,7 +172,8 @@ class Trainer(SFTTrainer):
         return self.args.device.type == "cpu" and not self.is_deepspeed_enabled
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        if self.rank_sync.stop_asked():
+        # After the last step there is nothing to stop: the saved result is being verified.
+        if self.is_in_train and self.rank_sync.stop_asked():
             raise EvaluationLeftError
         inputs.pop("rows", None)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -114,8 +114,9 @@ def finish(trainer: Any, save: Save) -> bool:
         if first:
             fault = _attempt(_complete, save, files)
         if _no_rank_failed(fault):
-            if first:
-                _delete_older(trainer)
+            if first and (fault := _attempt(_delete_older, trainer)):
+                say(f"⚠ an older checkpoint could not be deleted: {fault}")
+                say("  the run goes on, and the next save tries again")
             return True
     if first:
         shutil.rmtree(save.folder, ignore_errors=True)

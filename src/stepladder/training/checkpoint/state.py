@@ -186,6 +186,8 @@ class Zero(Trained):
 
     def put_states(self, states: Mapping[str, Mapping[str, Read]]) -> None:
         """As `Plain.put_states`; numbers are the same for all parameters under ZeRO."""
+        if not any(states.values()):  # each step so far was skipped: a step here would count as one
+            return
         kept = [flat.grad for flat in self.flat]
         for flat in self.flat:
             flat.grad = torch.zeros_like(flat)
