@@ -45,11 +45,8 @@ SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\
 
 def is_local(name: str) -> bool:
     """A file or folder that is there, or a name that can only be meant as one; anything else is a hub id."""
-    return (
-        os.path.exists(os.path.expanduser(name))
-        or name.startswith(("/", "./", "../", "~"))
-        or kind(Path(name)) in READERS
-    )
+    meant = name.startswith(("/", "./", "../", "~")) or kind(Path(name)) in READERS
+    return meant or os.path.exists(os.path.expanduser(name))
 
 
 @dataclass(frozen=True)
