@@ -148,7 +148,7 @@ def main() -> None:
     prepare(args.folder)
     cases = [case for case in CASES if args.only in case.name]
     if not args.measured:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
         measure(cases, args.folder)
     rows = table(cases, args.folder)
     print(rows)

@@ -228,7 +228,7 @@ class Run:
 
     def _began(self) -> float:
         """When this process began, less the recorded seconds of the starts before it."""
-        # one that goes on, or starts anew by itself; the seconds only grow, so the last rows have the most
+        # With a manifest the run is resumed or started again. The seconds only grow, so the last rows have the most.
         rows = (row for _, row in read_metrics(self.folder, last=LINE_BYTES) if row)
         before = itertools.chain([self.manifest], rows) if self.manifest else ()
         spent = (value for row in before if isinstance(value := row.get("elapsed_seconds"), int | float))

@@ -13,7 +13,7 @@ import yaml
 from stepladder import files, hardware
 from stepladder.console import printable, quote_for_shell
 from stepladder.errors import ModelError
-from stepladder.manifest import MANIFEST, read_manifest, read_metrics
+from stepladder.manifest import LARGEST, MANIFEST, read_manifest, read_metrics
 from stepladder.model import start
 from stepladder.model.build import VIRTUAL
 from stepladder.model.weights import Weights
@@ -22,7 +22,6 @@ from stepladder.settings import Settings
 README_BYTES = 1 << 22
 UNNAMED = "none named"
 QUESTION = "How do I track my order?"  # of the example prompt
-LARGEST = 1e100  # of a loss: beyond it there is nothing to draw
 NEEDED = (
     *("recipe", "totals.steps", "parameters.all", "parameters.trainable", "datasets", "packages", "git_commit"),
     *("global_batch_size", "strategy", "world_size", "precision"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import hardware
+from stepladder import console, hardware
 from stepladder.data import templates
 from stepladder.errors import ModelError, RecipeError, first_line
 from stepladder.model import start
@@ -156,6 +156,7 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     kwargs: dict[str, Any] = {**(recipe.get("model_init_kwargs") or {}), **_attention(recipe)}
     if quantization := quantization_config(recipe, mixed_precision):
         kwargs["quantization_config"] = quantization
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for _check_loaded
     with _loading(name):
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -163,7 +164,6 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
             revision=source.revision,
             trust_remote_code=bool(recipe.get("trust_remote_code")),
             use_safetensors=True,
-            output_loading_info=True,
             **kwargs,
         )
     if getattr(model, "_hf_peft_config_loaded", False):  # Transformers puts the base in an adapter's place
@@ -172,7 +172,7 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
             where=recipe.where("model_name_or_path"),
             help=f"hf download {name}, then the same command again",
         )
-    _check_complete(name, loading)
+    _check_loaded(name, loading)
     model.config.use_cache = False  # of use in generation only, and at odds with checkpointing
     for module in model.modules():
         # On CPUs with AVX-512 BF16, bitsandbytes repacks the weights at the first evaluation and
@@ -183,13 +183,18 @@ def load_base(recipe: Settings, mixed_precision: str) -> PreTrainedModel:
     return model
 
 
-def _check_complete(name: str, loading: dict[str, Any]) -> None:
-    """Raise ModelError for weights that no file holds: Transformers initializes them at random, with a warning.
+def _check_loaded(name: str, loading: dict[str, Any]) -> None:
+    """Warn of weights that the model has no place for; raise ModelError for those that no file holds as it needs them.
+
+    Transformers initializes the latter at random, and its own report of all of them is not printed.
 
     Args:
         loading: what `from_pretrained` returns beside the model, with `output_loading_info`.
     """
-    if missing := sorted(loading["missing_keys"]):
+    if extra := sorted(loading["unexpected_keys"]):
+        console.warn(f"⚠ '{name}': its config.json has no place for {extra[0]}{more(extra)} of its files: left out")
+    wrong = sorted(f"{key} as {[*needed]}, which is {[*held]}" for key, held, needed in loading["mismatched_keys"])
+    if missing := wrong or sorted(loading["missing_keys"]):
         raise ModelError(
             f"the weights of '{name}' lack {missing[0]}{more(missing)}",
             why="its config.json describes a model that its files do not hold: the rest would be random",
@@ -278,9 +283,9 @@ def load_for_inference(
     with _loading(source.base, of=str(source.adapter or "")):
         model, loading = AutoModelForCausalLM.from_pretrained(
             source.base, revision=source.revision, dtype=dtype, use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    _check_complete(source.base, loading)
+    _check_loaded(source.base, loading)
     with _loading(name):
         fit_embeddings(model, tok)
         if source.adapter:

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 from stepladder.errors import FAULT, GOOD, LOOK, LaunchError, RunError, Verdict
 from stepladder.files import open_file, read_lines, read_object
-from stepladder.manifest import MANIFEST, METRICS, NUMBER, parse_row, read_metrics, status
-from stepladder.reporting.series import LARGEST, Curve
+from stepladder.manifest import LARGEST, MANIFEST, METRICS, NUMBER, parse_row, read_metrics, status
+from stepladder.reporting.series import Curve
 
 POLL = 1.0  # seconds
 FOLLOW_ON = {"preempted": ": started again it goes on from its checkpoint, and the same --watch follows it on"}
 FOLLOWED_BYTES = 1 << 20  # of what was logged before --watch begins: about 2,000 steps
 DAMAGED_LINES = 10  # that a remark names
-QUIET = 600  # seconds without a line after which the user is told so
+QUIET = 600  # seconds without a line after which a note is printed
 
 
 def _is_number(value: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-LARGEST = 1e100  # a value beyond it is no figure: its square would overflow
+from stepladder.manifest import LARGEST
+
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 

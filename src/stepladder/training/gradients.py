@@ -52,10 +52,10 @@ def _local_part(gradient: torch.Tensor) -> torch.Tensor:
 def sum_in_fp32(accelerator: Any) -> None:
     """Let FSDP and ZeRO sum gradients in fp32, over ranks and micro-batches; call it before they wrap the model.
 
-    For bf16 Accelerate sets all of FSDP's dtypes to bf16 (`FullyShardedDataParallelPlugin.set_mixed_precision`):
-    sums of gradients lose what DDP keeps, and the loss is rounded on its way out of the model, to
-    steps of 3e-2 for a loss above 4. Torchtitan reduces in fp32, too. DeepSpeed sums in the dtype of the model
-    (`get_data_types` and `communication_data_type` in `runtime/engine.py`), unless its configuration says otherwise.
+    For bf16 Accelerate sets all of FSDP's dtypes to bf16 (`FullyShardedDataParallelPlugin.set_mixed_precision`): sums
+    of gradients are less precise than DDP's, and the model's loss is rounded to steps of 3e-2 above 4. Torchtitan
+    reduces in fp32, too. DeepSpeed sums in the dtype of the model (`get_data_types` and `communication_data_type` in
+    `runtime/engine.py`), unless its configuration says otherwise.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:

@@ -7,6 +7,7 @@ the number of ranks, and lets each rank save and load its part without the other
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ class Piece(NamedTuple):
     sharded: bool
 
 
-class Trained:
+class Trained(abc.ABC):
     """The trained parameters by name, and their optimizer."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer):
@@ -92,9 +93,9 @@ class Trained:
         """Put an unsharded tensor into a parameter; every rank calls it."""
         self.fill_weights(name, lambda start, stop: value.flatten()[start:stop])
 
+    @abc.abstractmethod
     def fill_weights(self, name: str, read: Read) -> None:
         """Put into a parameter what `read` gives of an unsharded one; every rank calls it, in the same order."""
-        raise NotImplementedError
 
 
 class Plain(Trained):

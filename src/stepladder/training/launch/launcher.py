@@ -289,40 +289,40 @@ def settle_mesh(launch: Launch) -> list[str]:
 
 def _check_sizes_are_read() -> None:
     """Raise LaunchError where the launcher's command line has sizes of a mesh, and its file no `parallelism_config`."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            words = [*itertools.takewhile(lambda word: not word.endswith(".py"), parent.cmdline()[3:])]
-            if ignored := [word for word in words if word.replace("-", "_").startswith("__parallelism_config_")]:
-                raise LaunchError(
-                    f"{ignored[0]} has no effect",
-                    where="the command line of accelerate launch",
-                    why="Accelerate reads it only with --use_parallelism_config or a parallelism_config in its file",
-                    help="accelerate_configs/hsdp.yaml, which has one",
-                )
+    for word in _launcher_words():
+        if word.replace("-", "_").startswith("__parallelism_config_"):
+            raise LaunchError(
+                f"{word} has no effect",
+                where="the command line of accelerate launch",
+                why="Accelerate reads it only with --use_parallelism_config or a parallelism_config in its file",
+                help="accelerate_configs/hsdp.yaml, which has one",
+            )
 
 
 def requested_ranks() -> int | None:
     """The number of ranks asked of the `accelerate launch` that started this process; None without one."""
-    import psutil
     import yaml
 
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--num_processes", "--num-processes", type=int)
     launcher.add_argument("--config_file", "--config-file")
-    with contextlib.suppress(psutil.Error, OSError, yaml.YAMLError):
+    asked = launcher.parse_known_args(_launcher_words())[0]
+    if asked.num_processes is None and asked.config_file:
+        with contextlib.suppress(OSError, yaml.YAMLError):
+            return yaml.safe_load(Path(asked.config_file).read_text()).get("num_processes")
+    return asked.num_processes
+
+
+def _launcher_words() -> list[str]:
+    """What the `accelerate launch` that started this process was given before its script; empty without one."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
         for parent in psutil.Process().parents():
             words = parent.cmdline()
-            if not re.search(r"accelerate(-launch|/commands/launch\.py|\0launch)(\0|$)", "\0".join(words[:4])):
-                continue
-            asked = launcher.parse_known_args([*itertools.takewhile(lambda word: not word.endswith(".py"), words[3:])])[
-                0
-            ]
-            if asked.num_processes is None and asked.config_file:
-                return yaml.safe_load(Path(asked.config_file).read_text()).get("num_processes")
-            return asked.num_processes
-    return None
+            if re.search(r"accelerate(-launch|/commands/launch\.py|\0launch)(\0|$)", "\0".join(words[:4])):
+                return [*itertools.takewhile(lambda word: not word.endswith(".py"), words[3:])]
+    return []
 
 
 def leave_to_recipe(precision: str, accumulation: int, max_grad_norm: float) -> list[str]:
