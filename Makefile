@@ -16,8 +16,8 @@ install: $(INSTALLED) ## put Stepladder and all it needs into .venv
 # torch comes first and by the constraint: DeepSpeed's build imports it, which is also why
 # that one is built without isolation.
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-		{ echo "Python 3.10 or newer is needed and '$(PYTHON)' is not. Install it: sudo apt install python3 (or: make PYTHON=python3.12)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "Python 3.11 or newer is needed and '$(PYTHON)' is not. Install it: sudo apt install python3 (or: make PYTHON=python3.12)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "Python's venv module is missing. Install it: sudo apt install python3-venv"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

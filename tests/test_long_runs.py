@@ -187,7 +187,7 @@ def test_watch_shows_the_end_of_a_long_run(long: Path) -> None:
     left_out = int(shown[0].split()[0].replace(",", ""))
     lines = (long / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert sum(map(len, lines[left_out:])) <= runs.FOLLOWED_BYTES < sum(map(len, lines[left_out - 1 :]))
-    assert "earlier lines of metrics.jsonl are left out" in shown[0] and shown[-1] == "the run is finished"
+    assert "earlier lines of metrics.jsonl are left out: " in shown[0] and shown[-1] == "the run is finished"
     assert [int(line.split()[1]) for line in shown[1:-1]] == [json.loads(line)["step"] for line in lines[left_out:-1]]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import re
 import shlex
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from conftest import ROOT, run, script
 
@@ -63,3 +67,16 @@ def test_folders_are_there() -> None:
 def test_make_help_lists_the_two_commands() -> None:
     done = run("make", "help")
     assert done.code == 0 and "make demo" in done.out and "make test" in done.out, done
+
+
+def test_the_python_that_is_asked_for_is_what_the_libraries_need() -> None:
+    """Guards an oldest Python with which the installation fails half-way, since a library refuses it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    for name in [Requirement(one).name for one in project["dependencies"]]:
+        needed = importlib.metadata.metadata(name)["Requires-Python"]
+        assert not needed or SpecifierSet(needed).contains(oldest), f"{name} needs Python {needed}"
+    assert f"Python ≥ {oldest}," in README
+    assert f"Python {oldest} or newer" in (ROOT / "docs/instructor.md").read_text()
+    assert f"Python {oldest} or newer" in (ROOT / "Makefile").read_text()
+    assert f"version_info < ({oldest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()

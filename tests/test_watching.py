@@ -266,6 +266,19 @@ def test_follow_a_run_that_is_written(tmp_path, monkeypatch) -> None:
     assert last.startswith("the run is preempted: started again it goes on")
 
 
+def test_follow_a_run_that_is_removed(tmp_path, monkeypatch) -> None:
+    """Guards --watch against waiting without end for a folder that somebody has removed."""
+    monkeypatch.setattr(runs, "POLL", 0.01)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"status": "running"}')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    lines = runs.follow(folder)
+    assert "loss 2.0000" in next(lines)
+    shutil.rmtree(folder)
+    assert list(lines) == [f"{folder} was removed"]
+
+
 @pytest.mark.parametrize("line", ["5", "[]", "{}", '{"step": null}', '{"step": "3"}', '{"step": Infinity}', "\0\0"])
 def test_a_line_that_is_damaged(line, tmp_path, capsys) -> None:
     """Guards --watch and a resumption against any content: left out and said, but for a last line that was cut off."""

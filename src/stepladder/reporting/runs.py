@@ -274,7 +274,7 @@ def follow(folder: Path) -> Iterator[str]:
                 inode = facts.st_ino
                 at, number = _find_end(file, facts.st_size)
                 if number and not rewound:
-                    yield f"  {number:,} earlier lines of {METRICS} are left out"
+                    yield f"  earlier lines of {METRICS} are left out: {number:,}"
             file.seek(at)
             for line in read_lines(file):
                 if not line.endswith(b"\n"):
@@ -288,6 +288,10 @@ def follow(folder: Path) -> Iterator[str]:
         if state not in ("running", "unreadable"):
             yield f"the run is {state}{FOLLOW_ON.get(state, '')}"
             return
+        with contextlib.suppress(OSError):  # a share's hiccup
+            if not folder.exists():
+                yield f"{folder} was removed"
+                return
         if not quiet and time.monotonic() - heard > QUIET:
             yield f"  nothing for {QUIET // 60} minutes: the run may have been killed before it could say so"
             quiet = True
