@@ -7,6 +7,7 @@ have shapes and no values: a layer of any size takes a fraction of a second and 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -157,6 +158,8 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
     from accelerate.utils import patch_environment
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # It logs the traceback of an operation that it cannot trace; `trace_batch` reports the error.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     model, base = meta_model.build_meta_model(settings, meta_model.shorten_config(config, depth, work.gpu), work)
     held, states = meta_model.weight_bytes(model), _states(model, str(settings.get("optim")))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
