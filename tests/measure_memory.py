@@ -49,6 +49,7 @@ def run(job: dict, rank: int) -> None:
             for tensor in known(kwargs["model"], kwargs["optimizer"]):
                 live.add(tensor)
             if state.global_step == 1:
+                live.measure_again()
                 live.peak = live.now
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

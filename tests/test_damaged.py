@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
@@ -164,6 +165,22 @@ def test_a_model_whose_files_are_none_is_refused(name: str, tiny: Path, tmp_path
             continue
         with pytest.raises(ModelError, match=f"{name} cannot be used"):
             pretrained.check_source(str(folder))
+
+
+def test_a_tokenizer_with_one_wrong_bit_is_loaded_or_refused(tiny: Path, tmp_path: Path) -> None:
+    """Guards against a traceback: the reader of tokenizer.json raises errors that have no class of their own."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    whole = (folder / "tokenizer.json").read_bytes()
+    refused = 0
+    for place in random.Random(0).sample(range(len(whole)), 60):
+        (folder / "tokenizer.json").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            pretrained.load_tokenizer(str(folder))
+        except ModelError as error:
+            refused += 1
+            assert str(folder) in str(error.what) and error.help
+    assert refused > 10
 
 
 def test_the_commands_say_it(tiny: Path, tmp_path: Path) -> None:

@@ -353,6 +353,7 @@ def _loading(name: str, of: str = "") -> Iterator[None]:
         # another rank's end, or the memory's.
         wrong = isinstance(error, (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError))
         wrong = wrong or (isinstance(error, RuntimeError) and "mismatch" in str(error))
+        wrong = wrong or type(error) is Exception  # of tokenizers' reader of tokenizer.json
         if wrong or type(error).__name__.startswith(("SafetensorError", "StrictDataclass")):
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
