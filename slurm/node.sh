@@ -10,15 +10,14 @@ source slurm/environment.sh
 read -ra nodes <<<"$STEPLADDER_NODES"
 log="$STEPLADDER_FOLDER/slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.out"
 
-# A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interface to the others.
+# A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interfaces to the others.
 if ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then exit 1; fi
 if [[ $interface ]]; then
-    # Else NCCL and gloo may choose an interface without a route (docker0, a management network).
-    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+    # Else NCCL and gloo may choose an interface without a route (docker0, a management network). NCCL takes all cards of
+    # the network (hsn0 to hsn3); gloo would need as many on every node (torch.distributed's documentation).
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-${interface#* }}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${interface% *}}
 fi
-# NCCL logs warnings and errors only.
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # The last collectives of each rank, written when one times out: they show which rank is missing.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
@@ -27,7 +26,7 @@ export PYTHONFAULTHANDLER=1
 # A node's cores are divided among its ranks; the default would be one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > STEPLADDER_RANKS ? SLURM_CPUS_ON_NODE / STEPLADDER_RANKS : 1))}
 # On a GPU node glibc returns freed host memory at once: it kept half of what a load under ZeRO-3 took (docs/planning.md).
-if [[ ${SLURM_GPUS_ON_NODE:-} ]]; then export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-131072}; fi
+if [[ $STEPLADDER_GPUS != 0 ]]; then export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-131072}; fi
 # How long torchrun waits after TERM before it kills its ranks: a step and a save (30 s by default).
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
 

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import losses, manifest, run, script
+from stepladder.errors import LaunchError
 from stepladder.training.launch import devices
+from stepladder.training.launch.launcher import Launch, Strategy
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or any(Path(gpu).exists() for gpu in devices.GPUS), reason="for Linux without a GPU"
@@ -97,3 +100,41 @@ def test_segments_grow_on_a_gpu_unless_someone_says_otherwise(gpu, set_before, a
     monkeypatch.setattr(devices, "GPUS", (str(tmp_path if gpu else tmp_path / "none"), "none"))
     devices.let_segments_grow()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
+
+
+ONE = Launch(1, 0, 0, 1, Strategy("single"), 1)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that names no GPU, and is put back."""
+    for name in devices.VISIBLE:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("name", "named"), [("ROCR_VISIBLE_DEVICES", "0"), ("HIP_VISIBLE_DEVICES", "0,1"),
+                                             ("ZE_AFFINITY_MASK", "0.1")])  # fmt: skip
+def test_no_maker_s_gpu_becomes_a_cpu_without_a_word(name, named, bare) -> None:
+    """Guards AMD's and Intel's nodes with PyTorch's usual build, which has no such device: Slurm names the GPUs of a
+    job by these variables, and the job trained on the CPU. `use_cpu: true` does, and hides AMD's GPUs too."""
+    bare.setenv(name, named)
+    with pytest.raises(LaunchError, match=f"{name}={named} names no GPU"):
+        devices.choose_device(ONE)
+    assert devices.choose_device(ONE, use_cpu=True)
+    assert os.environ["HIP_VISIBLE_DEVICES"] == "-1", "an empty one shows all, by HIP's documentation"
+    bare.setattr(torch.xpu, "is_available", lambda: True)
+    with pytest.raises(LaunchError, match="Intel"):
+        devices.choose_device(ONE)
+
+
+def test_one_process_on_a_node_of_amd_takes_the_first_gpu(bare) -> None:
+    """Guards HIP_VISIBLE_DEVICES, by which PyTorch's build for ROCm counts where Slurm has set ROCR_VISIBLE_DEVICES
+    (`torch.cuda._parse_visible_devices`): CUDA_VISIBLE_DEVICES left two GPUs, and one process refuses two."""
+    bare.setattr(torch.version, "hip", "6.4")
+    bare.setenv("ROCR_VISIBLE_DEVICES", "4,5")
+    bare.setattr(torch.cuda, "device_count", lambda: len(torch.cuda._parse_visible_devices()))
+    bare.setattr(torch.cuda, "is_available", lambda: True)
+    assert not devices.choose_device(ONE)
+    assert os.environ["HIP_VISIBLE_DEVICES"] == "0" and "CUDA_VISIBLE_DEVICES" not in os.environ
