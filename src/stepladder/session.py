@@ -28,7 +28,7 @@ from stepladder.run import Run
 from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import devices, launcher, ranks
+from stepladder.training.launch import devices, launcher, ranks, transport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,9 +148,10 @@ def prepare(checked: Checked) -> Prepared:
     ]
     notes += launcher.settle_mesh(launch)
     notes += launcher.leave_to_recipe(precision, checked.step.accumulation, recipe.get("max_grad_norm"))
-    with ranks.meeting(launch):
+    with ranks.meeting(launch, record.folder):
         training_args = arguments.build(recipe, checked.step, precision, use_cpu, launch.strategy)
     rank_devices = ranks.assert_launch(launch, str(training_args.device))
+    transport.check_choice(launch)
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
