@@ -138,3 +138,70 @@ def test_one_process_on_a_node_of_amd_takes_the_first_gpu(bare) -> None:
     bare.setattr(torch.cuda, "is_available", lambda: True)
     assert not devices.choose_device(ONE)
     assert os.environ["HIP_VISIBLE_DEVICES"] == "0" and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+# Each rank is a fork of one process that has imported torch; a thread of it was there before, as a library's would be.
+BINDS = """
+import json, os, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from stepladder.training.launch import devices
+from stepladder.training.launch.launcher import Launch, Strategy
+
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_properties = lambda number: SimpleNamespace(
+    pci_domain_id=0, pci_bus_id=number + 10, pci_device_id=0
+)
+for case, (job, cards) in enumerate(json.loads(sys.argv[1])):
+    folder = Path(sys.argv[2], str(case))
+    for number, cores in enumerate(cards):
+        card = folder / f"bus/pci/devices/0000:{number + 10:02x}:00.0"
+        card.mkdir(parents=True)
+        (card / "local_cpulist").write_text(cores + "\\n")
+    for rank in range(len(cards)):
+        if os.fork() == 0:
+            os.sched_setaffinity(0, job)
+            go, thread = threading.Event(), []
+            worker = threading.Thread(target=lambda: (go.wait(), thread.append(os.sched_getaffinity(0))))
+            worker.start()
+            os.environ["RANK"] = str(rank)
+            devices.bind_near_gpu(Launch(len(cards), rank, rank, len(cards), Strategy("ddp")), folder)
+            go.set(), worker.join()
+            assert thread[0] == os.sched_getaffinity(0), thread
+            print(json.dumps([case, rank, sorted(thread[0])]), flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
+"""
+
+
+def test_ranks_stay_near_their_gpus_and_within_the_job(tmp_path) -> None:
+    """Guards the cores of each rank: near its GPU by the kernel's own list, never outside the job's, and no rank on a
+    core that another needs where the job has more; threads that were there before come along."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    both = [first, second]
+    cases: list[tuple[list[int], list[str], list[list[int]], str]] = [  # of the job, near each GPU, of each rank
+        (both, [f"{first}", f"{second}"], [[first], [second]], "cores  "),
+        (both, [f"{second},500-600", f"{first}"], [[second], [first]], "cores  "),
+        (both, [f"{first}"] * 2 + [f"{second}"] * 2, [[first]] * 2 + [[second]] * 2, "cores  "),
+        (both, [f"{first},{second}"] * 2, [both] * 2, ""),
+        (both, [f"{first}", f"{first}"], [both] * 2, "note: "),
+        ([second], [f"{first}", f"{second}"], [[second]] * 2, "note: "),
+        (both, ["", f"{first}"], [both] * 2, ""),
+    ]
+    asked = json.dumps([(job, cards) for job, cards, *_ in cases])
+    done = run(sys.executable, "-c", BINDS, asked, tmp_path)
+    assert done.code == 0, done
+    said, found = "", []
+    for line in done.out.splitlines():
+        if not line.startswith("["):
+            said = line
+            continue
+        case, rank, cores = json.loads(line)
+        assert cores == cases[case][2][rank], (cases[case], done)
+        if rank == 0:  # which has said what all do
+            assert bool(said) == bool(cases[case][3]) and said.startswith(cases[case][3]), (cases[case], done)
+        said = ""
+        found.append((case, rank))
+    assert found == [(case, rank) for case, one in enumerate(cases) for rank in range(len(one[1]))]

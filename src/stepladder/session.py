@@ -245,12 +245,12 @@ def build(prepared: Prepared) -> Built:
     from stepladder.training.launch import weight_sending
 
     checked, launch, recipe = prepared.checked, prepared.checked.launch, prepared.recipe
-    device = prepared.arguments.device.type
+    devices.bind_near_gpu(launch)
     transformers.set_seed(prepared.arguments.seed)  # before the adapter draws its first weights
     base = weight_sending.load_base_model(recipe, prepared.precision, launch)
     model = model_build.build(
         base, recipe, prepared.precision,
-        lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
+        lambda it: attention.settle(it, recipe, prepared.precision, prepared.arguments.device.type, ranks.from_first),
         prepared.tokenizer, prepared.new_tokens,
         sharded=launch.strategy.shards, on_cpu=prepared.use_cpu,
     )  # fmt: skip

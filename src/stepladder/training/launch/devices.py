@@ -8,7 +8,9 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from stepladder import files, hardware
 from stepladder.console import say
@@ -21,6 +23,7 @@ NO_GPU = ("", "-1", "NoDevFiles")  # one of them where a CPU is meant; the last 
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # with a GPU, it is the GPU's memory that counts
 RESTARTED = "STEPLADDER_STARTED_WITH"
+FAIR = 0.75  # of an even share of the cores that a rank must keep to be bound
 
 
 def hide_gpus() -> None:
@@ -102,6 +105,42 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     if launch.strategy.is_zero:
         _load_cpu_collectives()
     return True
+
+
+def bind_near_gpu(launch: Launch, sys_folder: Path = Path("/sys")) -> None:
+    """Keep this rank, and by it the memory that it takes, near its GPU: on the cores that the kernel calls local to it.
+
+    Call it before the model is loaded and after the rows are prepared, for which one rank of a node takes all cores.
+    Only among the cores that the ranks have, and only where all of them then have about as many as before: on a node
+    whose GPUs are all at one of two sockets, or a job with cores at the other, they stay where they are. Ranks that
+    srun starts by itself are bound by it, or by --cpu-bind. accelerate's ACCELERATE_CPU_AFFINITY, if set, comes later;
+    by itself it leaves the job's cores, and fails without pynvml or amdsmi (`override_numa_affinity`). torchrun's
+    --numa-binding, which `accelerate launch` does not pass on, fails without numactl (`torch/numa/binding.py`).
+    """
+    import torch
+
+    if launch.local_ranks == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not torch.cuda.is_available():
+        return
+    allowed = os.sched_getaffinity(0)
+    near = []
+    for index in range(launch.local_ranks):
+        gpu: Any = torch.cuda.get_device_properties(index)
+        try:
+            address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+            cores = (sys_folder / "bus/pci/devices" / address / "local_cpulist").read_text()  # 0-15,64-79
+            ends = [part.split("-") for part in cores.strip().split(",")]
+            near.append({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)} & allowed)
+        except (AttributeError, OSError, ValueError):  # an older PyTorch, a virtual machine
+            return
+    ranks_on = Counter(core for cores in near for core in cores)
+    least = min(sum(1 / ranks_on[core] for core in cores) for cores in near)
+    if least < FAIR * len(allowed) / launch.local_ranks:
+        say("note: the ranks are not bound to the cores near their GPUs: some would have too few of the job's cores")
+    elif any(cores != allowed for cores in near):
+        for thread in os.listdir("/proc/self/task"):  # those that libraries have started too
+            with contextlib.suppress(OSError):  # one that has ended
+                os.sched_setaffinity(int(thread), near[launch.local_rank])
+        say(f"cores       each rank on those near its GPU: {len(near[launch.local_rank])} of {len(allowed)} for rank 0")
 
 
 def _load_cpu_collectives() -> None:
