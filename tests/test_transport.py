@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepladder.errors import LaunchError
+from stepladder.run import Run
 from stepladder.training.launch import transport
 from stepladder.training.launch.launcher import Launch, Strategy
 from stepladder.training.launch.transport import Choice
@@ -176,3 +177,7 @@ def test_what_nccl_is_told_to_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [os.environ.get(name) for name in names[:2]] == after
         file = os.environ.get("NCCL_DEBUG_FILE")
         assert (file or "").startswith(f"{tmp_path}/100%%/nccl-") == (after[0] == "INFO"), "NCCL reads % as its own"
+    (tmp_path / "100%/nccl-n1.log").touch()
+    assert not Run(tmp_path / "100%", is_writer=True).exists(), (
+        "a run whose first start failed before it began can start again"
+    )
