@@ -38,6 +38,10 @@ SFT = "slurm/sft.sbatch"
 NVIDIA_SMI = """#!/bin/sh
 for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do echo "$gpu, ${FAKE_GPU_MIB:-10}"; done
 """
+# As `rocm-smi --showmeminfo vram --json` answers (marimo-team/marimo#9237): bytes, as words.
+ROCM_SMI = """#!/bin/sh
+echo '{"card0": {"VRAM Total Used Memory (B)": "10960896"}, "card1": {"VRAM Total Used Memory (B)": "9000000000"}}'
+"""
 HOSTILE = """a $(touch pwned) `touch pwned`; touch pwned "b' & % é"""
 
 
@@ -55,6 +59,11 @@ class Site:
         tools.mkdir()
         (tools / "nvidia-smi").write_text(NVIDIA_SMI)
         (tools / "nvidia-smi").chmod(0o755)
+        self.amd = folder / "amd"
+        self.amd.mkdir()
+        (self.amd / "rocm-smi").write_text(ROCM_SMI)
+        (self.amd / "rocm-smi").chmod(0o755)
+        self.amd_path = f"{self.amd}:{cluster.env['PATH']}"  # without the other's tool
         cluster.env |= {"PATH": f"{tools}:{cluster.env['PATH']}", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         cluster.env.pop("OMP_NUM_THREADS", None)  # the templates' own is tested
         keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
@@ -132,6 +141,10 @@ def jobs(site: Site) -> dict[str, str]:
                              recipe_keys=("--strategy=hsdp",)),
         "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
                             "--export=ALL,FAKE_GPU_MIB=5000"),
+        "sick AMD": site.sbatch("sick AMD", "--gpus-per-node=2", "--cpus-per-gpu=2",
+                                f"--export=ALL,PATH={site.amd_path}"),
+        # GPUs that Slurm does not count: nvidia-smi shows none of as many as the site says
+        "uncounted": site.sbatch("uncounted", "--export=ALL,STEPLADDER_GPUS_PER_NODE=2"),
         "one core": site.sbatch("one core", "--gpus-per-node=2"),
         "split": site.sbatch("split", "--ntasks-per-node=2", "--gpus-per-task=1"),
         # Slow, so that it leaves the processors to the others until its time is up.
@@ -210,13 +223,20 @@ def test_the_bench_measures_each_strategy(site: Site) -> None:
 
 
 def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
-    """Guards the health check: memory in use by others ends the job at once, with the node's name. And guards a job
-    whose cores or memory are few: it says so, with the option that gives more."""
+    """Guards the health check: memory in use by others ends the job at once, with the node's name, by AMD's tool where
+    there is no other, and on GPUs that Slurm does not count. And guards a job whose cores or memory are few: it says
+    so, with the option that gives more."""
     site.ended(jobs["sick"], "sick", "FAILED")
     assert "note: 2 core(s) a node for 2 rank(s)" in site.log("sick") and "--cpus-per-gpu=8" in site.log("sick")
     assert "note: 2000 MiB of memory a node for 2 GPU(s)" in site.log("sick") and "--mem-per-gpu" in site.log("sick")
     assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
     assert not (site.folder / "sick" / "run.json").exists()
+    for name, said in (
+        ("sick AMD", "8,583 MiB of GPU card1 are in use by others"),
+        ("uncounted", "0 of 2 GPUs answer"),
+    ):
+        site.ended(jobs[name], name, "FAILED")
+        assert f"cannot train: {said}" in site.log(name) and "Traceback" not in site.log(name), site.log(name)
 
 
 def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,24 @@ def test_what_nccl_is_told_to_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not Run(tmp_path / "100%", is_writer=True).exists(), (
         "a run whose first start failed before it began can start again"
     )
+
+
+@pytest.mark.parametrize("file", ["nccl-100%%.log", "%h.%p.log"])
+def test_the_log_that_is_read(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Guards the way from NCCL's file to the line: its name as NCCL expands it (a user's own too), and one line for two
+    nodes. The collectives are stand-ins: nothing here has NCCL."""
+    name = file.replace("%%", "%").replace("%h", socket.gethostname().split(".")[0]).replace("%p", str(os.getpid()))
+    (tmp_path / name).write_text(LOGS["NCCL with aws-ofi-nccl on Alps"][0])
+    monkeypatch.setenv("NCCL_DEBUG_FILE", f"{tmp_path}/{file}")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.ones", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda found, one: found.__setitem__(slice(2), [one] * 2)
+    )
+    transport.check_choice(Launch(2, 0, 0, 1, Strategy("ddp")))
+    assert (
+        capsys.readouterr().out == f"network     Slingshot (libfabric's provider cxi); NCCL's log: {tmp_path}/{name}\n"
+    )
+    transport.check_choice(Launch(2, 0, 0, 2, Strategy("ddp")))
+    assert not capsys.readouterr().out, "one node"
