@@ -142,11 +142,8 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
     auto = args.strategy == "auto"
     if not name or not count.isdecimal():
         if auto:
-            raise LaunchError(
-                "--strategy auto needs to know the GPUs",
-                where="command line",
-                help="--gpus h100:4, --gpu h100, or --gpu_memory GiB",
-            )
+            fault = "--strategy auto needs to know the GPUs"
+            raise LaunchError(fault, where="command line", help="--gpus h100:4, --gpu h100, or --gpu_memory GiB")
         return "", 0.0
     if auto and args.sweep:
         raise LaunchError("--strategy auto is for one run", where="command line", help="--strategy zero3")
