@@ -263,6 +263,8 @@ def test_unknown_hardware() -> None:
 def test_bad_input(settings) -> None:
     with pytest.raises(LaunchError, match="0 GPUs"):
         plan_of("models/qwen3-8b/lora", "h100", 0)
+    with pytest.raises(LaunchError, match=r"2 ranks on h100-1g\.10gb"):  # as the node's health check would say
+        plan_of("models/qwen3-8b/lora", "h100-1g.10gb", 2)
     with pytest.raises(RecipeError, match="smaller than the 16 ranks"):
         plan_of("models/qwen3-8b/lora", "h100", 16)
     with pytest.raises(ModelError, match=r"no config\.json"):

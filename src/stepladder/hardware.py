@@ -104,6 +104,7 @@ GPUS = (
 # A slice of a GPU (MIG): `MIG 1g.10gb` in the driver's name, `a100_1g.10gb` as Slurm's type. A compute instance within
 # a slice, `MIG 1c.3g.20gb`, has 1 of its 3.
 SLICE = re.compile(r"(?i)[ _-]+(?:MIG )?(?P<profile>(?:(?P<part>\d)c\.)?(?P<compute>\d)g\.(?P<gb>\d+)gb\S*)$")
+ONE_SLICE = "a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it"
 IN_FOUR = ("a30", "pro-6000", "pro-6000-max-q")  # compute slices of the whole; 7 of the others
 SLICE_MEMORY = 0.95  # GiB of a slice for each GB in its name: 9856 MiB of the A100's 1g.10gb
 COMMON = "h100"  # whose speed is assumed where another is not known

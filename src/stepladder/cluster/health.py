@@ -67,7 +67,7 @@ def check_step(given: int, wanted: int) -> None:
     if wanted > 1 and "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
         raise errors.LaunchError(
             f"node {socket.gethostname()}: {wanted} ranks on {wanted} slices of a GPU (MIG)",
-            why="a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it",
+            why=hardware.ONE_SLICE,
             help="sbatch --gpus-per-node=1 …, or whole GPUs",
         )
 
