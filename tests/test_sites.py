@@ -153,9 +153,10 @@ def test_a_container_is_run_by_what_is_there_with_the_nodes_folders(shell: Shell
     scratch = shell.folder / "scratch"
     scratch.mkdir()
     shell.add("singularity", "true")
-    inside, _ = shell.words(STEPLADDER_CONTAINER=shell.image, STEPLADDER_SCRATCH=scratch)
-    assert inside[:2] == [f"{shell.tools}/singularity", "exec"] and inside[-1] == str(shell.image)
+    inside, _ = shell.words(STEPLADDER_CONTAINER=shell.image, STEPLADDER_SCRATCH=scratch, TMPDIR=scratch)
+    assert inside[:2] == [f"{shell.tools}/singularity", "exec"] and inside[-6:-3] == [str(shell.image), "bash", "-c"]
     bound = [after for word, after in itertools.pairwise(inside) if word == "--bind"]
+    assert len(bound) == len({*bound}), "Apptainer warns of a folder that is bound twice"
     assert {str(scratch), str(shell.folder)} <= {*bound}
     assert not {"/", "/usr", "/etc", "/proc", "/dev", "/opt", "/lib64"} & {*bound}
     assert {f"/{name}" for name in ("home", "mnt", "media") if os.access(f"/{name}", os.R_OK | os.X_OK)} <= {*bound}
@@ -203,6 +204,18 @@ def test_an_environment_on_top_of_an_image_is_activated_inside(shell: Shell) -> 
     assert shell.run(show, STEPLADDER_VENV="my env").stdout == "my env a 'b\n"
 
 
+def test_a_container_takes_signals_as_a_process_does(shell: Shell) -> None:
+    """Guards the launcher, which USR1 would end: Apptainer's child has the default action again (seen with 1.4.5; `env`
+    plays it here). And guards it from the TERM that Apptainer passes on to its child, beside the one of Slurm."""
+    shell.add("apptainer", 'while [[ $1 != *.sif ]]; do shift; done; shift; exec env --default-signal=USR1,TERM "$@"')
+    inside = """trap '' USR1; "${inside[@]}" """
+    survived = shell.run(f"{inside} bash -c 'kill -USR1 $$; echo survived'", STEPLADDER_CONTAINER=shell.image)
+    assert survived.stdout == "survived\n", survived
+    command = """bash -c 'trap "echo twice" TERM; kill -TERM $PPID; read -t 0.3 <> <(:); exit 7'"""
+    done = shell.run(f"{inside} {command} || echo $?", STEPLADDER_CONTAINER=shell.image)
+    assert done.stdout == "7\n", "its own exit code, and no TERM of its parent's"
+
+
 def test_what_an_environment_lacks_is_refused(shell: Shell) -> None:
     assert "neither apptainer nor singularity" in shell.refused(STEPLADDER_CONTAINER=shell.image)
     assert "/no/image.sif is not there" in shell.refused(STEPLADDER_CONTAINER="/no/image.sif")
@@ -221,14 +234,13 @@ def test_a_container_of_srun_holds_the_batch_scripts_commands_too(shell: Shell) 
     ranks' step itself everything is inside already."""
     shell.add_venv(".venv")
     option = "--container-image=/images/a b.sqsh"
-    variables = {"STEPLADDER_SRUN": f"'{option}' --mpi=none"}
+    variables = {"STEPLADDER_SRUN": f"'{option}' --mpi=none", "SLURM_CPUS_ON_NODE": "6"}
     inside, srun = shell.words(**variables, **JOB)
-    assert (
-        inside[:6] == ["srun", "--export=ALL", "--nodes=1", "--ntasks=1", option, "--mpi=none"] and srun == inside[4:6]
-    )
-    assert inside[6:8] == ["bash", "-c"] and inside[9:] == [str(shell.folder)], "in this folder, not the image's"
+    step = ["srun", "--export=ALL", "--nodes=1", "--ntasks=1", "--cpus-per-task=6"]
+    assert inside[:7] == [*step, option, "--mpi=none"] and srun == inside[5:7]
+    assert inside[7:9] == ["bash", "-c"] and inside[10:] == ["", str(shell.folder)], "in this folder, not the image's"
     assert shell.words(**variables, **JOB, SLURM_STEP_ID="0")[0] == []
     assert shell.words(**variables)[0] == [], "a login node"
     environment = shell.add_venv("env")
-    assert shell.words(**variables, **JOB, STEPLADDER_VENV=environment)[0][-1] == str(environment)
+    assert shell.words(**variables, **JOB, STEPLADDER_VENV=environment)[0][-2] == str(environment)
     assert shell.words(STEPLADDER_SRUN="--cpu-bind=none", **JOB)[0] == []
