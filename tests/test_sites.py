@@ -244,3 +244,12 @@ def test_a_container_of_srun_holds_the_batch_scripts_commands_too(shell: Shell) 
     environment = shell.add_venv("env")
     assert shell.words(**variables, **JOB, STEPLADDER_VENV=environment)[0][-2] == str(environment)
     assert shell.words(STEPLADDER_SRUN="--cpu-bind=none", **JOB)[0] == []
+
+
+def test_the_page_names_each_site_and_each_variable() -> None:
+    """Guards docs/slurm.md against a file or a variable that nobody finds."""
+    page = (ROOT / "docs/slurm.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == SITES
+    assert {*re.findall(r"STEPLADDER_SITE=(\w+)", page)} <= {*SITES}
+    header = (ROOT / "slurm/environment.sh").read_text().split("fail()")[0]
+    assert [name for name in re.findall(r"STEPLADDER_\w+", header) if name not in page] == []
