@@ -1,17 +1,28 @@
 #!/usr/bin/env bash
-# The part of sft.sbatch that runs once on each node: check the node, then start its ranks.
+# The part of sft.sbatch that runs on each node: check the node, then start its ranks. With STEPLADDER_TASKS=rank it runs
+# once for each rank, and the first on a node checks it for the others.
 set -euo pipefail
 # torchrun's agent would die of USR1 and leave its ranks behind; what is ignored here is ignored there too. The ranks
 # set a handler of their own.
 trap '' USR1
 # Slurm sends TERM to every process: this shell and tee stay until the ranks have saved.
 trap : TERM
+cd "$SLURM_SUBMIT_DIR" # a container of srun may begin in a folder of the image
 source slurm/environment.sh
 read -ra nodes <<<"$STEPLADDER_NODES"
 log="$STEPLADDER_FOLDER/slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.out"
 
 # A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interfaces to the others.
-if ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then exit 1; fi
+verdict=/tmp/stepladder-$SLURM_JOB_ID.$SLURM_STEP_ID.${SLURM_RESTART_COUNT:-0}-$SLURMD_NODENAME
+if [[ $SLURM_LOCALID != 0 ]]; then
+    until [[ -O $verdict ]]; do sleep 0.2; done
+    interface=$(<"$verdict")
+elif ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then
+    exit 1
+elif [[ $STEPLADDER_TASKS == rank ]]; then
+    trap 'rm -f "$verdict"' EXIT
+    echo "$interface" >"$verdict.part" && mv "$verdict.part" "$verdict"
+fi
 if [[ $interface ]]; then
     # Else NCCL and gloo may choose an interface without a route (docker0, a management network). NCCL takes all cards of
     # the network (hsn0 to hsn3); gloo would need as many on every node (torch.distributed's documentation).
@@ -37,8 +48,17 @@ launch=("${inside[@]}" accelerate launch --config_file "accelerate_configs/$STEP
     # One address for all, and torchrun for DeepSpeed too: its own launchers need ssh between the nodes.
     --same_network --deepspeed_multinode_launcher standard
     scripts/sft.py "$@")
-if [[ $SLURM_NODEID == 0 ]]; then
-    "${launch[@]}" 2>&1 | (trap '' TERM && exec tee -a "$log")
-else
-    "${launch[@]}" >>"$log" 2>&1
+if [[ $STEPLADDER_TASKS == rank ]]; then
+    # Not SLURM_PROCID: a cluster may count its tasks around the nodes, and the ranks of a node follow each other.
+    export RANK=$((SLURM_NODEID * STEPLADDER_RANKS + SLURM_LOCALID)) WORLD_SIZE=$((STEPLADDER_RANKS * SLURM_NNODES))
+    export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$STEPLADDER_RANKS MASTER_ADDR=${nodes[0]} MASTER_PORT=$STEPLADDER_PORT
+    launch=("${inside[@]}" python scripts/sft.py "$@")
 fi
+code=0
+if [[ $SLURM_NODEID == 0 && $SLURM_LOCALID == 0 ]]; then
+    "${launch[@]}" 2>&1 | (trap '' TERM && exec tee -a "$log") || code=$?
+else
+    "${launch[@]}" >>"$log" 2>&1 || code=$?
+fi
+# A rank that has saved (75) must not make srun kill the others, which may still write.
+((code == 75)) || exit "$code"

@@ -14,16 +14,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-INTERFACE = "fabric0"
+INTERFACE, FAST = "fabric0", "fast0"
 
 
 class Machines:
-    """A context; the machines are named node1, node2, … and `address` has the IPv4 address of each."""
+    """A context; the machines are named node1, node2, … and `address` has the IPv4 address of each.
 
-    def __init__(self, count: int):
+    With `second`, each has another interface, FAST, whose addresses are in `fast_address`.
+    """
+
+    def __init__(self, count: int, second: bool = False):
         self.id = secrets.token_hex(2)  # interface names have at most 15 characters
         self.subnet = f"10.{int(self.id[:2], 16)}.{int(self.id[2:], 16)}"
         self.address = {f"node{number + 1}": f"{self.subnet}.{number + 2}" for number in range(count)}
+        fast = f"172.{16 + int(self.id[:2], 16) % 16}.{int(self.id[2:], 16)}"
+        self.fast_address = {node: f"{fast}.{number + 2}" for number, node in enumerate(self.address) if second}
 
     def __enter__(self) -> Machines:
         bridge = f"sl{self.id}"
@@ -38,6 +43,13 @@ class Machines:
                 f"-n {space} link set {INTERFACE} up",
                 f"-n {space} link set lo up",
             ]
+            if node in self.fast_address:
+                lines += [
+                    f"link add {outer}f type veth peer name {FAST} netns {space}",
+                    f"link set {outer}f master {bridge} up",
+                    f"-n {space} addr add {self.fast_address[node]}/24 dev {FAST}",
+                    f"-n {space} link set {FAST} up",
+                ]
         for line in lines:
             subprocess.run(["ip", *line.split()], check=True)
         return self
