@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 INTERFACE, FAST = "fabric0", "fast0"
+BESIDE = "fabric1"  # of one network with the first, as a node's cards of Slingshot or InfiniBand are
 
 
 class Machines:
@@ -41,6 +42,10 @@ class Machines:
                 f"link set {outer} master {bridge} up",
                 f"-n {space} addr add {address}/24 dev {INTERFACE}",
                 f"-n {space} link set {INTERFACE} up",
+                f"link add {outer}b type veth peer name {BESIDE} netns {space}",
+                f"link set {outer}b master {bridge} up",
+                f"-n {space} addr add {self.subnet}.{number + 102}/24 dev {BESIDE}",
+                f"-n {space} link set {BESIDE} up",
                 f"-n {space} link set lo up",
             ]
             if node in self.fast_address:

@@ -307,9 +307,12 @@ def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: d
 
 
 def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
-    """Guards against a job that comes back after a fault, and one whose other node waits for half an hour."""
+    """Guards against a job that comes back after a fault, and one whose other node waits for half an hour.
+    And guards the ranks' interfaces: all of the network to the other node."""
     job = site.sbatch("crash", "--nodes=2", recipe_keys=LONG)
     site.until_it_trains("crash")
+    of_rank = environment(site.rank(job, 1))
+    assert (of_rank["NCCL_SOCKET_IFNAME"], of_rank["GLOO_SOCKET_IFNAME"]) == ("=fabric0,fabric1", "fabric0")
     os.kill(site.rank(job, 1), signal.SIGKILL)
     found = site.ended(job, "crash", "FAILED")
     assert found["Restarts"] == "0"
