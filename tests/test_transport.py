@@ -189,7 +189,7 @@ def test_the_log_that_is_read(file: str, tmp_path: Path, monkeypatch: pytest.Mon
     """Guards the way from NCCL's file to the line: its name as NCCL expands it (a user's own too), and one line for two
     nodes. The collectives are stand-ins: nothing here has NCCL."""
     name = file.replace("%%", "%").replace("%h", socket.gethostname().split(".")[0]).replace("%p", str(os.getpid()))
-    (tmp_path / name).write_text(LOGS["NCCL with aws-ofi-nccl on Alps"][0])
+    (tmp_path / name).write_bytes(b"\xff\n" + LOGS["NCCL with aws-ofi-nccl on Alps"][0].encode())
     monkeypatch.setenv("NCCL_DEBUG_FILE", f"{tmp_path}/{file}")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.ones", lambda *_, **__: None)

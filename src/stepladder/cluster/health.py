@@ -84,9 +84,9 @@ def check_gpus(wanted: int) -> list[str]:
     if shutil.which("nvidia-smi") and (nvidia or not amd):  # a site's image may hold both makers' tools
         return check_nvidia(wanted)
     tried = []
-    for ask, read_memory in AMD:
+    for ask, read_memory in AMD:  # both within the other nodes' PATIENCE
         try:
-            done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+            done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=20, check=True)
             # after warnings, as of a GPU in a low-power state
             used = read_memory(json.loads("".join(re.findall(r"(?ms)^[\[{].*", done.stdout))))
         except FileNotFoundError:
