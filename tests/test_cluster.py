@@ -259,6 +259,8 @@ def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
     assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
     assert health.check_gpus(0) == []
+    tool.write_text("no script, and no program")
+    assert health.check_gpus(2) == ["nvidia-smi: Exec format error"]
 
     assert health.check_disk([tmp_path]) == []
     (tmp_path / "file").touch()
@@ -309,6 +311,8 @@ def test_a_node_of_amd_is_looked_at_by_its_own_tool(version: str, tmp_path: Path
     ):
         faults, note = check(text, end=end)
         assert not faults and f"{tool.name}{said}" in note and "its 2 GPU(s) were not looked at" in note, note
+    tool.write_text("no script, and no program")
+    assert health.check_gpus(2) == [] and f"no {tool.name}" in capsys.readouterr().err
     tool.unlink()
     assert health.check_gpus(2) == []
     assert "no nvidia-smi, no amd-smi, no rocm-smi" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def check_gpus(wanted: int) -> list[str]:
             done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=20, check=True)
             # after warnings, as of a GPU in a low-power state
             used = read_memory(json.loads("".join(re.findall(r"(?ms)^[\[{].*", done.stdout))))
-        except FileNotFoundError:
+        except OSError:
             tried.append(f"no {ask[0]}")
         except subprocess.TimeoutExpired:
             tried.append(f"{ask[0]} does not answer")
@@ -118,7 +118,7 @@ def _read_amd_smi(answer: Any) -> dict[str, int | None]:
 
 def _read_rocm_smi(answer: Any) -> dict[str, int | None]:
     rows = {name: row["VRAM Total Used Memory (B)"] for name, row in answer.items() if name.startswith("card")}
-    return {name: int(used) >> 20 if used.isdecimal() else None for name, used in rows.items()}
+    return {name: int(used) >> 20 if str(used).isdecimal() else None for name, used in rows.items()}
 
 
 AMD = (
@@ -153,6 +153,8 @@ def check_nvidia(wanted: int) -> list[str]:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
+    except OSError as error:  # a file for another kind of processor
+        return [f"nvidia-smi: {error.strerror}"]
     if done.returncode:
         return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
     if mig:
