@@ -108,7 +108,7 @@ lint: $(INSTALLED) ## ruff, mypy and shellcheck, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck --external-sources slurm/*.sh slurm/sites/*.sh slurm/*.sbatch container/*.sh .ci/run
 
 format: $(INSTALLED) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .

@@ -23,11 +23,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=flags.count, default=1)
     parser.add_argument("--gpus", type=flags.count, default=8, help="GPUs per node (default: 8)")
     parser.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="h100 a100 a100-40 l40s 4090 t4 … (default: h100)"
+        "--gpu", default=hardware.COMMON, metavar="NAME", help="h100 a100-64 gh200 mi250x l40s 4090 … (default: h100)"
     )
-    parser.add_argument(
-        "--gpu_memory", "--gpu-memory", type=flags.above_0, metavar="GiB", help="memory of a GPU that is not listed"
-    )
+    flags.add_gpu_memory(parser)
     parser.add_argument(
         "--host_memory",
         "--host-memory",

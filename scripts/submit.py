@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=flags.count, default=1)
     parser.add_argument("--gpus", type=flags.gpus, metavar="[TYPE:]N", help="GPUs per node")
     parser.add_argument("--gpu", metavar="NAME", help="GPU type for the plan, if Slurm's does not name it: h100 …")
+    flags.add_gpu_memory(parser)
     parser.add_argument("--ranks", type=flags.count, default=1, help="ranks per node, without GPUs (1)")
     cores = parser.add_mutually_exclusive_group()
     cores.add_argument("--cpus", type=flags.count, help="cores per rank without GPUs (4), or per node with GPUs")

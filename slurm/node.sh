@@ -1,24 +1,34 @@
 #!/usr/bin/env bash
-# The part of sft.sbatch that runs once on each node: check the node, then start its ranks.
+# The part of sft.sbatch that runs on each node: check the node, then start its ranks. With STEPLADDER_TASKS=rank it runs
+# once for each rank, and the first on a node checks it for the others.
 set -euo pipefail
 # torchrun's agent would die of USR1 and leave its ranks behind; what is ignored here is ignored there too. The ranks
 # set a handler of their own.
 trap '' USR1
 # Slurm sends TERM to every process: this shell and tee stay until the ranks have saved.
 trap : TERM
+cd "$SLURM_SUBMIT_DIR" # a container of srun may begin in a folder of the image
 source slurm/environment.sh
 read -ra nodes <<<"$STEPLADDER_NODES"
 log="$STEPLADDER_FOLDER/slurm-$SLURM_JOB_ID-$SLURMD_NODENAME.out"
 
-# A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interface to the others.
-if ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then exit 1; fi
-if [[ $interface ]]; then
-    # Else NCCL and gloo may choose an interface without a route (docker0, a management network).
-    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+# A faulty node ends the job here, by name, before the others wait for it; a healthy one prints the interfaces to the others.
+verdict=/tmp/stepladder-$SLURM_JOB_ID.$SLURM_STEP_ID.${SLURM_RESTART_COUNT:-0}-$SLURMD_NODENAME
+if [[ $SLURM_LOCALID != 0 ]]; then
+    until [[ -O $verdict ]]; do sleep 0.2; done
+    interface=$(<"$verdict")
+elif ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then
+    exit 1
+elif [[ $STEPLADDER_TASKS == rank ]]; then
+    trap 'rm -f "$verdict"' EXIT
+    echo "$interface" >"$verdict.part" && mv "$verdict.part" "$verdict"
 fi
-# NCCL logs warnings and errors only.
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+if [[ $interface ]]; then
+    # Else NCCL and gloo may choose an interface without a route (docker0, a management network). NCCL takes all cards of
+    # the network (hsn0 to hsn3); gloo would need as many on every node (torch.distributed's documentation).
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-${interface#* }}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${interface% *}}
+fi
 # The last collectives of each rank, written when one times out: they show which rank is missing.
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
@@ -27,7 +37,7 @@ export PYTHONFAULTHANDLER=1
 # A node's cores are divided among its ranks; the default would be one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > STEPLADDER_RANKS ? SLURM_CPUS_ON_NODE / STEPLADDER_RANKS : 1))}
 # On a GPU node glibc returns freed host memory at once: it kept half of what a load under ZeRO-3 took (docs/planning.md).
-if [[ ${SLURM_GPUS_ON_NODE:-} ]]; then export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-131072}; fi
+if [[ $STEPLADDER_GPUS != 0 ]]; then export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-131072}; fi
 # How long torchrun waits after TERM before it kills its ranks: a step and a save (30 s by default).
 export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
 
@@ -38,8 +48,17 @@ launch=("${inside[@]}" accelerate launch --config_file "accelerate_configs/$STEP
     # One address for all, and torchrun for DeepSpeed too: its own launchers need ssh between the nodes.
     --same_network --deepspeed_multinode_launcher standard
     scripts/sft.py "$@")
-if [[ $SLURM_NODEID == 0 ]]; then
-    "${launch[@]}" 2>&1 | (trap '' TERM && exec tee -a "$log")
-else
-    "${launch[@]}" >>"$log" 2>&1
+if [[ $STEPLADDER_TASKS == rank ]]; then
+    # Not SLURM_PROCID: a cluster may count its tasks around the nodes, and the ranks of a node follow each other.
+    export RANK=$((SLURM_NODEID * STEPLADDER_RANKS + SLURM_LOCALID)) WORLD_SIZE=$((STEPLADDER_RANKS * SLURM_NNODES))
+    export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$STEPLADDER_RANKS MASTER_ADDR=${nodes[0]} MASTER_PORT=$STEPLADDER_PORT
+    launch=("${inside[@]}" python scripts/sft.py "$@")
 fi
+code=0
+if [[ $SLURM_NODEID == 0 && $SLURM_LOCALID == 0 ]]; then
+    "${launch[@]}" 2>&1 | (trap '' TERM && exec tee -a "$log") || code=$?
+else
+    "${launch[@]}" >>"$log" 2>&1 || code=$?
+fi
+# A rank that has saved (75) must not make srun kill the others, which may still write.
+((code == 75)) || exit "$code"

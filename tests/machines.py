@@ -14,16 +14,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-INTERFACE = "fabric0"
+INTERFACE, FAST = "fabric0", "fast0"
+BESIDE = "fabric1"  # of one network with the first, as a node's cards of Slingshot or InfiniBand are
 
 
 class Machines:
-    """A context; the machines are named node1, node2, … and `address` has the IPv4 address of each."""
+    """A context; the machines are named node1, node2, … and `address` has the IPv4 address of each.
 
-    def __init__(self, count: int):
+    With `second`, each has another interface, FAST, whose addresses are in `fast_address`.
+    """
+
+    def __init__(self, count: int, second: bool = False):
         self.id = secrets.token_hex(2)  # interface names have at most 15 characters
         self.subnet = f"10.{int(self.id[:2], 16)}.{int(self.id[2:], 16)}"
         self.address = {f"node{number + 1}": f"{self.subnet}.{number + 2}" for number in range(count)}
+        fast = f"172.{16 + int(self.id[:2], 16) % 16}.{int(self.id[2:], 16)}"
+        self.fast_address = {node: f"{fast}.{number + 2}" for number, node in enumerate(self.address) if second}
 
     def __enter__(self) -> Machines:
         bridge = f"sl{self.id}"
@@ -36,8 +42,19 @@ class Machines:
                 f"link set {outer} master {bridge} up",
                 f"-n {space} addr add {address}/24 dev {INTERFACE}",
                 f"-n {space} link set {INTERFACE} up",
+                f"link add {outer}b type veth peer name {BESIDE} netns {space}",
+                f"link set {outer}b master {bridge} up",
+                f"-n {space} addr add {self.subnet}.{number + 102}/24 dev {BESIDE}",
+                f"-n {space} link set {BESIDE} up",
                 f"-n {space} link set lo up",
             ]
+            if node in self.fast_address:
+                lines += [
+                    f"link add {outer}f type veth peer name {FAST} netns {space}",
+                    f"link set {outer}f master {bridge} up",
+                    f"-n {space} addr add {self.fast_address[node]}/24 dev {FAST}",
+                    f"-n {space} link set {FAST} up",
+                ]
         for line in lines:
             subprocess.run(["ip", *line.split()], check=True)
         return self

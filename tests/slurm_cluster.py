@@ -86,7 +86,7 @@ class Cluster:
         self.folder, self.cpus, self.gpus = folder, cpus, gpus
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
         self.daemons: list[subprocess.Popen] = []
-        self.machines = Machines(nodes) if possible() else None
+        self.machines = Machines(nodes, second=True) if possible() else None
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"),
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"}  # fmt: skip
 
@@ -132,8 +132,10 @@ class Cluster:
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
 
-    def sbatch(self, *words: Any) -> str:
-        return self.run("sbatch", "--parsable", *words).split(";")[0].strip()
+    def sbatch(self, *words: Any, **variables: Any) -> str:
+        """The number of a job, which is given with these variables."""
+        mine = [f"{name}={value}" for name, value in variables.items()]
+        return self.run("env", *mine, "sbatch", "--parsable", *words).split(";")[0].strip()
 
     def job(self, job: str) -> dict[str, str]:
         shown = self.run("scontrol", "--oneliner", "show", "job", job)
@@ -187,8 +189,11 @@ class Cluster:
         (self.folder / "state").mkdir()
         conf = CONF.format(folder=self.folder, control=self.control, ctld_port=ports[0], nodes=nodes)
         (self.folder / "slurm.conf").write_text(conf)
+        # A node's second interface has its name and an i, as at JSC.
+        fast = self.machines.fast_address if self.machines else self.address
         (self.folder / "hosts").write_text(
-            "127.0.0.1 localhost\n" + "".join(f"{address} {node}\n" for node, address in self.address.items())
+            "127.0.0.1 localhost\n"
+            + "".join(f"{address} {node}\n{fast[node]} {node}i\n" for node, address in self.address.items())
         )
 
     def _munge(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -133,6 +135,12 @@ def test_submit_plans_where_it_knows_the_gpus() -> None:
     assert "as fast" not in done.out, "nothing is left on the table"
     assert done.code == 0 and done.out.startswith("# plan: fsdp, micro-batch 1, checkpointing off"), done
     assert "--strategy fsdp --per_device_train_batch_size 1 --gradient_checkpointing false" in done.out.splitlines()[1]
+    # 37 GiB by the plan, whether the type is known or not
+    words = ("--recipe", "models/qwen3-8b/full", "--gpus", "4", "--strategy", "fsdp", "--dry_run")
+    done = script("submit", *words, "--gpu_memory", "36")
+    assert done.code == 2 and "of each 36 GiB" in done.err and "Traceback" not in done.err, done
+    done = script("submit", "--recipe", "models/qwen3-8b/full", "--gpus", "h100:4", "--gpu-memory", "78", *words[4:])
+    assert done.code == 0 and "of each 78 GiB" in done.out, done
     done = script("submit", "--recipe", "lora", "--gpus", "8", "--strategy", "auto", "--dry_run")
     assert done.code == 2 and "needs to know the GPUs" in done.err, done
 
@@ -205,6 +213,7 @@ def test_submit_asks_for_what_the_ranks_need(slurm: Path) -> None:
     for words, said in (
         (("--cpus", "8", "--cpus_per_gpu", "4"), "not allowed with"),
         (("--mem_per_gpu", "4G"), "--mem_per_gpu without GPUs"),
+        (("--gpu_memory", "40"), "--gpu_memory without GPUs"),
     ):
         done = script("submit", "--recipe", "lora", *words, "--dry_run")
         assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
@@ -245,18 +254,68 @@ def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         tool.chmod(0o755)
         return health.check_gpus(2)
 
-    assert health.check_gpus(2) == ["the job has 2 GPUs and nvidia-smi is not installed"]
     assert smi("echo 0, 10; echo 1, 20") == []
     assert smi("echo 0, 10") == ["1 of 2 GPUs answer"]
     assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
     assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
     assert health.check_gpus(0) == []
+    tool.write_text("no script, and no program")
+    assert health.check_gpus(2) == ["nvidia-smi: Exec format error"]
 
     assert health.check_disk([tmp_path]) == []
     (tmp_path / "file").touch()
     assert "cannot be written" in health.check_disk([tmp_path / "file"])[0]
     assert health.check_clock(time.time()) == []
     assert "its clock is" in health.check_clock(time.time() - 1000)[0]
+
+
+# What `rocm-smi --showmeminfo vram --json` prints (marimo-team/marimo#9237, for two cards), and its `--json` under a
+# low-power warning; `amd-smi metric --mem-usage --json` before ROCm 7 and since.
+ROCM_SMI = """WARNING: AMD GPU device(s) is/are in a low-power state. Check power control/runtime_status
+
+{"card0": {"VRAM Total Memory (B)": "68702699520", "VRAM Total Used Memory (B)": "USED"},
+ "card1": {"VRAM Total Memory (B)": "68702699520", "VRAM Total Used Memory (B)": "27856896"},
+ "system": {"Driver version": "6.3.6"}}
+"""
+AMD_SMI = """[{"gpu": 0, "mem_usage": {"total_vram": {"value": 196592, "unit": "MB"}, "used_vram": {"value": USED,
+ "unit": "MB"}, "free_vram": {"value": 196309, "unit": "MB"}}},
+ {"gpu": 1, "mem_usage": {"total_vram": "N/A", "used_vram": "N/A", "free_vram": "N/A"}}]"""
+AMD_ANSWERS = {
+    "rocm-smi": (ROCM_SMI, 283 << 20, 6 << 30, "card0"),
+    "amd-smi": (AMD_SMI, 283, 6144, "0"),
+    "amd-smi of ROCm 7": (f'{{"gpu_data": {AMD_SMI}}}', 283, 6144, "0"),
+}
+
+
+@pytest.mark.parametrize("version", AMD_ANSWERS)
+def test_a_node_of_amd_is_looked_at_by_its_own_tool(version: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Guards AMD's nodes against being called sick for want of nvidia-smi, and finds what is wrong with them; in every
+    form of the answer, half of one, and none: what is not sure ends no job and is said."""
+    answer, free, used, name = AMD_ANSWERS[version]
+    tool, cat = tmp_path / version.split()[0], shutil.which("cat")
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+
+    def check(text: str, wanted: int = 2, end: str = "") -> tuple[list[str], str]:
+        tool.write_text(f"#!/bin/sh\n{cat} <<'END'\n{text}\nEND\n{end}\n")
+        tool.chmod(0o755)
+        return health.check_gpus(wanted), capsys.readouterr().err
+
+    assert check(answer.replace("USED", str(free))) == ([], "")
+    assert check(answer.replace("USED", str(used))) == ([f"6,144 MiB of GPU {name} are in use by others"], "")
+    assert check(answer.replace("USED", str(used)), wanted=1) == ([], ""), "another job's, on a node that is shared"
+    assert check(answer.replace("USED", str(free)), wanted=8) == (["2 of 8 GPUs answer"], "")
+    for text, end, said in (
+        (answer[:-60], "", "'s answer cannot be read"),
+        ("", "", "'s answer cannot be read"),
+        ("Unable to open /dev/kfd", "exit 1", ": Unable to open /dev/kfd"),
+    ):
+        faults, note = check(text, end=end)
+        assert not faults and f"{tool.name}{said}" in note and "its 2 GPU(s) were not looked at" in note, note
+    tool.write_text("no script, and no program")
+    assert health.check_gpus(2) == [] and f"no {tool.name}" in capsys.readouterr().err
+    tool.unlink()
+    assert health.check_gpus(2) == []
+    assert "no nvidia-smi, no amd-smi, no rocm-smi" in capsys.readouterr().err
 
 
 def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +345,28 @@ def test_nodes_find_each_other_or_say_who_is_missing(monkeypatch: pytest.MonkeyP
     assert found[0] == ["within 1 s nothing came from three"]
     assert "cannot reach localhost" in found[1][0]
     assert hardware.interface("127.0.0.1") not in ("lo", "")  # where no other node is
+
+
+def test_all_cards_of_a_network_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards nodes with several cards of one network (Slingshot's hsn0 to hsn3), of which NCCL took one; not a card
+    that is down, nor one with a network of its own."""
+
+    def card(address: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(family=socket.AF_INET6, address="fe80::1", netmask="ffff::"),
+                SimpleNamespace(family=socket.AF_INET, address=address, netmask="255.255.0.0")]  # fmt: skip
+
+    cards = {
+        "lo": card("127.0.0.1"),
+        "hsn10": card("10.253.0.9"),
+        "nmn0": card("10.252.1.67"),
+        **{f"hsn{number}": card(f"10.253.1.{number}") for number in range(4)},
+    }
+    cards["hsn4"] = card("10.77.1.1")
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: cards)
+    up = {name: SimpleNamespace(isup=name != "hsn3") for name in [*cards, "tunnel7"]}
+    monkeypatch.setattr("psutil.net_if_stats", lambda: up)
+    assert hardware.interfaces_beside("hsn0") == ["hsn0", "hsn1", "hsn2", "hsn10"]
+    assert hardware.interfaces_beside("nmn0") == ["nmn0"] and hardware.interfaces_beside("hsn4") == ["hsn4"]
 
 
 def test_a_helper_of_a_rank_does_not_die_of_the_queues_signal() -> None:

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import losses, manifest, run, script
+from stepladder.errors import LaunchError
 from stepladder.training.launch import devices
+from stepladder.training.launch.launcher import Launch, Strategy
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or any(Path(gpu).exists() for gpu in devices.GPUS), reason="for Linux without a GPU"
@@ -97,3 +100,108 @@ def test_segments_grow_on_a_gpu_unless_someone_says_otherwise(gpu, set_before, a
     monkeypatch.setattr(devices, "GPUS", (str(tmp_path if gpu else tmp_path / "none"), "none"))
     devices.let_segments_grow()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == after
+
+
+ONE = Launch(1, 0, 0, 1, Strategy("single"), 1)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that names no GPU, and is put back."""
+    for name in devices.VISIBLE:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("name", "named"), [("ROCR_VISIBLE_DEVICES", "0"), ("HIP_VISIBLE_DEVICES", "0,1"),
+                                             ("ZE_AFFINITY_MASK", "0.1")])  # fmt: skip
+def test_no_maker_s_gpu_becomes_a_cpu_without_a_word(name, named, bare) -> None:
+    """Guards AMD's and Intel's nodes with PyTorch's usual build, which has no such device: Slurm names the GPUs of a
+    job by these variables, and the job trained on the CPU. `use_cpu: true` does, and hides AMD's GPUs too."""
+    bare.setenv(name, named)
+    with pytest.raises(LaunchError, match=f"{name}={named} names no GPU"):
+        devices.choose_device(ONE)
+    assert devices.choose_device(ONE, use_cpu=True)
+    assert os.environ["HIP_VISIBLE_DEVICES"] == "-1", "an empty one shows all, by HIP's documentation"
+    bare.setattr(torch.xpu, "is_available", lambda: True)
+    with pytest.raises(LaunchError, match="Intel"):
+        devices.choose_device(ONE)
+
+
+def test_one_process_on_a_node_of_amd_takes_the_first_gpu(bare) -> None:
+    """Guards HIP_VISIBLE_DEVICES, by which PyTorch's build for ROCm counts where Slurm has set ROCR_VISIBLE_DEVICES
+    (`torch.cuda._parse_visible_devices`): CUDA_VISIBLE_DEVICES left two GPUs, and one process refuses two."""
+    bare.setattr(torch.version, "hip", "6.4")
+    bare.setenv("ROCR_VISIBLE_DEVICES", "4,5")
+    bare.setattr(torch.cuda, "device_count", lambda: len(torch.cuda._parse_visible_devices()))
+    bare.setattr(torch.cuda, "is_available", lambda: True)
+    assert not devices.choose_device(ONE)
+    assert os.environ["HIP_VISIBLE_DEVICES"] == "0" and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+# Each rank is a fork of one process that has imported torch; a thread of it was there before, as a library's would be.
+BINDS = """
+import json, os, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from stepladder.training.launch import devices
+from stepladder.training.launch.launcher import Launch, Strategy
+
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_properties = lambda number: SimpleNamespace(
+    pci_domain_id=0, pci_bus_id=number + 10, pci_device_id=0
+)
+for case, (job, cards) in enumerate(json.loads(sys.argv[1])):
+    folder = Path(sys.argv[2], str(case))
+    for number, cores in enumerate(cards):
+        card = folder / f"bus/pci/devices/0000:{number + 10:02x}:00.0"
+        card.mkdir(parents=True)
+        (card / "local_cpulist").write_text(cores + "\\n")
+    for rank in range(len(cards)):
+        if os.fork() == 0:
+            os.sched_setaffinity(0, job)
+            go, thread = threading.Event(), []
+            worker = threading.Thread(target=lambda: (go.wait(), thread.append(os.sched_getaffinity(0))))
+            worker.start()
+            os.environ["RANK"] = str(rank)
+            devices.bind_near_gpu(Launch(len(cards), rank, rank, len(cards), Strategy("ddp")), folder)
+            go.set(), worker.join()
+            assert thread[0] == os.sched_getaffinity(0), thread
+            print(json.dumps([case, rank, sorted(thread[0])]), flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
+"""
+
+
+def test_ranks_stay_near_their_gpus_and_within_the_job(tmp_path) -> None:
+    """Guards the cores of each rank: near its GPU by the kernel's own list, never outside the job's, and no rank on a
+    core that another needs where the job has more; threads that were there before come along."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    both = [first, second]
+    cases: list[tuple[list[int], list[str], list[list[int]], str]] = [  # of the job, near each GPU, of each rank
+        (both, [f"{first}", f"{second}"], [[first], [second]], "cores  "),
+        (both, [f"{second},500-600", f"{first}"], [[second], [first]], "cores  "),
+        (both, [f"{first}"] * 2 + [f"{second}"] * 2, [[first]] * 2 + [[second]] * 2, "cores  "),
+        (both, [f"{first},{second}"] * 2, [both] * 2, ""),
+        (both, [f"{first}", f"{first}"], [both] * 2, "note: "),
+        ([second], [f"{first}", f"{second}"], [[second]] * 2, "note: "),
+        (both, ["", f"{first}"], [both] * 2, ""),
+    ]
+    asked = json.dumps([(job, cards) for job, cards, *_ in cases])
+    done = run(sys.executable, "-c", BINDS, asked, tmp_path)
+    assert done.code == 0, done
+    said, found = "", []
+    for line in done.out.splitlines():
+        if not line.startswith("["):
+            said = line
+            continue
+        case, rank, cores = json.loads(line)
+        assert cores == cases[case][2][rank], (cases[case], done)
+        if rank == 0:  # which has said what all do
+            assert bool(said) == bool(cases[case][3]) and said.startswith(cases[case][3]), (cases[case], done)
+        said = ""
+        found.append((case, rank))
+    assert found == [(case, rank) for case, one in enumerate(cases) for rank in range(len(one[1]))]

@@ -251,13 +251,20 @@ def test_fits_nowhere_says_what_would() -> None:
 
 
 def test_unknown_hardware() -> None:
+    """Guards a mistyped name, and a plan for GPUs on which the run would then refuse to train."""
     done = script("plan", "--recipe", "lora", "--gpu", "h10")
     assert done.code == 2 and "unknown GPU 'h10'" in done.err and "'h100'" in done.err, done
+    for name in ("max1550", "pvc"):
+        with pytest.raises(LaunchError, match="does not train on"):
+            hardware.device(name)
+    assert hardware.device("A100_1g.10gb").tflops == pytest.approx(312 / 7), "a slice by Slurm's name of its type"
 
 
 def test_bad_input(settings) -> None:
     with pytest.raises(LaunchError, match="0 GPUs"):
         plan_of("models/qwen3-8b/lora", "h100", 0)
+    with pytest.raises(LaunchError, match=r"2 ranks on h100-1g\.10gb"):  # as the node's health check would say
+        plan_of("models/qwen3-8b/lora", "h100-1g.10gb", 2)
     with pytest.raises(RecipeError, match="smaller than the 16 ranks"):
         plan_of("models/qwen3-8b/lora", "h100", 16)
     with pytest.raises(ModelError, match=r"no config\.json"):

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from machines import FAST
 
 import same_curve
 from conftest import ROOT
@@ -38,6 +39,23 @@ SFT = "slurm/sft.sbatch"
 NVIDIA_SMI = """#!/bin/sh
 for gpu in $(echo "$CUDA_VISIBLE_DEVICES" | tr , ' '); do echo "$gpu, ${FAKE_GPU_MIB:-10}"; done
 """
+# As `rocm-smi --showmeminfo vram --json` answers (marimo-team/marimo#9237): bytes, as words.
+ROCM_SMI = """#!/bin/sh
+echo '{"card0": {"VRAM Total Used Memory (B)": "10960896"}, "card1": {"VRAM Total Used Memory (B)": "9000000000"}}'
+"""
+# What a centre has: a container's runtime and modules, which note how they were called, and srun with Pyxis' option,
+# whose image alone has a Python with our packages.
+CENTRE = {
+    "singularity": """echo "singularity $*" >>"$NOTED"
+        while [[ $1 != *.sif ]]; do shift; done
+        shift; exec "$@" """,
+    "module": 'echo "module $*" >>"$NOTED"',
+    "srun": """words=()
+        for word; do
+            if [[ $word == --container-image=* ]]; then PATH=$IMAGE_PATH && cd /; else words+=("$word"); fi
+        done
+        exec /usr/bin/srun "${words[@]}" """,
+}
 HOSTILE = """a $(touch pwned) `touch pwned`; touch pwned "b' & % é"""
 
 
@@ -53,8 +71,16 @@ class Site:
         self.cluster, self.folder = cluster, folder
         tools = folder / "bin"
         tools.mkdir()
-        (tools / "nvidia-smi").write_text(NVIDIA_SMI)
-        (tools / "nvidia-smi").chmod(0o755)
+        scripts = {"nvidia-smi": NVIDIA_SMI, **{name: f"#!/bin/bash\n{lines}\n" for name, lines in CENTRE.items()}}
+        for name, script in scripts.items():
+            (tools / name).write_text(script)
+            (tools / name).chmod(0o755)
+        (folder / "image.sif").touch()
+        self.amd = folder / "amd"
+        self.amd.mkdir()
+        (self.amd / "rocm-smi").write_text(ROCM_SMI)
+        (self.amd / "rocm-smi").chmod(0o755)
+        self.amd_path = f"{self.amd}:{cluster.env['PATH']}"  # without the other's tool
         cluster.env |= {"PATH": f"{tools}:{cluster.env['PATH']}", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         cluster.env.pop("OMP_NUM_THREADS", None)  # the templates' own is tested
         keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
@@ -69,10 +95,10 @@ class Site:
             "class Callback(TrainerCallback):\n    def on_step_end(self, *_, **__):\n        time.sleep(0.7)\n"
         )
 
-    def sbatch(self, name: str, *words: Any, recipe_keys: tuple[Any, ...] = ()) -> str:
+    def sbatch(self, name: str, *words: Any, recipe_keys: tuple[Any, ...] = (), **variables: Any) -> str:
         log = f"--output={self.folder}/{name.replace('%', '%%')}.log"
         return self.cluster.sbatch("--time=30", log, *words, SFT, "--recipe", self.recipe,
-                                   "--output_dir", self.folder / name, *recipe_keys)  # fmt: skip
+                                   "--output_dir", self.folder / name, *recipe_keys, **variables)  # fmt: skip
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -130,8 +156,18 @@ def jobs(site: Site) -> dict[str, str]:
                               recipe_keys=("--strategy", "zero3")),
         HOSTILE: site.sbatch(HOSTILE, "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1",
                              recipe_keys=("--strategy=hsdp",)),
+        # Of the batch host's PATH no folder has a Python with our packages.
+        "pyxis": site.sbatch("pyxis", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
+                             "--export=PATH,IMAGE_PATH,STEPLADDER_TASKS,STEPLADDER_SRUN,HF_HUB_OFFLINE",
+                             recipe_keys=("--strategy", "zero2"), PATH=f"{site.folder}/bin:/usr/sbin:/usr/bin:/bin",
+                             IMAGE_PATH=site.cluster.env["PATH"], STEPLADDER_TASKS="rank",
+                             STEPLADDER_SRUN="'--container-image=/images/a b.sqsh' --cpu-bind=none"),
         "sick": site.sbatch("sick", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=1",
                             "--export=ALL,FAKE_GPU_MIB=5000"),
+        "sick AMD": site.sbatch("sick AMD", "--gpus-per-node=2", "--cpus-per-gpu=2",
+                                f"--export=ALL,PATH={site.amd_path}"),
+        # GPUs that Slurm does not count: nvidia-smi shows none of as many as the site says
+        "uncounted": site.sbatch("uncounted", "--export=ALL,STEPLADDER_GPUS_PER_NODE=2"),
         "one core": site.sbatch("one core", "--gpus-per-node=2"),
         "split": site.sbatch("split", "--ntasks-per-node=2", "--gpus-per-task=1"),
         # Slow, so that it leaves the processors to the others until its time is up.
@@ -180,20 +216,52 @@ def test_a_preempted_job_queues_itself_and_the_curve_goes_on(site: Site, jobs: d
         assert "start" in site.log("ddp") and (site.folder / "ddp" / f"slurm-{job}-{node}.out").stat().st_size
 
 
-@pytest.mark.parametrize("name", ["zero3", HOSTILE], ids=["zero3, typed gres", "hsdp, CPU tasks, hostile path"])
+NAMES = {"zero3": "zero3, typed gres", HOSTILE: "hsdp, CPU tasks, hostile path", "pyxis": "zero2, srun's container"}
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[*NAMES.values()])
 def test_two_nodes_give_the_curve_of_one_process(site: Site, jobs: dict[str, str], reference: Path, name: str) -> None:
-    """Guards the rendezvous across nodes, however ranks are asked for, and quoting from sbatch to the ranks."""
+    """Guards the rendezvous across nodes, however ranks are asked for, and quoting from sbatch to the ranks. Guards a
+    container that srun starts, with what srun is to be given, and ranks that it starts: ZeRO without a launcher."""
     site.ended(jobs[name], name, "COMPLETED")
     found = curves.difference(reference, site.folder / name)
     assert found.steps == STEPS and found.within(), found
     facts = site.run_json(name)
-    assert (facts["world_size"], facts["strategy"]) == (4, "zero3" if name == "zero3" else "hsdp")
+    assert (facts["world_size"], facts["strategy"]) == (4, NAMES[name].split(",")[0])
     lines = (site.folder / name / "metrics.jsonl").read_text().splitlines()
     (load,) = {
         frozenset(key for key in json.loads(line) if key.startswith("node_")) for line in lines if '"loss"' in line
     }
     assert load == {f"node_{node}/{what}_percent" for node in (0, 1) for what in ("cpu", "memory")}
     assert not list(ROOT.glob("pwned")) and not list(site.folder.rglob("pwned"))
+
+
+def test_a_centres_way_to_start_ranks_gives_the_same_curve(site: Site, reference: Path) -> None:
+    """Guards STEPLADDER_TASKS=rank, with FSDP and a preemption; STEPLADDER_HEAD, without which the nodes meet on the
+    network that their names are of, or not at all; modules and a container; and a rank that has saved, whose exit code
+    would have srun kill the one that still writes."""
+    noted = site.folder / "noted"
+    job = site.sbatch("centre", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", NOTED=noted,
+                      recipe_keys=("--strategy", "fsdp", *SAVING, *site.slow), STEPLADDER_TASKS="rank",
+                      STEPLADDER_HEAD="%i", STEPLADDER_MODULES="purge gcc/13",
+                      STEPLADDER_CONTAINER=site.folder / "image.sif")  # fmt: skip
+    site.until_it_trains("centre")
+    of_rank = environment(site.rank(job, 3))
+    assert (of_rank["SLURM_NODEID"], of_rank["LOCAL_RANK"], of_rank["LOCAL_WORLD_SIZE"]) == ("1", "1", "2")
+    assert "TORCHELASTIC_RUN_ID" not in of_rank, "torchrun has started it"
+    if site.cluster.machines:
+        assert (of_rank["MASTER_ADDR"], of_rank["GLOO_SOCKET_IFNAME"]) == ("node1i", FAST)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert site.ended(job, "centre", "COMPLETED")["Restarts"] == "1", site.log("centre")
+    found = curves.difference(reference, site.folder / "centre")
+    assert found.steps == STEPS and found.within(), found
+    lines = noted.read_text().splitlines()
+    assert lines[:2] == ["module purge", "module load gcc/13"]
+    words = [line for line in lines if line.startswith("singularity exec ")]
+    for command in ("-m stepladder.cluster.job folder", "-m stepladder.cluster.health", "scripts/sft.py",
+                    "-m stepladder.cluster.job after"):  # fmt: skip
+        assert any(f" {ROOT} python {command}" in line for line in words), command
+    assert not list(Path("/tmp").glob(f"stepladder-{job}.*"))
 
 
 def test_the_bench_measures_each_strategy(site: Site) -> None:
@@ -210,13 +278,20 @@ def test_the_bench_measures_each_strategy(site: Site) -> None:
 
 
 def test_a_sick_node_is_named_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
-    """Guards the health check: memory in use by others ends the job at once, with the node's name. And guards a job
-    whose cores or memory are few: it says so, with the option that gives more."""
+    """Guards the health check: memory in use by others ends the job at once, with the node's name, by AMD's tool where
+    there is no other, and on GPUs that Slurm does not count. And guards a job whose cores or memory are few: it says
+    so, with the option that gives more."""
     site.ended(jobs["sick"], "sick", "FAILED")
     assert "note: 2 core(s) a node for 2 rank(s)" in site.log("sick") and "--cpus-per-gpu=8" in site.log("sick")
     assert "note: 2000 MiB of memory a node for 2 GPU(s)" in site.log("sick") and "--mem-per-gpu" in site.log("sick")
     assert re.search(r"node node[12] cannot train: 5,000 MiB of GPU", site.log("sick")), site.log("sick")
     assert not (site.folder / "sick" / "run.json").exists()
+    for name, said in (
+        ("sick AMD", "8,583 MiB of GPU card1 are in use by others"),
+        ("uncounted", "0 of 2 GPUs answer"),
+    ):
+        site.ended(jobs[name], name, "FAILED")
+        assert f"cannot train: {said}" in site.log(name) and "Traceback" not in site.log(name), site.log(name)
 
 
 def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: dict[str, str]) -> None:
@@ -232,9 +307,12 @@ def test_what_cannot_train_is_refused_before_any_rank_starts(site: Site, jobs: d
 
 
 def test_a_rank_that_crashes_fails_the_job_for_good(site: Site) -> None:
-    """Guards against a job that comes back after a fault, and one whose other node waits for half an hour."""
+    """Guards against a job that comes back after a fault, and one whose other node waits for half an hour.
+    And guards the ranks' interfaces: all of the network to the other node."""
     job = site.sbatch("crash", "--nodes=2", recipe_keys=LONG)
     site.until_it_trains("crash")
+    of_rank = environment(site.rank(job, 1))
+    assert (of_rank["NCCL_SOCKET_IFNAME"], of_rank["GLOO_SOCKET_IFNAME"]) == ("=fabric0,fabric1", "fabric0")
     os.kill(site.rank(job, 1), signal.SIGKILL)
     found = site.ended(job, "crash", "FAILED")
     assert found["Restarts"] == "0"

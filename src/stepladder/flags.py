@@ -41,6 +41,13 @@ def gpus(text: str) -> str:
     return text
 
 
+def add_gpu_memory(parser: argparse.ArgumentParser) -> None:
+    """`--gpu_memory`, as `hardware.device` takes it."""
+    parser.add_argument(
+        "--gpu_memory", "--gpu-memory", type=above_0, metavar="GiB", help="memory of a GPU that is not listed"
+    )
+
+
 def memory(text: str) -> str:
     """A size as Slurm has it: MiB, or with a letter for the unit; 0 is all of a node."""
     if not re.fullmatch(r"[0-9]+[KMGTkmgt]?", text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import re
 import resource
@@ -47,36 +48,102 @@ class GPU:
     bf16: bool = True
 
 
-# The first pattern found in the driver's name counts, so variants stand before the plain name.
+# The first pattern found in the driver's name counts, so variants stand before the plain name. Memory is what PyTorch
+# reports ("GPU 0 has a total capacity of …" in public logs), which is less than the card's name says.
 GPUS = (
-    GPU("b200", r"B200", 2250, 178, 900, "NVIDIA HGX B200 data sheet"),
-    GPU("gh200", r"GH200", 989, 94, 450, "NVIDIA GH200 data sheet"),
-    GPU("h200", r"H200", 989, 139.8, 450, "NVIDIA H200 data sheet"),
-    GPU("h100-nvl", r"H100 NVL", 835, 93, 300, "NVIDIA H100 data sheet"),
-    GPU("h100-pcie", r"H100 PCIe", 756, 79.1, 64, "NVIDIA H100 data sheet"),
-    GPU("h100", r"H100", 989, 79.1, 450, "NVIDIA H100 data sheet (SXM)"),
-    GPU("a100", r"A100.*80GB", 312, 79.1, 300, "NVIDIA A100 data sheet (SXM)"),
-    GPU("a100-40", r"A100", 312, 39.4, 300, "NVIDIA A100 data sheet (SXM)"),
-    GPU("a40", r"A40\b", 149.7, 44, 32, "NVIDIA A40 data sheet"),
-    GPU("a6000", r"RTX A6000", 155, 47.4, 32, "NVIDIA RTX A6000 data sheet"),
-    GPU("a10g", r"A10G", 70, 22.0, 32, "NVIDIA A10G data sheet"),
-    GPU("a10", r"A10\b", 125, 22.0, 32, "NVIDIA A10 data sheet"),
-    GPU("l40s", r"L40S", 362, 44.4, 32, "NVIDIA L40S data sheet"),
-    GPU("l40", r"L40\b", 181, 44.4, 32, "NVIDIA L40 data sheet"),
-    GPU("l4", r"L4\b", 121, 22.0, 32, "NVIDIA L4 data sheet"),
-    GPU("5090", r"RTX 5090", 209.5, 31, 64, "NVIDIA RTX Blackwell white paper"),
-    GPU("4090", r"RTX 4090", 165.2, 23.5, 32, "NVIDIA Ada white paper"),
-    GPU("3090", r"RTX 3090", 71, 23.5, 32, "NVIDIA GA102 white paper"),
-    GPU("v100", r"V100.*32GB", 125, 31.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
-    GPU("v100-16", r"V100", 125, 15.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("gb300", r"\bGB300", 2500, 276.5, 900, "NVIDIA GB300 NVL72 data sheet"),
+    GPU("gb200", r"\bGB200", 2500, 184.3, 900, "NVIDIA GB200 NVL72 data sheet"),
+    GPU("b300", r"\bB300", 2250, 267.7, 900, "NVIDIA HGX B300 data sheet"),
+    GPU("b200", r"\bB200", 2250, 178, 900, "NVIDIA HGX B200 data sheet"),
+    GPU("gh200-144", r"\bGH200 144G", 989, 139.8, 450, "NVIDIA GH200 data sheet (HBM3e)"),
+    GPU("gh200", r"\bGH200", 989, 94, 450, "NVIDIA GH200 data sheet (HBM3)"),
+    GPU("h200-nvl", r"\bH200 NVL", 835, 139.8, 450, "NVIDIA H200 data sheet"),
+    GPU("h200", r"\bH200", 989, 139.8, 450, "NVIDIA H200 data sheet"),
+    GPU("h20", r"\bH20\b", 148, 95, 450, "NVIDIA H20 product brief"),
+    GPU("h100-nvl", r"\bH100 NVL", 835, 93, 300, "NVIDIA H100 data sheet"),
+    GPU("h100-pcie", r"\bH100 PCIe", 756, 79.1, 64, "NVIDIA H100 data sheet"),
+    # MareNostrum 5's, which its driver names without a size
+    GPU("h100-64", r"\bH100( 64GB.*)?$", 989, 63.4, 450, "NVIDIA H100 data sheet (SXM); BSC, MareNostrum 5"),
+    GPU("h100", r"\bH100", 989, 79.1, 450, "NVIDIA H100 data sheet (SXM)"),
+    # Leonardo's, of 124 multiprocessors where the data sheet's has 108
+    GPU("a100-64", r"\bA100-SXM-64GB", 358, 63.4, 300, "Turisini et al., LEONARDO, arXiv:2307.16885"),
+    GPU("a100-pcie", r"\bA100 80GB PCIe", 312, 79.1, 32, "NVIDIA A100 data sheet (PCIe)"),
+    GPU("a100", r"\bA100.*80GB", 312, 79.1, 300, "NVIDIA A100 data sheet (SXM)"),
+    GPU("a100-40-pcie", r"\bA100-PCIE-40GB", 312, 39.4, 32, "NVIDIA A100 data sheet (PCIe)"),
+    GPU("a100-40", r"\bA100", 312, 39.4, 300, "NVIDIA A100 data sheet (SXM)"),
+    GPU("a40", r"\bA40\b", 149.7, 44, 32, "NVIDIA A40 data sheet"),
+    GPU("a30", r"\bA30\b", 165, 23.5, 32, "NVIDIA A30 data sheet"),
+    GPU("a6000", r"\bRTX A6000", 155, 47.4, 32, "NVIDIA RTX A6000 data sheet"),
+    GPU("a10g", r"\bA10G", 70, 22.0, 32, "NVIDIA A10G data sheet"),
+    GPU("a10", r"\bA10\b", 125, 22.0, 32, "NVIDIA A10 data sheet"),
+    GPU("l40s", r"\bL40S", 362, 44.4, 32, "NVIDIA L40S data sheet"),
+    GPU("l40", r"\bL40\b", 181, 44.4, 32, "NVIDIA L40 data sheet"),
+    GPU("l4", r"\bL4\b", 121, 22.0, 32, "NVIDIA L4 data sheet"),
+    GPU("pro-6000-max-q", r"\bRTX PRO 6000 .*Max-Q", 438.9, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper"),
+    GPU("pro-6000", r"\bRTX PRO 6000", 503.8, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper"),
+    GPU("6000-ada", r"\bRTX 6000 Ada", 364.2, 47.4, 32, "NVIDIA Ada white paper"),
+    GPU("5090", r"\bRTX 5090(?! D| Laptop)", 209.5, 31, 64, "NVIDIA RTX Blackwell white paper"),
+    GPU("4090", r"\bRTX 4090(?! D| Laptop)", 165.2, 23.5, 32, "NVIDIA Ada white paper"),
+    GPU("3090", r"\bRTX 3090(?! Ti)", 71, 23.5, 32, "NVIDIA GA102 white paper"),
+    GPU("v100-pcie", r"\bV100-PCIE-32GB", 112, 31.7, 16, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("v100-16-pcie", r"\bV100-PCIE", 112, 15.7, 16, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("v100", r"\bV100-.*32GB", 125, 31.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
+    GPU("v100-16", r"\bV100-", 125, 15.7, 150, "NVIDIA V100 data sheet (fp16)", bf16=False),
     GPU("t4", r"\bT4\b", 65, 14.6, 16, "NVIDIA T4 data sheet (fp16)", bf16=False),
-    GPU("mi300x", r"MI300X", 1307, 191, 448, "AMD Instinct MI300X data sheet"),
+    GPU("mi355x", r"\bMI355X", 2516, 287.9, 537, "AMD Instinct MI355X data sheet"),
+    GPU("mi350x", r"\bMI350X", 2307, 287.9, 537, "AMD Instinct MI350X data sheet"),
+    GPU("mi325x", r"\bMI325X", 1307, 255.6, 448, "AMD Instinct MI325X data sheet"),
+    GPU("mi300x", r"\bMI300X", 1307, 191, 448, "AMD Instinct MI300X data sheet"),
+    # Its 128 GiB are the host's memory too, of which the host's share is the site's choice.
+    GPU("mi300a", r"\bMI300A", 980.6, 120, 384, "AMD Instinct MI300A data sheet"),
+    # Two dies, each a GPU to ROCm and to Slurm; the slowest links between dies have 50 GB/s one way.
+    GPU("mi250x", r"\bMI250X", 191.5, 63.9, 50, "AMD Instinct MI250X data sheet (one of two dies)"),
+    GPU("mi250", r"\bMI250\b", 181, 63.9, 50, "AMD Instinct MI250 data sheet (one of two dies)"),
+    GPU("mi210", r"\bMI210", 181, 63.9, 50, "AMD Instinct MI210 data sheet"),
 )
+# A slice of a GPU (MIG): `MIG 1g.10gb` in the driver's name, `a100_1g.10gb` as Slurm's type. A compute instance within
+# a slice, `MIG 1c.3g.20gb`, has 1 of its 3.
+SLICE = re.compile(r"(?i)[ _-]+(?:MIG )?(?P<profile>(?:(?P<part>\d)c\.)?(?P<compute>\d)g\.(?P<gb>\d+)gb\S*)$")
+ONE_SLICE = "a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it"
+IN_FOUR = ("a30", "pro-6000", "pro-6000-max-q")  # compute slices of the whole; 7 of the others
+SLICE_MEMORY = 0.95  # GiB of a slice for each GB in its name: 9856 MiB of the A100's 1g.10gb
+COMMON = "h100"  # whose speed is assumed where another is not known
+NO_INTEL = "it runs on PyTorch's CUDA and ROCm devices; on Intel's GPUs (torch.xpu) nothing of it was made or tried"
+INTEL = re.compile(r"(?i)max[ _-]?1[15][05]0|\bpvc\b|\bxpu\b")
 
 
 def gpu(name: str) -> GPU | None:
-    """The row of a device by the driver's name for it (`NVIDIA H100 80GB HBM3`); None where there is none."""
-    return next((row for row in GPUS if re.search(row.pattern, name)), None)
+    """The row of a device by the driver's name for it (`NVIDIA H100 80GB HBM3`), a MIG slice by its share of that row.
+
+    None where there is no row.
+    """
+    part = SLICE.search(name)
+    whole = name[: part.start()] if part else name
+    return _slice(next((row for row in GPUS if re.search(row.pattern, whole)), None), part)
+
+
+def gpu_by_short_name(name: str) -> GPU | None:
+    """The row of a short name as it is typed or as Slurm's type has it: `h100`, `a100_1g.10gb`; None without one.
+
+    Raises:
+        LaunchError: it is Intel's.
+    """
+    if INTEL.search(name):
+        raise LaunchError(f"Stepladder does not train on '{name}'", where="command line", why=NO_INTEL)
+    part = SLICE.search(name)
+    whole = (name[: part.start()] if part else name).lower()
+    return _slice(next((row for row in GPUS if row.name == whole), None), part)
+
+
+def _slice(row: GPU | None, part: re.Match[str] | None) -> GPU | None:
+    """A slice's share of the GPU; memory by the slice's name, its only link the host's."""
+    if row is None or part is None:
+        return row
+    share = int(part["part"] or part["compute"]) / (4 if row.name in IN_FOUR else 7)
+    return dataclasses.replace(
+        row, name=f"{row.name}-{part['profile']}", tflops=row.tflops * share, memory=int(part["gb"]) * SLICE_MEMORY,
+        link=min(row.link, 32), source=f"{row.source}, {share:.0%} of it by NVIDIA's MIG user guide",
+    )  # fmt: skip
 
 
 # What to ask a cluster for with each GPU, where nobody knows better. The training thread, the backward pass, NCCL and
@@ -88,16 +155,15 @@ def device(name: str, memory: float | None = None) -> GPU:
     """A GPU by its short name; with `memory`, that GPU with so many GiB.
 
     Raises:
-        LaunchError: it is not known, or the memory is no positive number.
+        LaunchError: it is not known, or Stepladder does not train on it.
     """
-    known = {row.name: row for row in GPUS}
-    if name.lower() not in known:
+    if not (found := gpu_by_short_name(name)):
+        known = {row.name: row for row in GPUS}
         raise LaunchError(
             f"unknown GPU '{name}'",
             where="command line --gpu",
             help=f"{suggest(name, known) or 'one of ' + ', '.join(known)}; or any with --gpu_memory GiB",
         )
-    found = known[name.lower()]
     if memory is None:
         return found
     return dataclasses.replace(found, name=f"{memory:g} GiB", memory=memory)
@@ -109,7 +175,7 @@ def device_here(local_ranks: int, gpu: bool) -> GPU:
 
     if gpu and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory - CONTEXT - (NCCL if local_ranks > 1 else 0)
-        known = gpu_here() or dataclasses.replace(GPUS[0], name=torch.cuda.get_device_name())
+        known = gpu_here() or dataclasses.replace(device(COMMON), name=torch.cuda.get_device_name())
         return dataclasses.replace(known, memory=total / GIB)
     # Its speed only puts the ways in order: arithmetic bounds them all.
     return GPU("cpu", "", 1.0, HOST_SHARE * host_memory() / GIB / local_ranks, 10.0, "")
@@ -164,6 +230,25 @@ def interface(peer: str) -> str:
             if name := names.get(probe.getsockname()[0]):
                 return name
     return next(iter(names.values())) if len(names) == 1 else ""
+
+
+def interfaces_beside(name: str) -> list[str]:
+    """The interfaces of one network, `hsn0` to `hsn3`: those that are up and differ from `name` in their number alone.
+
+    Of another network of the same prefix, as where each card has a switch of its own, the others cannot be reached.
+    """
+    import psutil
+
+    def network(card: str) -> set[str]:
+        found = (a for a in psutil.net_if_addrs()[card] if a.family == socket.AF_INET and a.netmask)
+        return {str(ipaddress.ip_interface(f"{a.address}/{a.netmask}").network) for a in found}
+
+    def kind(card: str) -> str:
+        return card.rstrip("0123456789")
+
+    up = [card for card, state in psutil.net_if_stats().items() if state.isup and card in psutil.net_if_addrs()]
+    beside = [card for card in up if kind(card) == kind(name) != card and network(card) & network(name)]
+    return sorted({name, *beside}, key=lambda card: (len(card), card))
 
 
 def dtype_of(precision: str) -> torch.dtype:

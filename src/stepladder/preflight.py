@@ -268,7 +268,8 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     """The message, and the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
-        devices.assert_no_gpu_named()
+        if not recipe.get("use_cpu"):
+            devices.assert_no_gpu_named()
         gpus = 1
     name = launcher.find_strategy(machine.strategy, machine.nodes, gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name, machine.nodes if name.is_hsdp else 1)

@@ -34,7 +34,10 @@ PACKAGES = (
     "bitsandbytes",
 )
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
-JOB_LOGS = "slurm-"  # files of this prefix are the queue's, not the run's
+JOB_LOGS = (
+    "slurm-",
+    "nccl-",
+)  # files of these prefixes are the job's, written before the run begins, and not the run's
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
 
 
@@ -106,7 +109,7 @@ class Run:
 
         Not the queue's, nor what a kill left of a file that was being written.
         """
-        files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, JOB_LOGS, REPLACED))]
+        files = [file for file in self.folder.iterdir() if not file.name.startswith((LOCK, *JOB_LOGS, REPLACED))]
         files = [file for file in files if not (file.name.startswith(".") and file.name.endswith(PART_SUFFIX))]
         return sorted(files, key=lambda file: file.name == MANIFEST)
 

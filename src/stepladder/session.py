@@ -28,7 +28,7 @@ from stepladder.run import Run
 from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import devices, launcher, ranks
+from stepladder.training.launch import devices, launcher, ranks, transport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,9 +148,10 @@ def prepare(checked: Checked) -> Prepared:
     ]
     notes += launcher.settle_mesh(launch)
     notes += launcher.leave_to_recipe(precision, checked.step.accumulation, recipe.get("max_grad_norm"))
-    with ranks.meeting(launch):
+    with ranks.meeting(launch, record.folder):
         training_args = arguments.build(recipe, checked.step, precision, use_cpu, launch.strategy)
     rank_devices = ranks.assert_launch(launch, str(training_args.device))
+    transport.check_choice(launch)
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
@@ -244,12 +245,12 @@ def build(prepared: Prepared) -> Built:
     from stepladder.training.launch import weight_sending
 
     checked, launch, recipe = prepared.checked, prepared.checked.launch, prepared.recipe
-    device = prepared.arguments.device.type
+    devices.bind_near_gpu(launch)
     transformers.set_seed(prepared.arguments.seed)  # before the adapter draws its first weights
     base = weight_sending.load_base_model(recipe, prepared.precision, launch)
     model = model_build.build(
         base, recipe, prepared.precision,
-        lambda base: attention.settle(base, recipe, prepared.precision, device, ranks.from_first),
+        lambda it: attention.settle(it, recipe, prepared.precision, prepared.arguments.device.type, ranks.from_first),
         prepared.tokenizer, prepared.new_tokens,
         sharded=launch.strategy.shards, on_cpu=prepared.use_cpu,
     )  # fmt: skip

@@ -2,21 +2,25 @@
 
     python -m stepladder.cluster.health
 
-Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes
-(nothing on one node); what is wrong is said on stderr, and the exit code is then 2. Imports nothing but the
-standard library, and psutil on several nodes: it answers in a tenth of a second.
+Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes, and
+all of that network as NCCL takes them (nothing on one node); what is wrong is said on stderr, and the exit code is
+then 2. Imports nothing but the standard library, and psutil on several nodes: it answers in a tenth of a second.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from stepladder import errors, hardware
 
@@ -29,7 +33,7 @@ PATIENCE = 60  # seconds for the nodes to come to the same point
 def main() -> None:
     env = os.environ
     nodes, here, wanted = env["STEPLADDER_NODES"].split(), int(env["SLURM_NODEID"]), int(env["STEPLADDER_GPUS"])
-    check_step(int(env.get("SLURM_GPUS_ON_NODE") or 0), wanted)
+    check_step(int(env.get("SLURM_GPUS_ON_NODE") or env.get("STEPLADDER_GPUS_PER_NODE") or 0), wanted)
     faults = [
         *check_gpus(wanted),
         *check_disk([Path(env["STEPLADDER_FOLDER"]), Path(env.get("TMPDIR", "/tmp"))]),
@@ -43,7 +47,7 @@ def main() -> None:
             help=f"sbatch --exclude={socket.gethostname()} …, and tell your administrators",
         )
     if len(nodes) > 1 and (name := hardware.interface(nodes[1] if here == 0 else nodes[0])):
-        print(name)
+        print(name, "=" + ",".join(hardware.interfaces_beside(name)))  # with "=" eth1 is not eth10 too
 
 
 def check_step(given: int, wanted: int) -> None:
@@ -63,15 +67,82 @@ def check_step(given: int, wanted: int) -> None:
     if wanted > 1 and "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
         raise errors.LaunchError(
             f"node {socket.gethostname()}: {wanted} ranks on {wanted} slices of a GPU (MIG)",
-            why="a process sees one slice, whatever it is given (NVIDIA's MIG user guide), so all ranks would be on it",
+            why=hardware.ONE_SLICE,
             help="sbatch --gpus-per-node=1 …, or whole GPUs",
         )
 
 
 def check_gpus(wanted: int) -> list[str]:
-    """Faults: fewer GPUs than the job was given, or memory of theirs that others use."""
+    """Faults: fewer GPUs than the job was given, or memory of theirs that others use.
+
+    The maker's tool that is here is asked. Without one, or with one of AMD's that gives no answer to read, a note says
+    what was not looked at: the ranks will find out whether PyTorch has a GPU.
+    """
     if not wanted:
         return []
+    nvidia, amd = (Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
+    if shutil.which("nvidia-smi") and (nvidia or not amd):  # a site's image may hold both makers' tools
+        return check_nvidia(wanted)
+    tried = []
+    for ask, read_memory in AMD:  # both within the other nodes' PATIENCE
+        try:
+            done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+            # after warnings, as of a GPU in a low-power state
+            used = read_memory(json.loads("".join(re.findall(r"(?ms)^[\[{].*", done.stdout))))
+        except OSError:
+            tried.append(f"no {ask[0]}")
+        except subprocess.TimeoutExpired:
+            tried.append(f"{ask[0]} does not answer")
+        except subprocess.CalledProcessError as error:
+            tried.append(f"{ask[0]}: {' '.join((error.stderr or error.stdout).split())[-200:]}")
+        except (ValueError, AttributeError, KeyError, TypeError):
+            tried.append(f"{ask[0]}'s answer cannot be read")
+        else:
+            return judge_memory(used, wanted)
+    print(
+        f"note: node {socket.gethostname()}: its {wanted} GPU(s) were not looked at, nor whether others use them: no "
+        f"nvidia-smi, {', '.join(tried)}",
+        file=sys.stderr,
+    )
+    return []
+
+
+def _read_amd_smi(answer: Any) -> dict[str, int | None]:
+    """MiB in use on each GPU: a list, within `gpu_data` from ROCm 7 on; a GPU that does not tell has "N/A"."""
+    used: dict[str, int | None] = {}
+    for row in answer["gpu_data"] if isinstance(answer, dict) else answer:
+        one = re.search(r"'used_vram': \{'value': '?(\d+)", str(row["mem_usage"]))
+        used[str(row["gpu"])] = int(one[1]) if one else None
+    return used
+
+
+def _read_rocm_smi(answer: Any) -> dict[str, int | None]:
+    rows = {name: row["VRAM Total Used Memory (B)"] for name, row in answer.items() if name.startswith("card")}
+    return {name: int(used) >> 20 if str(used).isdecimal() else None for name, used in rows.items()}
+
+
+AMD = (
+    (["amd-smi", "metric", "--mem-usage", "--json"], _read_amd_smi),
+    (["rocm-smi", "--showmeminfo", "vram", "--json"], _read_rocm_smi),
+)
+
+
+def judge_memory(used: dict[str, int | None], wanted: int) -> list[str]:
+    """Faults of AMD's GPUs, from the MiB in use on each.
+
+    Its tools list every GPU of the node, whatever ROCR_VISIBLE_DEVICES says, and number them in another order than
+    ROCm does: of a node that the job shares, the GPUs in use may be other jobs'. What is sure is that too few are free.
+    """
+    if len(used) < wanted:
+        return [f"{len(used)} of {wanted} GPUs answer"]
+    taken = {index: megabytes for index, megabytes in used.items() if (megabytes or 0) > FREE_GPU}
+    if len(used) - len(taken) >= wanted:
+        return []
+    return [f"{megabytes:,} MiB of GPU {index} are in use by others" for index, megabytes in taken.items()]
+
+
+def check_nvidia(wanted: int) -> list[str]:
+    """Faults by nvidia-smi, which is asked for the job's own GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     ask = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     if mig := "MIG-" in visible:  # Slurm names slices of a GPU by UUIDs, which --id does not take and no query answers
@@ -80,10 +151,10 @@ def check_gpus(wanted: int) -> list[str]:
         ask.append(f"--id={visible}")
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
-    except FileNotFoundError:
-        return [f"the job has {wanted} GPUs and nvidia-smi is not installed"]
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
+    except OSError as error:  # a file for another kind of processor
+        return [f"nvidia-smi: {error.strerror}"]
     if done.returncode:
         return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
     if mig:

@@ -19,7 +19,7 @@ from stepladder.cluster import job
 from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
-from stepladder.hardware import CORES_PER_GPU, GIB, GPUS, MEMORY_PER_GPU
+from stepladder.hardware import CORES_PER_GPU, GIB, MEMORY_PER_GPU
 from stepladder.model import adapter_recipe
 from stepladder.training import arguments
 from stepladder.training.launch import launcher
@@ -42,7 +42,7 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     Raises:
         StepladderError: the recipe is wrong, does not fit the GPUs, or is refused by Slurm.
     """
-    for name in ("cpus_per_gpu", "mem_per_gpu"):
+    for name in ("cpus_per_gpu", "mem_per_gpu", "gpu_memory"):
         if getattr(args, name) and not args.gpus:
             raise LaunchError(f"--{name} without GPUs", where="command line", help="--gpus N, or --cpus, --mem")
     runs = job.sweep_elements(args.sweep) if args.sweep else [["--recipe", args.recipe]]
@@ -138,23 +138,23 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
         The line, and the GiB of host memory that a rank needs (0 where they are not known).
     """
     kind, _, count = (args.gpus or "").rpartition(":")
-    name = args.gpu or (kind if kind.lower() in {row.name for row in GPUS} else None)
+    name = args.gpu or (kind if hardware.gpu_by_short_name(kind) else hardware.COMMON if args.gpu_memory else None)
     auto = args.strategy == "auto"
     if not name or not count.isdecimal():
         if auto:
-            raise LaunchError(
-                "--strategy auto needs to know the GPUs", where="command line", help="--gpus h100:4, or --gpu h100"
-            )
+            fault = "--strategy auto needs to know the GPUs"
+            raise LaunchError(fault, where="command line", help="--gpus h100:4, --gpu h100, or --gpu_memory GiB")
         return "", 0.0
     if auto and args.sweep:
         raise LaunchError("--strategy auto is for one run", where="command line", help="--strategy zero3")
     console.quiet_libraries()
     from stepladder.planning import choose
 
+    device = hardware.device(name, args.gpu_memory)
     lines, need = [], 0.0
     for words in runs:
         recipe = job.recipe_of(words + overrides)
-        plan = choose.Plan(recipe, args.nodes, int(count), hardware.device(name))
+        plan = choose.Plan(recipe, args.nodes, int(count), device)
         candidates = plan.candidates()
         if share:
             candidates = [one for one in candidates if choose.host_bytes(plan, one) <= share * GIB] or candidates
@@ -166,7 +166,7 @@ def _plan(runs: list[list[str]], args: argparse.Namespace, overrides: list[str],
             overrides += best.keys
         else:
             pick = plan.of_recipe(launcher.find_strategy(args.strategy, args.nodes, int(count)))
-        lines.append(f"plan: {pick.strategy}, {pick.batch}: {pick.gib} of each {name}")
+        lines.append(f"plan: {pick.strategy}, {pick.batch}: {pick.gib} of each {device.name}")
         if (times := best.tokens_per_second / pick.tokens_per_second) > SLOWER:
             lines[-1] += (
                 f"\n      {best.strategy}, {best.batch} is {times:.1f} times as fast by the plan: --strategy auto"

@@ -81,6 +81,8 @@ class Plan:
             raise LaunchError(
                 f"{nodes} nodes with {gpus} GPUs train nothing", where="command line", help="--nodes 1 --gpus 1"
             )
+        if gpus > 1 and hardware.SLICE.search(device.name):
+            raise LaunchError(f"{gpus} ranks on {device.name}", why=hardware.ONE_SLICE, help="--gpus 1, or a whole GPU")
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.host, self.replicas = host, replicas or nodes
         self.config = meta_model.load_config(settings)

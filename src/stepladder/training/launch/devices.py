@@ -8,35 +8,46 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from stepladder import files, hardware
 from stepladder.console import say
 from stepladder.errors import LaunchError
 from stepladder.training.launch.launcher import Launch
 
-NO_GPU = ("", "-1", "NoDevFiles")  # CUDA_VISIBLE_DEVICES where a CPU is meant; the last is Slurm's
+# By which a user or Slurm names a rank's GPUs: NVIDIA's, AMD's (the first of its three counts there too) and Intel's.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+NO_GPU = ("", "-1", "NoDevFiles")  # one of them where a CPU is meant; the last is Slurm's
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # with a GPU, it is the GPU's memory that counts
 RESTARTED = "STEPLADDER_STARTED_WITH"
+FAIR = 0.75  # of an even share of the cores that a rank must keep to be bound
 
 
 def hide_gpus() -> None:
     """For `use_cpu`, before CUDA starts: precision, memory and random numbers are then those of a CPU too."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["HIP_VISIBLE_DEVICES"] = "-1"  # which counts before the other on AMD, and shows all GPUs where empty
 
 
 def assert_no_gpu_named() -> None:
-    """Raise LaunchError where CUDA_VISIBLE_DEVICES names a GPU and PyTorch has none: a CPU is not what was meant."""
+    """Raise LaunchError where the environment names a GPU and PyTorch has none: a CPU is not what was meant."""
     import torch
 
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()) not in NO_GPU:
-        why = "has no GPU of that name" if torch.version.cuda else "is a build for CPUs"
+    cpu = "for the CPU: use_cpu: true"
+    if torch.xpu.is_available():
+        raise LaunchError("Stepladder does not train on Intel's GPUs", why=hardware.NO_INTEL, help=cpu)
+    for name in VISIBLE:
+        if (named := os.environ.get(name, "").strip()) in NO_GPU:
+            continue
+        build = "for CUDA" if torch.version.cuda else "for ROCm" if torch.version.hip else "for CPUs"
         raise LaunchError(
-            f"CUDA_VISIBLE_DEVICES={named} names no GPU that can be used",
+            f"{name}={named} names no GPU that can be used",
             where="the environment",
-            why=f"the CPU would compute, without a word: PyTorch {torch.__version__} {why}",
-            help="a number that `nvidia-smi -L` lists, or unset it; for the CPU: use_cpu: true",
+            why=f"the CPU would compute, without a word: PyTorch {torch.__version__}, a build {build}, has none",
+            help=f"PyTorch's build for your GPUs; a number that `nvidia-smi -L` or `rocm-smi` lists; unset it; {cpu}",
         )
 
 
@@ -49,6 +60,7 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     """
     import torch
 
+    names = VISIBLE[: 2 if torch.version.hip else 1]  # these count among the GPUs that ROCR_VISIBLE_DEVICES leaves
     kept = [name for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP") if os.environ.get(name) == "true"]
     if kept and "RANK" not in os.environ:
         raise LaunchError(
@@ -59,10 +71,10 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
         )
     if use_cpu:
         hide_gpus()
-    elif launch.ranks == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    elif launch.ranks == 1 and not {*names} & {*os.environ}:
         gpus = torch.cuda.device_count()  # by NVML: CUDA itself reads the variable once, when it is first touched
         if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+            os.environ[names[-1]] = "0"
         if gpus > 1:
             say(f"note: {gpus} GPUs are here and one process uses the first; for all of them: accelerate launch")
     if torch.cuda.is_available():
@@ -77,12 +89,15 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
             raise LaunchError(
                 f"one process sees {gpus} GPUs",
                 why="it uses one, and the libraries would split each batch among all (nn.DataParallel)",
-                help=f"CUDA_VISIBLE_DEVICES=0 for one; accelerate launch --num_processes {gpus} … for all",
+                help=f"{names[-1]}=0 for one; accelerate launch --num_processes {gpus} … for all",
             )
         return False
     if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
         return False
-    assert_no_gpu_named()
+    if not use_cpu:
+        assert_no_gpu_named()
+        for driver in filter(os.path.exists, GPUS):
+            say(f"note: {driver} is here, and PyTorch {torch.__version__} finds no GPU by it: the CPU computes")
     asked, launched = os.environ.get("OMP_NUM_THREADS"), {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}
     if not asked or (asked == "1" and launched & os.environ.keys()):  # a launcher sets 1 where nobody has set any
         torch.set_num_threads(max(1, hardware.cores() // launch.local_ranks))
@@ -90,6 +105,42 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
     if launch.strategy.is_zero:
         _load_cpu_collectives()
     return True
+
+
+def bind_near_gpu(launch: Launch, sys_folder: Path = Path("/sys")) -> None:
+    """Keep this rank, and by it the memory that it takes, near its GPU: on the cores that the kernel calls local to it.
+
+    Call it before the model is loaded and after the rows are prepared, for which one rank of a node takes all cores.
+    Only among the cores that the ranks have, and only where all of them then have about as many as before: on a node
+    whose GPUs are all at one of two sockets, or a job with cores at the other, they stay where they are. Ranks that
+    srun starts by itself are bound by it, or by --cpu-bind. accelerate's ACCELERATE_CPU_AFFINITY, if set, comes later;
+    by itself it leaves the job's cores, and fails without pynvml or amdsmi (`override_numa_affinity`). torchrun's
+    --numa-binding, which `accelerate launch` does not pass on, fails without numactl (`torch/numa/binding.py`).
+    """
+    import torch
+
+    if launch.local_ranks == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not torch.cuda.is_available():
+        return
+    allowed = os.sched_getaffinity(0)
+    near = []
+    for index in range(launch.local_ranks):
+        gpu: Any = torch.cuda.get_device_properties(index)
+        try:
+            address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+            cores = (sys_folder / "bus/pci/devices" / address / "local_cpulist").read_text()  # 0-15,64-79
+            ends = [part.split("-") for part in cores.strip().split(",")]
+            near.append({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)} & allowed)
+        except (AttributeError, OSError, ValueError):  # an older PyTorch, a virtual machine
+            return
+    ranks_on = Counter(core for cores in near for core in cores)
+    least = min(sum(1 / ranks_on[core] for core in cores) for cores in near)
+    if least < FAIR * len(allowed) / launch.local_ranks:
+        say("note: the ranks are not bound to the cores near their GPUs: some would have too few of the job's cores")
+    elif any(cores != allowed for cores in near):
+        for thread in os.listdir("/proc/self/task"):  # those that libraries have started too
+            with contextlib.suppress(OSError):  # one that has ended
+                os.sched_setaffinity(int(thread), near[launch.local_rank])
+        say(f"cores       each rank on those near its GPU: {len(near[launch.local_rank])} of {len(allowed)} for rank 0")
 
 
 def _load_cpu_collectives() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from stepladder import hardware
 from stepladder.errors import LaunchError, first_line
+from stepladder.training.launch import transport
 from stepladder.training.launch.launcher import RANK_VARIABLES, Launch, requested_ranks
 
 
@@ -32,8 +33,8 @@ def from_first(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def meeting(launch: Launch) -> Iterator[None]:
-    """Let the ranks find each other in the block, in which a process group is made.
+def meeting(launch: Launch, folder: Path | None = None) -> Iterator[None]:
+    """Let the ranks find each other in the block, in which a process group is made; NCCL's log goes to `folder`.
 
     gloo listens at the address of the host's own name, which is 127.0.1.1 on Debian and Ubuntu, where another
     machine finds nobody (pytorch#68726): between machines, GLOO_SOCKET_IFNAME names the interface to the first one.
@@ -48,6 +49,8 @@ def meeting(launch: Launch) -> Iterator[None]:
         _check_meeting_place(launch)
     if launch.ranks > launch.local_ranks and first and (found := hardware.interface(first)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    if folder:
+        transport.log_choice(launch, folder)
     try:
         yield
     except RuntimeError as error:
