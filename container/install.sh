@@ -22,3 +22,4 @@ python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 python -m pip install --quiet --constraint constraints.txt "$torch"
 python -m pip install --quiet --constraint constraints.txt ".[$extras]"
 DS_ACCELERATOR=cpu python -m pip install --quiet --constraint constraints.txt --no-build-isolation ".[deepspeed]"
+rm -rf build
