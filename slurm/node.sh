@@ -17,6 +17,13 @@ if [[ $interface ]]; then
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 fi
+# The stage (scripts/stage.py) on the node's own disk, which many files are read from faster than from a shared one.
+if [[ ${STEPLADDER_STAGE_LOCAL:-} ]]; then
+    here=${SLURM_TMPDIR:?STEPLADDER_STAGE_LOCAL copies the stage there}/stage
+    mkdir -p "$here"
+    cp -r "${STEPLADDER_STAGE:?STEPLADDER_STAGE_LOCAL copies it}"/{stage.json,hub} "$here"
+    export STEPLADDER_STAGE=$here
+fi
 # NCCL logs warnings and errors only.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # The last collectives of each rank, written when one times out: they show which rank is missing.

@@ -6,7 +6,6 @@ since CUDA reads its environment once. The ranks meet there: from then on all of
 module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
 set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
 the run in `run.json`; `finish` prints the result.
-
 Each stage returns a frozen value, which the next one takes.
 """
 
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
+from stepladder.cluster import staging
 from stepladder.data import mixture, templates
 from stepladder.data.rows import LISTED, Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
@@ -116,6 +116,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
+    staging.check_stage(recipe)
     recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)

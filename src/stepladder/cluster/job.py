@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from stepladder import console, errors, files
+from stepladder.cluster import staging
 from stepladder.data import mixture
 from stepladder.manifest import MANIFEST, STUCK_AFTER, read_manifest
 from stepladder.model import start
@@ -134,7 +135,9 @@ def decide_requeue(
 def main() -> None:
     match sys.argv[1:]:
         case ["folder", *words]:
-            console.write_exactly(f"{recipe_of(words).output_dir}\n")  # a name for a shell's variable
+            recipe = recipe_of(words)
+            staging.check_stage(recipe)
+            console.write_exactly(f"{recipe.output_dir}\n")  # a name for a shell's variable
         case ["base", *words]:
             console.write_exactly(f"{recipe_of(words).get('model_name_or_path')}\n")
         case ["merge", *words]:

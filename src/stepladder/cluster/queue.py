@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from stepladder import console, hardware
-from stepladder.cluster import job
+from stepladder.cluster import job, staging
 from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
@@ -86,7 +86,9 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
-    recipe = adapter_recipe.settle(job.recipe_of(words))
+    recipe = job.recipe_of(words)
+    staging.check_stage(recipe)
+    recipe = adapter_recipe.settle(recipe)
     gpus = (args.gpus or "").rpartition(":")[2]
     ranks = int(gpus) if gpus.isdecimal() else args.ranks  # of a node
     arguments.layout(recipe, args.nodes * ranks)
