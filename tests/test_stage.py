@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import yaml
 from conftest import ROOT, losses, run, script
 from hub_server import Hub
 from same_curve import recipe_keys, write_rows
-from stepladder.files import hash_file
+from stepladder.files import hash_file, open_lock
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 CARD = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.jsonl}\n"
@@ -171,13 +172,14 @@ def test_what_cannot_be_staged_is_named(site: Site, tmp_path: Path) -> None:
     site.hub.repositories["model org/gated"] = site.hub.repositories["model org/tiny"]
     site.hub.gated.add("org/gated")
     model, fresh = "--model_name_or_path", str(tmp_path / "fresh")
+    address = ["--dataset_name", "null", "--datasets", "[{path: json, data_files: 'https://example.org/x.jsonl'}]"]
     kernel = ["--attn_implementation", "kernels-community/flash-attn2"]
     cases: list[tuple[list[str], str, dict[str, str], str]] = [
         ([model, "org/gated"], fresh, {}, "ask for access on"),
         ([model, "org/none"], fresh, {}, "could not be fetched"),
         (["--model_revision", "v9"], fresh, {}, "model_revision: a branch"),
         (kernel, fresh, {}, "kernels-community/flash-attn2 comes from the hub"),
-        (["--dataset_name", "json", "--dataset_train_split", "train"], fresh, {}, "data_files: FILE"),
+        (address, fresh, {}, "is read from an address"),
         ([], str(ROOT / "stage"), {}, "lies in this folder"),
         ([], str(tmp_path / "mine"), {}, "holds other files"),
         ([], str(tmp_path / "file"), {}, "cannot be written"),
@@ -193,8 +195,12 @@ def test_what_cannot_be_staged_is_named(site: Site, tmp_path: Path) -> None:
     assert not (ROOT / "stage").exists() and (tmp_path / "mine/notes.txt").read_text() == "mine"
     away = site.fill(to=tmp_path / "away", HF_ENDPOINT="http://127.0.0.1:9")
     assert away.code == 2 and "reaches http://127.0.0.1:9" in away.err and "Traceback" not in away.err, away
-    full = site.fill(to=tmp_path / "full", PYTHONPATH=str(small_disk(tmp_path)))
-    assert full.code == 2 and "has 0.1 MiB free" in full.err and "Traceback" not in full.err, full
+    with open_lock(site.folder / "stage/.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        busy = site.fill(to=site.folder / "stage")
+    assert busy.code == 2 and "another stage.py fills" in busy.err, busy
+    full = site.fill(to=tmp_path / "full", PYTHONPATH=f"{small_disk(tmp_path)}:{ROOT}/src")
+    assert full.code == 2 and "has 98 KiB free" in full.err and "Traceback" not in full.err, full
     away = site.fill("--wheels", to=site.folder / "stage", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
     assert away.code == 2 and "wheels could not be fetched" in away.err and "Traceback" not in away.err, away
     assert not list((site.folder / "stage").glob("*wheels*"))

@@ -143,7 +143,7 @@ def read_content(folder: Path) -> dict[str, Any]:
         repositories = content["repositories"].values()
         paths = [(path, size) for one in (*repositories, content.get("wheels") or {"files": {}})
                  for path, size in one["files"].items()]  # fmt: skip
-        if not all(type(size) is int for _, size in paths):
+        if not all(type(size) is int for _, size in paths) or not all(str(one["commit"]) for one in repositories):
             raise TypeError
     except ValueError as error:
         help = f"{VARIABLE}=DIR with the folder that stage.py --to DIR has filled; or unset {VARIABLE}"
@@ -315,4 +315,6 @@ def _build_wheels(folder: Path, before: dict[str, Any] | None) -> dict[str, Any]
 
 
 def _in_words(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+    if size >= 2**30:
+        return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
