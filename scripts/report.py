@@ -4,9 +4,11 @@
     python scripts/report.py runs/lora runs/qlora -o compared.html
     python scripts/report.py runs/lora --project "Customer support"
     python scripts/report.py runs/lora --watch
+    python scripts/report.py --sweep slurm/sweeps/lora_rank.yaml
 
 The page is one self-contained file; without -o it is RUN/report.html. An unfinished, interrupted or
-damaged run is shown as far as it can be read, and the page says what is wrong.
+damaged run is shown as far as it can be read, and the page says what is wrong. Of several runs, the best
+by held-out loss is named, with its interval, and which others cannot be told from it.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import json
 from pathlib import Path
 
 from stepladder import errors
+from stepladder.cluster.sweep import read_sweep
+from stepladder.evaluation.choice import choose_run
 from stepladder.reporting import curves, markdown, page, runs
 
 
@@ -21,14 +25,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder; the first is the reference")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder; the first is the reference")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="the runs of a sweep, in place of RUN")
     parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; required for several runs)")
     parser.add_argument("--project", metavar="DOMAIN", help="also write RUN/mini_project_report.md, on this domain")
     parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
     parser.add_argument("--watch", action="store_true", help="follow one run in the terminal until it ends")
     args = parser.parse_args()
+    if bool(args.runs) == bool(args.sweep):
+        parser.error("runs, or --sweep with its file")
     if args.watch:
-        if len(args.runs) > 1:
+        if args.sweep or len(args.runs) > 1:
             parser.error("--watch follows one run")
         runs.check_folder(args.runs[0])  # says what is wrong with the folder
         for line in runs.follow(args.runs[0]):
@@ -37,15 +44,18 @@ def main() -> None:
     if len(args.runs) > 1 and not args.output:
         parser.error("several runs need -o: the page belongs to none of their folders")
 
-    first, *others = logged = runs.read_all(args.runs)
-    differences = [_difference(first, other) for other in others]
-    target = args.output or first.folder / "report.html"
-    page.save(target, page.render_page(logged, differences))
+    folders, absent = read_sweep(args.sweep).existing() if args.sweep else (args.runs, [])
+    first, *others = logged = runs.read_all(folders)
+    differences = [curves.describe_difference(first, other) for other in others]
+    choice = choose_run(logged)
+    target = args.output or (first.folder.parent if args.sweep else first.folder) / "report.html"
+    page.save(target, page.render_page(logged, differences, choice))
     if args.project:
         for run in logged:
             page.save(run.folder / "mini_project_report.md", markdown.mini_project_report(run, args.project))
     if args.json:
-        print(json.dumps({"page": str(target), "runs": [_facts(run) for run in logged], "differences": differences}))
+        found = {"runs": [_facts(run) for run in logged], "differences": differences, "choice": choice and vars(choice)}
+        print(json.dumps({"page": str(target), **found, "absent": [str(folder) for folder in absent]}))
         return
     if others:
         print("\n".join(runs.side_by_side(logged)))
@@ -53,20 +63,11 @@ def main() -> None:
         print(f"{run.name}: {', '.join(verdict.name for verdict in page.judge_run(run))}")
         for remark in run.remarks:
             print(f"  note: {remark}")
+    for folder in absent:
+        print(f"  note: {folder} holds no run: it never began")
+    if choice:
+        print(f"{choice.name}: {choice.what}\n  {choice.evidence}")
     print(f"✔ {target}")
-
-
-def _difference(first: runs.LoggedRun, other: runs.LoggedRun) -> dict[str, str]:
-    found = curves.between(first, other)
-    return {
-        "run": other.name,
-        "steps compared": f"{found.steps:,}",
-        "largest difference of the loss": f"{found.loss:.2g}",
-        "mean": f"{found.loss_residual:+.1g}",
-        "of the gradient norm, relative": f"{found.grad_norm:.2g}",
-        "of the held-out loss": f"{found.eval_loss:.2g}",
-        "the same curve (fp32)": "yes" if found.steps and found.within() else "no",
-    }
 
 
 def _facts(run: runs.LoggedRun) -> dict:

@@ -12,7 +12,7 @@ See docs/reliability.md.
 
 import argparse
 
-from stepladder import errors, session
+from stepladder import errors, flags, session
 from stepladder.training.guard import signals
 
 
@@ -28,12 +28,14 @@ def main() -> int | None:
                         help="a key whose value or content may differ from the resumed run's; repeatable")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="profile two steps, and print their largest costs")
     parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback is added to the trainer")
+    parser.add_argument("--stop_at_step", "--stop-at-step", type=flags.count, metavar="N",
+                        help="evaluate, save and end after step N; without it the same command goes on")  # fmt: skip
     args, overrides = parser.parse_known_args()
 
     checked = session.check(args, overrides)
     prepared = session.prepare(checked)
     built = session.build(prepared)
-    trained = session.train(built, args.callback, args.profile)
+    trained = session.train(built, args.callback, args.profile, args.stop_at_step)
     return session.finish(trained)
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from conftest import ROOT, script
 from stepladder import errors, hardware
-from stepladder.cluster import health, job, queue
+from stepladder.cluster import health, job, queue, sweep
 
 
 def test_a_job_knows_the_flags_of_sft() -> None:
@@ -72,14 +72,14 @@ def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
     """Guards the array: every combination once, each value as the recipe's own type, no two runs in one folder."""
     file = tmp_path / "sweep.yaml"
     file.write_text("recipe: lora\nmax_steps: 5\ngrid: {lora_r: [8, 16], lora_target_modules: [all-linear, [q_proj]]}")
-    found = [job.recipe_of(words) for words in job.sweep_elements(file)]
+    found = [job.recipe_of(words) for words in sweep.read_sweep(file).runs]
     assert [(r.get("lora_r"), r.get("lora_target_modules")) for r in found] == [
         (8, ["all-linear"]), (8, ["q_proj"]), (16, ["all-linear"]), (16, ["q_proj"])
     ]  # fmt: skip
     assert {r.get("max_steps") for r in found} == {5}
     assert len({r.output_dir for r in found}) == 4
     for shipped in (ROOT / "slurm/sweeps").glob("*.yaml"):
-        assert [job.recipe_of(words) for words in job.sweep_elements(shipped)]
+        assert [job.recipe_of(words) for words in sweep.read_sweep(shipped).runs]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_sweep_unfolds_into_folders_of_their_own(tmp_path: Path) -> None:
 def test_a_file_that_is_no_sweep_is_refused(content: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(content)
     with pytest.raises(errors.RecipeError, match=said):
-        job.sweep_elements(tmp_path / "sweep.yaml")
+        sweep.read_sweep(tmp_path / "sweep.yaml")
 
 
 def test_hostile_names_stay_words(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_sweeps_words_reach_the_script_as_they_are(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump({"recipe": "lora", "grid": {"run_name": ["a b\tc"]}}))
     done = subprocess.run(
-        [sys.executable, "-m", "stepladder.cluster.job", "element", file, "0"], cwd=ROOT, capture_output=True
+        [sys.executable, "-m", "stepladder.cluster.job", "element", "0", file], cwd=ROOT, capture_output=True
     )
     words = done.stdout.decode().split("\0")
     assert done.returncode == 0 and words[:2] == ["--recipe", "lora"] and words[-1] == "", done

@@ -22,7 +22,7 @@ import pytest
 from conftest import script
 from stepladder import files, manifest
 from stepladder import run as runs_folder
-from stepladder.cluster import job
+from stepladder.cluster import job, sweep
 from stepladder.data import read
 from stepladder.data.templates import check_path
 from stepladder.errors import DataError, ModelError, RecipeError, StepladderError
@@ -93,7 +93,7 @@ def test_a_recipe_that_grows_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"(?s){file}"):
         load.load(str(file), [])
     assert time.perf_counter() - began < SECOND
-    for other, error in ((metrics.read_rubric, DataError), (job.sweep_elements, RecipeError)):
+    for other, error in ((metrics.read_rubric, DataError), (sweep.read_sweep, RecipeError)):
         with pytest.raises(error):
             other(file)
 
@@ -115,7 +115,7 @@ def test_a_file_that_is_none_is_refused(kind: str, tmp_path: Path, settings: Any
         (lambda: load.load(str(file), []), RecipeError),
         (lambda: load.load("r", []), RecipeError),
         (lambda: metrics.read_rubric(file), DataError),
-        (lambda: job.sweep_elements(file), RecipeError),
+        (lambda: sweep.read_sweep(file), RecipeError),
         (lambda: _first(read.read(rows)), DataError),
     ]
     if kind != "a folder":  # of a model

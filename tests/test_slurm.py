@@ -26,7 +26,8 @@ import yaml
 from machines import FAST
 
 import same_curve
-from conftest import ROOT
+from conftest import ROOT, script
+from hub_server import Hub
 from slurm_cluster import Cluster, missing
 from stepladder.reporting import curves
 from tiny import make_tiny
@@ -72,8 +73,8 @@ class Site:
         tools = folder / "bin"
         tools.mkdir()
         scripts = {"nvidia-smi": NVIDIA_SMI, **{name: f"#!/bin/bash\n{lines}\n" for name, lines in CENTRE.items()}}
-        for name, script in scripts.items():
-            (tools / name).write_text(script)
+        for name, content in scripts.items():
+            (tools / name).write_text(content)
             (tools / name).chmod(0o755)
         (folder / "image.sif").touch()
         self.amd = folder / "amd"
@@ -86,8 +87,9 @@ class Site:
         keys = same_curve.recipe_keys("lora", make_tiny(folder / "tiny"), same_curve.write_rows(folder / "rows.jsonl"))
         keys |= {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_strategy": "no", "use_cpu": True}
         self.slow = ("--callback", folder / "slow.py")
-        self.recipe = folder / "tiny.yaml"
+        self.recipe, self.recipe_of_hub = folder / "tiny.yaml", folder / "hub.yaml"
         self.recipe.write_text(yaml.safe_dump(keys))
+        self.recipe_of_hub.write_text(yaml.safe_dump(keys | {"model_name_or_path": "org/tiny"}))
 
         # A step takes long enough to be hit in the middle of the run.
         (folder / "slow.py").write_text(
@@ -265,13 +267,21 @@ def test_a_centres_way_to_start_ranks_gives_the_same_curve(site: Site, reference
 
 
 def test_the_bench_measures_each_strategy(site: Site) -> None:
-    """Guards bench.sbatch: a strategy that fails keeps the others from nothing, and each has its line."""
+    """Guards bench.sbatch: a strategy that fails keeps the others from nothing, and each has its line. Its base is
+    an id of the hub, which the nodes do not reach: from a stage, copied to the node's own disk before the ranks."""
+    stage, own = site.folder / "stage", site.folder / "node_disk"
+    with Hub() as hub:
+        hub.repositories["model org/tiny"] = site.folder / "tiny"
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(site.folder / "home")}
+        filled = script("stage", "--recipe", site.recipe_of_hub, "--to", stage, **env)
+        assert filled.code == 0, filled
     job = site.cluster.sbatch(
         "--time=30", f"--output={site.folder}/bench.log", "--gpus-per-node=2", "--cpus-per-gpu=2",
-        "--export=ALL,STRATEGIES=ddp none",
-        "slurm/bench.sbatch", "--recipe", site.recipe,
+        f"--export=ALL,STRATEGIES=ddp none,STEPLADDER_STAGE={stage},STEPLADDER_STAGE_LOCAL=1,SLURM_TMPDIR={own}",
+        "slurm/bench.sbatch", "--recipe", site.recipe_of_hub,
     )  # fmt: skip
     site.ended(job, "bench", "COMPLETED")
+    assert (own / "stage/stage.json").read_text() == (stage / "stage.json").read_text()
     assert re.search(r"^ddp +[\d,]+ tokens/s +[\d.]+ GiB", site.log("bench"), re.MULTILINE), site.log("bench")
     assert "no accelerate_configs/none.yaml" in site.log("bench")
     shutil.rmtree(ROOT / f"runs/bench-{job}")
@@ -348,18 +358,26 @@ def test_a_node_that_goes_down_brings_the_job_back(site: Site, reference: Path) 
 
 def test_a_sweep_is_an_array_with_a_report(site: Site, tmp_path: Path) -> None:
     """Guards `submit.py --sweep`: an element a combination, each in its folder, and the page over all at the end.
-    And guards cores and memory, which follow the GPUs: 8 cores, and a quarter of the 9 GiB of a node of 4 GPUs."""
+    The rungs of a halving wait for one another, the better run goes on in an element of another array, and the page
+    names the best. And guards cores and memory, which follow the GPUs: 8 cores, and a quarter of the 9 GiB of a node
+    of 4 GPUs."""
     sweep = site.folder / "ranks.yaml"
     grid = {"recipe": str(site.recipe), "output_dir": str(site.folder / "sweep"), "grid": {"lora_r": [4, 8]}}
+    grid |= {"halving": {"start": 4}, "test_split_size": 4, "eval_strategy": "epoch"}
     sweep.write_text(yaml.safe_dump(grid | {"per_device_train_batch_size": 8}))
     said = site.cluster.run(sys.executable, "scripts/submit.py", "--sweep", sweep, "--time", "30", "--gpus", "1")
     report = said.partition("report  job ")[2].split(",")[0]
     site.cluster.wait(report)
     element = said.partition("✔ job ")[2].split(":")[0]
     assert site.cluster.job(f"{element}_0")["TRES"].startswith("cpu=2,mem=2G,node=1,"), "2 of a node's 8 cores"
-    parameters = [site.run_json(f"sweep/lora_r={rank}")["parameters"]["trainable"] for rank in (4, 8)]
-    assert parameters[1] == 2 * parameters[0]
-    assert (site.folder / "sweep/report.html").stat().st_size, said
+    both = [site.run_json(f"sweep/lora_r={rank}") for rank in (4, 8)]
+    assert both[1]["parameters"]["trainable"] == 2 * both[0]["parameters"]["trainable"]
+    assert [site.cluster.job(f"{element}_{number}")["JobState"] for number in (0, 1)] == ["COMPLETED", "COMPLETED"]
+    assert sorted((run["status"], run["totals"]["steps"]) for run in both) == [("finished", STEPS), ("preempted", 4)]
+    kept = json.loads((site.folder / "sweep/rung-1.json").read_text())
+    (best,) = (f"lora_r={rank}" for rank, run in zip((4, 8), both, strict=True) if run["status"] == "finished")
+    assert kept["kept"] == [best] and kept["held_out_loss"][best] == min(kept["held_out_loss"].values())
+    assert f"{best} is the only run that has finished with" in (site.folder / "sweep/report.html").read_text(), said
 
 
 def test_the_pipeline_runs_each_step_after_the_other(site: Site) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,42 @@ def test_the_documented_line(line: str, method: str, hosts: str, site: Site) -> 
     assert [device.split(":")[0] for device in found["devices"]] == each * ["node1"] + each * ["node2"]
     assert each == 1 or "hsdp: 2 replicas of the model, each sharded over 2 ranks" in said[0], said[0]
     assert curves.difference(site.reference(method), run).within(), "\n".join(said)
+
+
+def test_the_script_for_pbs_and_lsf(site: Site) -> None:
+    """Guards docs/slurm.md's script, word for word but for recipe and counts: its hosts are those of the job's file,
+    which names each once per core, and a node that fails ends the others and the job."""
+    (text,) = re.findall(r"(#!/usr/bin/env bash\n#PBS .*?)```", (ROOT / "docs/slurm.md").read_text(), re.DOTALL)
+    run = site.folder / "pbs"
+    keys = f"--recipe {site.folder}/lora.yaml --output_dir {run} --global_batch_size 8"
+    for before, after in (("zero3", "ddp"), ("4 * $", "$"), ("--recipe qlora", keys)):
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    tools = site.folder / "tools"
+    tools.mkdir()
+    lines = []
+    for node in site.machines.address:
+        inside = site.machines.inside(node, site.folder / f"{node}-plain", 'bash -c "$1"')
+        lines.append(f'{node}) exec {shlex.join(inside)} sh "$2" ;;')
+    (tools / "ssh").write_text("#!/bin/sh\ncase $1 in\n" + "\n".join(lines) + "\nesac\n")
+    (tools / "ssh").chmod(0o755)
+    (site.folder / "nodefile").write_text("node1\nnode1\nnode2\nnode2\n")
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and "SOCKET_IFNAME" not in k}
+    clean |= {"PBS_O_WORKDIR": str(ROOT), "PBS_NODEFILE": str(site.folder / "nodefile"), "HF_HUB_OFFLINE": "1"}
+    clean |= {"PATH": f"{tools}:{Path(sys.executable).parent}:{clean['PATH']}", "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def submit(script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", script], cwd="/", env=clean, capture_output=True, text=True, timeout=300,
+            start_new_session=True,  # as a job is a process group of its own
+        )  # fmt: skip
+
+    done = submit(text)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [device.split(":")[0] for device in manifest(run)["devices"]] == ["node1", "node2"]
+    assert curves.difference(site.reference("lora"), run).within(), done.stdout
+    failed = submit(text.replace("exec accelerate launch", "sleep $((5 * $rank)) && exit $((4 - 4 * $rank)) &&"))
+    assert failed.returncode == -signal.SIGTERM, failed.stdout + failed.stderr
 
 
 def test_a_launch_that_falls_apart(site: Site) -> None:

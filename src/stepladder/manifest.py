@@ -13,6 +13,7 @@ from stepladder.errors import LaunchError
 from stepladder.files import open_file, parse_json, read_lines, read_object
 
 MANIFEST, METRICS, RECIPE, LOCK = "run.json", "metrics.jsonl", "recipe.yaml", ".lock"
+HELD_OUT_LOSSES = "held_out_losses.json"  # of each evaluated row
 LARGEST = 1e100  # a logged value beyond it is no figure: its square would overflow
 STUCK_AFTER = 3  # starts that came no further than one and the same step
 NUMBER, NONE = (int, float), type(None)

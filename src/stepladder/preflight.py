@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stepladder import console, hardware, requirements
+from stepladder.cluster import staging
 from stepladder.data import audit, templates
 from stepladder.data.row_checks import UNUSABLE, WARNING, Finding, Limits, check_tokens
 from stepladder.errors import EXIT_BAD_INPUT, LaunchError, RecipeError, StepladderError
@@ -208,6 +210,8 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     look("accounts", _required, requirements.accounts, recipe)
     if recipe.get("torch_compile"):
         look("compiler", _required, requirements.compiler, recipe)
+    if staging.VARIABLE in os.environ:
+        look("stage", _required, staging.check_stage, recipe)
     model = look("model", _model, recipe)
     recipe = model or recipe  # with an adapter's own values
     rows = look("data", _data, recipe)

@@ -45,7 +45,7 @@ def versions(settings: Settings) -> str:
     Raises:
         LaunchError: one is missing or older than what the code uses, or what a key of the recipe takes is.
     """
-    for needed in _declared():
+    for needed in declared():
         try:
             found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
@@ -67,21 +67,20 @@ def versions(settings: Settings) -> str:
 def untested_versions() -> list[str]:
     """One note per library that is newer than the tested versions."""
     notes = []
-    for needed in _declared():
+    for needed in declared():
         found = importlib.metadata.version(needed.name)
         if not needed.specifier.contains(found, prereleases=True):
             notes.append(f"{needed.name} {found} is untested: Stepladder was tested with {needed.specifier}")
     return notes
 
 
-def _declared() -> list[Requirement]:
-    """What pyproject.toml declares without an extra."""
+def declared(extra: str = "") -> list[Requirement]:
+    """What pyproject.toml declares for an extra; without one, for all."""
     try:
-        declared = importlib.metadata.requires("stepladder") or []
+        found = importlib.metadata.requires("stepladder") or []
     except importlib.metadata.PackageNotFoundError:  # run from its folder, without make install
-        declared = [*SHOWN, "datasets"]
-    requirements = map(Requirement, declared)
-    return [r for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
+        found = [*SHOWN, "datasets"]
+    return [one for one in map(Requirement, found) if not one.marker or one.marker.evaluate({"extra": extra})]
 
 
 def accounts(settings: Settings) -> str:

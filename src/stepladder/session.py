@@ -6,7 +6,6 @@ since CUDA reads its environment once. The ranks meet there: from then on all of
 module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
 set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
 the run in `run.json`; `finish` prints the result.
-
 Each stage returns a frozen value, which the next one takes.
 """
 
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
+from stepladder.cluster import staging
 from stepladder.data import mixture, templates
 from stepladder.data.rows import LISTED, Rows, Stream
 from stepladder.model import adapter_recipe, pretrained, start
@@ -108,23 +108,25 @@ def check(args: argparse.Namespace, overrides: list[str]) -> Checked:
     Raises:
         StepladderError: what is wrong, why, and how to fix it.
     """
-    launch = launcher.read_launch()
-    recipe = load.load(args.recipe, overrides)
+    launch, recipe = launcher.read_launch(), load.load(args.recipe, overrides)
     arguments.check_flags(args.allow_change, args.callback)
     devices.use_tcmalloc()  # it restarts the process, so only once the recipe is known to be right
     devices.let_segments_grow()
     requirements.versions(recipe)
     requirements.accounts(recipe)
     requirements.compiler(recipe)
+    staging.check_stage(recipe)
     recipe = adapter_recipe.settle(recipe)
     step = arguments.layout(recipe, launch.ranks)
     arguments.check_streaming(recipe)
+    arguments.check_stop(recipe, args.stop_at_step)
     notes = requirements.untested_versions() + recipe.notes + arguments.check_strategy(recipe, launch)
     # One rank per node reads and prepares the rows; the others open the result.
     train_rows, eval_rows = mixture.load(recipe) if launch.local_rank == 0 else mixture.load_stream(recipe)
     templates.check_path(recipe)
     record = Run(recipe.output_dir, is_writer=launch.rank == 0)
     basis = inputs.Inputs(recipe, eval_rows, reads=launch.rank == 0)
+    resume.check_unreached(record, recipe, None if args.overwrite else args.stop_at_step)
     checkpoint = resume.claim(record, recipe, args.resume, args.overwrite, args.allow_change, basis)
     return Checked(launch, recipe, step, train_rows, eval_rows, record, basis, checkpoint, notes)
 
@@ -292,7 +294,7 @@ def _facts(prepared: Prepared, model: BuiltModel) -> dict[str, Any]:
     }
 
 
-def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
+def train(built: Built, callback_file: str | None, profile: bool, stop_at: int | None = None) -> Trained:
     """Train and save the result. `run.json` holds the status finished, preempted or failed at its end."""
     from stepladder.training import result
     from stepladder.training.guard import interruptions
@@ -305,7 +307,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
         shapes = result.adapter_shapes(built.model.model)
         watchers = closing.enter_context(trackers.close_at_end(record))
         line = closing.enter_context(contextlib.closing(terminal.ProgressLine()))
-        trainer = _trainer(built, callback_file, line, watchers)
+        trainer = _trainer(built, callback_file, line, watchers, stop_at)
         if profile and record.is_writer:
             trainer.add_callback(terminal.Profile(record))  # after the meter, which does not count the writing
         peak = prepared.planned.get("peak_memory_bytes")
@@ -317,7 +319,7 @@ def train(built: Built, callback_file: str | None, profile: bool) -> Trained:
             result_step=telemetry.result_step(trainer.state),
         )
         if trainer.rank_sync.preempted:
-            record.update(status="preempted")
+            record.update(status="preempted", reached_stop=trainer.rank_sync.reached_stop)
             trackers.close(watchers, errors.EXIT_PREEMPTED)
             trainer.accelerator.wait_for_everyone()  # a queue ends all nodes when the first one has ended
             console.say(terminal.preemption_message(record))
@@ -348,7 +350,7 @@ def _announce(built: Built) -> None:
     console.say(terminal.opening_block(checked.record, prepared.recipe, steps, sequences, attends, notes))
 
 
-def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any]) -> Trainer:
+def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[Any], stop_at: int | None) -> Trainer:
     """The trainer. Its callbacks: the user's own, the progress line, the watchdog, then `watchers`, which it fills."""
     from stepladder.evaluation import generation
     from stepladder.training import trainer
@@ -376,21 +378,18 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             meter=meter,
             watchdog=watch,
             on_nan=recipe.get("on_nan"),
+            stop_at=stop_at,
             callbacks=[*own, line, *watchers],
         )
 
 
 def finish(trained: Trained) -> int | None:
-    """Print the result.
-
-    Returns:
-        The exit code: None when the run is finished, 75 when it was preempted after a complete checkpoint.
-    """
+    """Print the result; returns the exit code: 75 for a run that was preempted, None for one at its end or its stop."""
     from stepladder.training.watch import terminal
 
-    if trained.preempted:
-        return errors.EXIT_PREEMPTED
     checked = trained.built.prepared.checked
+    if trained.preempted:
+        return None if checked.record.manifest["reached_stop"] else errors.EXIT_PREEMPTED
     record, rows = checked.record, checked.train_rows
     if record.is_writer and isinstance(rows, Stream) and rows.left_out:
         left_out = list(rows.left_out)

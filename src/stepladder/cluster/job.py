@@ -1,7 +1,7 @@
 """What a batch script asks Stepladder: where the run lies, what to run, and whether the job is to be queued again.
 
     python -m stepladder.cluster.job folder --recipe lora --max_steps 20     (base, held_out, merge too)
-    python -m stepladder.cluster.job element slurm/sweeps/lora_rank.yaml 0
+    python -m stepladder.cluster.job element 0 slurm/sweeps/lora_rank.yaml
     python -m stepladder.cluster.job after runs/lora
 
 Light, since it runs on every start: no torch.
@@ -10,15 +10,12 @@ Light, since it runs on every start: no torch.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from stepladder import console, errors, files
+from stepladder import console, errors
+from stepladder.cluster import staging, sweep
 from stepladder.data import mixture
 from stepladder.manifest import MANIFEST, STUCK_AFTER, read_manifest
 from stepladder.model import start
@@ -38,59 +35,26 @@ def recipe_of(words: list[str]) -> load.Recipe:
     parser.add_argument("--recipe")
     for name in ("--strategy", "--resume", "--allow_change", "--allow-change", "--callback"):
         parser.add_argument(name)
+    parser.add_argument("--stop_at_step", "--stop-at-step")
     for name in ("--overwrite", "--profile"):
         parser.add_argument(name, action="store_true")
     args, overrides = parser.parse_known_args(words)
     return load.load(args.recipe, overrides)
 
 
-def sweep_elements(file: Path) -> list[list[str]]:
-    """The arguments of each run of a sweep, in the order of the array's elements: every combination of the grid.
-
-    recipe: lora
-    strategy: ddp          # optional
-    max_steps: 60          # any key, the same for all
-    grid:
-      lora_r: [8, 16, 32, 64]
-
-    Raises:
-        RecipeError: the file is no sweep.
-    """
-    try:
-        sweep = files.parse_yaml(files.read_text(file, files.YAML_BYTES))
-    except ValueError as error:
-        raise errors.RecipeError(f"not a sweep: {error}", where=str(file)) from None
-    grid = sweep.get("grid") if isinstance(sweep, dict) else None
-    if not isinstance(grid, dict) or not grid or not all(isinstance(v, list) and v for v in grid.values()):
-        raise errors.RecipeError(
-            "a sweep has a recipe and a grid: a list of values for each key that varies",
-            where=str(file),
-            help="recipe: lora\ngrid:\n  lora_r: [8, 16, 32, 64]",
-        )
-    if not isinstance(sweep.get("recipe"), str):
-        raise errors.RecipeError("a sweep names its recipe", where=str(file), help="recipe: lora")
-    if twice := set(grid) & set(sweep):
-        raise errors.RecipeError(f"{', '.join(sorted(twice))} is in the grid and beside it", where=str(file))
-    same = {key: value for key, value in sweep.items() if key not in ("grid", "output_dir")}
-    root = Path(sweep.get("output_dir") or f"runs/{file.stem}")
-    elements = []
-    for values in itertools.product(*grid.values()):
-        varied = dict(zip(grid, values, strict=True))
-        name = ",".join(f"{key}={_text(value)}".replace("/", "_") for key, value in varied.items())
-        keys = {**same, **varied, "output_dir": root / name}
-        elements.append([word for key, value in keys.items() for word in (f"--{key}", _text(value))])
-    return elements
-
-
-def sweep_folders(file: Path) -> list[str]:
-    """The run folder of each element."""
-    return [words[words.index("--output_dir") + 1] for words in sweep_elements(file)]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (str, Path)):
-        return str(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+def _element(number: int, file: Path, words: list[str]) -> list[str]:
+    """The arguments of one run of a sweep, or of a rung of it (`--rung`), with `words`; none where it has no place."""
+    found = sweep.read_sweep(file)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--rung", type=int, default=0)
+    args, overrides = parser.parse_known_args(words)
+    rungs = found.rungs(recipe_of([*found.runs[0], *overrides]))
+    if not 0 <= args.rung < len(rungs):
+        raise errors.RecipeError(f"rung {args.rung} of {len(rungs)}", where=str(file), help="submit.py --sweep")
+    rung = rungs[args.rung]
+    if not (run := sweep.find_run(found, rung, number)):
+        print(f"nothing to do: fewer than {number + 1} runs have come to step {rung.before}", file=sys.stderr)
+    return [*run, *overrides] if run else []
 
 
 def decide_requeue(
@@ -120,6 +84,8 @@ def decide_requeue(
     if status != "preempted":
         return ("finished" if status == "finished" else "failed"), f"the run is {status}"
     progress, step = manifest["progress"], manifest.get("totals", {}).get("steps", 0)
+    if manifest.get("reached_stop"):
+        return "finished", f"the run was to stop at step {step}"
     if cancelled:
         return "preempted", "the job was cancelled"
     if (run / STOP).exists():
@@ -134,7 +100,9 @@ def decide_requeue(
 def main() -> None:
     match sys.argv[1:]:
         case ["folder", *words]:
-            console.write_exactly(f"{recipe_of(words).output_dir}\n")  # a name for a shell's variable
+            recipe = recipe_of(words)
+            staging.check_stage(recipe)
+            console.write_exactly(f"{recipe.output_dir}\n")  # a name for a shell's variable
         case ["base", *words]:
             console.write_exactly(f"{recipe_of(words).get('model_name_or_path')}\n")
         case ["merge", *words]:
@@ -151,13 +119,9 @@ def main() -> None:
                     help="--test_split_size 0.1, or --eval_dataset_name FILE with --eval_strategy epoch",
                 )
             print(rows)
-        case ["element", file, number] if number.isdecimal():
-            elements = sweep_elements(Path(file))
-            if int(number) >= len(elements):
-                raise errors.RecipeError(f"element {number} of a sweep of {len(elements)}", where=file,
-                                         help=f"sbatch --array=0-{len(elements) - 1} …")  # fmt: skip
+        case ["element", number, file, *words] if number.isdecimal():
             # for sweep.sbatch; a value may hold any sign but NUL
-            console.write_exactly("".join(f"{word}\0" for word in elements[int(number)]))
+            console.write_exactly("".join(f"{word}\0" for word in _element(int(number), Path(file), words)))
         case ["speed", run]:
             try:
                 manifest = read_manifest(
@@ -182,7 +146,7 @@ def main() -> None:
         case _:
             raise errors.LaunchError(
                 f"job: {' '.join(sys.argv[1:]) or 'nothing'} is no question of a job",
-                help="folder, base, merge or held_out KEYS…; element SWEEP NUMBER; speed RUN; after RUN [--cancelled]",
+                help="folder, base, merge or held_out KEYS…; element NUMBER SWEEP; speed RUN; after RUN [--cancelled]",
             )
 
 

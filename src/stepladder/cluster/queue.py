@@ -15,7 +15,8 @@ import subprocess
 from pathlib import Path
 
 from stepladder import console, hardware
-from stepladder.cluster import job
+from stepladder.cluster import job, staging
+from stepladder.cluster.sweep import Sweep, read_sweep
 from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
@@ -45,48 +46,69 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     for name in ("cpus_per_gpu", "mem_per_gpu", "gpu_memory"):
         if getattr(args, name) and not args.gpus:
             raise LaunchError(f"--{name} without GPUs", where="command line", help="--gpus N, or --cpus, --mem")
-    runs = job.sweep_elements(args.sweep) if args.sweep else [["--recipe", args.recipe]]
-    # Every element of a sweep is checked before the first of them waits in the queue.
+    sweep = read_sweep(args.sweep) if args.sweep else None
+    runs = sweep.runs if sweep else [["--recipe", args.recipe]]
+    # Every run of a sweep is checked before the first of them waits in the queue.
     strategies = sorted({_check(words + overrides, args) for words in runs})
+    rungs = [sweep.rungs(job.recipe_of(words + overrides)) for words in runs] if sweep else []
     share = gpu_share(args.gpus, args.partition) if args.gpus else None
     plan, need = _plan(runs, args, overrides, share[1] if share and not _asks_for_memory(args) else 0)
     if "auto" in strategies:
         strategies = [args.strategy]
-    if args.sweep:
-        folder = Path(job.sweep_folders(args.sweep)[0]).parent
-        log, script = "slurm-%A_%a.out", ["slurm/sweep.sbatch", str(args.sweep)]
-        name = f"--array=0-{len(runs) - 1}"
+    folder = sweep.folder if sweep else job.recipe_of([*runs[0], *overrides]).output_dir
+    resources = _resources(args, share, need)
+    if sweep:
+        log, script = "slurm-%A_%a.out", "slurm/sweep.sbatch"
+        words = [[str(sweep.file), *(["--rung", str(rung.number)] if sweep.halving else [])] for rung in rungs[0]]
+        names = [f"--array=0-{rung.runs - 1}" for rung in rungs[0]]
     else:
-        folder = job.recipe_of([*runs[0], *overrides]).output_dir
-        log, script = "slurm-%j.out", ["slurm/sft.sbatch", "--recipe", args.recipe]
-        name = f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"
-    if not Path(script[0]).is_file():
-        raise LaunchError(f"there is no {script[0]} here", help="run it in the folder that holds slurm/ and scripts/")
-    script += ["--strategy", args.strategy] if args.strategy else []
-    options = [*_resources(args, share, need), name, f"--output={log_pattern(folder, log)}"]
+        log, script, words = "slurm-%j.out", "slurm/sft.sbatch", [["--recipe", args.recipe]]
+        names = [f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"]
+    if not Path(script).is_file():
+        raise LaunchError(f"there is no {script} here", help="run it in the folder that holds slurm/ and scripts/")
+    common = [*(["--strategy", args.strategy] if args.strategy else []), *overrides]
+    log = f"--output={log_pattern(folder, log)}"
+    jobs = [[*resources, name, log, script, *own, *common] for name, own in zip(names, words, strict=True)]
     if args.dry_run:
-        comments = [*plan.splitlines(), quote_for_shell("sbatch", *options, *script, *overrides)]
-        print("".join(f"# {line}\n" for line in comments) + f"\n{Path(script[0]).read_text()}")
+        lines = [quote_for_shell("sbatch", *jobs[0])]
+        lines += [quote_for_shell("sbatch", "--dependency=afterany:JOB", *one) for one in jobs[1:]]
+        print("".join(f"# {line}\n" for line in [*plan.splitlines(), *lines]) + f"\n{Path(script).read_text()}")
         return
     if plan:
         print(plan)
-    print(sbatch(["--test-only", *options, *script, *overrides]).splitlines()[-1])
+    _queue(jobs, sweep, folder, f"{', '.join(strategies)} on {args.nodes} node{'s' * (args.nodes > 1)}")
+
+
+def _queue(jobs: list[list[str]], sweep: Sweep | None, folder: Path, what: str) -> None:
+    """Give the jobs to Slurm, one after the other, and a sweep's report last; print how to follow them."""
+    print(sbatch(["--test-only", *jobs[0]]).splitlines()[-1])
     folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail without a word
-    number = sbatch(["--parsable", *options, *script, *overrides]).split(";")[0]
-    print(f"✔ job {number}: {', '.join(strategies)} on {args.nodes} node{'s' * (args.nodes > 1)}")
-    print(f"  log     {folder}/slurm-{number}{'_N' if args.sweep else ''}.out, and one of each node beside it")
-    if args.sweep:
-        report = ["--parsable", f"--dependency=afterany:{number}", "--job-name=report",
+    for decision in folder.glob("rung-*.json") if sweep else ():  # of an earlier submission
+        decision.unlink()
+    numbers: list[str] = []
+    for words in jobs:
+        after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
+        numbers.append(sbatch(["--parsable", *after, *words]).split(";")[0])
+    print(f"✔ job {numbers[0]}: {what}")
+    print(f"  log     {folder}/slurm-{numbers[0]}{'_N' if sweep else ''}.out, and one of each node beside it")
+    stop = f"; to let it end at the next preemption: touch {quote_for_shell(folder)}/stop"
+    if sweep:
+        stop = ""
+        for number in numbers[1:]:
+            print(f"  then    job {number}: the best of the one before, to a later step")
+        report = ["--parsable", f"--dependency=afterany:{numbers[-1]}", "--job-name=report",
                   f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
-                  *job.sweep_folders(args.sweep), "-o", str(folder / "report.html")]  # fmt: skip
+                  "--sweep", str(sweep.file)]  # fmt: skip
         print(f"  report  job {sbatch(report)}, when all have ended: {folder}/report.html")
-    print(f"  follow  squeue --job {number};  tail -F {quote_for_shell(folder)}/slurm-{number}*.out")
-    print(f"  cancel  scancel {number};  to let it end at the next preemption: touch {quote_for_shell(folder)}/stop")
+    print(f"  follow  squeue --job {','.join(numbers)};  tail -F {quote_for_shell(folder)}/slurm-{numbers[0]}*.out")
+    print(f"  cancel  scancel {' '.join(numbers)}{stop}")
 
 
 def _check(words: list[str], args: argparse.Namespace) -> str:
     """Load the recipe as the job will, for the ranks that it will have; returns the strategy's name."""
-    recipe = adapter_recipe.settle(job.recipe_of(words))
+    recipe = job.recipe_of(words)
+    staging.check_stage(recipe)
+    recipe = adapter_recipe.settle(recipe)
     gpus = (args.gpus or "").rpartition(":")[2]
     ranks = int(gpus) if gpus.isdecimal() else args.ranks  # of a node
     arguments.layout(recipe, args.nodes * ranks)

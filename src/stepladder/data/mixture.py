@@ -182,6 +182,12 @@ def _source(block: dict[str, Any], place: str, settings: Settings, named_by: str
     )
 
 
+def sources(settings: Settings) -> list[Source]:
+    """All sets that a recipe reads, of its evaluation too."""
+    block, key = _evaluation_set(settings)
+    return [entry.source for entry in entries(settings)] + ([_source(block, "", settings, key)] if block else [])
+
+
 def name_held_out(settings: Settings) -> str:
     """What the evaluation rows are, without reading them: a set, or `test_split_size`; empty where there are none."""
     if settings.get("test_split_size"):

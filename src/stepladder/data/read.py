@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import io
@@ -322,6 +323,19 @@ def _saved_rows(folder: Path, name: str) -> Iterator[Found]:
     if not len(found):
         raise DataError(f"{name} holds no rows", help="another split, or write it again with save_to_disk")
     yield from dataset_rows(found, f"{name}: row", name)
+
+
+def find_download(name: str) -> str | None:
+    """The folder of a hub data set that `hf download` or stage.py has fetched; None where the hub can be asked.
+
+    `datasets` does not look there: without the hub it knows only what it has once read itself.
+    """
+    from huggingface_hub import constants, errors, get_cached_repo_tree, snapshot_download
+
+    with contextlib.suppress(errors.CachedRepoTreeNotFoundError):  # a part of it, fetched by `datasets` itself
+        if constants.HF_HUB_OFFLINE and get_cached_repo_tree(name, repo_type="dataset"):
+            return str(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    return None
 
 
 def dataset_rows(found: Any, place: str, where: str) -> Iterator[Found]:

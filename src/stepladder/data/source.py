@@ -19,6 +19,7 @@ from stepladder.data.read import (
     SAVED,
     UNPACKERS,
     dataset_rows,
+    find_download,
     inner_splits,
     is_saved,
     kind,
@@ -183,7 +184,7 @@ class Source:
         place = f"{self.label}[{self.split}] row"
         try:
             found = datasets.load_dataset(
-                self.path,
+                find_download(self.path) or self.path,
                 name=self.name,
                 data_dir=self.data_dir,
                 data_files=self.data_files,

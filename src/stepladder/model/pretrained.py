@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Of no use unless it samples. Transformers refuses to save them then, and vLLM samples by them all the same.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")  # of a repository: all but its weights
+
 
 def precision(recipe: Settings) -> str:
     """`bf16`, `fp16` or `fp32`: what the recipe fixes, or for `bf16: auto` what the hardware is made for.
@@ -61,9 +63,8 @@ def find_folder(name: str, revision: str | None = None, small_files_only: bool =
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
     with _loading(name):
-        patterns = wanted if small_files_only else [*wanted, "*.safetensors"]
+        patterns = [*SMALL_FILES, *([] if small_files_only else ["*.safetensors"])]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     check_files(folder)
     return folder

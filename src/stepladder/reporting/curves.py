@@ -226,6 +226,20 @@ def difference(reference: Path, other: Path) -> CurveDifference:
     return between(first, second)
 
 
+def describe_difference(first: LoggedRun, other: LoggedRun) -> dict[str, str]:
+    """The difference of a run's curves from another's, in columns for a table."""
+    found = between(first, other)
+    return {
+        "run": other.name,
+        "steps compared": f"{found.steps:,}",
+        "largest difference of the loss": f"{found.loss:.2g}",
+        "mean": f"{found.loss_residual:+.1g}",
+        "of the gradient norm, relative": f"{found.grad_norm:.2g}",
+        "of the held-out loss": f"{found.eval_loss:.2g}",
+        "the same curve (fp32)": "yes" if found.steps and found.within() else "no",
+    }
+
+
 def between(reference: LoggedRun, other: LoggedRun) -> CurveDifference:
     """Compare the curves of two runs over the steps that both have; a value that is not a number differs infinitely."""
 

@@ -117,11 +117,14 @@ def judge_run(run: LoggedRun) -> list[Verdict]:
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
 
 
-def render_page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None) -> str:
+def render_page(
+    runs: list[LoggedRun], differences: list[dict[str, Any]] | None = None, choice: Verdict | None = None
+) -> str:
     """The whole page as HTML.
 
     Args:
         differences: of each later run's curves from the first's, in columns for a table.
+        choice: which of several runs is the best.
     """
     parts = resources.files(__package__)
     script, style = ((parts / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
@@ -131,6 +134,7 @@ def render_page(runs: list[LoggedRun], differences: list[dict[str, Any]] | None 
         runs=runs,
         summary=[(label, values, False) for label, values, _ in _side_by_side([_summary(run) for run in runs])],
         verdicts=[judge_run(run) for run in runs],
+        choice=choice,
         charts=[chart for names in CHARTS if (chart := _chart(runs, *names))],
         differences=differences or [],
         figures=[(run, run.comparison["metrics"]) for run in runs if run.comparison.get("metrics")],

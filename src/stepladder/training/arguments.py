@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
 from stepladder.recipe import convert
-from stepladder.recipe.recipe import Recipe, StepLayout, split_batch, sums_sharded
+from stepladder.recipe.recipe import BY_METRIC, Recipe, StepLayout, split_batch, sums_sharded
 from stepladder.recipe.schema import known_keys
 from stepladder.training.launch.launcher import Launch, Strategy
 
@@ -59,6 +59,31 @@ def check_streaming(recipe: Recipe) -> None:
                 why="how long an epoch is cannot be known before its end",
                 help="max_steps: 1000, say",
             )
+
+
+def check_stop(recipe: Recipe, step: int | None) -> None:
+    """Raise RecipeError for a `--stop_at_step` that the run does not reach, or whose evaluation would change it."""
+    where = "command line --stop_at_step"
+    if step is None:
+        return
+    if 0 < recipe.get("max_steps") <= step:
+        raise RecipeError(f"the run ends at max_steps {recipe.get('max_steps')}", where=where, help="a smaller step")
+    if recipe.get("save_only_model"):
+        raise RecipeError(
+            "save_only_model: true writes no checkpoint that the run could go on from",
+            where=recipe.where("save_only_model"),
+            help="save_only_model: false",
+        )
+    every = recipe.get("eval_steps") or recipe.get("logging_steps")
+    planned = recipe.get("eval_strategy") == "steps" and every >= 1 and step % every == 0
+    key = "lr_scheduler_type" if recipe.get("lr_scheduler_type") in BY_METRIC else "load_best_model_at_end"
+    if recipe.get("eval_strategy") != "no" and not planned and recipe.get(key):
+        raise RecipeError(
+            f"{key}: {recipe.get(key)} depends on each evaluation, and step {step} has none by eval_steps",
+            where=where,
+            why="the stop evaluates there, so that the run would differ from one that never stopped",
+            help="eval_strategy: steps, and eval_steps of which it is a multiple",
+        )
 
 
 def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:

@@ -16,22 +16,30 @@ ranks (accelerate's `gather_for_metrics` takes it for repeated rows).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, Sampler
 
 from stepladder.data.render import IGNORED
+from stepladder.files import write_atomic
+from stepladder.manifest import HELD_OUT_LOSSES
 from stepladder.recipe.recipe import StepLayout
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset
 
+    from stepladder.run import Run
+
 Row = dict[str, Any]
+MOST_ROW_LOSSES = 100_000  # that a rank keeps and writes: 2 MB
 MIX = 0x9E3779B97F4A7C15  # the multiplier of Fibonacci hashing: 2^64 by the golden ratio
 
 
@@ -133,6 +141,68 @@ class RowNumberCollator:
         padded = [[*example["rows"], *[-1] * (most - len(example["rows"]))] for example in examples]
         batch["rows"] = torch.tensor(padded, dtype=torch.int64)
         return batch
+
+
+class RowLosses:
+    """The loss of each evaluated row on this rank: its nats and loss tokens. Unknown ones are left out.
+
+    In the run folder, held_out_losses.json holds those of the evaluation whose weights are the result, by which
+    report.py compares runs row by row.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[float, int]] = {}
+
+    def clear(self) -> None:
+        self.found = {}
+
+    @contextlib.contextmanager
+    def watching(self, model: Any, rows: torch.Tensor | None, position_ids: torch.Tensor | None) -> Iterator[None]:
+        """Take the losses of the batch that `model` is called on in the block.
+
+        By a hook: TRL keeps the outputs to itself, and where it is asked for them calls the model once more.
+
+        Args:
+            rows: as `RowNumberCollator` gives them.
+            position_ids: [1, tokens] where the rows lie end to end, each from 0.
+        """
+        outputs: list[Any] = []
+        hook = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        try:
+            yield
+        finally:
+            hook.remove()
+        if rows is not None and outputs and getattr(outputs[-1], "log_probs", None) is not None:
+            self._add(rows, outputs[-1], position_ids)
+
+    def _add(self, rows: torch.Tensor, outputs: Any, position_ids: torch.Tensor | None) -> None:
+        """Take those of TRL's outputs, with `log_probs` and `label_mask` [sequences, tokens - 1]."""
+        nats, counts = -outputs.log_probs.double(), outputs.label_mask.double()
+        numbers = [row for numbers in rows.tolist() for row in ([one for one in numbers if one >= 0] or [-1])]
+        if len(nats) == len(numbers):
+            sums = torch.stack([nats.sum(1), counts.sum(1)])
+        elif position_ids is not None and len(nats) == 1 and int((position_ids == 0).sum()) == len(numbers):
+            place = (position_ids[0] == 0).cumsum(0)[1:] - 1  # of the row that a label belongs to
+            sums = nats.new_zeros(2, len(numbers)).index_add(1, place, torch.cat([nats, counts]))
+        else:
+            return
+        self.found |= {
+            row: (one, int(count))
+            for row, one, count in zip(numbers, *sums.tolist(), strict=True)
+            if row >= 0 and count and len(self.found) < MOST_ROW_LOSSES
+        }
+
+    def write(self, run: Run, step: int) -> None:
+        """Write what all ranks have found; each of them calls it."""
+        every: dict[int, tuple[float, int]] = {}
+        for own in gather_object([self.found]):
+            every |= own
+        if run.is_writer:
+            rows = sorted(every)
+            nats, tokens = [round(every[row][0], 6) for row in rows], [every[row][1] for row in rows]
+            content = {"step": step, "rows": rows, "nats": nats, "tokens": tokens}
+            with contextlib.suppress(OSError):  # a full disk, which the metrics name
+                write_atomic(run.folder / HELD_OUT_LOSSES, json.dumps(content, separators=(",", ":")) + "\n")
 
 
 class StepRows:

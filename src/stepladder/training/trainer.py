@@ -22,7 +22,7 @@ from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
 from stepladder.training import gradients
-from stepladder.training.batches import Order, RowNumberCollator, StepRows, StepStream, with_padding_row
+from stepladder.training.batches import Order, RowLosses, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
 from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync, Watchdog
@@ -44,6 +44,7 @@ class Trainer(SFTTrainer):
         meter: measures the run.
         watchdog: ends a run that does not move.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
+        stop_at: the step after which the run evaluates, saves and ends; None for its last one.
         padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
     """
@@ -55,6 +56,7 @@ class Trainer(SFTTrainer):
         meter: Telemetry,
         watchdog: Watchdog,
         on_nan: str = "stop",
+        stop_at: int | None = None,
         padding_free: bool = False,
         own_kernels: bool = False,
         **kwargs: Any,
@@ -83,7 +85,7 @@ class Trainer(SFTTrainer):
         for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, StepRows()
-        self.rank_sync = RankSync(self, on_nan)
+        self.rank_sync = RankSync(self, on_nan, stop_at)
         self.watchdog = watchdog
         self._pending_save: saving.Save | None = None  # that is being written
         self._complete_step: int | None = None  # of the newest complete checkpoint; each rank's disk may show it later
@@ -96,6 +98,7 @@ class Trainer(SFTTrainer):
         self._norm: Any = 0.0
         self._best_before: tuple[float | None, int | None] = (None, None)  # the previous best metric and its step
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # summed loss and loss tokens of this rank
+        self._row_losses = RowLosses()
         self.owes_evaluation = False  # whether the saved step's evaluation was interrupted by a stop
 
     def get_train_dataloader(self) -> DataLoader:
@@ -175,8 +178,9 @@ class Trainer(SFTTrainer):
         # After the last step there is nothing to stop: the saved result is being verified.
         if self.is_in_train and self.rank_sync.stop_asked():
             raise EvaluationLeftError
-        inputs.pop("rows", None)
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        rows = inputs.pop("rows", None)
+        with self._row_losses.watching(model, rows, inputs.get("position_ids")):
+            result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
         self._evaluated += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
         return result
@@ -184,6 +188,7 @@ class Trainer(SFTTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Report the mean over tokens, whatever the batches; Transformers averages the means of batches."""
         self._evaluated.zero_()
+        self._row_losses.clear()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self.accelerator.reduce(self._evaluated.to(self.args.device, torch.float32)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
@@ -206,6 +211,7 @@ class Trainer(SFTTrainer):
             metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not owed)
         except EvaluationLeftError:
             self.rank_sync.preempted = self.owes_evaluation = True
+            self.rank_sync.reached_stop = False  # which includes its evaluation
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
             return {}
@@ -238,6 +244,8 @@ class Trainer(SFTTrainer):
         ):  # none from an interrupted evaluation
             self._best_before = before
             self.control.should_save |= self.args.load_best_model_at_end
+        if metrics and (better or not self.args.load_best_model_at_end):  # of the step that will be the result
+            self._row_losses.write(self.meter.run, self.state.global_step)
         return better or self.rank_sync.preempted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

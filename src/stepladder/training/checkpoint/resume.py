@@ -44,6 +44,14 @@ class Finished(StepladderError):
         return f"✔ {self.what}"
 
 
+def check_unreached(run: Run, recipe: Recipe, step: int | None) -> None:
+    """Raise Finished, on every rank, where the run was stopped at `--stop_at_step` already: its job is queued again."""
+    before = run.read() if step and status(run.folder) == "preempted" else {}
+    steps = before.get("totals", {}).get("steps", 0)
+    if step and steps >= step + (not before.get("reached_stop")) and not recipe.changes(before["recipe"]):
+        raise Finished(f"the run in {run.folder} has reached step {steps} already")
+
+
 def of_step(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 

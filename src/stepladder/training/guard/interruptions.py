@@ -37,11 +37,11 @@ class EvaluationLeftError(Exception):
 
 
 class RankSync(TrainerCallback):
-    """Stops on a signal after a checkpoint, and before an optimizer step that would ruin the weights."""
+    """Stops on a signal or at a step, after a checkpoint, and before an optimizer step that would ruin the weights."""
 
-    def __init__(self, trainer: Any, on_nan: str):
-        self.trainer, self.on_nan = trainer, on_nan
-        self.preempted = False
+    def __init__(self, trainer: Any, on_nan: str, stop_at: int | None = None):
+        self.trainer, self.on_nan, self.stop_at = trainer, on_nan, stop_at
+        self.preempted = self.reached_stop = False
         self.skipped: list[int] = []  # steps
         self._save_after_evaluation = self._save_is_written = False
 
@@ -79,6 +79,11 @@ class RankSync(TrainerCallback):
             self.trainer.finish_save()
         if state.global_step >= state.max_steps:
             self.preempted = False  # no step is left to stop before
+        elif self.stop_at is not None and state.global_step >= self.stop_at:
+            self.preempted = self.reached_stop = True
+            # At an epoch's end an evaluation by epochs comes by itself.
+            by_epoch = args.eval_strategy == "epoch" and float(state.epoch).is_integer()
+            control.should_evaluate |= args.eval_strategy != "no" and not by_epoch
         if self.preempted:
             control.should_save = control.should_training_stop = True
         # At an epoch's end the checkpoint comes after the evaluation, which a run resumed from before it would lack.
