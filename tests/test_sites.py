@@ -227,6 +227,8 @@ def test_what_an_environment_lacks_is_refused(shell: Shell) -> None:
     job = {"SLURM_SUBMIT_DIR": ".", "STEPLADDER_TASKS": "gpu"}
     done = shell.run("bash slurm/sft.sbatch", **job)
     assert done.returncode == 2 and "STEPLADDER_TASKS=gpu" in done.stderr
+    said = shell.run("bash slurm/sft.sbatch", SLURM_SUBMIT_DIR=".", SLURM_EXPORT_ENV="NONE").stdout
+    assert said == "note: --export=NONE: none of your shell's variables came along; slurm/site.sh can set them\n"
 
 
 def test_a_container_of_srun_holds_the_batch_scripts_commands_too(shell: Shell) -> None:
