@@ -44,7 +44,7 @@ def main() -> None:
     if len(args.runs) > 1 and not args.output:
         parser.error("several runs need -o: the page belongs to none of their folders")
 
-    folders, absent = read_sweep(args.sweep).existing() if args.sweep else (args.runs, [])
+    folders, absent = read_sweep(args.sweep).split_folders() if args.sweep else (args.runs, [])
     first, *others = logged = runs.read_all(folders)
     differences = [curves.describe_difference(first, other) for other in others]
     choice = choose_run(logged)

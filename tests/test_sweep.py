@@ -223,6 +223,9 @@ def test_a_rung_without_runs_ends_the_chain_with_a_reason(tmp_path: Path) -> Non
     (found.folders[2] / "metrics.jsonl").write_text('{"step": 60, "eval_loss": 1.0}\n')
     assert sweep.find_run(found, rung, 0)[:-2] == found.runs[2] and sweep.find_run(found, rung, 1) == []
 
+    (found.folders[0] / "run.json").unlink()
+    assert found.split_folders() == (found.folders[1:], found.folders[:1]), "the report leaves out what never began"
+
 
 def test_the_report_names_the_best_run(halved: tuple[sweep.Sweep, Path]) -> None:
     """Guards the last job: the verdict is printed and on the page, though a run failed and others were stopped."""

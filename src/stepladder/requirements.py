@@ -45,7 +45,7 @@ def versions(settings: Settings) -> str:
     Raises:
         LaunchError: one is missing or older than what the code uses, or what a key of the recipe takes is.
     """
-    for needed in declared():
+    for needed in list_declared():
         try:
             found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
@@ -67,14 +67,14 @@ def versions(settings: Settings) -> str:
 def untested_versions() -> list[str]:
     """One note per library that is newer than the tested versions."""
     notes = []
-    for needed in declared():
+    for needed in list_declared():
         found = importlib.metadata.version(needed.name)
         if not needed.specifier.contains(found, prereleases=True):
             notes.append(f"{needed.name} {found} is untested: Stepladder was tested with {needed.specifier}")
     return notes
 
 
-def declared(extra: str = "") -> list[Requirement]:
+def list_declared(extra: str = "") -> list[Requirement]:
     """What pyproject.toml declares for an extra; without one, for all."""
     try:
         found = importlib.metadata.requires("stepladder") or []

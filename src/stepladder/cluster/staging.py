@@ -293,7 +293,7 @@ def _build_wheels(folder: Path, before: dict[str, Any] | None) -> dict[str, Any]
     if before and made_for.items() <= before.items() and not _damage(folder, before):
         console.say(f"✔ {len(before['files'])} wheels (there already)")
         return before
-    packages = [one for extra in EXTRAS for one in requirements.declared(extra)]
+    packages = [one for extra in EXTRAS for one in requirements.list_declared(extra)]
     wanted = sorted({str(one).partition(";")[0] for one in packages})  # without its marker, which pip would not match
     part, target = folder / f".{WHEELS}{files.PART_SUFFIX}", folder / WHEELS
     shutil.rmtree(part, ignore_errors=True)

@@ -75,7 +75,7 @@ class Sweep:
     def folder(self) -> Path:
         return self.folders[0].parent
 
-    def existing(self) -> tuple[list[Path], list[Path]]:
+    def split_folders(self) -> tuple[list[Path], list[Path]]:
         """The folders that hold a run, and those that hold none.
 
         Raises:

@@ -157,7 +157,7 @@ class RowLosses:
         self.found = {}
 
     @contextlib.contextmanager
-    def watching(self, model: Any, rows: torch.Tensor | None, position_ids: torch.Tensor | None) -> Iterator[None]:
+    def collect(self, model: Any, rows: torch.Tensor | None, position_ids: torch.Tensor | None) -> Iterator[None]:
         """Take the losses of the batch that `model` is called on in the block.
 
         By a hook: TRL keeps the outputs to itself, and where it is asked for them calls the model once more.

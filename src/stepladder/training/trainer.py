@@ -179,7 +179,7 @@ class Trainer(SFTTrainer):
         if self.is_in_train and self.rank_sync.stop_asked():
             raise EvaluationLeftError
         rows = inputs.pop("rows", None)
-        with self._row_losses.watching(model, rows, inputs.get("position_ids")):
+        with self._row_losses.collect(model, rows, inputs.get("position_ids")):
             result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
         self._evaluated += torch.tensor([float(result[0]) * tokens, tokens], dtype=torch.float64)
