@@ -49,7 +49,9 @@ class GPU:
 
 
 # The first pattern found in the driver's name counts, so variants stand before the plain name. Memory is what PyTorch
-# reports ("GPU 0 has a total capacity of …" in public logs), which is less than the card's name says.
+# reports ("GPU 0 has a total capacity of …" in public logs), which is less than the card's name says. The peaks
+# of A10 to L40S, H20, B200 and MI300X agree with other public tables; those of B300, GB200, GB300, MI210 to MI300A,
+# MI325X, MI350X, MI355X and the RTX PRO 6000 were not compared with any.
 GPUS = (
     GPU("gb300", r"\bGB300", 2500, 276.5, 900, "NVIDIA GB300 NVL72 data sheet"),
     GPU("gb200", r"\bGB200", 2500, 184.3, 900, "NVIDIA GB200 NVL72 data sheet"),
