@@ -217,6 +217,7 @@ class Trainer(SFTTrainer):
             return {}
         if owed:
             self._determine_best_metric(metrics, trial)
+        self.owes_evaluation = False  # else the next start would repeat this one
         return metrics
 
     def not_finite(self) -> tuple[bool, bool]:
