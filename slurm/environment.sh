@@ -8,6 +8,8 @@
 #   STEPLADDER_CONDA=stepladder             a conda environment, instead
 #   STEPLADDER_CONTAINER=/images/s.sif      an Apptainer image; with STEPLADDER_VENV, an environment on top of it
 #   STEPLADDER_SCRATCH=/scratch/$USER       caches go there, off the small or slow home folder
+#   STEPLADDER_STAGE=/scratch/stage         in place of the hub (scripts/stage.py); with STEPLADDER_STAGE_LOCAL=1 each
+#                                           node copies it to $SLURM_TMPDIR
 #   STEPLADDER_SRUN="--cpu-bind=cores"      srun's options for the ranks, quoted as in a shell
 #   STEPLADDER_HEAD=%i                      how the nodes reach each other: % is a node's name; without %, the first's address
 #   STEPLADDER_TASKS=rank                   srun starts each rank, where a centre wants no torchrun
