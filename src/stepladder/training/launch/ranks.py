@@ -77,7 +77,7 @@ def _check_meeting_place(launch: Launch) -> None:
             help=f"accelerate launch --num_processes {launch.ranks} …; for one process: {unset}",
             this_rank_only=True,
         )
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("STEPLADDER_TASKS") != "rank":  # slurm/node.sh
         print(
             f"note: rank {launch.rank} waits for the others of WORLD_SIZE={launch.ranks} at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, as the environment has it, and no torchrun; for "
