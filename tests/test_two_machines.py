@@ -161,7 +161,7 @@ def test_the_script_for_pbs_and_lsf(site: Site) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert [device.split(":")[0] for device in manifest(run)["devices"]] == ["node1", "node2"]
     assert curves.difference(site.reference("lora"), run).within(), done.stdout
-    failed = submit(text.replace(r'exec \"\${inside[@]}\"', "sleep $((5 * $rank)) && exit $((4 - 4 * $rank)) &&"))
+    failed = submit(text.replace(r"exec \"\${inside[@]}\"", "sleep $((5 * $rank)) && exit $((4 - 4 * $rank)) &&"))
     assert failed.returncode == -signal.SIGTERM, failed.stdout + failed.stderr
 
 
