@@ -52,7 +52,7 @@ def digest(folder: Path) -> str:
     artifact = wandb.Artifact("result", type="model")
     for name in ("adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "tokenizer.json",
                  "tokenizer_config.json", "generation_config.json", "README.md", "recipe.yaml", "run.json",
-                 "audit.json", "held_out.json"):  # fmt: skip
+                 "audit.json", "held_out.json", "held_out_losses.json"):  # fmt: skip
         if (folder / name).is_file():
             artifact.add_file(str(folder / name))
     return str(artifact.digest)
