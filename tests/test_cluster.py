@@ -430,7 +430,7 @@ def test_how_the_pipeline_merges(recipe, merges, tmp_path, monkeypatch, capfd) -
 def test_a_sweeps_words_reach_the_script_as_they_are(tmp_path: Path) -> None:
     """Guards sweep.sbatch, which reads words that end with NUL: what is printed for people has none."""
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump({"recipe": "lora", "grid": {"run_name": ["a b\tc"]}}))
+    file.write_text(yaml.safe_dump({"recipe": "lora", "report_to": "wandb", "grid": {"run_name": ["a b\tc"]}}))
     done = subprocess.run(
         [sys.executable, "-m", "stepladder.cluster.job", "element", "0", file], cwd=ROOT, capture_output=True
     )
