@@ -133,6 +133,15 @@ def test_the_users_own_file_comes_before_the_centres_and_is_not_committed(shell:
     assert done.stdout == "slurm/site.sh\n"
 
 
+@pytest.mark.parametrize("line", ["false", "[[ -d /no/folder ]] && X=1", "return 3", "f() { false; }; f", "X=$(false)"])
+def test_a_site_that_fails_names_its_line(line: str, shell: Shell) -> None:
+    """Guards against a job that ends with 1 and an empty log: bash does not say which command has failed."""
+    (shell.folder / "slurm/site.sh").write_text(f"X=0\n{line}\n")
+    assert "slurm/site.sh" in shell.refused()
+    (shell.folder / "slurm/site.sh").write_text(f"{line.replace('return 3', 'false')} || true\nX=0\n")
+    assert shell.run("echo $X").stdout == "0\n"
+
+
 def test_modules_are_purged_used_and_loaded_in_their_order(shell: Shell) -> None:
     done = shell.run("true", STEPLADDER_MODULES="purge /a/folder gcc/13 cuda")
     assert done.stdout == "module purge\nmodule use /a/folder\nmodule load gcc/13\nmodule load cuda\n", done
@@ -220,6 +229,7 @@ def test_what_an_environment_lacks_is_refused(shell: Shell) -> None:
     assert "neither apptainer nor singularity" in shell.refused(STEPLADDER_CONTAINER=shell.image)
     assert "/no/image.sif is not there" in shell.refused(STEPLADDER_CONTAINER="/no/image.sif")
     assert "has no bin/activate" in shell.refused(STEPLADDER_VENV="/no/env")
+    assert "there is no conda here" in shell.refused(STEPLADDER_CONDA="base")
     assert "a venv or a container" in shell.refused(STEPLADDER_CONDA="base", STEPLADDER_CONTAINER=shell.image)
     shell.add("apptainer", "true")
     (odd := shell.folder / "a,b").mkdir()
