@@ -255,7 +255,9 @@ def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         return health.check_gpus(2)
 
     assert smi("echo 0, 10; echo 1, 20") == []
-    assert smi("echo 0, 10") == ["1 of 2 GPUs answer"]
+    warning = "echo 'WARNING: infoROM is corrupted at gpu 0000:41:00.0, serial 1, board 2'; printf '\\377\\n'"
+    assert smi(f"{warning}; echo 0, 10; echo 1, '[N/A]'; {warning}") == []
+    assert smi(f"{warning}; echo 0, 10") == smi("echo 0, 10") == ["1 of 2 GPUs answer"]
     assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
     assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
     assert health.check_gpus(0) == []
@@ -430,7 +432,7 @@ def test_how_the_pipeline_merges(recipe, merges, tmp_path, monkeypatch, capfd) -
 def test_a_sweeps_words_reach_the_script_as_they_are(tmp_path: Path) -> None:
     """Guards sweep.sbatch, which reads words that end with NUL: what is printed for people has none."""
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump({"recipe": "lora", "grid": {"run_name": ["a b\tc"]}}))
+    file.write_text(yaml.safe_dump({"recipe": "lora", "report_to": "wandb", "grid": {"run_name": ["a b\tc"]}}))
     done = subprocess.run(
         [sys.executable, "-m", "stepladder.cluster.job", "element", "0", file], cwd=ROOT, capture_output=True
     )
