@@ -219,6 +219,7 @@ def small_disk(folder: Path) -> Path:
     [
         ("absent", "is no stage"),
         ("damaged", "cannot be used"),
+        ("outside", "cannot be used"),
         ("other id", "lacks dataset org/rows@main"),
         ("cut short", "instead of"),
         ("gone", "No such file"),
@@ -237,6 +238,9 @@ def test_a_stage_that_lacks_something_is_refused(fault: str, said: str, site: Si
         (stage / "stage.json").unlink()
     elif fault == "damaged":
         (stage / "stage.json").write_text('{"repositories": {"model org/tiny@main": 4}}')
+    elif fault == "outside":  # stage.py removes a file of another size before it is fetched again
+        content["repositories"]["model org/tiny@main"]["files"]["hub/../../kept.txt"] = 1
+        (stage / "stage.json").write_text(json.dumps(content))
     elif fault == "other id":
         del content["repositories"]["dataset org/rows@main"]
         (stage / "stage.json").write_text(json.dumps(content))

@@ -143,7 +143,9 @@ def read_content(folder: Path) -> dict[str, Any]:
         repositories = content["repositories"].values()
         paths = [(path, size) for one in (*repositories, content.get("wheels") or {"files": {}})
                  for path, size in one["files"].items()]  # fmt: skip
-        if not all(type(size) is int for _, size in paths) or not all(str(one["commit"]) for one in repositories):
+        within = all(not path.startswith("/") and ".." not in path.split("/") for path, _ in paths)
+        whole = all(type(size) is int for _, size in paths) and all(str(one["commit"]) for one in repositories)
+        if not (within and whole):
             raise TypeError
     except ValueError as error:
         help = f"{VARIABLE}=DIR with the folder that stage.py --to DIR has filled; or unset {VARIABLE}"
