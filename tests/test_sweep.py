@@ -34,6 +34,9 @@ def write_sweep(folder: Path, text: str) -> Path:
         ("recipe: lora\nlora_rank: 4\ngrid: {lora_r: [8]}", r"yaml:2:1: unknown key 'lora_rank'"),
         ("recipe: lora\ngrid:\n  lora_rr: [8]", r"yaml:3:3: unknown key 'lora_rr'"),
         ("recipe: lora\nrandom: 3\nrandom: 4\ngrid: {lora_r: [8]}", r"yaml:3:1"),
+        ("recipe: lora\nhalving: {start: 9,\n  start: 8}\ngrid: {lora_r: [8, 16]}", r"yaml:3:3: 'start' stands twice"),
+        ("recipe: lora\ngrid: {output_dir: [a, b]}", r"yaml:2:8: each run has a folder of its own"),
+        ("recipe: lora\ngrid: {recipe: [a, b]}", r"yaml:2:8: unknown key 'recipe'\n.*\n.*help: remove it"),
         ("recipe: lora\ngrid: {lora_r: [8, 8]}", r"yaml:2:1: two runs of the grid are lora_r=8"),
         (
             "recipe: lora\nrandom: {runs: 3}\ngrid: {lora_r: [8, 16]}",
@@ -223,6 +226,11 @@ def test_a_rung_without_runs_ends_the_chain_with_a_reason(tmp_path: Path) -> Non
     (found.folders[2] / "metrics.jsonl").write_text('{"step": 60, "eval_loss": 1.0}\n')
     assert sweep.find_run(found, rung, 0)[:-2] == found.runs[2] and sweep.find_run(found, rung, 1) == []
 
+    decision = found.folder / "rung-1.json"
+    decision.write_text(decision.read_text().replace("1e-3", "2e-3"))
+    with pytest.raises(errors.LaunchError, match="names learning_rate=2e-3, which is no run of"):
+        sweep.find_run(found, rung, 0)
+
     (found.folders[0] / "run.json").unlink()
     assert found.split_folders() == (found.folders[1:], found.folders[:1]), "the report leaves out what never began"
 
@@ -303,6 +311,9 @@ def test_a_verdict_on_runs_says_what_is_known(tmp_path: Path) -> None:
     (make_run(tmp_path, "old", (base + shift).tolist()) / "held_out_losses.json").unlink()
     half = make_run(tmp_path, "half", (base + shift).tolist()) / "held_out_losses.json"
     half.write_text(half.read_text()[:50])
+    none = make_run(tmp_path, "none", [0.0, *base.tolist()]) / "held_out_losses.json"
+    none.write_text(none.read_text().replace("[10,", "[0,"))
+    make_run(tmp_path, "foreign", base.tolist(), inputs={"evaluation_rows": [1]})
 
     def verdict(*names: str) -> tuple[str, str]:
         found = choose_run(logged_runs.read_all([tmp_path / name for name in names]))
@@ -314,6 +325,7 @@ def test_a_verdict_on_runs_says_what_is_known(tmp_path: Path) -> None:
     assert verdict("worse", "alike", "base")[0] == "no clear best run"
     assert "cannot be told from alike." in verdict("worse", "alike", "base")[1]
     assert verdict("base", "other")[0] == "no best run" and "different rows" in verdict("base", "other")[1]
-    for lacking in ("old", "half"):
+    assert verdict("foreign", "failed")[0] == "best run"
+    for lacking in ("old", "half", "none"):
         assert "is not known" in verdict("base", lacking)[1]
     assert "only run" in verdict("base", "failed")[1] and verdict("base") == ("", "")

@@ -153,10 +153,15 @@ def read_sweep(file: Path) -> Sweep:
     if "grid" in pairs:
         where |= {f"grid.{name}": convert.position(str(file), key)
                   for name, (key, _) in convert.mapping(pairs["grid"][1], str(file), faults).items()}  # fmt: skip
+    for _, block in (pairs[name] for name in ("random", "halving") if name in pairs):
+        if isinstance(block, yaml.MappingNode):
+            convert.mapping(block, str(file), faults)  # what stands twice
     for name, place in where.items():
         key = name.removeprefix("grid.")
-        if key not in known_keys() and not (name in OWN or name == "grid.strategy"):
-            faults.append(convert.unknown_key(key, [*known_keys(), *OWN], place))
+        if name == "grid.output_dir":
+            faults.append(RecipeError("each run has a folder of its own, so output_dir does not vary", where=place))
+        elif key not in known_keys() and not (name in OWN or name == "grid.strategy"):
+            faults.append(convert.unknown_key(key, [*known_keys(), *(OWN if key == name else OWN[1:2])], place))
     if faults:
         raise faults[0] if len(faults) == 1 else RecipeErrors(faults)
     grid = content.get("grid")
@@ -228,7 +233,8 @@ def _read_halving(content: dict[str, Any], runs: int, where: dict[str, str]) -> 
 def _text(value: Any) -> str:
     if isinstance(value, (str, Path)):
         return str(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    # in one line, which is a part of the folder's name
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
@@ -249,7 +255,14 @@ def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
         kept = _choose(sweep, rung)
         if number >= len(kept):
             return []
-        words = sweep.runs[[folder.name for folder in sweep.folders].index(kept[number])]
+        names = [folder.name for folder in sweep.folders]
+        if kept[number] not in names:
+            raise LaunchError(
+                f"rung-{rung.number}.json in {sweep.folder} names {kept[number]}, which is no run of {sweep.file}",
+                why="the sweep's file was changed since, or another sweep has the same output_dir",
+                help=f"python scripts/submit.py --sweep {sweep.file}; or an output_dir of its own",
+            )
+        words = sweep.runs[names.index(kept[number])]
     return [*words, "--stop_at_step", str(rung.stop)] if rung.stop else words
 
 
