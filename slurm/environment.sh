@@ -20,6 +20,7 @@ fail() {
     exit 2
 }
 
+export USER=${USER:-$(id -un)} # which the sites name, and --export=NIL takes away
 # Exported, so that all nodes have what the first one read. `: "${X=…}"` leaves a set X alone, also an empty one.
 # A command in them that fails ends the job, and bash would not say which.
 set -aE
