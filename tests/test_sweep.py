@@ -108,6 +108,7 @@ BEST = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_
         ([], "halving starts at step 60, and max_steps is -1"),
         ([*LONG, "--eval_strategy", "no"], "evaluates nothing"),
         ([*LONG, *OFTEN, *BEST], "has none by eval_steps"),
+        ([*LONG, *OFTEN[:2], "--eval_steps", "20", "--eval_delay", "70", *BEST[:-1], "60"], "has none by eval_steps"),
         ([*LONG, "--save_only_model", "true"], "no checkpoint"),
         ([*LONG, "--learning_rate", "1e-4"], "--learning_rate is given twice"),
         ([*LONG, "--output_dir", "runs/one"], "--output_dir is given twice"),
@@ -161,11 +162,14 @@ def halved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[sweep.
         commands = [job._element(place, found.file, ["--rung", str(number)]) for place in range(rung.runs)]
         if number == 0:
             commands += [into(folder / "never_stopped"), [*into(folder / "padded"), "--padding_free", "false"]]
+            commands.append([*into(folder / "short"), "--num_train_epochs", "0.01", "--stop_at_step", "99"])
+            commands[-1] += ["--max_steps", "-1"]
         (folder / "commands.json").write_text(json.dumps([command for command in commands if command]))
         done = run(sys.executable, "tests/in_turn.py", folder / "commands.json")
         assert done.code == 0, done
         codes = json.loads((folder / "commands.json.codes").read_text())
-        assert codes == [0, 0, 0, 1, 0, 0][: len(codes)] if number == 0 else set(codes) == {0}, done
+        assert codes == [0, 0, 0, 1, 0, 0, 0] if number == 0 else set(codes) == {0}, done
+        assert number or "step 1 is the run's last, so --stop_at_step 99 has no effect" in done.out, done
     return found, folder
 
 
