@@ -58,8 +58,9 @@ def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
     with Hub() as hub:
         hub.repositories = {"model org/tiny": tiny, "dataset org/rows": rows}
         here = Site(hub, recipe, folder, folder / "elsewhere")
-        done = here.fill(to=folder / "stage")
+        done = here.fill("--seed", 4, to=folder / "stage")
         assert done.code == 0 and "✔ dataset org/rows@main" in done.out, done
+        assert f"check.py --recipe {recipe} --seed 4\n" in done.out, "the keys name what was fetched"
         shutil.copytree(folder / "stage", here.stage, symlinks=True)
         yield here
 

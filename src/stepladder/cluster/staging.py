@@ -123,7 +123,7 @@ def check_stage(recipe: Recipe) -> str:
     content = read_content(folder)
     for repository in list_repositories(recipe, folder / HUB):
         count += 1
-        again = f"python scripts/stage.py --recipe {recipe.name} --to DIR where the hub is reached, and copy DIR"
+        again = f"python scripts/stage.py --recipe {recipe.name} --to DIR, with the same keys, where the hub is reached"
         if repository.label not in content["repositories"]:
             raise LaunchError(f"the stage {folder} lacks {repository.label}", where=repository.where, help=again)
         if faults := _damage(folder, content["repositories"][repository.label]):
