@@ -120,6 +120,14 @@ def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
     assert done.code == 2 and "HF_TOKEN" in done.err and "hf_secret" not in done.out + done.err
 
 
+def test_submit_refuses_a_site_that_is_not_there() -> None:
+    """Guards the queue: the job would wait, and end at the first line of its environment."""
+    done = script("submit", "--recipe", "lora", "--dry_run", STEPLADDER_SITE="lumy")
+    assert done.code == 2 and "STEPLADDER_SITE=lumy: no such file" in done.err and " lumi " in done.err, done
+    done = script("submit", "--recipe", "lora", "--dry_run", STEPLADDER_SITE="lumi")
+    assert done.code == 0 and done.out.startswith("# sbatch"), done
+
+
 def test_submit_plans_where_it_knows_the_gpus() -> None:
     """Guards the queue against jobs that never fitted, and `auto` against a plan that the job is not given;
     what a recipe's own checkpointing costs is said."""
