@@ -186,7 +186,7 @@ def test_a_run_that_stays_has_the_curve_of_one_that_never_stopped(halved: tuple[
     ]
     assert rates[0] == rates[1]
     assert [row["step"] for row in metrics(first) if "eval_loss" in row] == [*STOPS, STEPS]
-    decision = json.loads((found.folder / "rung-1.json").read_text())
+    decision = json.loads((found.decision(1)).read_text())
     assert decision["kept"] == [first.name, second.name] and decision["held_out_loss"][failed.name] is None
     for stopped in (second, last):
         assert json.loads((stopped / "run.json").read_text())["reached_stop"] is True
@@ -230,7 +230,12 @@ def test_a_rung_without_runs_ends_the_chain_with_a_reason(tmp_path: Path) -> Non
     (found.folders[2] / "metrics.jsonl").write_text('{"step": 60, "eval_loss": 1.0}\n')
     assert sweep.find_run(found, rung, 0)[:-2] == found.runs[2] and sweep.find_run(found, rung, 1) == []
 
-    decision = found.folder / "rung-1.json"
+    (other := tmp_path / "other.yaml").write_text(text.replace("1e-3", "2e-3"))
+    with pytest.raises(
+        errors.LaunchError, match="has a held-out loss at step 60"
+    ):  # of the same folder: it decides for itself
+        sweep.find_run(sweep.read_sweep(other), rung, 0)
+    decision = found.decision(1)
     decision.write_text(decision.read_text().replace("1e-3", "2e-3"))
     with pytest.raises(errors.LaunchError, match="names learning_rate=2e-3, which is no run of"):
         sweep.find_run(found, rung, 0)

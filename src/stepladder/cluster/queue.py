@@ -86,8 +86,9 @@ def _queue(jobs: list[list[str]], sweep: Sweep | None, folder: Path, what: str) 
     """Give the jobs to Slurm, one after the other, and a sweep's report last; print how to follow them."""
     print(sbatch(["--test-only", *jobs[0]]).splitlines()[-1])
     folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail without a word
-    for decision in folder.glob("rung-*.json") if sweep else ():  # of an earlier submission
-        decision.unlink()
+    if sweep:
+        for rung in range(len(jobs)):  # of an earlier submission
+            sweep.decision(rung).unlink(missing_ok=True)
     numbers: list[str] = []
     for words in jobs:
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []

@@ -75,6 +75,10 @@ class Sweep:
     def folder(self) -> Path:
         return self.folders[0].parent
 
+    def decision(self, rung: int) -> Path:
+        """The file that says which runs train on in a rung; another sweep may have the same `output_dir`."""
+        return self.folder / f"{self.file.stem}-rung-{rung}.json"
+
     def split_folders(self) -> tuple[list[Path], list[Path]]:
         """The folders that hold a run, and those that hold none.
 
@@ -258,9 +262,9 @@ def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
         names = [folder.name for folder in sweep.folders]
         if kept[number] not in names:
             raise LaunchError(
-                f"rung-{rung.number}.json in {sweep.folder} names {kept[number]}, which is no run of {sweep.file}",
-                why="the sweep's file was changed since, or another sweep has the same output_dir",
-                help=f"python scripts/submit.py --sweep {sweep.file}; or an output_dir of its own",
+                f"{sweep.decision(rung.number)} names {kept[number]}, which is no run of {sweep.file}",
+                why="the sweep's file was changed since",
+                help=f"python scripts/submit.py --sweep {sweep.file}",
             )
         words = sweep.runs[names.index(kept[number])]
     return [*words, "--stop_at_step", str(rung.stop)] if rung.stop else words
@@ -272,7 +276,7 @@ def _choose(sweep: Sweep, rung: Rung) -> list[str]:
     A run that fails later, or is wound back to a checkpoint, must not move the others to another place.
     """
     assert rung.before is not None
-    decision = sweep.folder / f"rung-{rung.number}.json"
+    decision = sweep.decision(rung.number)
     losses = {folder.name: _loss_at(folder, rung.before) for folder in sweep.folders}
     reached = sorted((loss, name) for name, loss in losses.items() if loss is not None)
     if not reached and not decision.exists():
