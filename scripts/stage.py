@@ -12,6 +12,7 @@ import argparse
 
 from stepladder import errors, flags
 from stepladder.cluster import staging
+from stepladder.console import quote_for_shell
 from stepladder.recipe import load
 
 
@@ -27,7 +28,8 @@ def main() -> None:
     staging.fill(recipe, args.to, args.wheels)
     if local := staging.local_inputs(recipe):
         print(f"  not in it, copy them with Stepladder's folder: {', '.join(local)}")
-    print(f"copy {args.to}, then: export STEPLADDER_STAGE=DIR; python scripts/check.py --recipe {args.recipe}")
+    check = quote_for_shell("python", "scripts/check.py", "--recipe", args.recipe, *overrides)
+    print(f"copy {args.to}, then: export STEPLADDER_STAGE=DIR; {check}")
     if args.wheels:
         print("install there, on the same Python and processor: PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR/wheels make install")
 

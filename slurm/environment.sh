@@ -20,15 +20,19 @@ fail() {
     exit 2
 }
 
+export USER=${USER:-$(id -un)} # which the sites name, and --export=NIL takes away
 # Exported, so that all nodes have what the first one read. `: "${X=…}"` leaves a set X alone, also an empty one.
-set -a
+# A command in them that fails ends the job, and bash would not say which.
+set -aE
+trap 'fail "${BASH_SOURCE[0]}: line $LINENO ended with $?: $BASH_COMMAND" "|| true, also after a last line like [[ … ]] && …"' ERR
 [[ ! -f slurm/site.sh ]] || source slurm/site.sh
 if [[ ${STEPLADDER_SITE:-} ]]; then
     [[ $STEPLADDER_SITE != */* && -f slurm/sites/$STEPLADDER_SITE.sh ]] ||
         fail "STEPLADDER_SITE=$STEPLADDER_SITE: no such file in slurm/sites/" "$(cd slurm/sites && echo *.sh | sed 's/\.sh//g')"
     source "slurm/sites/$STEPLADDER_SITE.sh"
 fi
-set +a
+trap - ERR
+set +aE
 
 inside=() srun_words=() contained=''
 [[ ! ${STEPLADDER_CONTAINER:-} ]] || contained=image
@@ -46,7 +50,7 @@ if [[ ${STEPLADDER_MODULES:-} ]]; then
     set +u # module's functions and conda's hooks read variables that may be unset
     # `module` is a shell function that a batch shell may not have.
     [[ $(type -t module) ]] || source /etc/profile.d/modules.sh 2>/dev/null || source /etc/profile.d/lmod.sh 2>/dev/null ||
-        fail "STEPLADDER_MODULES=$STEPLADDER_MODULES, and there is no module command here" "source it in slurm/site.sh"
+        fail "STEPLADDER_MODULES=$STEPLADDER_MODULES, and there is no module command here" "in slurm/site.sh: set +u; source …; set -u"
     for name in $STEPLADDER_MODULES; do
         case $name in
             purge | reset) module "$name" ;;
@@ -58,6 +62,7 @@ if [[ ${STEPLADDER_MODULES:-} ]]; then
 fi
 if [[ ${STEPLADDER_CONDA:-} ]]; then
     [[ ! ${STEPLADDER_VENV:-}$contained ]] || fail "STEPLADDER_CONDA, and a venv or a container" "unset one of them"
+    type conda &>/dev/null || fail "STEPLADDER_CONDA=$STEPLADDER_CONDA, and there is no conda here" "its module in STEPLADDER_MODULES"
     set +u
     source "$(conda info --base)/etc/profile.d/conda.sh"
     conda activate "$STEPLADDER_CONDA"

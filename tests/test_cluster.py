@@ -120,6 +120,14 @@ def test_a_token_never_gets_into_a_job(tmp_path: Path) -> None:
     assert done.code == 2 and "HF_TOKEN" in done.err and "hf_secret" not in done.out + done.err
 
 
+def test_submit_refuses_a_site_that_is_not_there() -> None:
+    """Guards the queue: the job would wait, and end at the first line of its environment."""
+    done = script("submit", "--recipe", "lora", "--dry_run", STEPLADDER_SITE="lumy")
+    assert done.code == 2 and "STEPLADDER_SITE=lumy: no such file" in done.err and " lumi " in done.err, done
+    done = script("submit", "--recipe", "lora", "--dry_run", STEPLADDER_SITE="lumi")
+    assert done.code == 0 and done.out.startswith("# sbatch"), done
+
+
 def test_submit_plans_where_it_knows_the_gpus() -> None:
     """Guards the queue against jobs that never fitted, and `auto` against a plan that the job is not given;
     what a recipe's own checkpointing costs is said."""
@@ -255,7 +263,9 @@ def test_a_sick_node_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
         return health.check_gpus(2)
 
     assert smi("echo 0, 10; echo 1, 20") == []
-    assert smi("echo 0, 10") == ["1 of 2 GPUs answer"]
+    warning = "echo 'WARNING: infoROM is corrupted at gpu 0000:41:00.0, serial 1, board 2'; printf '\\377\\n'"
+    assert smi(f"{warning}; echo 0, 10; echo 1, '[N/A]'; {warning}") == []
+    assert smi(f"{warning}; echo 0, 10") == smi("echo 0, 10") == ["1 of 2 GPUs answer"]
     assert smi("echo 0, 10; echo 1, 70000") == ["70,000 MiB of GPU 1 are in use by others"]
     assert smi("echo Failed to initialize NVML; exit 9") == ["nvidia-smi: Failed to initialize NVML"]
     assert health.check_gpus(0) == []

@@ -31,7 +31,7 @@ class Shell:
         self.folder, self.tools = folder, folder / "bin"
         shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("site.sh"))
         self.tools.mkdir()
-        for name in ("bash", "env", "sed", "xargs", "printf"):
+        for name in ("bash", "env", "id", "sed", "xargs", "printf"):
             (self.tools / name).symlink_to(str(shutil.which(name)))
         self.add("module", 'echo "module $*"')
         self.image = folder / "image.sif"
@@ -133,6 +133,15 @@ def test_the_users_own_file_comes_before_the_centres_and_is_not_committed(shell:
     assert done.stdout == "slurm/site.sh\n"
 
 
+@pytest.mark.parametrize("line", ["false", "[[ -d /no/folder ]] && X=1", "return 3", "f() { false; }; f", "X=$(false)"])
+def test_a_site_that_fails_names_its_line(line: str, shell: Shell) -> None:
+    """Guards against a job that ends with 1 and an empty log: bash does not say which command has failed."""
+    (shell.folder / "slurm/site.sh").write_text(f"X=0\n{line}\n")
+    assert "slurm/site.sh" in shell.refused()
+    (shell.folder / "slurm/site.sh").write_text(f"{line.replace('return 3', 'false')} || true\nX=0\n")
+    assert shell.run("echo $X").stdout == "0\n"
+
+
 def test_modules_are_purged_used_and_loaded_in_their_order(shell: Shell) -> None:
     done = shell.run("true", STEPLADDER_MODULES="purge /a/folder gcc/13 cuda")
     assert done.stdout == "module purge\nmodule use /a/folder\nmodule load gcc/13\nmodule load cuda\n", done
@@ -220,6 +229,7 @@ def test_what_an_environment_lacks_is_refused(shell: Shell) -> None:
     assert "neither apptainer nor singularity" in shell.refused(STEPLADDER_CONTAINER=shell.image)
     assert "/no/image.sif is not there" in shell.refused(STEPLADDER_CONTAINER="/no/image.sif")
     assert "has no bin/activate" in shell.refused(STEPLADDER_VENV="/no/env")
+    assert "there is no conda here" in shell.refused(STEPLADDER_CONDA="base")
     assert "a venv or a container" in shell.refused(STEPLADDER_CONDA="base", STEPLADDER_CONTAINER=shell.image)
     shell.add("apptainer", "true")
     (odd := shell.folder / "a,b").mkdir()
@@ -227,8 +237,10 @@ def test_what_an_environment_lacks_is_refused(shell: Shell) -> None:
     job = {"SLURM_SUBMIT_DIR": ".", "STEPLADDER_TASKS": "gpu"}
     done = shell.run("bash slurm/sft.sbatch", **job)
     assert done.returncode == 2 and "STEPLADDER_TASKS=gpu" in done.stderr
-    said = shell.run("bash slurm/sft.sbatch", SLURM_SUBMIT_DIR=".", SLURM_EXPORT_ENV="NONE").stdout
-    assert said == "note: --export=NONE: none of your shell's variables came along; slurm/site.sh can set them\n"
+    for given in ("NONE", "NIL"):
+        said = shell.run("bash slurm/sft.sbatch", SLURM_SUBMIT_DIR=".", SLURM_EXPORT_ENV=given).stdout
+        assert f"note: --export={given}: none of your shell's variables came along; slurm/site.sh can set them" in said
+    assert shell.words(("env", "-u", "USER"), STEPLADDER_SITE="frontier", STEPLADDER_MODULES="", **JOB)[0] == []
 
 
 def test_a_container_of_srun_holds_the_batch_scripts_commands_too(shell: Shell) -> None:

@@ -374,7 +374,7 @@ def test_a_sweep_is_an_array_with_a_report(site: Site, tmp_path: Path) -> None:
     assert both[1]["parameters"]["trainable"] == 2 * both[0]["parameters"]["trainable"]
     assert [site.cluster.job(f"{element}_{number}")["JobState"] for number in (0, 1)] == ["COMPLETED", "COMPLETED"]
     assert sorted((run["status"], run["totals"]["steps"]) for run in both) == [("finished", STEPS), ("preempted", 4)]
-    kept = json.loads((site.folder / "sweep/rung-1.json").read_text())
+    kept = json.loads((site.folder / "sweep/ranks-rung-1.json").read_text())
     (best,) = (f"lora_r={rank}" for rank, run in zip((4, 8), both, strict=True) if run["status"] == "finished")
     assert kept["kept"] == [best] and kept["held_out_loss"][best] == min(kept["held_out_loss"].values())
     assert f"{best} is the only run that has finished with" in (site.folder / "sweep/report.html").read_text(), said

@@ -58,8 +58,9 @@ def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]
     with Hub() as hub:
         hub.repositories = {"model org/tiny": tiny, "dataset org/rows": rows}
         here = Site(hub, recipe, folder, folder / "elsewhere")
-        done = here.fill(to=folder / "stage")
+        done = here.fill("--seed", 4, to=folder / "stage")
         assert done.code == 0 and "✔ dataset org/rows@main" in done.out, done
+        assert f"check.py --recipe {recipe} --seed 4\n" in done.out, "the keys name what was fetched"
         shutil.copytree(folder / "stage", here.stage, symlinks=True)
         yield here
 
@@ -219,6 +220,7 @@ def small_disk(folder: Path) -> Path:
     [
         ("absent", "is no stage"),
         ("damaged", "cannot be used"),
+        ("outside", "cannot be used"),
         ("other id", "lacks dataset org/rows@main"),
         ("cut short", "instead of"),
         ("gone", "No such file"),
@@ -237,6 +239,9 @@ def test_a_stage_that_lacks_something_is_refused(fault: str, said: str, site: Si
         (stage / "stage.json").unlink()
     elif fault == "damaged":
         (stage / "stage.json").write_text('{"repositories": {"model org/tiny@main": 4}}')
+    elif fault == "outside":  # stage.py removes a file of another size before it is fetched again
+        content["repositories"]["model org/tiny@main"]["files"]["hub/../../kept.txt"] = 1
+        (stage / "stage.json").write_text(json.dumps(content))
     elif fault == "other id":
         del content["repositories"]["dataset org/rows@main"]
         (stage / "stage.json").write_text(json.dumps(content))

@@ -34,6 +34,9 @@ def write_sweep(folder: Path, text: str) -> Path:
         ("recipe: lora\nlora_rank: 4\ngrid: {lora_r: [8]}", r"yaml:2:1: unknown key 'lora_rank'"),
         ("recipe: lora\ngrid:\n  lora_rr: [8]", r"yaml:3:3: unknown key 'lora_rr'"),
         ("recipe: lora\nrandom: 3\nrandom: 4\ngrid: {lora_r: [8]}", r"yaml:3:1"),
+        ("recipe: lora\nhalving: {start: 9,\n  start: 8}\ngrid: {lora_r: [8, 16]}", r"yaml:3:3: 'start' stands twice"),
+        ("recipe: lora\ngrid: {output_dir: [a, b]}", r"yaml:2:8: each run has a folder of its own"),
+        ("recipe: lora\ngrid: {recipe: [a, b]}", r"yaml:2:8: unknown key 'recipe'\n.*\n.*help: remove it"),
         ("recipe: lora\ngrid: {lora_r: [8, 8]}", r"yaml:2:1: two runs of the grid are lora_r=8"),
         (
             "recipe: lora\nrandom: {runs: 3}\ngrid: {lora_r: [8, 16]}",
@@ -105,6 +108,7 @@ BEST = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_
         ([], "halving starts at step 60, and max_steps is -1"),
         ([*LONG, "--eval_strategy", "no"], "evaluates nothing"),
         ([*LONG, *OFTEN, *BEST], "has none by eval_steps"),
+        ([*LONG, *OFTEN[:2], "--eval_steps", "20", "--eval_delay", "70", *BEST[:-1], "60"], "has none by eval_steps"),
         ([*LONG, "--save_only_model", "true"], "no checkpoint"),
         ([*LONG, "--learning_rate", "1e-4"], "--learning_rate is given twice"),
         ([*LONG, "--output_dir", "runs/one"], "--output_dir is given twice"),
@@ -158,11 +162,14 @@ def halved(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[sweep.
         commands = [job._element(place, found.file, ["--rung", str(number)]) for place in range(rung.runs)]
         if number == 0:
             commands += [into(folder / "never_stopped"), [*into(folder / "padded"), "--padding_free", "false"]]
+            commands.append([*into(folder / "short"), "--num_train_epochs", "0.01", "--stop_at_step", "99"])
+            commands[-1] += ["--max_steps", "-1"]
         (folder / "commands.json").write_text(json.dumps([command for command in commands if command]))
         done = run(sys.executable, "tests/in_turn.py", folder / "commands.json")
         assert done.code == 0, done
         codes = json.loads((folder / "commands.json.codes").read_text())
-        assert codes == [0, 0, 0, 1, 0, 0][: len(codes)] if number == 0 else set(codes) == {0}, done
+        assert codes == [0, 0, 0, 1, 0, 0, 0] if number == 0 else set(codes) == {0}, done
+        assert number or "step 1 is the run's last, so --stop_at_step 99 has no effect" in done.out, done
     return found, folder
 
 
@@ -179,7 +186,7 @@ def test_a_run_that_stays_has_the_curve_of_one_that_never_stopped(halved: tuple[
     ]
     assert rates[0] == rates[1]
     assert [row["step"] for row in metrics(first) if "eval_loss" in row] == [*STOPS, STEPS]
-    decision = json.loads((found.folder / "rung-1.json").read_text())
+    decision = json.loads((found.decision(1)).read_text())
     assert decision["kept"] == [first.name, second.name] and decision["held_out_loss"][failed.name] is None
     for stopped in (second, last):
         assert json.loads((stopped / "run.json").read_text())["reached_stop"] is True
@@ -222,6 +229,16 @@ def test_a_rung_without_runs_ends_the_chain_with_a_reason(tmp_path: Path) -> Non
         sweep.find_run(found, rung, 0)
     (found.folders[2] / "metrics.jsonl").write_text('{"step": 60, "eval_loss": 1.0}\n')
     assert sweep.find_run(found, rung, 0)[:-2] == found.runs[2] and sweep.find_run(found, rung, 1) == []
+
+    (other := tmp_path / "other.yaml").write_text(text.replace("1e-3", "2e-3"))
+    with pytest.raises(
+        errors.LaunchError, match="has a held-out loss at step 60"
+    ):  # of the same folder: it decides for itself
+        sweep.find_run(sweep.read_sweep(other), rung, 0)
+    decision = found.decision(1)
+    decision.write_text(decision.read_text().replace("1e-3", "2e-3"))
+    with pytest.raises(errors.LaunchError, match="names learning_rate=2e-3, which is no run of"):
+        sweep.find_run(found, rung, 0)
 
     (found.folders[0] / "run.json").unlink()
     assert found.split_folders() == (found.folders[1:], found.folders[:1]), "the report leaves out what never began"
@@ -303,6 +320,9 @@ def test_a_verdict_on_runs_says_what_is_known(tmp_path: Path) -> None:
     (make_run(tmp_path, "old", (base + shift).tolist()) / "held_out_losses.json").unlink()
     half = make_run(tmp_path, "half", (base + shift).tolist()) / "held_out_losses.json"
     half.write_text(half.read_text()[:50])
+    none = make_run(tmp_path, "none", [0.0, *base.tolist()]) / "held_out_losses.json"
+    none.write_text(none.read_text().replace("[10,", "[0,"))
+    make_run(tmp_path, "foreign", base.tolist(), inputs={"evaluation_rows": [1]})
 
     def verdict(*names: str) -> tuple[str, str]:
         found = choose_run(logged_runs.read_all([tmp_path / name for name in names]))
@@ -314,6 +334,7 @@ def test_a_verdict_on_runs_says_what_is_known(tmp_path: Path) -> None:
     assert verdict("worse", "alike", "base")[0] == "no clear best run"
     assert "cannot be told from alike." in verdict("worse", "alike", "base")[1]
     assert verdict("base", "other")[0] == "no best run" and "different rows" in verdict("base", "other")[1]
-    for lacking in ("old", "half"):
+    assert verdict("foreign", "failed")[0] == "best run"
+    for lacking in ("old", "half", "none"):
         assert "is not known" in verdict("base", lacking)[1]
     assert "only run" in verdict("base", "failed")[1] and verdict("base") == ("", "")

@@ -210,7 +210,7 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     look("accounts", _required, requirements.accounts, recipe)
     if recipe.get("torch_compile"):
         look("compiler", _required, requirements.compiler, recipe)
-    if staging.VARIABLE in os.environ:
+    if os.environ.get(staging.VARIABLE):
         look("stage", _required, staging.check_stage, recipe)
     model = look("model", _model, recipe)
     recipe = model or recipe  # with an adapter's own values

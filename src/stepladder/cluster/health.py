@@ -150,7 +150,7 @@ def check_nvidia(wanted: int) -> list[str]:
     elif visible:
         ask.append(f"--id={visible}")
     try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=30)
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
     except OSError as error:  # a file for another kind of processor
@@ -159,10 +159,10 @@ def check_nvidia(wanted: int) -> list[str]:
         return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
     if mig:
         return [] if visible in done.stdout else [f"{visible} does not answer"]
-    used = dict(line.split(",") for line in done.stdout.splitlines() if "," in line)
+    used = dict(re.findall(r"(?m)^ *(\d+), *(.*?) *$", done.stdout))  # beside warnings, as of a corrupted infoROM
     faults = [] if len(used) >= wanted else [f"{len(used)} of {wanted} GPUs answer"]
     for index, megabytes in used.items():
-        if megabytes.strip().isdigit() and int(megabytes) > FREE_GPU:
+        if megabytes.isdecimal() and int(megabytes) > FREE_GPU:
             faults.append(f"{int(megabytes):,} MiB of GPU {index} are in use by others")
     return faults
 

@@ -66,6 +66,9 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
         names = [f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"]
     if not Path(script).is_file():
         raise LaunchError(f"there is no {script} here", help="run it in the folder that holds slurm/ and scripts/")
+    site, sites = os.environ.get("STEPLADDER_SITE"), sorted(file.stem for file in Path("slurm/sites").glob("*.sh"))
+    if site and site not in sites:  # as environment.sh does once the job has begun
+        raise LaunchError(f"STEPLADDER_SITE={site}: no such file in slurm/sites/", help=" ".join(sites))
     common = [*(["--strategy", args.strategy] if args.strategy else []), *overrides]
     log = f"--output={log_pattern(folder, log)}"
     jobs = [[*resources, name, log, script, *own, *common] for name, own in zip(names, words, strict=True)]
@@ -83,8 +86,9 @@ def _queue(jobs: list[list[str]], sweep: Sweep | None, folder: Path, what: str) 
     """Give the jobs to Slurm, one after the other, and a sweep's report last; print how to follow them."""
     print(sbatch(["--test-only", *jobs[0]]).splitlines()[-1])
     folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it, and the job would fail without a word
-    for decision in folder.glob("rung-*.json") if sweep else ():  # of an earlier submission
-        decision.unlink()
+    if sweep:
+        for rung in range(len(jobs)):  # of an earlier submission
+            sweep.decision(rung).unlink(missing_ok=True)
     numbers: list[str] = []
     for words in jobs:
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []

@@ -123,7 +123,7 @@ def check_stage(recipe: Recipe) -> str:
     content = read_content(folder)
     for repository in list_repositories(recipe, folder / HUB):
         count += 1
-        again = f"python scripts/stage.py --recipe {recipe.name} --to DIR where the hub is reached, and copy DIR"
+        again = f"python scripts/stage.py --recipe {recipe.name} --to DIR, with the same keys, where the hub is reached"
         if repository.label not in content["repositories"]:
             raise LaunchError(f"the stage {folder} lacks {repository.label}", where=repository.where, help=again)
         if faults := _damage(folder, content["repositories"][repository.label]):
@@ -143,7 +143,9 @@ def read_content(folder: Path) -> dict[str, Any]:
         repositories = content["repositories"].values()
         paths = [(path, size) for one in (*repositories, content.get("wheels") or {"files": {}})
                  for path, size in one["files"].items()]  # fmt: skip
-        if not all(type(size) is int for _, size in paths) or not all(str(one["commit"]) for one in repositories):
+        within = all(not path.startswith("/") and ".." not in path.split("/") for path, _ in paths)
+        whole = all(type(size) is int for _, size in paths) and all(str(one["commit"]) for one in repositories)
+        if not (within and whole):
             raise TypeError
     except ValueError as error:
         help = f"{VARIABLE}=DIR with the folder that stage.py --to DIR has filled; or unset {VARIABLE}"

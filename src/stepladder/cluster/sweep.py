@@ -75,6 +75,10 @@ class Sweep:
     def folder(self) -> Path:
         return self.folders[0].parent
 
+    def decision(self, rung: int) -> Path:
+        """The file that says which runs train on in a rung; another sweep may have the same `output_dir`."""
+        return self.folder / f"{self.file.stem}-rung-{rung}.json"
+
     def split_folders(self) -> tuple[list[Path], list[Path]]:
         """The folders that hold a run, and those that hold none.
 
@@ -153,10 +157,15 @@ def read_sweep(file: Path) -> Sweep:
     if "grid" in pairs:
         where |= {f"grid.{name}": convert.position(str(file), key)
                   for name, (key, _) in convert.mapping(pairs["grid"][1], str(file), faults).items()}  # fmt: skip
+    for _, block in (pairs[name] for name in ("random", "halving") if name in pairs):
+        if isinstance(block, yaml.MappingNode):
+            convert.mapping(block, str(file), faults)  # what stands twice
     for name, place in where.items():
         key = name.removeprefix("grid.")
-        if key not in known_keys() and not (name in OWN or name == "grid.strategy"):
-            faults.append(convert.unknown_key(key, [*known_keys(), *OWN], place))
+        if name == "grid.output_dir":
+            faults.append(RecipeError("each run has a folder of its own, so output_dir does not vary", where=place))
+        elif key not in known_keys() and not (name in OWN or name == "grid.strategy"):
+            faults.append(convert.unknown_key(key, [*known_keys(), *(OWN if key == name else OWN[1:2])], place))
     if faults:
         raise faults[0] if len(faults) == 1 else RecipeErrors(faults)
     grid = content.get("grid")
@@ -228,7 +237,8 @@ def _read_halving(content: dict[str, Any], runs: int, where: dict[str, str]) -> 
 def _text(value: Any) -> str:
     if isinstance(value, (str, Path)):
         return str(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    # in one line, which is a part of the folder's name
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
@@ -249,7 +259,14 @@ def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
         kept = _choose(sweep, rung)
         if number >= len(kept):
             return []
-        words = sweep.runs[[folder.name for folder in sweep.folders].index(kept[number])]
+        names = [folder.name for folder in sweep.folders]
+        if kept[number] not in names:
+            raise LaunchError(
+                f"{sweep.decision(rung.number)} names {kept[number]}, which is no run of {sweep.file}",
+                why="the sweep's file was changed since",
+                help=f"python scripts/submit.py --sweep {sweep.file}",
+            )
+        words = sweep.runs[names.index(kept[number])]
     return [*words, "--stop_at_step", str(rung.stop)] if rung.stop else words
 
 
@@ -259,7 +276,7 @@ def _choose(sweep: Sweep, rung: Rung) -> list[str]:
     A run that fails later, or is wound back to a checkpoint, must not move the others to another place.
     """
     assert rung.before is not None
-    decision = sweep.folder / f"rung-{rung.number}.json"
+    decision = sweep.decision(rung.number)
     losses = {folder.name: _loss_at(folder, rung.before) for folder in sweep.folders}
     reached = sorted((loss, name) for name, loss in losses.items() if loss is not None)
     if not reached and not decision.exists():

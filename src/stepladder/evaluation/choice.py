@@ -98,6 +98,8 @@ def _row_losses(run: LoggedRun) -> dict[int, RowLoss]:
         rows = zip(found["rows"], found["nats"], found["tokens"], strict=True)
         losses = {int(row): RowLoss(float(nats), int(tokens)) for row, nats, tokens in rows}
         mean = sum(one.nats for one in losses.values()) / sum(one.tokens for one in losses.values())
+        if min(one.tokens for one in losses.values()) < 1:
+            return {}
     except (ValueError, KeyError, TypeError, ZeroDivisionError, OverflowError):
         return {}
     final = _final(run)

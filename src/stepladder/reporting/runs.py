@@ -31,6 +31,10 @@ def _has_numbers(value: dict[str, Any], *keys: str) -> bool:
     return all(value.get(key) is None or _is_number(value[key]) for key in keys)
 
 
+def _are_texts(value: dict[str, Any]) -> bool:
+    return all(isinstance(text, str) for text in value.values())
+
+
 def _are_totals(value: Any) -> bool:
     peaks = value.get("peak_memory_bytes", [0])
     rest = _has_numbers(value, "steps", "tokens", "seconds", "tokens_per_second")
@@ -53,6 +57,7 @@ FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "final": (dict, lambda value: all(v is None or isinstance(v, int | float) for v in value.values())),
     "plan": (dict, lambda value: _has_numbers(value, "peak_memory_bytes", "tokens_per_second")),
     "held_out": (dict, _are_held_out_rows),
+    "inputs": (dict, lambda value: all(isinstance(part, dict) and _are_texts(part) for part in value.values())),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }
 # The metrics that the page draws; of the others nothing is kept.

@@ -79,6 +79,8 @@ class RankSync(TrainerCallback):
             self.trainer.finish_save()
         if state.global_step >= state.max_steps:
             self.preempted = False  # no step is left to stop before
+            if self.stop_at is not None:  # only now known where the recipe counts epochs
+                say(f"note: step {state.global_step} is the run's last, so --stop_at_step {self.stop_at} has no effect")
         elif self.stop_at is not None and state.global_step >= self.stop_at:
             self.preempted = self.reached_stop = True
             # At an epoch's end an evaluation by epochs comes by itself.
