@@ -21,11 +21,13 @@ elif ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -
     exit 1
 fi
 # The stage (scripts/stage.py) on the node's own disk, which many files are read from faster than from a shared one.
-if [[ ${STEPLADDER_STAGE_LOCAL:-} ]]; then
-    here=${SLURM_TMPDIR:?STEPLADDER_STAGE_LOCAL copies the stage there}/stage
+if [[ ${STEPLADDER_STAGE_LOCAL:-0} != 0 ]]; then
+    [[ ${STEPLADDER_STAGE:-} && ${SLURM_TMPDIR:-} ]] ||
+        fail "STEPLADDER_STAGE_LOCAL copies \$STEPLADDER_STAGE to \$SLURM_TMPDIR, and one of them is not set" "set both"
+    here=$SLURM_TMPDIR/stage
     if [[ $SLURM_LOCALID == 0 ]]; then
         mkdir -p "$here"
-        cp -r "${STEPLADDER_STAGE:?STEPLADDER_STAGE_LOCAL copies it}"/{stage.json,hub} "$here"
+        cp -r "$STEPLADDER_STAGE"/{stage.json,hub} "$here"
     fi
     export STEPLADDER_STAGE=$here
 fi
