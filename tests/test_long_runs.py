@@ -184,7 +184,7 @@ def test_watch_shows_the_end_of_a_long_run(long: Path) -> None:
     """Guards --watch: what was logged before is not printed line by line, and new lines are numbered in the file."""
     done = script("report", long, "--watch")
     shown = done.out.splitlines()
-    left_out = int(shown[0].split()[0].replace(",", ""))
+    left_out = int(shown[0].split()[-1].replace(",", ""))
     lines = (long / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert sum(map(len, lines[left_out:])) <= runs.FOLLOWED_BYTES < sum(map(len, lines[left_out - 1 :]))
     assert "earlier lines of metrics.jsonl are left out: " in shown[0] and shown[-1] == "the run is finished"
