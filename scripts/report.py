@@ -8,7 +8,7 @@
 
 The page is one self-contained file; without -o it is RUN/report.html. An unfinished, interrupted or
 damaged run is shown as far as it can be read, and the page says what is wrong. Of several runs, the best
-by held-out loss is named, with its interval, and which others cannot be told from it.
+by held-out loss is named, with its interval, and which others cannot be distinguished from it.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def main() -> int | None:
     parser.add_argument("--profile", action="store_true", help="profile two steps, and print their largest costs")
     parser.add_argument("--callback", metavar="FILE", help="a Python file whose class Callback is added to the trainer")
     parser.add_argument("--stop_at_step", "--stop-at-step", type=flags.count, metavar="N",
-                        help="evaluate, save and end after step N; without it the same command goes on")  # fmt: skip
+                        help="evaluate, save and end after step N; without it the same command resumes")  # fmt: skip
     args, overrides = parser.parse_known_args()
 
     checked = session.check(args, overrides)

@@ -37,7 +37,9 @@ def write_sweep(folder: Path, text: str) -> Path:
         ("recipe: lora\nhalving: {start: 9,\n  start: 8}\ngrid: {lora_r: [8, 16]}", r"yaml:3:3: 'start' stands twice"),
         ("recipe: lora\ngrid: {output_dir: [a, b]}", r"yaml:2:8: each run has a folder of its own"),
         ("recipe: lora\ngrid: {recipe: [a, b]}", r"yaml:2:8: unknown key 'recipe'\n.*\n.*help: remove it"),
-        ("recipe: lora\ngrid: {lora_r: [8, 8]}", r"yaml:2:1: two runs of the grid are lora_r=8"),
+        ("recipe: lora\ngrid: {lora_r: [8, 8]}", r"yaml:2:8: lora_r has a value twice"),
+        ("recipe: lora\ngrid: {learning_rate: [1e-4, 0.0001]}", r"yaml:2:8: learning_rate has a value twice"),
+        ("recipe: lora\ngrid: {run_name: [a/b, a_b]}", r"yaml:2:1: two runs of the grid would lie in run_name=a_b"),
         (
             "recipe: lora\nrandom: {runs: 3}\ngrid: {lora_r: [8, 16]}",
             "2:1: random draws 3 runs, and the grid has 2",
@@ -254,7 +256,7 @@ def test_the_report_names_the_best_run(halved: tuple[sweep.Sweep, Path]) -> None
     assert "failed" in choice["evidence"] and f"preempted at step {STOPS[1]}" in choice["evidence"], choice
     assert choice["what"] in (found.folder / "report.html").read_text()
     done = script("report", found.folders[0], folder / "never_stopped", "-o", folder / "two.html")
-    assert "cannot be told from" in done.out, done  # one and the same curve
+    assert "cannot be distinguished from" in done.out, done  # one and the same curve
     assert re.search(r"held-out loss \d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\]", done.out), done
 
 
@@ -332,7 +334,7 @@ def test_a_verdict_on_runs_says_what_is_known(tmp_path: Path) -> None:
         "base is"
     )
     assert verdict("worse", "alike", "base")[0] == "no clear best run"
-    assert "cannot be told from alike." in verdict("worse", "alike", "base")[1]
+    assert "cannot be distinguished from alike." in verdict("worse", "alike", "base")[1]
     assert verdict("base", "other")[0] == "no best run" and "different rows" in verdict("base", "other")[1]
     assert verdict("foreign", "failed")[0] == "best run"
     for lacking in ("old", "half", "none"):

@@ -34,10 +34,8 @@ PACKAGES = (
     "bitsandbytes",
 )
 REPLACED, REMOVED = ".replaced", ".replaced-removed"  # the run that --overwrite replaces, until this one has begun
-JOB_LOGS = (
-    "slurm-",
-    "nccl-",
-)  # files of these prefixes are the job's, written before the run begins, and not the run's
+# Files of these prefixes are the job's, written before the run begins, and not the run's.
+JOB_LOGS = ("slurm-", "nccl-")
 LOCK_PATIENCE = 30  # seconds: a rank that outlived its launcher saves a checkpoint first
 
 

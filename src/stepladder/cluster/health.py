@@ -3,8 +3,8 @@
     python -m stepladder.cluster.health
 
 Reads what slurm/sft.sbatch has set. Prints, for the shell, the network interface that leads to the other nodes, and
-all of that network as NCCL takes them (nothing on one node); what is wrong is said on stderr, and the exit code is
-then 2. Imports nothing but the standard library, and psutil on several nodes: it answers in a tenth of a second.
+all of that network as NCCL takes them (nothing on one node). Faults go to stderr, with exit code 2. Imports nothing
+but the standard library, and psutil on several nodes: it answers in a tenth of a second.
 """
 
 from __future__ import annotations

@@ -178,6 +178,9 @@ def read_sweep(file: Path) -> Sweep:
         raise RecipeError("output_dir is a folder's name", where=where["output_dir"], help="output_dir: runs/ranks")
     if (count := math.prod(map(len, grid.values()))) > MOST_RUNS:
         raise RecipeError(f"the grid has {count:,} combinations", where=where["grid"], help=f"{MOST_RUNS:,} at most")
+    for key, values in grid.items():
+        if len({_as_read(value) for value in values}) < len(values):
+            raise RecipeError(f"{key} has a value twice", where=where[f"grid.{key}"], help="each value once")
     if twice := sorted(set(grid) & set(content)):
         raise RecipeError(f"{', '.join(twice)} is in the grid and beside it", where=where[f"grid.{twice[0]}"])
     runs = _draw(_list_runs(file, content, where), content.get("random"), where.get("random", ""))
@@ -194,7 +197,8 @@ def _list_runs(file: Path, content: dict[str, Any], where: dict[str, str]) -> li
         varied = dict(zip(grid, values, strict=True))
         name = ",".join(f"{key}={_text(value)}".replace("/", "_") for key, value in varied.items())
         if name in names:
-            raise RecipeError(f"two runs of the grid are {name}", where=where["grid"], help="each value once")
+            raise RecipeError(f"two runs of the grid would lie in {name}", where=where["grid"],
+                              help="values that differ by more than / and _")  # fmt: skip
         names.add(name)
         keys = {**same, **varied, "output_dir": root / name}
         runs.append([word for key, value in keys.items() for word in (f"--{key}", _text(value))])
@@ -232,6 +236,14 @@ def _read_halving(content: dict[str, Any], runs: int, where: dict[str, str]) -> 
         raise RecipeError(f"{length[0]} varies, so a rung would not be the same part of each run",
                           where=where[f"grid.{length[0]}"], help="the same length for all, or no halving")  # fmt: skip
     return block
+
+
+def _as_read(value: Any) -> str:
+    """A value as a recipe reads it: `1e-4`, which is a text in YAML 1.1, is 0.0001 too."""
+    try:
+        return repr(value if isinstance(value, bool) else float(value))
+    except (TypeError, ValueError, OverflowError):
+        return repr(value)
 
 
 def _text(value: Any) -> str:

@@ -56,7 +56,7 @@ def choose_run(runs: list[LoggedRun]) -> Verdict | None:
     first = known[0]
     evidence += f"; next: {near[0].name}, {first.mean:+.4f} [{first.low:+.4f}, {first.high:+.4f}] by row"
     if ties:
-        what = f"{best.name} has the lowest held-out loss, and cannot be told from {_listed(ties)}."
+        what = f"{best.name} has the lowest held-out loss, and cannot be distinguished from {_listed(ties)}."
         help = "the cheapest of them; or more held-out rows, which make the interval narrower"
         return Verdict(LOOK, "no clear best run", what, evidence, help)
     what = f"{best.name} is the best by held-out loss, by more than chance."
@@ -83,8 +83,12 @@ def _listed(names: list[str]) -> str:
 def _not_comparable(runs: list[LoggedRun]) -> str:
     """Why the runs' held-out losses do not compare; empty where they do."""
     rows = {((run.facts.get("inputs") or {}).get("evaluation_rows") or {}).get("rows") for run in runs}
-    if len(rows) > 1:
+    if len(rows - {None}) > 1:
         return "The runs were evaluated on different rows, so their losses do not compare."
+    if len(rows) > 1:
+        return (
+            "On which rows some of the runs were evaluated is not known (older runs), so their losses do not compare."
+        )
     held_out = [run.facts.get("held_out") or {} for run in runs]
     if all(one and one["rows"] == one["trained_on"] for one in held_out):
         return "All rows that the runs were evaluated on are trained on too."

@@ -50,7 +50,7 @@ def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verd
         shape = _Shape(train)
         course, bouncing = [*_course(shape)], [*_oscillation(shape)]
         learned = all(verdict.severity != FAULT for verdict in course + found)
-        if not (learned and bouncing):  # phases cannot be told from swings
+        if not (learned and bouncing):  # phases cannot be distinguished from swings
             found += course
         found += [*bouncing, *_memorization(shape, evaluation, learned)]
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))

@@ -20,13 +20,8 @@ from stepladder.training.launch.launcher import Launch
 REQUIRE = "STEPLADDER_REQUIRE_FAST_NETWORK"
 TCP_SOCKETS = "TCP sockets"
 PROVIDERS = {"cxi": "Slingshot", "efa": "EFA", "opx": "Omni-Path", "psm2": "Omni-Path", "psm3": "RoCE by psm3"}
-TCP = (
-    "tcp",
-    "tcp;ofi_rxm",
-    "sockets",
-    "udp",
-    "net",
-)  # libfabric's providers that are no better than NCCL's own sockets
+# libfabric's providers that are no better than NCCL's own sockets
+TCP = ("tcp", "tcp;ofi_rxm", "sockets", "udp", "net")
 OFI = "the plugin aws-ofi-nccl (libnccl-net-ofi.so, RCCL: librccl-net.so) in LD_LIBRARY_PATH, inside a container too"
 REMEDIES = {
     "Slingshot": OFI,

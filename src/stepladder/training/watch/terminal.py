@@ -295,5 +295,5 @@ def preemption_message(run: Run) -> str:
     if not (steps := run.manifest["totals"]["steps"]):
         return "stopped before the first step: the same command again starts from the beginning (exit code 75)"
     if run.manifest["reached_stop"]:
-        return f"✔ step {steps} is reached and saved: without --stop_at_step the same command goes on from there"
+        return f"✔ step {steps} is reached and saved: without --stop_at_step the same command resumes there"
     return f"stopped after step {steps}, and saved: the same command again goes on from there (exit code 75)"
