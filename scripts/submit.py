@@ -4,6 +4,7 @@
     python scripts/submit.py --recipe models/qwen3-8b/full --strategy auto --gpus h100:8
     python scripts/submit.py --recipe lora --nodes 1 --ranks 2 --max_steps 60 --dry_run
     python scripts/submit.py --sweep slurm/sweeps/lora_rank.yaml --gpus 1
+    python scripts/submit.py --sweep slurm/sweeps/lora_rank.yaml --here
 
 Any key of the recipe can be set, as for sft.py. Runs on a login node, without a GPU; torch is loaded only if the
 GPU type is known, to plan the memory (docs/planning.md). --dry_run prints the command and the script, and submits
@@ -40,6 +41,7 @@ def main() -> None:
     )
     for name in queue.SBATCH_NAMES:
         parser.add_argument(f"--{name}", help="as for sbatch")
+    parser.add_argument("--here", action="store_true", help="train a sweep on this machine, without Slurm")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print the job, and submit nothing")
     queue.submit(*parser.parse_known_args())
 

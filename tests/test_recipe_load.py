@@ -403,6 +403,22 @@ def test_the_resolved_recipe_survives_any_text(recipe, tmp_path: Path) -> None:
         assert again.hash() == first.hash() and not again.notes
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r'chat_template_path: "a\ud800"',
+        r'eos_token: "\uDfff"',
+        r'column_map: {"\ud83d": input}',
+        r'column_map: {a: "\ud83d"}',
+        r'report_to: ["none\udc00"]',
+    ],
+)
+def test_half_a_character_is_refused(recipe, text: str) -> None:
+    """Guards against the traceback of whatever encodes it first: a path, a tokenizer, the run's recipe.yaml."""
+    with pytest.raises(RecipeErrors, match="holds half a character"):
+        recipe(text)
+
+
 def test_the_same_block_twice_has_no_anchor(recipe) -> None:
     """Guards the resolved recipe's look: YAML would write the second as *id001."""
     text = "datasets: [{path: a, columns: &c [x]}, {path: b, columns: *c}]"

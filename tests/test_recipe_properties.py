@@ -74,7 +74,8 @@ def test_a_slip_in_any_key_of_any_shipped_recipe_is_caught(copied: Path, data: s
 
 
 WHOLE = st.one_of(st.integers(-1, 5000), st.sampled_from((-1, 0, 1, 2, 10**6)))
-WITHOUT_NUL = st.characters(exclude_characters="\0")  # which no file name can hold: it is refused
+# A NUL, and half of a surrogate pair, which no file name can hold: they are refused.
+WITHOUT_NUL = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 NUMBERS = st.one_of(WHOLE, st.floats(0, 1), st.floats(1e-12, 1e12), st.sampled_from((1e-4, 0.5, 1e16)))
 
 

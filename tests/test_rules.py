@@ -118,6 +118,8 @@ TABLE = {
         "num_train_epochs",
         "max_steps: -1\nnum_train_epochs: 3",
     ),
+    "fp8_is_for_full_fine_tuning": ("fp8: true\nuse_peft: true", "fp8", "fp8: true\nuse_peft: false"),
+    "fp8_is_for_runs_in_bf16": ("fp8: true\nbf16: false", "fp8", "fp8: true\nbf16: true"),
     "one_mixed_precision": ("bf16: true\nfp16: true", "fp16", "bf16: false\nfp16: true"),
     "warmup_needs_a_schedule_that_warms_up": (
         "lr_scheduler_type: constant\nwarmup_steps: 10",

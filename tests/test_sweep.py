@@ -14,7 +14,7 @@ import yaml
 from conftest import launch, losses, metrics, run, script
 from same_curve import recipe_keys, write_rows
 from stepladder import errors
-from stepladder.cluster import job, sweep
+from stepladder.cluster import job, local_sweep, sweep
 from stepladder.evaluation.choice import choose_run
 from stepladder.reporting import runs as logged_runs
 
@@ -142,6 +142,72 @@ def test_submit_prints_a_job_for_each_rung(tmp_path: Path) -> None:
     for number, (line, last) in enumerate(zip(lines, (3, 1, 0), strict=True)):
         assert f"--array=0-{last}" in line and f"--rung {number}" in line
         assert ("--dependency=afterany:JOB" in line) == (number > 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "2"], "--gpus with --here"),
+        (["--time", "1:00"], "--time with --here"),
+        (["--nodes", "2"], "--nodes with --here"),
+        (["--ranks", "2", "--strategy", "nothing"], "no accelerate_configs/nothing.yaml"),
+    ],
+)
+def test_a_sweep_here_refuses_what_only_slurm_can_do(words: list[str], said: str, tmp_path: Path) -> None:
+    """Guards against a flag without effect: nothing is asked for two GPUs where no queue is."""
+    done = script("submit", "--sweep", write_sweep(tmp_path, HALVED), *LONG, "--here", *words)
+    assert done.code == 2 and said in done.err, done
+
+
+def test_a_sweep_here_prints_the_commands_that_it_runs(tmp_path: Path) -> None:
+    """Guards the strategy: a sweep's own wins over the command line's, and several ranks have a launcher."""
+    grid = "recipe: lora\ngrid: {learning_rate: [1e-4, 3e-4]}\n"
+    done = script("submit", "--sweep", write_sweep(tmp_path, grid), "--here", "--dry_run")
+    assert done.out.splitlines()[1].startswith("python scripts/sft.py --recipe lora --learning_rate 3e-4 --output_dir")
+    file = write_sweep(tmp_path, f"strategy: zero2\n{grid}")
+    done = script("submit", "--sweep", file, "--here", "--dry_run", "--ranks", 2, "--max_steps", 3)
+    (line, _) = done.out.splitlines()
+    assert "--config_file accelerate_configs/zero2.yaml --num_processes 2 scripts/sft.py" in line, done
+    assert "--strategy" not in line and line.endswith("--max_steps 3")
+
+
+def test_a_sweep_here_is_resumed_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards an evening's sweep: what is finished does not train again, a failed run does not end the others, and an
+    interrupted one does."""
+    text = f"recipe: lora\noutput_dir: {tmp_path}/out\ngrid: {{learning_rate: [1e-4, 3e-4, 1e-3]}}"
+    found = sweep.read_sweep(write_sweep(tmp_path, text))
+    rungs, begun, codes = found.rungs(job.recipe_of(found.runs[0])), [], [0, 1, 75]
+
+    def train(command: list[str]) -> int:
+        if "scripts/report.py" in command:
+            begun.append("report")
+            return 0
+        folder = Path(command[command.index("--output_dir") + 1])
+        begun.append(folder.name)
+        code = codes.pop(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {0: "finished", 1: "failed", 75: "preempted"}[code]
+        recipe = job.recipe_of(command[command.index("scripts/sft.py") + 1 :]).values
+        (folder / "run.json").write_text(json.dumps({"status": state, "totals": {"steps": 9}, "recipe": recipe}))
+        return code
+
+    monkeypatch.setattr(local_sweep, "_run", train)
+    with pytest.raises(SystemExit) as end:
+        local_sweep.run_sweep(found, rungs, "single", 1, [])
+    names = [folder.name for folder in found.folders]
+    assert end.value.code == 75 and begun == names
+    assert "ended with exit code 1" in capsys.readouterr().out
+    begun.clear()
+    codes[:] = [1, 0]
+    local_sweep.run_sweep(found, rungs, "single", 1, [])
+    assert begun == [*names[1:], "report"]
+    begun.clear()
+    codes[:] = [1, 1, 1]
+    with pytest.raises(errors.RunError, match=r"no run of .* has finished"):
+        local_sweep.run_sweep(found, rungs, "single", 1, ["--lora_r", "4"])  # another recipe: sft.py says what differs
+    assert begun == names
 
 
 @pytest.fixture(scope="module")

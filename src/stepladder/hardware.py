@@ -47,6 +47,11 @@ class GPU:
     source: str
     bf16: bool = True
 
+    @property
+    def fp8(self) -> bool:
+        """Whether it has fp8 products: NVIDIA's compute capability 8.9 and newer."""
+        return self.name.startswith(("gb", "gh", "b2", "b3", "h", "l4", "pro-6000", "6000-ada", "5090", "4090"))
+
 
 # The first pattern found in the driver's name counts, so variants stand before the plain name. Memory is what PyTorch
 # reports ("GPU 0 has a total capacity of …" in public logs), which is less than the card's name says. The peaks

@@ -117,6 +117,8 @@ def _packages(settings: Settings) -> Iterator[tuple[str, str, str, str, str]]:
             yield "report_to", name, name, name, "none"
     if settings.get("use_liger_kernel"):
         yield "use_liger_kernel", "true", "liger_kernel", "liger-kernel", "false"
+    if settings.get("fp8"):
+        yield "fp8", "true", "torchao", "torchao", "false"
     optimizer = settings.get("optim")
     for begins, (module, package) in OPTIMIZERS.items():
         if optimizer.startswith(begins):

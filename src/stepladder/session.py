@@ -20,7 +20,7 @@ from stepladder import console, errors, requirements
 from stepladder.cluster import staging
 from stepladder.data import mixture, templates
 from stepladder.data.rows import LISTED, Rows, Stream
-from stepladder.model import adapter_recipe, pretrained, start
+from stepladder.model import adapter_recipe, fp8, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.recipe import Recipe, StepLayout
 from stepladder.reporting import page
@@ -144,6 +144,7 @@ def prepare(checked: Checked) -> Prepared:
         use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         _import_libraries()
     console.quiet_progress_bars()
+    fp8.check_device(recipe, use_cpu)
     precision = pretrained.precision(recipe)
     notes = checked.notes + [
         f"{key}: true changes nothing on a CPU" for key in arguments.GPU_ONLY if use_cpu and recipe.get(key)

@@ -15,8 +15,8 @@ import subprocess
 from pathlib import Path
 
 from stepladder import console, hardware
-from stepladder.cluster import job, staging
-from stepladder.cluster.sweep import Sweep, read_sweep
+from stepladder.cluster import job, local_sweep, staging
+from stepladder.cluster.sweep import Rung, Sweep, read_sweep
 from stepladder.console import quote_for_shell
 from stepladder.data import mixture, templates
 from stepladder.errors import LaunchError
@@ -51,6 +51,9 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     # Every run of a sweep is checked before the first of them waits in the queue.
     strategies = sorted({_check(words + overrides, args) for words in runs})
     rungs = [sweep.rungs(job.recipe_of(words + overrides)) for words in runs] if sweep else []
+    if args.here:
+        _run_here(sweep, rungs, args, overrides)
+        return
     share = gpu_share(args.gpus, args.partition) if args.gpus else None
     plan, need = _plan(runs, args, overrides, share[1] if share and not _asks_for_memory(args) else 0)
     if "auto" in strategies:
@@ -80,6 +83,34 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     if plan:
         print(plan)
     _queue(jobs, sweep, folder, f"{', '.join(strategies)} on {args.nodes} node{'s' * (args.nodes > 1)}")
+
+
+def _run_here(sweep: Sweep | None, rungs: list[list[Rung]], args: argparse.Namespace, overrides: list[str]) -> None:
+    """Train a sweep on this machine; with `--dry_run` print the commands of its first rung.
+
+    Raises:
+        LaunchError: it is no sweep, or a flag is set that only Slurm has a use for.
+        StepladderError: as `local_sweep.run_sweep`.
+    """
+    if sweep is None:
+        raise LaunchError("--here is for a sweep", where="command line", help="scripts/sft.py trains one recipe")
+    for name in ("gpus", "gpu", "gpu_memory", "cpus", "cpus_per_gpu", "mem", "mem_per_gpu", *SBATCH_NAMES):
+        if getattr(args, name):
+            raise LaunchError(
+                f"--{name} with --here",
+                where="command line",
+                why="it asks Slurm for resources, and --here runs without it",
+                help=f"remove --{name}; --ranks sets the processes of a run",
+            )
+    if args.nodes > 1:
+        raise LaunchError("--nodes with --here", where="command line", help="--ranks sets the processes of a run")
+    strategy = launcher.find_strategy(args.strategy, 1, args.ranks)
+    if args.dry_run:
+        for words in sweep.runs:
+            command = local_sweep.launch_command([*words, *overrides], strategy, args.ranks)
+            print(quote_for_shell("python", *command[1:]))
+        return
+    local_sweep.run_sweep(sweep, rungs[0], strategy, args.ranks, overrides)
 
 
 def _queue(jobs: list[list[str]], sweep: Sweep | None, folder: Path, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import start
+from stepladder.model import fp8, start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
@@ -70,6 +70,8 @@ def build(
     if tokenizer is not None and (ends := fit_embeddings(base, tokenizer)):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     choice, costs = attend(base)
+    if recipe.get("fp8") and tokenizer is not None:  # a plan's model is traced in bf16
+        fp8.convert(base, recipe)
     model = attach_adapter(base, recipe, tokenizer, new_tokens, fused=on_cpu and not sharded)
     if not sharded:
         hold_as_computed(model, precision)

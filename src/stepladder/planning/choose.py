@@ -11,6 +11,7 @@ from stepladder import hardware
 from stepladder.console import quote_for_shell
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
+from stepladder.model import fp8
 from stepladder.planning import memory, meta_model, speed, trace
 from stepladder.planning.memory import Memory
 from stepladder.recipe.recipe import split_batch
@@ -83,6 +84,7 @@ class Plan:
             )
         if gpus > 1 and hardware.SLICE.search(device.name):
             raise LaunchError(f"{gpus} ranks on {device.name}", why=hardware.ONE_SLICE, help="--gpus 1, or a whole GPU")
+        fp8.check_planned(settings, device)
         self.settings, self.nodes, self.ranks, self.device, self.on_gpu = settings, nodes, nodes * gpus, device, on_gpu
         self.host, self.replicas = host, replicas or nodes
         self.config = meta_model.load_config(settings)

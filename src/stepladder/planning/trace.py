@@ -16,7 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import attention, build, cpu_kernels
+from stepladder.model import attention, build, cpu_kernels, fp8
 from stepladder.planning import meta_model
 from stepladder.planning.live_bytes import PHASES, Moments
 from stepladder.planning.meta_model import Work
@@ -187,15 +187,17 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
                     loss = model(input_ids=ids, attention_mask=mask, fused_lm_head=True, num_items_in_batch=COUNT,
                                  labels=ids).loss  # fmt: skip
             loss.backward()
+    # fp8 copies of one layer at a time, on top of what the trace in bf16 holds
+    scratch = fp8.scratch_bytes(base, shape[0] * shape[1]) if settings.get("fp8") else 0
     learns = [parameter for parameter in moments.parameters if parameter.requires_grad]
     held = moments.weights + (held - meta_model.weight_bytes(model))
     phases = [moments.worst[phase] for phase in PHASES]
     count = Count(
         held, moments.weights, trained, sum(p.numel() for p in learns), meta_model.count_parameters(model), states,
         moments.operators,
-        tuple(alive - moments.weights - gradients for alive, gradients in phases),
+        tuple(alive - moments.weights - gradients + scratch for alive, gradients in phases),
         tuple(gradients for _, gradients in phases),
-        tuple(moments.apart[phase] - moments.weights for phase in PHASES),
+        tuple(moments.apart[phase] - moments.weights + scratch for phase in PHASES),
         moments.kept - moments.weights,
     )  # fmt: skip
     return count, _parameters(model, base, layers, sizes)

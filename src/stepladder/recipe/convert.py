@@ -40,6 +40,8 @@ RANGES: dict[str, str] = {
 }
 
 Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
+# Half of a surrogate pair, which YAML's "\\ud800" makes; a byte of a file's name that is no UTF-8 is one of the others.
+HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 @dataclass
@@ -89,6 +91,8 @@ def mapping(node: yaml.Node | None, file: str, errors: list[RecipeError]) -> Pai
         elif key_node.tag == "tag:yaml.org,2002:merge":
             help = "write the keys out, or let the whole recipe start from another with `extends`"
             errors.append(RecipeError("YAML's merge key << is not read", where=where, help=help))
+        elif HALF.search(name):
+            errors.append(_half_character("a key", where))
         elif name in pairs:
             mark = pairs[name][0].start_mark
             errors.append(
@@ -287,6 +291,8 @@ def _switch(key: Key, plain: bool, raw: str, where: str) -> Any:
 
 
 def _text(key: Key, plain: str, node: yaml.ScalarNode, where: str, source: Source) -> Any:
+    if HALF.search(plain):
+        raise _half_character(key.name, where)
     types, text = key.types, plain.strip()
     if "str" in types and (not key.choices or plain in key.choices):
         if node.style is None and (cut := _cut_by_comment(node)):
@@ -332,6 +338,11 @@ def _cut_by_comment(node: yaml.ScalarNode) -> str:
     rest = mark.buffer[mark.pointer :].split("\n", 1)[0]
     found = re.match(r"[ \t]+(#[^\s#].*)", rest)
     return found[1].rstrip("\0\r ") if found else ""
+
+
+def _half_character(name: str, where: str) -> RecipeError:
+    why = "a lone surrogate, which no file and no tokenizer can hold"
+    return RecipeError(f"{name} holds half a character", where=where, why=why, help="write the character itself")
 
 
 def _wrong_type(key: Key, found: str, where: str) -> RecipeError:

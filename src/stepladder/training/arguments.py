@@ -121,6 +121,18 @@ def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:
         )
     if recipe.get("use_peft"):
         _check_whole_modules(recipe, launch)
+    if recipe.get("fp8"):
+        if launch.strategy.is_zero:
+            raise RecipeError(
+                f"fp8: true cannot run under {launch.strategy}",
+                where=recipe.where("fp8"),
+                why="torchao's layers are documented for DDP and FSDP only",
+                help="accelerate_configs/fsdp.yaml",
+            )
+        notes.append(
+            f"{recipe.where('fp8')}: fp8 scales each tensor of a micro-batch by its largest value, so losses depend "
+            "on per_device_train_batch_size and the number of ranks; speed and losses were not measured on a GPU"
+        )
     if recipe.get("load_in_8bit") and launch.ranks > 1:
         notes.append(
             f"{recipe.where('load_in_8bit')}: load_in_8bit finds outliers batch by batch, so evaluation "

@@ -1,0 +1,97 @@
+"""A sweep on this machine, without Slurm: its runs one after the other, rung by rung, then the report on all."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from stepladder.cluster import job
+from stepladder.cluster.sweep import Rung, Sweep, find_run
+from stepladder.console import quote_for_shell, say
+from stepladder.errors import EXIT_PREEMPTED, RunError
+from stepladder.manifest import read_manifest, status
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overrides: list[str]) -> None:
+    """Train a sweep's runs and write its report. Run again, it resumes where it was interrupted.
+
+    A run that fails is named, and the next one starts.
+
+    Args:
+        strategy: for runs whose sweep names none.
+        ranks: processes of each run.
+        overrides: keys of every run, as words of a command line.
+
+    Raises:
+        SystemExit: a run was interrupted (code 75), and with it the sweep.
+        RunError: no run has finished, or the report cannot be written.
+    """
+    for rung in rungs:
+        for number in range(rung.runs):
+            words = find_run(sweep, rung, number)
+            if not words or _is_done([*words, *overrides], rung.stop):
+                continue
+            command = launch_command([*words, *overrides], strategy, ranks)
+            say(f"run {number + 1} of {rung.runs}: {quote_for_shell(*command[1:])}")
+            code = _run(command)
+            if code == EXIT_PREEMPTED:
+                say(f"the sweep was interrupted; the same command resumes it: {sweep.file}")
+                sys.exit(EXIT_PREEMPTED)
+            if code:
+                say(f"⚠ run {number + 1} of {rung.runs} ended with exit code {code}; the next one starts")
+    if not any(status(folder) == "finished" for folder in sweep.folders):
+        raise RunError(f"no run of {sweep.file} has finished", help="the first one's message is above")
+    if _run([sys.executable, "scripts/report.py", "--sweep", str(sweep.file)]):
+        raise RunError(f"the report on {sweep.file} could not be written", help="its message is above")
+
+
+def launch_command(words: list[str], strategy: str, ranks: int) -> list[str]:
+    """The command that starts a run of a sweep here.
+
+    Args:
+        words: the run's arguments; `--strategy NAME` among them wins over `strategy`.
+    """
+    own = list(words)
+    if "--strategy" in own:
+        at = own.index("--strategy")
+        strategy = own[at + 1]
+        del own[at : at + 2]
+    if ranks == 1 and strategy == "single":
+        return [sys.executable, "scripts/sft.py", *own]
+    config = f"accelerate_configs/{strategy}.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(ranks)]
+    return [sys.executable, *launch, "scripts/sft.py", *own]
+
+
+def _is_done(words: list[str], stop: int | None) -> bool:
+    """Whether a run has come to its end, or to a rung's stop, with the recipe that it would be started with."""
+    recipe = job.recipe_of(words)
+    folder = Path(recipe.output_dir)
+    try:
+        manifest: dict[str, Any] = read_manifest(folder, ("status", "totals.steps"))
+    except ValueError:
+        return False
+    if recipe.changes(manifest.get("recipe") or {}):
+        return False  # sft.py names what differs
+    reached = stop is not None and manifest.get("totals", {}).get("steps", 0) >= stop
+    return manifest["status"] == "finished" or (manifest["status"] == "preempted" and reached)
+
+
+def _run(command: list[str]) -> int:
+    """Run a command, which gets the signals that are sent to this process; returns its exit code.
+
+    A terminal sends Ctrl-C to both, so SIGINT is only kept from ending this process before the run has saved.
+    """
+    process = subprocess.Popen(command)
+    before = {number: signal.signal(number, lambda sent, _: process.send_signal(sent)) for number in PASSED_ON}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
