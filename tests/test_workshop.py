@@ -80,3 +80,12 @@ def test_2_2_rank_doubling(played: Played) -> None:
     eight, sixteen = (played.run(name)["parameters"]["trainable"] for name in ("rank8", "rank16"))
     assert sixteen == 2 * eight
     assert "--array=0-3" in played.outputs[-1] and "slurm/sweeps/lora_rank.yaml" in played.outputs[-1]
+
+
+def test_2_3_lora_without_regret(played: Played) -> None:
+    """A sweep without Slurm: each rate has its run and the report names the best; what has finished rests."""
+    first, second = played.outputs
+    for rate in ("1e-4", "1e-3"):
+        assert played.run(f"two_rates/learning_rate={rate}")["status"] == "finished"
+    assert "run 2 of 2" in first and "has the lowest held-out loss" in first
+    assert "run 1 of 2" not in second and "runs/two_rates/report.html" in second

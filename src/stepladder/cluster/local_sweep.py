@@ -13,8 +13,9 @@ from stepladder.cluster.sweep import Rung, Sweep, find_run
 from stepladder.console import quote_for_shell, say
 from stepladder.errors import EXIT_PREEMPTED, RunError
 from stepladder.manifest import read_manifest, status
+from stepladder.training.guard import signals
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = [number for number in (signal.SIGTERM, signals.USR1) if number]
 
 
 def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overrides: list[str]) -> None:
