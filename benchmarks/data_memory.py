@@ -30,34 +30,37 @@ import yaml
 from stepladder.model.embedded import DEFAULT_FOLDER
 
 GIB = 1 << 30
-SIDES = (("input", 30), ("output", 60))  # columns, and most words in each
+SIDES = ("input", "output")  # columns
+FEWEST, MOST = 8, 60  # words of an output; an input has half as many at most
 ROLES = (("user", "input"), ("assistant", "output"))
 KEYS = {"max_length": 512, "max_steps": 1, "global_batch_size": 8, "per_device_train_batch_size": 2, "bf16": False,
         "save_strategy": "no", "eval_strategy": "no", "report_to": "none", "use_cpu": True}  # fmt: skip
 
 
-def rows(count: int) -> Iterator[dict[str, str]]:
+def rows(count: int, most: int = MOST) -> Iterator[dict[str, str]]:
     draw = random.Random(1)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(20_000)]
     for _ in range(count):
-        yield {name: " ".join(draw.choices(words, k=draw.randint(8, most))) for name, most in SIDES}
+        longest = zip(SIDES, (most // 2, most), strict=True)
+        yield {name: " ".join(draw.choices(words, k=draw.randint(min(FEWEST, k), k))) for name, k in longest}
 
 
-def write(file: Path, count: int) -> None:
+def write(file: Path, count: int, most: int) -> None:
     with file.open("w", newline="") as out:
         if file.suffix == ".csv":
-            writer = csv.DictWriter(out, [name for name, _ in SIDES])
+            writer = csv.DictWriter(out, SIDES)
             writer.writeheader()
-            writer.writerows(rows(count))
+            writer.writerows(rows(count, most))
         elif file.suffix == ".parquet":
             import datasets
 
-            made = datasets.Dataset.from_generator(rows, gen_kwargs={"count": count}, cache_dir=str(file.parent / "hf"))
+            given = {"count": count, "most": most}
+            made = datasets.Dataset.from_generator(rows, gen_kwargs=given, cache_dir=str(file.parent / "hf"))
             made.to_parquet(str(file))
         else:
             begin, between, end = ("[\n", ",\n", "\n]\n") if file.suffix == ".json" else ("", "\n", "\n")
             out.write(begin)
-            for number, row in enumerate(rows(count)):
+            for number, row in enumerate(rows(count, most)):
                 turns = [{"role": role, "content": row[name]} for role, name in ROLES]
                 out.write(between * (number > 0) + json.dumps({"messages": turns}))
             out.write(end)
@@ -102,6 +105,7 @@ def measure(*words: object, **env: str) -> tuple[float, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])
+    parser.add_argument("--words", type=int, default=MOST, help="the most words of an answer")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--kind", default="jsonl", choices=("jsonl", "json", "csv", "parquet"))
     parser.add_argument("--keys", nargs="*", default=[], help="further keys of the recipe: packing=true")
@@ -114,7 +118,7 @@ def main() -> None:
         make_model(folder / "model")
         for count in args.rows:
             file = folder / f"rows.{args.kind}"
-            write(file, count)
+            write(file, count, args.words)
             recipe = folder / "recipe.yaml"
             further = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in args.keys)}
             named = {"model_name_or_path": str(folder / "model"), "dataset_name": str(file)}
