@@ -200,7 +200,7 @@ class Run:
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
         known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
         past["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
-        for key in ("error", "ended"):  # of the start before
+        for key in ("error", "ended", "stopped_early"):  # of the start before
             past.pop(key, None)
         self.manifest = {
             **past,

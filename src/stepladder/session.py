@@ -317,6 +317,7 @@ def train(built: Built, callback_file: str | None, profile: bool, stop_at: int |
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
             final=telemetry.final_losses(trainer.state),
             result_step=telemetry.result_step(trainer.state),
+            **({"stopped_early": stopped} if (stopped := trainer.early_stopping.manifest_entry()) else {}),
         )
         if trainer.rank_sync.preempted:
             record.update(status="preempted", reached_stop=trainer.rank_sync.reached_stop)
@@ -379,6 +380,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             watchdog=watch,
             on_nan=recipe.get("on_nan"),
             stop_at=stop_at,
+            early_stopping=(recipe.get("early_stopping_patience"), recipe.get("early_stopping_threshold")),
             callbacks=[*own, line, *watchers],
         )
 
