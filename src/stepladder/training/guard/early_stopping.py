@@ -63,17 +63,17 @@ class EarlyStopping:
         trainer.control.should_save |= trainer.args.save_strategy == "steps"  # as at the last step
         say(f"  step {trainer.state.global_step:>5}   early stopping: {self.count} evaluations without an improvement")
 
-    def manifest_entry(self) -> dict[str, Any] | None:
-        """Where and why the run ended, as run.json holds it; None where it ended at its last step."""
+    def manifest_entry(self) -> dict[str, Any]:
+        """Where and why the run ended, as run.json holds it; empty where it ended at its last step."""
         if not self.ends_run:
-            return None
+            return {}
 
         def finite(value: float | None) -> float | None:
             return float(value) if value is not None and math.isfinite(value) else None
 
         state, name = self.trainer.state, self.metric
         rows = [(row["step"], row[name]) for row in self.trainer.meter.run.rows() if name in row]
-        return {
+        entry = {
             "step": state.global_step,
             "of_steps": state.max_steps,
             "metric": name,
@@ -84,3 +84,4 @@ class EarlyStopping:
             "patience": self.patience,
             "threshold": self._rule.early_stopping_threshold,
         }
+        return {"stopped_early": entry}
