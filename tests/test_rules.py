@@ -31,6 +31,11 @@ DATA_KEYS = {
 # rule: (a recipe that breaks it, the key that is blamed, a recipe that does not break it)
 TABLE = {
     "adapter_keys_need_an_adapter": ("use_peft: false\nlora_r: 8", "lora_r", "use_peft: true\nlora_r: 8"),
+    "everything_trains_thoughts": (
+        "train_on: everything\ntrain_on_reasoning: none",
+        "train_on_reasoning",
+        "train_on: everything\ntrain_on_reasoning: all",
+    ),
     "early_stopping_follows_a_metric": (
         "eval_strategy: epoch\nearly_stopping_patience: 2",
         "early_stopping_patience",

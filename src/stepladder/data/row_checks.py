@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stepladder import files
-from stepladder.data import copies, render
+from stepladder.data import copies, loss_keys, render
 from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
@@ -160,7 +160,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
     """
-    max_length, train_on = settings.get("max_length"), render.mode(settings)
+    max_length, train_on = settings.get("max_length"), loss_keys.mode(settings)
     skips = settings.get("on_bad_row") == "skip"
     bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
     trained, kept, turns, ended, kept_rows = 0, 0, 0, 0, 0
@@ -170,7 +170,8 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
-    for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length)):
+    reasoning = loss_keys.reasoning_mode(settings)
+    for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length, reasoning)):
         if isinstance(row, DataError):
             _add_fault(findings, row, rows.where[number], skips)
             continue
@@ -187,6 +188,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
             (beheaded if is_behind or any(label != render.IGNORED for label in row.labels) else idle).append(number)
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended = turns + row.turns, ended + found
+        remarks.thoughts += row.thoughts
 
     lengths = lengths or array("Q", [0])
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
@@ -194,6 +196,12 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths)),
         Finding(FIGURE, "trained_tokens", f"{prefix}trained tokens", figures=share),
     ]
+    if reasoning != "all":
+        masked = {"tokens": remarks.thoughts}
+        findings.append(Finding(FIGURE, "masked_thoughts", f"{prefix}thoughts without a loss", figures=masked))
+        if not prefix:
+            for note in loss_keys.idle_notes(settings, remarks.thoughts):
+                findings.append(Finding(WARNING, "idle_reasoning", note, help="remove train_on_reasoning"))
     if turns:
         figures = {"turns": turns, "trained": ended}
         findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=figures))

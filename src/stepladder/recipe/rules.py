@@ -227,6 +227,19 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
 
 
 @register
+def everything_trains_thoughts(recipe: Recipe) -> RuleBreak | None:
+    """All tokens have a loss then, those of thoughts too."""
+    key = "train_on_reasoning"
+    others = [name for name in ("assistant_only_loss", "completion_only_loss") if recipe.values.get(name) is False]
+    others += ["train_on"] if recipe.get("train_on") == "everything" else []
+    if recipe.get(key) == "all" or not others:
+        return None
+    help = "train_on: all_turns" if others == ["train_on"] else f"remove {others[0]}"
+    what = f"{format_key(recipe, key)} with {format_key(recipe, others[0])}"
+    return conflict(recipe, what, [others[0], key], help, at=key)
+
+
+@register
 def one_template(recipe: Recipe) -> RuleBreak | None:
     """A conversation is rendered by one template."""
     keys = [key for key in ("chat_template", "chat_template_path", "prompt_template") if recipe.get(key)]

@@ -243,6 +243,7 @@ class Trainer(SFTTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save the best step whatever `save_steps` is, and the step of a stop whatever its metric is."""
         self.finish_save()  # which may forget the best step so far
+        self._check_metric(metrics)
         self.early_stopping.add(metrics)
         before = self.state.best_metric, self.state.best_global_step
         if better := bool(metrics) and super()._determine_best_metric(
@@ -253,6 +254,16 @@ class Trainer(SFTTrainer):
         if metrics and (better or not self.args.load_best_model_at_end):  # of the step that will be the result
             self._row_losses.write(self.meter.run, self.state.global_step)
         return better or self.rank_sync.preempted
+
+    def _check_metric(self, metrics: dict[str, float]) -> None:
+        """Raise TrainingError where the evaluation lacks `metric_for_best_model`; a user's callback may add metrics."""
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if metrics and self.args.metric_for_best_model and name not in metrics:
+            raise TrainingError(
+                f"metric_for_best_model: the evaluation has no {name}",
+                why=f"it has {', '.join(sorted(metrics))}",
+                help="metric_for_best_model: eval_loss",
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.finish_save()
