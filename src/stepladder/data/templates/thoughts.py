@@ -47,12 +47,7 @@ def find_thoughts(
                 closed = CLOSING.match(after, len(own_edge))
                 assert closed is not None  # it matches the empty text too
                 found.append((max(first, starts[number]), close + closed.end()))
-    joined = "".join(scanned)
-    for thought in THOUGHTS.finditer(joined):
-        opening = thought.start()
-        if not joined[:opening].strip():  # white space before the mark may share a token with it
-            opening = 0
-        found.append((first + opening, first + thought.end()))
+    found += [(first + thought.start(), first + thought.end()) for thought in THOUGHTS.finditer("".join(scanned))]
     return sorted(found)
 
 
