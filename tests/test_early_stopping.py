@@ -270,12 +270,26 @@ def test_stops_at_the_same_step(single, tiny, rows, tmp_path) -> None:
     reached = session.train("reached", "--stop_at_step", step, **keys)
     before = session.train("before", "--stop_at_step", step - 1, **keys)
     session.train("before", **keys)
-    session.start(codes=[75, 0, 0, 0, 0])
-    for run in (again, reached, before):
+    killed = session.resume(again, "killed", step, **keys)  # after the evaluation was repeated, before run.json said so
+    patient = session.resume(again, "patient", step, **keys)
+    session.train("patient", **keys | {"early_stopping_patience": 100})
+    done = session.start(codes=[75, *[0] * 7])
+    assert difference(found["whole"], patient) == EXACT, done
+    for run in (again, reached, before, killed):
         assert manifest(run)["status"] == "finished", run
         assert manifest(run)["stopped_early"] == manifest(found["stopped"])["stopped_early"]
         assert difference(found["stopped"], run) == EXACT
     assert left == again
+
+
+def test_a_stop_without_an_evaluation_of_its_own_is_refused(learnable, tiny, write_recipe, tmp_path) -> None:
+    """Guards `--stop_at_step`, which evaluates: an evaluation more would end the run at another step."""
+    recipe = write_recipe(
+        model_name_or_path=str(tiny), dataset_name=str(learnable), eval_dataset_name=str(learnable), max_steps=9,
+        eval_strategy="steps", eval_steps=2, early_stopping_patience=2, metric_for_best_model="loss",
+    )  # fmt: skip
+    done = script("sft", "--recipe", recipe, "--stop_at_step", 3, "--output_dir", tmp_path / "run")
+    assert done.code == 2 and "early_stopping_patience: 2 depends on each evaluation" in done.err, done
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_what_a_person_sees(thinking, learnable, tiny, write_recipe, tmp_path) -
     count = {value: figures[value]["trained_tokens"]["trained"] for value in found}
     for value in ("last", "none"):
         assert figures[value]["masked_thoughts"]["tokens"] == count["all"] - count[value] > 0
-    done = script("check", "--recipe", recipe, "--dataset_name", learnable)
+    done = script("check", "--recipe", recipe, "--dataset_name", learnable, "--audit")
     assert "train_on_reasoning: none changes nothing: no thought of a turn" in done.out, done
     for key in ("--train_on=everything", "--assistant_only_loss=false", "--completion_only_loss=false"):
         done = script("check", "--recipe", recipe, *key.split("="))

@@ -206,7 +206,10 @@ def _rebuild_manifest(run: Run) -> None:
 
 def resumption_entry(checkpoint: Path | None) -> dict[str, Any] | None:
     """What run.json records of a resumption."""
-    return {"step": step_of(checkpoint), "from": str(checkpoint)} if checkpoint else None
+    if not checkpoint:
+        return None
+    owes = {"owes_evaluation": True} if read_object(checkpoint / STATE).get("owes_evaluation") else {}
+    return {"step": step_of(checkpoint), "from": str(checkpoint), **owes}
 
 
 def newest_whole(folder: Path) -> Path | None:

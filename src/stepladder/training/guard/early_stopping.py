@@ -61,7 +61,8 @@ class EarlyStopping:
         trainer.rank_sync.preempted = trainer.rank_sync.reached_stop = False
         trainer.control.should_training_stop = True
         trainer.control.should_save |= trainer.args.save_strategy == "steps"  # as at the last step
-        say(f"  step {trainer.state.global_step:>5}   early stopping: {self.count} evaluations without an improvement")
+        times = f"{self.count} evaluation{'s' * (self.count != 1)} in a row"
+        say(f"  step {trainer.state.global_step:>5}   early stopping: no improvement in {times}")
 
     def manifest_entry(self) -> dict[str, Any]:
         """Where and why the run ended, as run.json holds it; empty where it ended at its last step."""
