@@ -265,7 +265,7 @@ class Run:
                     else "the rows that it began with; or to go on with these: --allow_change dataset_name",
                 )
 
-    def _rewind(self, step: int, owes_evaluation: bool) -> None:
+    def _rewind(self, step: int, owes_evaluation: bool = False) -> None:
         """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted.
 
         Not those of an evaluation of that step which is repeated.
