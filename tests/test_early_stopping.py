@@ -26,6 +26,8 @@ LORA = METHODS["lora"]
 STEPS, PATIENCE = 12, 3
 STOPS = {"early_stopping_patience": PATIENCE, "max_steps": STEPS, "save_total_limit": None}
 LAST = {"load_best_model_at_end": False, "metric_for_best_model": "eval_loss"}
+# A rate at which another order of sums, on several ranks, stays a matter of the last digits.
+SLOW = {"learning_rate": 0.03, "lr_scheduler_type": "constant", "warmup_steps": 0}
 NO_LIMIT = {"save_strategy": "no", "save_total_limit": None}
 # Sends a signal as soon as the evaluation begins that would end the run.
 SIGNAL = """
@@ -146,6 +148,7 @@ def single(tiny, rows, tmp_path_factory) -> tuple[dict[str, Path], str]:
     add("delayed", session.train("delayed", **keys | {"eval_delay": 3}))
     epochs = {"eval_strategy": "epoch", "eval_steps": None, "save_strategy": "epoch", "global_batch_size": 8}
     add("epochs", session.train("epochs", **keys | epochs))
+    add("slow", session.train("slow", **keys | SLOW))
     add("no such metric", session.train("metric", **keys | {"metric_for_best_model": "accuracy"}), 1)
     out = session.start(codes=codes).out
     return found, out
@@ -243,19 +246,20 @@ def test_which_evaluations_count(single) -> None:
 @pytest.mark.parametrize(("config", "ranks"), [("ddp", 2), ("zero3", 2), ("fsdp", 2)])
 def test_all_ranks_stop_at_the_step_of_one_process(config, ranks, single, tiny, rows, tmp_path) -> None:
     """Guards ranks that stop apart and wait for each other for ever; and a run resumed on another number of ranks."""
-    found, _ = single
-    session = Best(tmp_path, tiny, *rows)
-    keys = LORA | STOPS
+    slow = single[0]["slow"]
+    expected = manifest(slow)
+    cut = expected["totals"]["steps"] - 2
+    session, keys = Best(tmp_path, tiny, *rows), LORA | STOPS | SLOW
     stopped = session.train("stopped", **keys)
-    again = session.resume(stopped, "again", 5, **keys)
-    one = session.resume(found["stopped"], "of-one", 5, **keys)
+    again = session.resume(stopped, "again", cut, **keys)
+    one = session.resume(slow, "of-one", cut, **keys)
     session.start(config, ranks)
-    expected = manifest(found["stopped"])
+    assert expected["stopped_early"] and max(difference(stopped, again).values()) <= 1e-6
     for run in (stopped, again, one):
         facts = manifest(run)
         assert facts["status"] == "finished" and facts["totals"]["steps"] == expected["totals"]["steps"]
         assert facts["stopped_early"]["best_step"] == expected["stopped_early"]["best_step"] == facts["result_step"]
-        assert evaluations(run) == pytest.approx(evaluations(found["stopped"]), abs=1e-5)
+        assert evaluations(run) == pytest.approx(evaluations(slow), abs=5e-3)
 
 
 def test_stops_at_the_same_step(single, tiny, rows, tmp_path) -> None:
