@@ -31,6 +31,21 @@ DATA_KEYS = {
 # rule: (a recipe that breaks it, the key that is blamed, a recipe that does not break it)
 TABLE = {
     "adapter_keys_need_an_adapter": ("use_peft: false\nlora_r: 8", "lora_r", "use_peft: true\nlora_r: 8"),
+    "everything_trains_thoughts": (
+        "train_on: everything\ntrain_on_reasoning: none",
+        "train_on_reasoning",
+        "train_on: everything\ntrain_on_reasoning: all",
+    ),
+    "early_stopping_follows_a_metric": (
+        "eval_strategy: epoch\nearly_stopping_patience: 2",
+        "early_stopping_patience",
+        "eval_strategy: epoch\nearly_stopping_patience: 2\nmetric_for_best_model: eval_loss",
+    ),
+    "early_stopping_threshold_needs_patience": (
+        "eval_strategy: epoch\nearly_stopping_threshold: 0.1",
+        "early_stopping_threshold",
+        "eval_strategy: epoch\nearly_stopping_patience: 2\nearly_stopping_threshold: 0.1\nmetric_for_best_model: loss",
+    ),
     "attention_is_a_kernel_that_trains": (
         "attn_implementation: paged|sdpa",
         "attn_implementation",

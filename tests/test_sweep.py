@@ -112,6 +112,7 @@ BEST = ["--load_best_model_at_end", "true", "--save_strategy", "steps", "--save_
         ([*LONG, *OFTEN, *BEST], "has none by eval_steps"),
         ([*LONG, *OFTEN[:2], "--eval_steps", "20", "--eval_delay", "70", *BEST[:-1], "60"], "has none by eval_steps"),
         ([*LONG, "--save_only_model", "true"], "no checkpoint"),
+        ([*LONG, "--early_stopping_patience", "2", *BEST[:2]], "early_stopping_patience may end one before it"),
         ([*LONG, "--learning_rate", "1e-4"], "--learning_rate is given twice"),
         ([*LONG, "--output_dir", "runs/one"], "--output_dir is given twice"),
     ],

@@ -53,9 +53,13 @@ def test_3_1_bring_your_own_data(played: Played) -> None:
 
 
 def test_3_2_break_the_model(played: Played) -> None:
-    """The verdicts name memorization and overfitting; a training question is answered word for word."""
+    """The verdicts name memorization and overfitting; a training question is answered word for word; and with early
+    stopping the result is the best checkpoint."""
     assert re.search(r"^break: memorized, overfitting", played.outputs[1], re.MULTILINE), played.outputs[1]
     assert "2 of 2 training questions answered word for word" in played.outputs[3], played.outputs[3]
+    stopped = played.run("stopped")["stopped_early"]
+    assert (stopped["step"] - stopped["best_step"], stopped["patience"]) == (80, 2)
+    assert played.run("stopped")["result_step"] == stopped["best_step"] and "stopped early" in played.outputs[5]
 
 
 def test_3_3_fp16_and_bf16(played: Played) -> None:

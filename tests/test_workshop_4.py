@@ -51,6 +51,8 @@ def test_4_4_overfit(played: Played) -> None:
     assert "overfitting" in judged["overfit"] or "memorized" in judged["overfit"], judged
     assert "overfitting" not in judged["good"] and "memorized" not in judged["good"], judged
     assert (played.folder / "runs/overfit-and-good.html").is_file()
+    stopped = played.run("overfit-stopped")
+    assert stopped["result_step"] == stopped["stopped_early"]["best_step"] < stopped["totals"]["steps"] < 120
 
 
 def test_4_5_out_of_memory(played: Played) -> None:

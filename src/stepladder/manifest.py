@@ -35,6 +35,12 @@ KINDS: dict[str, tuple[type, ...]] = {
     "plan.peak_memory_bytes": (*NUMBER, NONE),
     "recipe.lora_r": (int, NONE),
     "slurm": (dict, NONE),
+    "stopped_early": (dict,),
+    **dict.fromkeys((f"stopped_early.{key}" for key in ("step", "of_steps", "evaluations", "patience")), (int,)),
+    "stopped_early.metric": (str,),
+    "stopped_early.best_step": (int, NONE),
+    "stopped_early.threshold": NUMBER,
+    **dict.fromkeys(("stopped_early.value", "stopped_early.best"), (*NUMBER, NONE)),
     "slurm.job_id": (str,),
     "slurm.restart_count": (int,),
     "totals.peak_memory_bytes": (list,),
@@ -107,6 +113,18 @@ def _values(found: Any, names: list[str]) -> Iterator[Any]:
             yield from _values(item, names[1:])
     elif isinstance(found, dict) and names[0] in found:
         yield from _values(found[names[0]], names[1:])
+
+
+def stop_reason(stopped: dict[str, Any]) -> str:
+    """Where and why early stopping ended a run, from the `stopped_early` of its manifest."""
+    best, times = stopped["best"], stopped["evaluations"]
+    limit = "a finite number" if best is None else f"better than {best:.4f} (step {stopped['best_step']})"
+    if stopped["threshold"] and best is not None:
+        limit += f" by more than {stopped['threshold']:g}"
+    return (
+        f"stopped early after step {stopped['step']} of {stopped['of_steps']}: {stopped['metric']} was not {limit} in "
+        f"{times} evaluation{'s' * (times != 1)} in a row"
+    )
 
 
 def status(folder: Path) -> str:

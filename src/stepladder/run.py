@@ -185,7 +185,7 @@ class Run:
         step: no gap, no repeat. One that starts anew by itself keeps its id in W&B.
 
         Args:
-            resumed: of the checkpoint: `step`, `from`.
+            resumed: of the checkpoint: `step`, `from`, `owes_evaluation`.
             facts: of this start.
 
         Raises:
@@ -200,7 +200,7 @@ class Run:
         past["progress"] = self.manifest.get("progress") or {"step": 0, "starts": 1}
         known = self.manifest.get("wandb_run_id") or os.environ.get("WANDB_RUN_ID")
         past["wandb_run_id"] = known or secrets.token_hex(4)  # one run there, however often it is resumed
-        for key in ("error", "ended"):  # of the start before
+        for key in ("error", "ended", "stopped_early"):  # of the start before
             past.pop(key, None)
         self.manifest = {
             **past,
@@ -220,7 +220,7 @@ class Run:
                     self._move_aside()
                 self._write()  # first: by it the next start knows the folder for a run's, however little follows
                 write_atomic(self.folder / RECIPE, recipe_yaml)
-                self._rewind(resumed["step"] if resumed else -1)
+                self._rewind(resumed["step"] if resumed else -1, bool(resumed and resumed.get("owes_evaluation")))
             except OSError as error:
                 raise LaunchError(
                     f"output_dir {self.folder} cannot be written: {error.strerror}",
@@ -265,8 +265,11 @@ class Run:
                     else "the rows that it began with; or to go on with these: --allow_change dataset_name",
                 )
 
-    def _rewind(self, step: int) -> None:
-        """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted."""
+    def _rewind(self, step: int, owes_evaluation: bool = False) -> None:
+        """Keep the metrics up to a step. An incomplete last line is dropped; other damaged lines are counted.
+
+        Not those of an evaluation of that step which is repeated.
+        """
         damaged, self.logged_until = 0, step
 
         def kept() -> Iterator[bytes]:
@@ -274,7 +277,8 @@ class Run:
             for line, row in read_metrics(self.folder):
                 damaged += row is None and line.endswith(b"\n")
                 self.logged_until = max(self.logged_until, row["step"] if row else step)
-                if row and row["step"] <= step:
+                repeated = row and owes_evaluation and row["step"] == step and "eval_loss" in row
+                if row and row["step"] <= step and not repeated:
                     yield line.rstrip(b"\n") + b"\n"
 
         write_atomic(self.folder / METRICS, kept())

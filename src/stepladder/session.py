@@ -318,6 +318,7 @@ def train(built: Built, callback_file: str | None, profile: bool, stop_at: int |
             totals=telemetry.totals(trainer.meter, trainer.state.global_step),
             final=telemetry.final_losses(trainer.state),
             result_step=telemetry.result_step(trainer.state),
+            **trainer.early_stopping.manifest_entry(),
         )
         if trainer.rank_sync.preempted:
             record.update(status="preempted", reached_stop=trainer.rank_sync.reached_stop)
@@ -365,7 +366,6 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     own = arguments.load_callback(callback_file)
     ask = generation.sample_asker(checked.eval_rows, prepared.tokenizer, launch.strategy, prepared.precision)
     watchers += trackers.create_trackers(record, recipe, prepared.arguments, ask)
-    watch = interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank)
     with arguments.raise_as_recipe_errors(recipe):
         return trainer.Trainer(
             model=built.model.model,
@@ -377,9 +377,10 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             train_dataset=prepared.train_set,
             eval_dataset=prepared.eval_set,
             meter=meter,
-            watchdog=watch,
+            watchdog=interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank),
             on_nan=recipe.get("on_nan"),
             stop_at=stop_at,
+            early_stopping=(recipe.get("early_stopping_patience"), recipe.get("early_stopping_threshold")),
             callbacks=[*own, line, *watchers],
         )
 

@@ -117,6 +117,13 @@ class Sweep:
                 where=where,
                 help="test_split_size: 0.1, or eval_dataset_name: FILE; with eval_strategy: steps",
             )
+        key = "early_stopping_patience"
+        if recipe.get(key) or f"grid.{key}" in self.where:
+            raise RecipeError(
+                f"halving compares runs at the same step, and {key} may end one before it",
+                where=self.where.get(f"grid.{key}", where),
+                help=f"{key}: null (halving ends the runs that are worse), or no halving",
+            )
         if key := self._varies_rows(recipe):
             raise RecipeError(
                 f"{key} varies, and with it the held-out rows, so the runs' losses do not compare",

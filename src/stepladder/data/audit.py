@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.text import Text
 
 from stepladder.console import printable
-from stepladder.data import columns, mixture, render
+from stepladder.data import columns, loss_keys, mixture, render
 from stepladder.data.file_list import FileList
 from stepladder.data.formats import Example
 from stepladder.data.row_checks import ERROR, FIGURE, WARNING, Finding, Limits, check_texts
@@ -173,7 +173,8 @@ def view_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings
     max_length = settings.get("max_length")
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     first = rows.take(range(min(count, len(rows))))
-    rendered = render.tokenize(first, tokenizer, render.mode(settings), None, max_length)
+    reasoning = loss_keys.reasoning_mode(settings)
+    rendered = render.tokenize(first, tokenizer, loss_keys.mode(settings), None, max_length, reasoning)
     for where, row in zip(first.where, rendered, strict=True):
         if isinstance(row, DataError):  # among the findings
             continue

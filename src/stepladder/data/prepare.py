@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, files, hardware
-from stepladder.data import render
+from stepladder.data import loss_keys, render
 from stepladder.data.row_renderer import NO_END, Remarks
 from stepladder.data.rows import Rows, Stream
 from stepladder.errors import DataError
@@ -39,8 +39,8 @@ STREAMED = 200  # rows of a stream that are looked at before it is trained on
 FILES = "files"  # in the notes: the SHA-256 of each file of the sets
 # What prepared rows follow from, beside their content.
 CODE = (
-    *("prepare.py", "render.py", "row_renderer.py", "remarks.yaml"),
-    *("templates/chat_template.py", "templates/layout.py"),
+    *("prepare.py", "render.py", "row_renderer.py", "loss_keys.py", "remarks.yaml"),
+    *("templates/chat_template.py", "templates/layout.py", "templates/thoughts.py"),
 )
 KEPT = 30 * 24 * 3600  # seconds for which a prepared set stays in the cache after its last use
 # A further process costs about 4 s, its imports, in which one process renders 20,000 short rows.
@@ -115,10 +115,11 @@ def _render_sets(
         dataset, remarks = render_parallel(rows, tokenizer, settings, work / name)
         if not len(dataset):
             raise render.none_left(rows.name, remarks)
-        if name == TRAIN and remarks.turns and not remarks.ends and render.mode(settings) != "everything":
+        if name == TRAIN and remarks.turns and not remarks.ends and loss_keys.mode(settings) != "everything":
             raise DataError(NO_END[0], help=NO_END[1])
         sets[name] = _pack(dataset, settings, is_packed)
-        said[name] = {"notes": remarks.notes(rows.where), "skipped": remarks.skipped}
+        notes = remarks.notes(rows.where) + (loss_keys.idle_notes(settings, remarks.thoughts) if name == TRAIN else [])
+        said[name] = {"notes": notes, "skipped": remarks.skipped}
     return sets, said
 
 
@@ -170,7 +171,8 @@ def stream_notes(stream: Stream, tokenizer: PreTrainedTokenizerBase, settings: S
     pairs = list(itertools.islice(stream, STREAMED))
     rows, remarks = Rows.from_pairs(stream.name, pairs), Remarks()
     render.render(rows, tokenizer, settings, 0, remarks)
-    return [f"the first {len(rows):,} rows of the stream: {note}" for note in remarks.notes(rows.where)]
+    notes = remarks.notes(rows.where) + loss_keys.idle_notes(settings, remarks.thoughts)
+    return [f"the first {len(rows):,} rows of the stream: {note}" for note in notes]
 
 
 def render_parallel(
@@ -259,11 +261,12 @@ def _identity(
     """SHA-256 of the rows, the tokenizer, the settings and the code that the prepared sets follow from."""
     here = Path(__file__).parent
     code = [(here / name).read_text(encoding="utf-8") for name in CODE]
-    keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed", "on_bad_row")
+    keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed", "on_bad_row",
+            "train_on_reasoning")  # fmt: skip
     parts = [
         [rows.fingerprint()["sha256"] if isinstance(rows, Rows) else None for rows in (train, evaluation)],
         [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)],
-        [render.mode(settings), *map(settings.get, keys)],
+        [loss_keys.mode(settings), *map(settings.get, keys)],
         [code, *map(importlib.metadata.version, ("datasets", "tokenizers", "transformers", "trl"))],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 from stepladder.data.formats import Example
+from stepladder.data.loss_keys import mode, reasoning_mode
 from stepladder.data.row_renderer import Remarks, RowRenderer, Span, refuse_losses, template_refusal
 from stepladder.data.rows import Rows, Stream
-from stepladder.data.templates.chat_template import Refusal, mark
+from stepladder.data.templates.chat_template import THOUGHT_END, Refusal, mark
 from stepladder.data.templates.layout import ChatTemplate
 from stepladder.errors import DataError, ModelError, locate_errors
 from stepladder.settings import Settings
@@ -61,12 +62,16 @@ class Text(NamedTuple):
 
 @dataclass
 class Rendered:
-    """A row as tokens: `input_ids` and `labels`, equally long; `turns` are trained, and end at the tokens `ends`."""
+    """A row as tokens: `input_ids` and `labels`, equally long; `turns` are trained, and end at the tokens `ends`.
+
+    `thoughts` tokens of these turns have no loss (`train_on_reasoning`).
+    """
 
     ids: list[int]
     labels: list[int]
     turns: int = 0
     ends: list[int] = field(default_factory=list)
+    thoughts: int = 0
     is_whole: bool = True  # whether there are no further tokens
 
 
@@ -157,11 +162,13 @@ def _within_length(
     """Rows cut to `max_length`, with their numbers; one that cannot be used is raised, or skipped and listed."""
     max_length = settings.get("max_length") if settings else None
     skips = settings is not None and settings.get("on_bad_row") == "skip"
-    for number, row in enumerate(tokenize(rows, tokenizer, mode(settings), remarks, max_length)):
+    for number, row in enumerate(
+        tokenize(rows, tokenizer, mode(settings), remarks, max_length, reasoning_mode(settings))
+    ):
         if isinstance(row, Rendered):
             row.ids, row.labels = row.ids[:max_length], row.labels[:max_length]
             if any(label != IGNORED for label in row.labels):
-                remarks.turns += row.turns
+                remarks.turns, remarks.thoughts = remarks.turns + row.turns, remarks.thoughts + row.thoughts
                 remarks.ends += sum(end < len(row.ids) for end in row.ends)
                 yield number, row
                 continue
@@ -180,21 +187,13 @@ def none_left(name: str, remarks: Remarks) -> DataError:
     return DataError(f"no row of {name} can be used", why=f"all are left out; the first: {remarks.skipped[0]}")
 
 
-def mode(settings: Settings | None) -> str:
-    """`train_on`; TRL's `assistant_only_loss: false` or `completion_only_loss: false`, where set, mean everything."""
-    if settings is None:
-        return "all_turns"
-    if any(settings.values.get(key) is False for key in ("assistant_only_loss", "completion_only_loss")):
-        return "everything"
-    return str(settings.get("train_on"))
-
-
 def tokenize(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     train_on: str = "all_turns",
     remarks: Remarks | None = None,
     max_length: int | None = None,
+    train_on_reasoning: str = "all",
 ) -> Iterator[Rendered | DataError]:
     """Each row as tokens, in order and without truncation, or what is wrong with it in its stead.
 
@@ -209,7 +208,7 @@ def tokenize(
             why="base models are trained on plain text",
             help='prompt_template: "### User: {input}\\n### Assistant: ", or chat_template: chatml, or rows of text',
         )
-    renderer = RowTokenizer(tokenizer, Remarks() if remarks is None else remarks, max_length)
+    renderer = RowTokenizer(tokenizer, Remarks() if remarks is None else remarks, max_length, train_on_reasoning)
     texts = renderer.texts(zip(rows.examples, rows.where, strict=True))
     while batch := list(take_batch(texts, lambda row: len(row.text))):
         yield from renderer.batch(batch, train_on)
@@ -228,8 +227,10 @@ def take_batch(rows: Iterator[T], size: Callable[[T], int] = len) -> Iterator[T]
 class RowTokenizer(RowRenderer):
     """Rows to tokens by one tokenizer; of a very long row only those that can be within `max_length`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks, max_length: int | None):
-        super().__init__(tokenizer, remarks)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks, max_length: int | None, reasoning: str = "all"
+    ):
+        super().__init__(tokenizer, remarks, reasoning)
         self.max_length = max_length
 
     def texts(self, rows: Iterable[tuple[Example, str]]) -> Iterator[Text]:
@@ -283,6 +284,8 @@ class RowTokenizer(RowRenderer):
             elif "messages" not in example:
                 if chat := RENDERED_CHAT.search(example["text"]):
                     self.remark("rendered_text", chat[0].strip())
+                if self.reasoning != "all" and THOUGHT_END in example["text"]:
+                    self.remark("thought_in_text")
                 ids = self._add_begin_and_end(ids)
                 yield Rendered(ids, list(ids), is_whole=is_whole)
             else:
@@ -352,15 +355,20 @@ def _labelled(ids: list[int], offsets: list[tuple[int, int]], spans: list[Span],
     """Labels for the tokens of the trained turns."""
     if train_on == "last_turn":
         spans = spans[-1:]
-    labels, ends = [IGNORED] * len(ids), []
+    labels, ends, thoughts = [IGNORED] * len(ids), [], 0
     for span in spans:
         first, last = (bisect.bisect_left(offsets, place, key=START) for place in (span.start, span.end))
         if first and offsets[first - 1][1] > span.start:
             first -= 1
         labels[first:last] = ids[first:last]
+        for begin, end in span.thoughts:
+            # Of the tokens that reach over an edge, one with characters of the answer has a loss.
+            a, b = (max(first, bisect.bisect_right(offsets, place, hi=last, key=END)) for place in (begin, end))
+            thoughts += sum(label != IGNORED for label in labels[a:b])
+            labels[a:b] = [IGNORED] * (b - a)
         if span.ends and last:
             ends.append(last - 1)
-    return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends)
+    return Rendered(ids, list(ids) if train_on == "everything" else labels, len(spans), ends, thoughts)
 
 
 def _letters(text: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stepladder import files
-from stepladder.data import copies, render
+from stepladder.data import copies, loss_keys, render
 from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
@@ -160,17 +160,18 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
     """
-    max_length, train_on = settings.get("max_length"), render.mode(settings)
+    max_length = settings.get("max_length")
+    train_on, reasoning = loss_keys.mode(settings), loss_keys.reasoning_mode(settings)
     skips = settings.get("on_bad_row") == "skip"
     bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
-    trained, kept, turns, ended, kept_rows = 0, 0, 0, 0, 0
+    trained = kept = turns = ended = kept_rows = 0
     lengths, cut = array("Q"), array("Q")
     beheaded = array("Q")  # rows that lose their whole answer
     idle = array("Q")  # rows with nothing to train
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
-    for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length)):
+    for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length, reasoning)):
         if isinstance(row, DataError):
             _add_fault(findings, row, rows.where[number], skips)
             continue
@@ -178,33 +179,32 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
         trained, kept = trained + len(left), kept + len(row.ids[:max_length])
-        is_cut = max_length is not None and len(row.ids) > max_length
-        if is_cut:
+        if max_length is not None and len(row.ids) > max_length:
             cut.append(number)
         kept_rows += bool(left)
         if not left:  # of a very long row the answer may lie behind the tokens
             is_behind = not row.is_whole and row.turns > 0
             (beheaded if is_behind or any(label != render.IGNORED for label in row.labels) else idle).append(number)
         found = sum(max_length is None or end < max_length for end in row.ends)
-        turns, ended = turns + row.turns, ended + found
+        turns, ended, remarks.thoughts = turns + row.turns, ended + found, remarks.thoughts + row.thoughts
 
-    lengths = lengths or array("Q", [0])
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
     findings += [
-        Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths)),
+        Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths or [0])),
         Finding(FIGURE, "trained_tokens", f"{prefix}trained tokens", figures=share),
     ]
+    findings += _masked_thoughts(settings, remarks.thoughts, prefix) if reasoning != "all" else []
     if turns:
-        figures = {"turns": turns, "trained": ended}
-        findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=figures))
+        counts = {"turns": turns, "trained": ended}
+        findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=counts))
         if not ended and not prefix and train_on != "everything":  # evaluation rows teach nothing
             findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
     if beheaded:
-        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(bad, ANSWER_CUT, what + skipped, take(rows.where, beheaded), help))
+        what = f"max_length {max_length} cuts off the whole answer" + skipped
+        findings.append(Finding(bad, ANSWER_CUT, what, take(rows.where, beheaded), "raise it, or shorten the row"))
     if idle:
-        what = "nothing of the row is trained"
-        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, take(rows.where, idle), "remove the row"))
+        what = "nothing of the row is trained" + skipped
+        findings.append(Finding(bad, NOTHING_TRAINED, what, take(rows.where, idle), "remove the row"))
     if skips and len(rows) and not kept_rows:
         findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
@@ -214,6 +214,13 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     for name, what, help, numbers in remarks.texts(len(rows)):
         findings.append(Finding(WARNING, name, what, take(rows.where, numbers), help))
     return findings + list(_badly_tokenized(rows, tokenizer))
+
+
+def _masked_thoughts(settings: Settings, tokens: int, prefix: str) -> Iterator[Finding]:
+    """How many tokens of thoughts have no loss by `train_on_reasoning`, and that it changes nothing where none is."""
+    yield Finding(FIGURE, "masked_thoughts", f"{prefix}thoughts without a loss", figures={"tokens": tokens})
+    for note in [] if prefix else loss_keys.idle_notes(settings, tokens):
+        yield Finding(WARNING, "idle_reasoning", note, help="remove train_on_reasoning")
 
 
 def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:

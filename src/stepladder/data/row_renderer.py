@@ -13,7 +13,8 @@ from stepladder import files
 from stepladder.data.formats import Example
 from stepladder.data.readers import quote
 from stepladder.data.templates.chat_template import READ, THOUGHT_END, Refusal, Slot, beginning
-from stepladder.data.templates.layout import ChatTemplate, Point, TemplateLayout, Turn
+from stepladder.data.templates.layout import ChatTemplate, Point, TemplateLayout
+from stepladder.data.templates.thoughts import find_thoughts, is_masked
 from stepladder.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,11 +36,15 @@ REMARKS: dict[str, dict[str, Any]] = files.read_table("data/remarks.yaml")
 
 @dataclass(frozen=True)
 class Span:
-    """The characters of a trained assistant turn, end excluded; `ends`: a special token closes it."""
+    """The characters of a trained assistant turn, end excluded; `ends`: a special token closes it.
+
+    `thoughts` are the characters in it that have no loss (`train_on_reasoning`).
+    """
 
     start: int
     end: int
     ends: bool
+    thoughts: tuple[tuple[int, int], ...] = ()
 
 
 # Of a set none of whose turns trains its end within max_length: what is wrong, and what helps.
@@ -57,13 +62,15 @@ def share_of_rows(numbers: Sequence[int], total: int) -> str:
 class Remarks:
     """The numbers of rows by what is remarked of them, and the rows that were left out (`file:line: what`).
 
-    `turns` are trained, and `ends` of them train their end of turn within `max_length`.
+    `turns` are trained, and `ends` of them train their end of turn within `max_length`. `thoughts` are tokens of
+    thoughts that have no loss (`train_on_reasoning`).
     """
 
     rows: dict[tuple[str, str], array[int]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     turns: int = 0
     ends: int = 0
+    thoughts: int = 0
 
     def add(self, kind: str, row: int, detail: str = "") -> None:
         """Remark a row once under each kind; the detail of the first stands for most kinds."""
@@ -84,6 +91,7 @@ class Remarks:
                 self.add(kind, first + number, detail)
         self.skipped += other.skipped
         self.turns, self.ends = self.turns + other.turns, self.ends + other.ends
+        self.thoughts += other.thoughts
 
     def texts(self, total: int) -> list[tuple[str, str, str, array[int]]]:
         """Kind, what is remarked, what helps and the numbers of the rows, of a set of so many rows."""
@@ -106,8 +114,8 @@ class Remarks:
 class RowRenderer:
     """Renders conversations by one tokenizer's template; what is learnt of the template serves all of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks):
-        self.tokenizer, self.remarks = tokenizer, remarks
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, remarks: Remarks, reasoning: str = "all"):
+        self.tokenizer, self.remarks, self.reasoning = tokenizer, remarks, reasoning
         self.template = ChatTemplate(tokenizer)
         self.begin = beginning(tokenizer)
         self.unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
@@ -142,10 +150,32 @@ class RowRenderer:
             raise self._changed(starts, example, layout)
         text += next((turn.appended for turn in layout.turns if turn.appended), "")
         self._remark_row(example, slots, layout)
-        spans = _spans(example, layout, starts, len(text))
+        spans = self._spans(text, example, layout, slots, starts)
         if blocks is not None:
             spans = self._within_blocks(text, spans, blocks)
         return text, spans
+
+    def _spans(
+        self, text: str, example: Example, layout: TemplateLayout, slots: list[Slot], starts: list[int]
+    ) -> list[Span]:
+        """The characters of the turns that are trained: none of a prompt's (TRL's prompt-completion form), and none
+        that the data leaves out by `train: false`.
+        """
+
+        def place(point: Point) -> int:
+            return starts[point.literal] + point.offset
+
+        spans = []
+        for turn in layout.turns:
+            message = example["messages"][turn.message]
+            if turn.message < example.get("prompt_messages", 0) or not message.get("train", True):
+                continue
+            start, end = place(turn.start), len(text) if turn.appended else place(turn.end)
+            thoughts: list[tuple[int, int]] = []
+            if is_masked(example, turn.message, self.reasoning):
+                thoughts = find_thoughts(text, turn, layout, slots, starts, (start, end))
+            spans.append(Span(start, end, bool(turn.ends), tuple(thoughts)))
+        return spans
 
     def _changed(self, slot: Slot, example: Example, layout: TemplateLayout) -> DataError:
         _, again = ChatTemplate(self.tokenizer).row_layout(example)
@@ -169,7 +199,7 @@ class RowRenderer:
         """
         found = []
         for span in spans:
-            inside = [Span(max(a, span.start), min(b, span.end), b >= span.end) for a, b in blocks]
+            inside = [Span(max(a, span.start), min(b, span.end), b >= span.end, span.thoughts) for a, b in blocks]
             inside = [part for part in inside if part.start < part.end]
             if not inside:
                 raise DataError(
@@ -177,7 +207,7 @@ class RowRenderer:
                     why=f"outside of them: {quote(text[span.start : span.end])}",
                     help="mark every assistant turn in the template, or train: false on the message",
                 )
-            found += [*(Span(part.start, part.end, False) for part in inside[:-1]), inside[-1]]
+            found += [*(Span(part.start, part.end, False, part.thoughts) for part in inside[:-1]), inside[-1]]
             edges = [span.start, *(place for part in inside for place in (part.start, part.end)), span.end]
             if any(text[a:b].strip() for a, b in zip(edges[::2], edges[1::2], strict=True)):
                 self.remark("outside_blocks")
@@ -266,25 +296,6 @@ def _refuse_other_order(messages: list[dict[str, Any]], slots: list[Slot], layou
                 why="the chat template renders no ids, so a result would be taken for that of another call",
                 help="results in the order of the calls",
             )
-
-
-def _spans(example: Example, layout: TemplateLayout, starts: list[int], length: int) -> list[Span]:
-    """The characters of the turns that are trained: none of a prompt's (TRL's prompt-completion form), and none
-    that the data leaves out by `train: false`.
-    """
-
-    def place(point: Point) -> int:
-        return starts[point.literal] + point.offset
-
-    def is_trained(turn: Turn) -> bool:
-        message = example["messages"][turn.message]
-        return turn.message >= example.get("prompt_messages", 0) and message.get("train", True)
-
-    return [
-        Span(place(turn.start), length if turn.appended else place(turn.end), bool(turn.ends))
-        for turn in layout.turns
-        if is_trained(turn)
-    ]
 
 
 def refuse_losses(layout: TemplateLayout, slots: list[Slot], messages: int) -> None:

@@ -151,6 +151,7 @@ def evaluation_keys_need_evaluation(recipe: Recipe) -> RuleBreak | None:
     carried += ["eval_dataset_name"] if "eval_strategy" in recipe.values else []
     idle(recipe, "eval_strategy", carried, harmless=True)
     keys = ["eval_dataset_name", "eval_steps", "eval_delay", "eval_on_start"]
+    keys += ["early_stopping_patience", "early_stopping_threshold"]
     return idle(recipe, "eval_strategy", keys, "eval_strategy: epoch, or steps")
 
 
@@ -181,6 +182,23 @@ def best_model_is_evaluated_and_saved(recipe: Recipe) -> RuleBreak | None:
     return None
 
 
+@register
+def early_stopping_follows_a_metric(recipe: Recipe) -> RuleBreak | None:
+    """Whether an evaluation is an improvement is a question of one metric; load_best_model_at_end makes it the loss."""
+    key, best, metric = "early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"
+    if recipe.get(key) is None or recipe.get("eval_strategy") == "no":
+        return None
+    if not recipe.get(best) and not recipe.get(metric):
+        return conflict(recipe, f"{format_key(recipe, key)} without a metric", [best, metric, key],
+                        f"{best}: true, or {metric}: eval_loss", at=key)  # fmt: skip
+    if not recipe.get(best):
+        recipe.notes.append(
+            f"{recipe.where(key)}: without {best}: true the result is the step at which early stopping ends the run, "
+            "not the best one before it"
+        )
+    return None
+
+
 # ---- data and batches ----
 
 
@@ -206,6 +224,19 @@ def one_source_of_evaluation_rows(recipe: Recipe) -> RuleBreak | None:
         if recipe.get(key):
             return idle(recipe, key, ["dataset_test_split"])
     return None
+
+
+@register
+def everything_trains_thoughts(recipe: Recipe) -> RuleBreak | None:
+    """All tokens have a loss then, those of thoughts too."""
+    key = "train_on_reasoning"
+    others = [name for name in ("assistant_only_loss", "completion_only_loss") if recipe.values.get(name) is False]
+    others += ["train_on"] if recipe.get("train_on") == "everything" else []
+    if recipe.get(key) == "all" or not others:
+        return None
+    help = "train_on: all_turns" if others == ["train_on"] else f"remove {others[0]}"
+    what = f"{format_key(recipe, key)} with {format_key(recipe, others[0])}"
+    return conflict(recipe, what, [others[0], key], help, at=key)
 
 
 @register

@@ -12,11 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.files import write_atomic
+from stepladder.manifest import stop_reason
 from stepladder.reporting.runs import LoggedRun, read
 from stepladder.reporting.series import Curve, Numbers, running_means, summarize
 
@@ -39,8 +41,12 @@ PAPER, RULE, SOFT, BLUE, RED = "#fcfbf8", "#ddd7cb", "#655f56", "#0068a8", "#b03
 MOST_POINTS = 400
 
 
-def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verdict]:
-    """The verdicts on a run's loss, evaluation loss and gradient norm; the worst come first."""
+def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve, result: int | None = None) -> list[Verdict]:
+    """The verdicts on a run's loss, evaluation loss and gradient norm; the worst come first.
+
+    Args:
+        result: the step whose weights are the run's result; None for the last one.
+    """
     found = [*_broken({"loss": train, "evaluation loss": evaluation, "gradient norm": grad_norm})]
     train, evaluation = train.finite(), evaluation.finite()
     if len(train) < LEAST:
@@ -52,8 +58,14 @@ def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve) -> list[Verd
         learned = all(verdict.severity != FAULT for verdict in course + found)
         if not (learned and bouncing):  # phases cannot be distinguished from swings
             found += course
-        found += [*bouncing, *_memorization(shape, evaluation, learned)]
+        found += [*bouncing, *_memorization(shape, evaluation, learned, result)]
     return sorted(found, key=lambda verdict: (FAULT, LOOK, GOOD).index(verdict.severity))
+
+
+def judge_early_stop(stopped: dict[str, Any]) -> list[Verdict]:
+    """The verdict on a run that early stopping has ended, from the `stopped_early` of run.json."""
+    what, evidence = "It ended where the evaluations no longer improved.", stop_reason(stopped)
+    return [Verdict(GOOD, "stopped early", what, evidence, figures={"step": stopped["step"]})]
 
 
 def judge_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> list[Verdict]:
@@ -168,8 +180,11 @@ def _oscillation(s: _Shape) -> Iterator[Verdict]:
         yield Verdict(LOOK, "oscillation", "The loss bounces up and down.", evidence, help, figures)
 
 
-def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdict]:
-    """Train-to-zero, an evaluation loss that rises again, and the gap between the two losses."""
+def _memorization(s: _Shape, evaluation: Curve, learned: bool, result: int | None) -> Iterator[Verdict]:
+    """Train-to-zero, an evaluation loss that rises again, and the gap between the two losses.
+
+    Where the result is the best step (`load_best_model_at_end`), the rise after it is no fault of the result.
+    """
     if s.end < MEMORIZED:
         evidence = f"{s.end:.4f} nats per token: each is given a probability of {math.exp(-s.end):.1%}"
         help = "fewer epochs, a lower learning_rate, more rows; ask it what is not in the data"
@@ -186,7 +201,11 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool) -> Iterator[Verdi
     figures = {"best": low, "best_step": best, "end": end, "gap": gap}
     if end - low > RISE * low:
         evidence = f"lowest at step {best} with {low:.3f}, {end:.3f} at step {last}"
-        help = f"stop near step {best}: fewer epochs; or lora_dropout, weight_decay, more rows"
+        if result == best:
+            what, help = f"The evaluation loss rises again after step {best}, which is the result.", "fewer epochs"
+            yield Verdict(LOOK, "overfitting", what, evidence, help, figures)
+            return
+        help = f"stop near step {best}: early_stopping_patience, fewer epochs; or lora_dropout, weight_decay, more rows"
         yield Verdict(FAULT, "overfitting", "The evaluation loss rises again.", evidence, help, figures)
     if gap > GAP:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: perplexity {math.exp(min(gap, 50)):.2f} times as high"

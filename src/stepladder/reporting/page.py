@@ -108,7 +108,9 @@ def judge_run(run: LoggedRun) -> list[Verdict]:
     held_out, evaluation = run.facts.get("held_out") or {}, run.curve("eval_loss")
     if held_out and held_out["rows"] == held_out["trained_on"]:
         evaluation = Curve()  # it says nothing that the training loss does not
-    found = curves.judge_curves(run.curve("loss"), evaluation, run.curve("grad_norm")) if _is_run(run) else []
+    loss, norm = run.curve("loss"), run.curve("grad_norm")
+    found = curves.judge_curves(loss, evaluation, norm, run.facts.get("result_step")) if _is_run(run) else []
+    found += curves.judge_early_stop(stopped) if (stopped := run.facts.get("stopped_early")) else []
     found += curves.judge_evaluation_rows(**held_out) if held_out else []
     compared = run.comparison.get("verdicts", [])
     for side in compared:
@@ -302,6 +304,8 @@ def _summary(run: LoggedRun) -> dict[str, str]:
         if len(curve := run.curve(key).finite()):
             found[label] = f"{curve.values[0]:.4f} → {curve.values[-1]:.4f}"
     found["Steps"] = f"{run.last_step or 0:,}"
+    if stopped := f.get("stopped_early"):
+        found["Steps"] += f" of {stopped['of_steps']:,}, stopped early"
     for label, make in (
         ("Tokens", lambda: f"{totals['tokens']:,}"),
         ("Time in steps", lambda: duration(totals["seconds"])),

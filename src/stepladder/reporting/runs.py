@@ -13,7 +13,17 @@ from typing import Any, BinaryIO
 
 from stepladder.errors import FAULT, GOOD, LOOK, LaunchError, RunError, Verdict
 from stepladder.files import open_file, read_lines, read_object
-from stepladder.manifest import LARGEST, MANIFEST, METRICS, NUMBER, parse_row, read_metrics, status
+from stepladder.manifest import (
+    LARGEST,
+    MANIFEST,
+    METRICS,
+    NUMBER,
+    parse_row,
+    read_manifest,
+    read_metrics,
+    status,
+    stop_reason,
+)
 from stepladder.reporting.series import Curve
 
 POLL = 1.0  # seconds
@@ -47,6 +57,12 @@ def _are_held_out_rows(value: Any) -> bool:
     return len(value) == 3 and counts and isinstance(value.get("foreign"), str)
 
 
+def _is_early_stop(value: Any) -> bool:
+    keys = ("step", "of_steps", "evaluations", "best_step", "best", "threshold")
+    needed = all(value.get(key) is not None for key in ("step", "of_steps", "evaluations", "threshold"))
+    return needed and {*keys} <= value.keys() and _has_numbers(value, *keys) and isinstance(value.get("metric"), str)
+
+
 # What the page looks into; a damaged or foreign manifest may hold anything.
 FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "recipe": (dict, lambda value: isinstance(value.get("max_steps") or 0, int)),
@@ -58,6 +74,7 @@ FACTS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "plan": (dict, lambda value: _has_numbers(value, "peak_memory_bytes", "tokens_per_second")),
     "held_out": (dict, _are_held_out_rows),
     "inputs": (dict, lambda value: all(isinstance(part, dict) and _are_texts(part) for part in value.values())),
+    "stopped_early": (dict, _is_early_stop),
     "datasets": (list, lambda value: all(isinstance(item, dict) for item in value)),
 }
 # The metrics that the page draws; of the others nothing is kept.
@@ -291,7 +308,7 @@ def follow(folder: Path) -> Iterator[str]:
                     yield format_step(row)
                     last, heard, quiet = place, time.monotonic(), False
         if state not in ("running", "unreadable"):
-            yield f"the run is {state}{FOLLOW_ON.get(state, '')}"
+            yield f"the run is {state}{FOLLOW_ON.get(state, '')}{_early_stop(folder)}"
             return
         with contextlib.suppress(OSError):  # a share's hiccup
             if not folder.exists():
@@ -301,6 +318,13 @@ def follow(folder: Path) -> Iterator[str]:
             yield f"  nothing for {QUIET // 60} minutes: the run may have been killed before it could say so"
             quiet = True
         time.sleep(POLL)
+
+
+def _early_stop(folder: Path) -> str:
+    with contextlib.suppress(ValueError):
+        if stopped := read_manifest(folder).get("stopped_early"):
+            return f": it {stop_reason(stopped)}"
+    return ""
 
 
 def _find_end(file: BinaryIO, size: int) -> tuple[int, int]:

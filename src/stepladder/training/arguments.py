@@ -77,7 +77,8 @@ def check_stop(recipe: Recipe, step: int | None) -> None:
     every = recipe.get("eval_steps") or recipe.get("logging_steps")
     planned = recipe.get("eval_strategy") == "steps" and every >= 1 and step % every == 0
     planned &= step >= (recipe.get("eval_delay") or 0)
-    key = "lr_scheduler_type" if recipe.get("lr_scheduler_type") in BY_METRIC else "load_best_model_at_end"
+    key = "early_stopping_patience" if recipe.get("early_stopping_patience") else "load_best_model_at_end"
+    key = "lr_scheduler_type" if recipe.get("lr_scheduler_type") in BY_METRIC else key
     if recipe.get("eval_strategy") != "no" and not planned and recipe.get(key):
         raise RecipeError(
             f"{key}: {recipe.get(key)} depends on each evaluation, and step {step} has none by eval_steps",

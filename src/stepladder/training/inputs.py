@@ -167,7 +167,7 @@ class Inputs:
         """Whether the recipe names other evaluation rows than before, and nothing follows their losses."""
         began = (self._before or {}).get("recipe", {})
         another = began.get("eval_dataset_name") != self.recipe.values.get("eval_dataset_name")
-        return another and not self.recipe.get("load_best_model_at_end")
+        return another and not any(map(self.recipe.get, ("load_best_model_at_end", "early_stopping_patience")))
 
 
 def _with_value(recipe: Recipe, key: str) -> str:

@@ -25,6 +25,7 @@ from stepladder.training import gradients
 from stepladder.training.batches import Order, RowLosses, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
+from stepladder.training.guard.early_stopping import EarlyStopping
 from stepladder.training.guard.interruptions import EvaluationLeftError, RankSync, Watchdog
 from stepladder.training.launch import launcher, weight_sending
 from stepladder.training.watch.telemetry import Telemetry
@@ -45,6 +46,7 @@ class Trainer(SFTTrainer):
         watchdog: ends a run that does not move.
         on_nan: `stop` or `skip`, for a NaN loss or gradient norm.
         stop_at: the step after which the run evaluates, saves and ends; None for its last one.
+        early_stopping: patience and threshold of `guard/early_stopping.py`; no patience counts nothing.
         padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
     """
@@ -57,6 +59,7 @@ class Trainer(SFTTrainer):
         watchdog: Watchdog,
         on_nan: str = "stop",
         stop_at: int | None = None,
+        early_stopping: tuple[int | None, float] = (None, 0.0),
         padding_free: bool = False,
         own_kernels: bool = False,
         **kwargs: Any,
@@ -86,6 +89,7 @@ class Trainer(SFTTrainer):
             self.remove_callback(callback)
         self.meter, self.rows = meter, StepRows()
         self.rank_sync = RankSync(self, on_nan, stop_at)
+        self.early_stopping = EarlyStopping(self, *early_stopping)
         self.watchdog = watchdog
         self._pending_save: saving.Save | None = None  # that is being written
         self._complete_step: int | None = None  # of the newest complete checkpoint; each rank's disk may show it later
@@ -239,6 +243,8 @@ class Trainer(SFTTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save the best step whatever `save_steps` is, and the step of a stop whatever its metric is."""
         self.finish_save()  # which may forget the best step so far
+        self._check_metric(metrics)
+        self.early_stopping.add(metrics)
         before = self.state.best_metric, self.state.best_global_step
         if better := bool(metrics) and super()._determine_best_metric(
             metrics, trial
@@ -248,6 +254,16 @@ class Trainer(SFTTrainer):
         if metrics and (better or not self.args.load_best_model_at_end):  # of the step that will be the result
             self._row_losses.write(self.meter.run, self.state.global_step)
         return better or self.rank_sync.preempted
+
+    def _check_metric(self, metrics: dict[str, float]) -> None:
+        """Raise TrainingError where the evaluation lacks `metric_for_best_model`; a user's callback may add metrics."""
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if metrics and self.args.metric_for_best_model and name not in metrics:
+            raise TrainingError(
+                f"metric_for_best_model: the evaluation has no {name}",
+                why=f"it has {', '.join(sorted(metrics))}",
+                help="metric_for_best_model: eval_loss",
+            )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.finish_save()
@@ -318,6 +334,7 @@ class Trainer(SFTTrainer):
             loading.compare_rates(self)
             if self.meter.run.forgets_best:
                 self.state.best_metric = self.state.best_global_step = None
+                self.early_stopping.count = 0
             # On several ranks `set_epoch` does not reach a loader that skips batches (accelerate#4071).
             if self._order is not None:
                 self._order.set_epoch(self.state.global_step // self._order.steps)
@@ -325,7 +342,8 @@ class Trainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Skip the epoch after the last step, or a stop before the first: Transformers would train one step more."""
-        if self.state.global_step < self.state.max_steps and not self.rank_sync.preempted:
+        ends = self.state.global_step >= self.state.max_steps or self.early_stopping.ends_run
+        if not ends and not self.rank_sync.preempted:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True

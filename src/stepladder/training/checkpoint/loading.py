@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from stepladder.console import say
 from stepladder.errors import CheckpointError
 from stepladder.training.checkpoint import state
+from stepladder.training.checkpoint.longer import EARLY_STOPPING
 from stepladder.training.checkpoint.resume import STATE, WITHOUT_BEST, damage, listed_files
 from stepladder.training.launch.ranks import from_first
 
@@ -50,6 +51,7 @@ def load(trainer: Any, folder: Path) -> None:
     trainer.meter.restore(saved["telemetry"])
     trainer._total_train_tokens = saved["tokens"]
     trainer.owes_evaluation = trainer.args.eval_on_start = saved.get("owes_evaluation", False)
+    trainer.early_stopping.count = saved.get(EARLY_STOPPING, 0)
 
 
 def compare_rates(trainer: Any) -> None:

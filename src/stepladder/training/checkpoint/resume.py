@@ -20,13 +20,13 @@ from stepladder.manifest import MANIFEST, METRICS, STUCK_AFTER, status
 from stepladder.model import start
 from stepladder.recipe.recipe import BY_METRIC, Recipe
 from stepladder.run import Run
+from stepladder.training.checkpoint import longer
 from stepladder.training.inputs import EVALUATION, Inputs
 
 COMPLETE, TRAINER_STATE, STATE = "COMPLETE.json", "trainer_state.json", "state.json"
 READ_KEYS = ("model_name_or_path", "dataset_name", "datasets", "eval_dataset_name", "chat_template_path")
 HASHED_AT_ONCE = 8  # files of a checkpoint: hashlib lets other threads run
 ASIDE = ".partial"  # at the end of a checkpoint's name: it is not resumed from
-LENGTH = ("max_steps", "num_train_epochs")  # of a run: more of it trains a finished one on
 OF_THE_CHOICE = {"metric_for_best_model", "greater_is_better"}
 OF_THE_RATE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", *OF_THE_CHOICE}  # of one by a metric
 WITHOUT_BEST = (
@@ -116,15 +116,15 @@ def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: I
     folder, where, before = run.folder, recipe.where("output_dir"), run.read()
     changes = recipe.changes(before["recipe"])
     finished = before["status"] == "finished"
-    if (finished and not changes.keys() & {*LENGTH}) or resume == "never":
+    if (finished and not changes.keys() & {*longer.TRAINS_ON}) or resume == "never":
         raise LaunchError(
             f"output_dir {folder} holds a run ({status(folder)})",
             where=where,
             why="nothing that existed is overwritten",
             help="another --output_dir, or --overwrite to replace that run"
-            + ("; a larger --max_steps or --num_train_epochs trains it on" if finished else ""),
+            + (f"; a larger {longer.describe_keys(before)} trains it on" if finished else ""),
         )
-    _check_recipe(recipe, before["recipe"], [*allowed, *(LENGTH if finished else [])], where)
+    _check_recipe(recipe, before["recipe"], [*allowed, *(longer.TRAINS_ON if finished else [])], where)
     if inputs and whole_steps(folder):
         inputs.resume(before, allowed, folder)
     chosen = None if resume == "auto" else Path(resume)
@@ -162,22 +162,10 @@ def _resume(run: Run, recipe: Recipe, resume: str, allowed: list[str], inputs: I
 
 def _check_longer(recipe: Recipe, folder: Path, last: Path | None) -> None:
     """Raise LaunchError where a finished run cannot be trained on, or is not asked for more than it has."""
-    if last is None:
-        raise LaunchError(
-            f"the run in {folder} is finished and kept no checkpoint to train on from",
-            where=recipe.where("output_dir"),
-            why="its save_strategy was no",
-            help=f"--model_name_or_path {folder} and another --output_dir train its result on, with a new optimizer",
-        )
-    key = LENGTH[0] if recipe.get(LENGTH[0]) > 0 else LENGTH[1]
-    state = read_object(last / TRAINER_STATE)
-    done = state["global_step"] if key == LENGTH[0] else state["epoch"]
-    if recipe.get(key) <= done:
-        raise LaunchError(
-            f"the run in {folder} is finished: {key}: {recipe.get(key):g} is not more than the {done:g} that it has",
-            where=recipe.where(key),
-            help=f"a larger {key} trains it on; --overwrite replaces it",
-        )
+    longer.check_kept(last, recipe, folder)
+    assert last is not None
+    counters = read_object(last / STATE) if (last / STATE).is_file() else {}
+    longer.check_longer(recipe, folder, read_object(last / TRAINER_STATE), counters)
     say(f"the run in {folder} is finished: it is trained on from {last.name}")
 
 
@@ -218,7 +206,10 @@ def _rebuild_manifest(run: Run) -> None:
 
 def resumption_entry(checkpoint: Path | None) -> dict[str, Any] | None:
     """What run.json records of a resumption."""
-    return {"step": step_of(checkpoint), "from": str(checkpoint)} if checkpoint else None
+    if not checkpoint:
+        return None
+    owes = {"owes_evaluation": True} if read_object(checkpoint / STATE).get("owes_evaluation") else {}
+    return {"step": step_of(checkpoint), "from": str(checkpoint), **owes}
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -316,7 +307,7 @@ def _outdated_best(checkpoint: Path, before: dict[str, Any], recipe: Recipe, inp
         faults.append("another metric")
     if inputs and evaluated and evaluated != inputs.found.get(EVALUATION, evaluated):
         faults.append("other evaluation rows")
-    if faults and read_object(checkpoint / TRAINER_STATE)["best_global_step"]:
+    if faults and read_object(checkpoint / TRAINER_STATE)["best_metric"] is not None:
         return " and ".join(faults)
     return ""
 

@@ -36,6 +36,7 @@ from stepladder import hardware
 from stepladder.console import say
 from stepladder.files import flush, write_atomic
 from stepladder.training.checkpoint import state
+from stepladder.training.checkpoint.longer import EARLY_STOPPING
 from stepladder.training.checkpoint.resume import COMPLETE, STATE, TRAINER_STATE, of_step, whole_steps
 from stepladder.training.checkpoint.state import Piece
 from stepladder.training.checkpoint.writer import Writer, cut_into_parts
@@ -214,6 +215,7 @@ def _counters(trainer: Any, loss: float) -> dict[str, Any]:
         "telemetry": trainer.meter.to_checkpoint(),
         "tokens": trainer._total_train_tokens,
         "owes_evaluation": trainer.owes_evaluation,
+        EARLY_STOPPING: trainer.early_stopping.count,
         # summed up since the last logged step, for `logging_steps` above 1
         "since_log": {
             "loss": loss,

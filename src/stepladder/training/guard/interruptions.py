@@ -47,12 +47,12 @@ class RankSync(TrainerCallback):
 
     def stop_asked(self) -> bool:
         """Whether any rank has received a stop signal; every rank calls it, between two batches of an evaluation."""
-        stops, writing = self._sum(signals.stop_asked(), self.trainer.writes)
+        stops, writing = self.sum_over_ranks(signals.stop_asked(), self.trainer.writes)
         if not writing:
             self.trainer.finish_save()
         return bool(stops)
 
-    def _sum(self, *values: int) -> list[int]:
+    def sum_over_ranks(self, *values: int) -> list[int]:
         """Integers summed over all ranks."""
         sums = torch.tensor(values, dtype=torch.int64, device=self.trainer.args.device)
         if dist.is_initialized():
@@ -64,7 +64,7 @@ class RankSync(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows, (bad_loss, bad_gradient) = self.trainer.rows, self.trainer.not_finite()
-        stops, writing, losses, gradients, *counts = self._sum(
+        stops, writing, losses, gradients, *counts = self.sum_over_ranks(
             signals.stop_asked(), self.trainer.writes, bad_loss, bad_gradient, rows.checksum(), *rows.counts.tolist()
         )
         self._save_is_written = not writing

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from stepladder.console import is_main_rank, quote_for_shell, say
 from stepladder.errors import StepladderError
+from stepladder.manifest import stop_reason
 from stepladder.model import card, start
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
@@ -83,12 +84,17 @@ def opening_block(
             f"({100 * counts['trainable'] / counts['all']:.2f} %)",
             f"data        {data}",
             *adapter,
-            f"run         {card.training_method(recipe)}, {steps} steps{epochs}, {_checkpoints(recipe)}",
+            f"run         {card.training_method(recipe)}, {_at_most(recipe)}{steps} steps{epochs}, "
+            f"{_checkpoints(recipe)}",
             f"watch       {_watched(recipe, f['plan'])}",
             *(f"resumed     from step {r['step']}, {r['from']}" for r in f["resumed"][-1:]),
             *(f"note        {note}" for note in notes),
         )
     )
+
+
+def _at_most(recipe: Recipe) -> str:
+    return "at most " if recipe.get("early_stopping_patience") else ""
 
 
 def _checkpoints(recipe: Recipe) -> str:
@@ -261,6 +267,7 @@ def closing_block(run: Run) -> str:
         f"  {totals['tokens_per_second'] or 0:,.0f} tokens/s{used}, {memory:.1f} GiB at most on a rank",
         f"  goodput {100 * totals['goodput']:.0f} %: {totals['seconds']:,.0f} s of steps in "
         f"{totals['seconds'] / totals['goodput']:,.0f} s" + (f" over {starts} starts" if starts > 1 else ""),
+        *([f"  {stop_reason(stopped)}"] if (stopped := run.manifest.get("stopped_early")) else []),
         *([f"  the result is step {best}, the best of the evaluations"] if best != totals["steps"] else []),
         f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
         f'  ask it:      python scripts/generate.py --model {folder} --prompt "…"',

@@ -41,7 +41,7 @@ MODEL_PATIENCE = 600  # seconds, or WANDB_FINISH_TIMEOUT where that is more, tha
 WRITING = 10  # seconds that its service may take to write its file on a machine under load
 BLOCK = 1 << 15  # bytes, of W&B's file (LevelDB's log format)
 NOT_CONFIGURATION = {"status", "progress", "resumed", "started", "ended", "totals", "final", "result_step", "saved",
-                     "error", "samples"}  # fmt: skip
+                     "error", "samples", "stopped_early"}  # fmt: skip
 NOT_SHOWN = (DROPPED - {"epoch"}) | {"step", "rows_checksum"}
 
 
