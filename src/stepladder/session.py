@@ -378,6 +378,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             meter=meter,
             watchdog=watch,
             on_nan=recipe.get("on_nan"),
+            loraplus_lr_ratio=recipe.get("loraplus_lr_ratio"),
             stop_at=stop_at,
             callbacks=[*own, line, *watchers],
         )

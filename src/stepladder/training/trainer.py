@@ -21,7 +21,7 @@ from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
-from stepladder.training import gradients
+from stepladder.training import gradients, loraplus
 from stepladder.training.batches import Order, RowLosses, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
@@ -47,6 +47,7 @@ class Trainer(SFTTrainer):
         stop_at: the step after which the run evaluates, saves and ends; None for its last one.
         padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
+        loraplus_lr_ratio: LoRA+'s (`loraplus.create_optimizer`); None for one learning rate.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Trainer(SFTTrainer):
         stop_at: int | None = None,
         padding_free: bool = False,
         own_kernels: bool = False,
+        loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ):
-        self.layout, self.rows_end_to_end = layout, padding_free
+        self.layout, self.rows_end_to_end, self.loraplus_lr_ratio = layout, padding_free, loraplus_lr_ratio
         quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         adapter = {
             name: parameter.detach().clone()
@@ -134,6 +136,11 @@ class Trainer(SFTTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.loraplus_lr_ratio:
+            self.optimizer = loraplus.create_optimizer(self, self.loraplus_lr_ratio)
+        return super().create_optimizer(model)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.rows.add(inputs)
