@@ -163,7 +163,8 @@ def _facts(
         if losses:
             rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
     if merged:
-        rows["merged"] = f"{', '.join(map(format_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
+        by = f" by {merged['combination']['type']}" if merged.get("combination") else ""
+        rows["merged"] = f"{', '.join(map(format_code, merged['adapters']))}{by} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
         rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
