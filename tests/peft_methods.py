@@ -35,6 +35,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "layers": NAMED | {"peft_kwargs": {"layers_to_transform": [0, 2], "exclude_modules": r".*\.2\..*v_proj"}},
     "loraplus": ADAPTER | {"loraplus_lr_ratio": 4, "weight_decay": 0.01},
     "ia3": {"use_peft": True, "peft_type": "ia3"},
+    "pissa": ADAPTER | {"peft_kwargs": {"init_lora_weights": "pissa"}},
+    "pissa_niter": ADAPTER | {"peft_kwargs": {"init_lora_weights": "pissa_niter_4"}},
+    "olora": ADAPTER | {"peft_kwargs": {"init_lora_weights": "olora"}},
 }
 SHOWN = {
     "gaussian": "`init_lora_weights: gaussian`",
@@ -44,6 +47,9 @@ SHOWN = {
     "layers": "`layers_to_transform`, `exclude_modules`",
     "loraplus": "`loraplus_lr_ratio: 4`",
     "ia3": "`peft_type: ia3`",
+    "pissa": "`init_lora_weights: pissa`",
+    "pissa_niter": "`init_lora_weights: pissa_niter_4`",
+    "olora": "`init_lora_weights: olora`",
 }
 STRATEGIES = {"single": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp": 2, "hsdp": 4}
 STEPS, STOP = 6, 3

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import peft_methods, start
+from stepladder.model import initial_factors, peft_methods, start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
@@ -117,6 +117,9 @@ def attach_adapter(
     config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
+    decomposes = initial_factors.initialization(recipe)
+    if decomposes and model.device.type == "meta":  # it has no weights to decompose: they come from rank 0
+        config.init_lora_weights = True
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
@@ -129,6 +132,9 @@ def attach_adapter(
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     peft_methods.check_names(wrapped, recipe, names, linear)
+    if decomposes:
+        initial_factors.check_ranks(wrapped, recipe)
+        wrapped.peft_config["default"].init_lora_weights = decomposes
     if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
     return wrapped

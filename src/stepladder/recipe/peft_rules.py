@@ -17,8 +17,9 @@ from stepladder.suggest import suggest
 KEY = "peft_kwargs"
 TABLE = files.read_table("recipe/peft.yaml")
 # Initializations that draw or compute the adapter's first weights and leave the base's as they are.
-INITIALIZATIONS = ("true", "gaussian", "orthogonal")
-ON_PLAIN_WEIGHTS = ("orthogonal",)  # PEFT computes them in the base's dtype, which is none where it is quantized
+INITIALIZATIONS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+# These begin as a part of the base's weights (model/initial_factors.py).
+DECOMPOSED = ("pissa", "olora")
 CHECKS: dict[str, Check] = {}
 
 
@@ -66,13 +67,13 @@ def peft_kwargs_repeat_no_key(recipe: Recipe) -> RuleBreak | None:
 
 @register
 def peft_kwargs_are_offered(recipe: Recipe) -> RuleBreak | None:
-    """Every method that is accepted keeps its curve on every strategy, resumes and merges."""
+    """It is not tested on every strategy, resumed and merged, as all that is accepted is."""
     method, keys = recipe.get("peft_type"), _keys()
     known = {*TABLE["own"].get(method, ()), *TABLE["offered"].get(method, ())}
     for name, value in _fields(recipe).items():
         taken = method in keys[name].owner.split()
         if taken and name not in known and value not in (keys[name].default, None):
-            why = TABLE["why"].get(name, TABLE["otherwise"])
+            why = TABLE["why"].get(name, "")
             return _conflict(recipe, name, "cannot be used", f"remove it; {method} takes {_offered(method)}", why)
     return None
 
@@ -83,26 +84,42 @@ def _offered(method: str) -> str:
 
 @register
 def initializations_are_offered(recipe: Recipe) -> RuleBreak | None:
-    """PEFT draws or computes the adapter's first weights in one of its own ways."""
+    """PEFT draws or computes the first weights in ways of its own, which bear these names."""
     field = "init_lora_weights"
     value = _fields(recipe).get(field)
     if value is None:
         return None
     name = str(value).lower() if isinstance(value, bool) else str(value)
     allowed = f"one of {', '.join(INITIALIZATIONS)}"
-    if name not in INITIALIZATIONS:
-        why = next((why for start, why in TABLE["initializations"].items() if name.startswith(start)), "")
+    if name not in INITIALIZATIONS and not re.fullmatch(r"pissa_niter_\d{1,3}", name):
+        why = TABLE["initializations"].get(name, "")
         what = f"{name} cannot be used" if why else f"{name} is not an allowed value"
         help = allowed if why else suggest(name, INITIALIZATIONS) or allowed
-        return _conflict(recipe, f"{field}:", what, help, why or f"allowed: {', '.join(INITIALIZATIONS)}")
-    quantized = next((key for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)), "")
-    if name in ON_PLAIN_WEIGHTS and quantized:
-        why = "PEFT makes the matrices in the dtype of the base's weights, which quantized ones do not have"
+        return _conflict(recipe, f"{field}:", what, help, why)
+    if name == "true" or name == "gaussian":
+        return None
+    if quantized := next((key for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)), ""):
+        why = "it is computed in the dtype of the base's weights, or changes them, and these are quantized"
         return _conflict(recipe, f"{field}:", f"{name} with {quantized}: true", "init_lora_weights: true", why)
+    if name.startswith(DECOMPOSED):
+        return _fault_of_decomposition(recipe, name)
     ranks = [recipe.get("lora_r"), *(_fields(recipe).get("rank_pattern") or {}).values()]
-    if name == "orthogonal" and (odd := [r for r in ranks if isinstance(r, int) and r % 2]):
+    if odd := [r for r in ranks if isinstance(r, int) and r % 2]:
         why = "it splits an orthogonal matrix of that rank into two halves, for A and for B"
         return _conflict(recipe, f"{field}:", f"{name} with the odd rank {odd[0]}", "an even lora_r", why)
+    return None
+
+
+def _fault_of_decomposition(recipe: Recipe, name: str) -> RuleBreak | None:
+    at, fields = "init_lora_weights:", _fields(recipe)
+    if recipe.get("dtype") not in (None, "float32"):
+        why = "it changes the base's weights, and in 16 bits what the change leaves over would be rounded"
+        return _conflict(recipe, at, f"{name} with dtype: {recipe.get('dtype')}", "dtype: float32", why)
+    keys = ("use_dora", "use_rslora", "lora_target_parameters")
+    patterns = [pattern for pattern in ("rank_pattern", "alpha_pattern") if fields.get(pattern)]
+    if others := [*(key for key in keys if recipe.get(key)), *patterns]:
+        why = "its result is converted to LoRA of twice the rank on the original base, which that would not be"
+        return _conflict(recipe, at, f"{name} with {others[0]}", f"remove {others[0]}", why)
     return None
 
 

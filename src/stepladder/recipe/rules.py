@@ -231,4 +231,5 @@ def a_planned_micro_batch_needs_the_global_one(recipe: Recipe) -> RuleBreak | No
     return None
 
 
-RULES = build_rules(CHECKS | peft_rules.CHECKS)
+CHECKS |= peft_rules.CHECKS
+RULES = build_rules(CHECKS)

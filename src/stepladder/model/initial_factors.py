@@ -1,0 +1,166 @@
+"""Adapters that begin as a part of the base's weights, which are changed to what that part leaves over.
+
+PiSSA (Meng et al. 2024, arXiv:2404.02948) begins as the largest singular values of each weight, OLoRA (Büyükakyüz 2024,
+arXiv:2406.01775) as a part of its QR decomposition. The trained adapter alone is right on the changed base only. It is
+saved converted, as PEFT documents it (`path_initial_model_for_weight_conversion`): with W = W' + s B₀A₀, the trained
+W' + s BA is W + s [B, -B₀] [A; A₀], which is LoRA of twice the rank on the original base.
+
+The first factors lie in the run's folder, so that a resumed run has them too: another number of threads or another
+machine may decompose a weight into other factors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepladder import files
+from stepladder.errors import CheckpointError, ModelError, first_line
+from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
+from stepladder.model.weights import differences
+from stepladder.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+KEY = "peft_kwargs"
+DECOMPOSED = ("pissa", "olora")
+INITIAL = Path("initial_adapter") / ADAPTER  # within the run's folder
+
+
+def initialization(recipe: Settings) -> str:
+    """`pissa`, `pissa_niter_4`, `olora` …; empty where the adapter leaves the base's weights as they are."""
+    name = str((recipe.get(KEY) or {}).get("init_lora_weights", ""))
+    return name if recipe.get("use_peft") and name.startswith(DECOMPOSED) else ""
+
+
+def is_decomposed(model: Any) -> bool:
+    """Whether a model's adapter began as a part of its base."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return str(getattr(config, "init_lora_weights", "")).startswith(DECOMPOSED)
+
+
+def check_ranks(wrapped: Any, recipe: Settings) -> None:
+    """Raise ModelError for a rank above a weight's own: PEFT would make a smaller adapter than the recipe says."""
+    for name, layer in _layers(wrapped):
+        if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
+            raise ModelError(
+                f"lora_r: {rank} with {KEY}.init_lora_weights: {initialization(recipe)}: {name} has rank {most} at most",
+                where=recipe.where("lora_r"),
+                help=f"lora_r: {most}, or other lora_target_modules",
+            )
+
+
+def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) -> None:
+    """Write the first factors into the folder of a run that begins; give those of a resumed run their place.
+
+    Every rank calls it, before a strategy wraps the model. Ranks whose model is on the meta device receive rank 0's.
+
+    Args:
+        checkpoint: of this folder, that the run resumes from; None for one that begins.
+
+    Raises:
+        CheckpointError: the file of a resumed run is not there, or of another adapter.
+    """
+    if not is_decomposed(model):
+        return
+    here = _factors(model)
+    file = run_folder / INITIAL
+    if checkpoint:
+        first = _read(file, here)
+        if next(model.parameters()).device.type != "meta":
+            _correct(model, here, first)
+    elif writes:
+        from safetensors.torch import save
+
+        files.make_folder(file.parent)
+        files.write_atomic(file, save(here, {"format": "pt"}))
+
+
+def _read(file: Path, here: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        first = load_file(file)
+        fault = differences(*({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (first, here)))
+    except (OSError, SafetensorError) as error:
+        fault = first_line(error)
+    if fault:
+        raise CheckpointError(
+            f"{file} cannot be used: {fault}",
+            why="it holds what the adapter began as, without which its result cannot be saved for the original base",
+            help="put the file back from a copy, or --overwrite to start anew",
+        )
+    return first
+
+
+def _correct(model: Any, now: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+    """Take the factors that a run began with out of its base, in place of those that were just computed."""
+    import torch
+    from peft.utils.integrations import gather_params_ctx
+
+    for name, layer in _layers(model):
+        keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if all(torch.equal(now[key], saved[key]) for key in keys):
+            continue
+        with gather_params_ctx(layer.get_base_layer().weight), torch.no_grad():
+            (a, b), (was_a, was_b) = ([tensors[key] for key in keys] for tensors in (now, saved))
+            change = layer.scaling["default"] * (b @ a - was_b @ was_a)
+            layer.get_base_layer().weight.data += change.T if layer.fan_in_fan_out else change
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """LoRA's layers by their names in an adapter's file."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _factors(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{part}.weight": getattr(layer, part)["default"].weight.detach().float().cpu().clone().contiguous()
+        for name, layer in _layers(model)
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def saved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a factor in the converted adapter."""
+    axis = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+    return tuple(size * (1 + (number == axis)) for number, size in enumerate(shape))
+
+
+def convert(
+    tensors: dict[str, torch.Tensor], names: dict[str, str], run_folder: Path
+) -> dict[str, torch.Tensor]:
+    """A trained adapter's tensors as LoRA of twice the rank on the original base; the trained factors come first.
+
+    Args:
+        tensors: by their names in the model.
+        names: these, by the names in an adapter's file.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    first = {names[key]: tensor for key, tensor in load_file(run_folder / INITIAL).items()}
+    both = {}
+    for name, tensor in tensors.items():
+        if name not in first:  # a module that is trained in full
+            both[name] = tensor
+        elif ".lora_A." in name:
+            both[name] = torch.cat([tensor, first[name].to(tensor.dtype)], 0)
+        else:
+            both[name] = torch.cat([tensor, -first[name].to(tensor.dtype)], 1)
+    return both
+
+
+def convert_config(folder: Path) -> None:
+    """Let an adapter_config.json describe the converted adapter; lora_alpha / r, its scale, stays."""
+    config = files.read_object(folder / ADAPTER_CONFIG)
+    config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"], "init_lora_weights": True}
+    files.write_atomic(folder / ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
