@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from test_merge import adapter_on, gpt2, llama, load, make_dir, saved, silent
 
 from conftest import script
 from stepladder.errors import ModelError
 from stepladder.model.merge.combination import PRUNING, TYPES, Combination
 from stepladder.model.merge.methods import open_merge
 from stepladder.model.merge.proof import Proof
-from test_merge import adapter_on, gpt2, llama, load, make_dir, saved, silent
 
 WEIGHTS = [0.7, -0.4]
 
@@ -80,7 +80,11 @@ REFUSED = {
     "modules in full": ({"modules_to_save": ["lm_head"]}, {}, "whole modules"),
     "other ranks": ({}, {"r": 2}, "same r"),
     "other ranks in a module": ({}, {"rank_pattern": {"k_proj": 2}}, "size"),
-    "a pattern beside names": ({"target_modules": r".*\.q_proj"}, {"target_modules": ["q_proj"]}, "target modules type"),
+    "a pattern beside names": (
+        {"target_modules": r".*\.q_proj"},
+        {"target_modules": ["q_proj"]},
+        "target modules type",
+    ),
     "left out by the first": ({"exclude_modules": ["k_proj"]}, {"target_modules": ["q_proj", "k_proj"]}, "excluded"),
 }
 

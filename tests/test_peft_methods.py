@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import peft_methods
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft_methods import METHODS, Cell
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import peft_methods
 from conftest import manifest, script
-from peft_methods import METHODS, Cell
 from stepladder.data import mixture
 from stepladder.errors import CheckpointError
 from stepladder.evaluation.held_out import mean_loss, measure_losses

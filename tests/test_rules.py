@@ -49,7 +49,7 @@ TABLE = {
     "peft_kwargs_belong_to_the_method": (
         "use_peft: true\npeft_kwargs:\n  feedforward_modules: [down_proj]",
         "peft_kwargs.feedforward_modules",
-        "use_peft: true\npeft_type: ia3\npeft_kwargs:\n  target_modules: [down_proj]\n  feedforward_modules: [down_proj]",
+        "use_peft: true\npeft_type: ia3\npeft_kwargs: {target_modules: [fc], feedforward_modules: [fc]}",
     ),
     "peft_kwargs_repeat_no_key": ("use_peft: true\npeft_kwargs:\n  r: 8", "peft_kwargs.r", "use_peft: true\nlora_r: 8"),
     "peft_kwargs_are_offered": (
@@ -70,7 +70,7 @@ TABLE = {
     "layers_are_chosen_among_named_modules": (
         "use_peft: true\nlora_target_modules: all-linear\npeft_kwargs:\n  layers_to_transform: [0]",
         "peft_kwargs.layers_to_transform",
-        "use_peft: true\nlora_target_modules: [q_proj]\npeft_kwargs:\n  layers_to_transform: 0\n  layers_pattern: layers",
+        "use_peft: true\nlora_target_modules: [q_proj]\npeft_kwargs: {layers_to_transform: 0, layers_pattern: h}",
     ),
     "ia3_needs_the_bases_own_weights": (
         "use_peft: true\npeft_type: ia3\nload_in_4bit: true",

@@ -108,8 +108,6 @@ def attach_adapter(
             why="their embeddings would stay as random as they begin",
             help="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
-    from peft import get_peft_model
-
     if recipe.get("peft_type") in VIRTUAL:
         return _attach_virtual_tokens(model, recipe, tokenizer)
     source = start.resolve_recipe_model(recipe)
@@ -117,13 +115,10 @@ def attach_adapter(
     config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
-    decomposes = initial_factors.initialization(recipe)
-    if decomposes and model.device.type == "meta":  # it has no weights to decompose: they come from rank 0
-        config.init_lora_weights = True
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
-        wrapped = get_peft_model(model, config)
+        wrapped = initial_factors.wrap(model, config)
     except FAULTS as error:
         if source.adapter:
             raise _misfit(source, str(error)) from None
@@ -132,9 +127,6 @@ def attach_adapter(
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     peft_methods.check_names(wrapped, recipe, names, linear)
-    if decomposes:
-        initial_factors.check_ranks(wrapped, recipe)
-        wrapped.peft_config["default"].init_lora_weights = decomposes
     if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
     return wrapped

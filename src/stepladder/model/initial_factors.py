@@ -24,16 +24,23 @@ from stepladder.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig, PeftModel
 
-KEY = "peft_kwargs"
 DECOMPOSED = ("pissa", "olora")
 INITIAL = Path("initial_adapter") / ADAPTER  # within the run's folder
 
 
-def initialization(recipe: Settings) -> str:
-    """`pissa`, `pissa_niter_4`, `olora` …; empty where the adapter leaves the base's weights as they are."""
-    name = str((recipe.get(KEY) or {}).get("init_lora_weights", ""))
-    return name if recipe.get("use_peft") and name.startswith(DECOMPOSED) else ""
+def wrap(model: Any, config: PeftConfig) -> PeftModel:
+    """The model in PEFT's adapter; one on the meta device has no weights to decompose: they come from rank 0."""
+    from peft import get_peft_model
+
+    kind = getattr(config, "init_lora_weights", None)
+    if str(kind).startswith(DECOMPOSED) and model.device.type == "meta":
+        config.init_lora_weights = True
+    wrapped = get_peft_model(model, config)
+    if kind is not None:
+        wrapped.peft_config["default"].init_lora_weights = kind
+    return wrapped
 
 
 def is_decomposed(model: Any) -> bool:
@@ -44,10 +51,10 @@ def is_decomposed(model: Any) -> bool:
 
 def check_ranks(wrapped: Any, recipe: Settings) -> None:
     """Raise ModelError for a rank above a weight's own: PEFT would make a smaller adapter than the recipe says."""
-    for name, layer in _layers(wrapped):
+    for name, layer in _layers(wrapped) if is_decomposed(wrapped) else ():
         if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
             raise ModelError(
-                f"lora_r: {rank} with {KEY}.init_lora_weights: {initialization(recipe)}: {name} has rank {most} at most",
+                f"lora_r: {rank}, and {name}, of which the adapter is a part, has rank {most} at most",
                 where=recipe.where("lora_r"),
                 help=f"lora_r: {most}, or other lora_target_modules",
             )
@@ -135,9 +142,7 @@ def saved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size * (1 + (number == axis)) for number, size in enumerate(shape))
 
 
-def convert(
-    tensors: dict[str, torch.Tensor], names: dict[str, str], run_folder: Path
-) -> dict[str, torch.Tensor]:
+def convert(tensors: dict[str, torch.Tensor], names: dict[str, str], run_folder: Path) -> dict[str, torch.Tensor]:
     """A trained adapter's tensors as LoRA of twice the rank on the original base; the trained factors come first.
 
     Args:

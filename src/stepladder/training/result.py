@@ -155,7 +155,9 @@ def _put_back(trainer: Any, folder: Path, names: dict[str, str]) -> int:
             # in the order of the file, which is the same on every rank: each put is collective
             for key in tensors.keys():  # noqa: SIM118
                 if (name := names.get(key)) in left:
-                    kept = tuple(slice(size) for size in trained.shape(name))  # of a converted adapter, the trained half
+                    kept = tuple(
+                        slice(size) for size in trained.shape(name)
+                    )  # of a converted adapter, the trained half
                     trained.put_weights(name, tensors.get_tensor(key)[kept])
                     left.remove(name)
     return len(trained.parameters) - len(left)

@@ -138,8 +138,8 @@ class Trainer(SFTTrainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.optimizer is None and self.loraplus_lr_ratio:
-            self.optimizer = loraplus.create_optimizer(self, self.loraplus_lr_ratio)
+        if self.loraplus_lr_ratio and getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = loraplus.create_optimizer(self, self.loraplus_lr_ratio)
         return super().create_optimizer(model)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:

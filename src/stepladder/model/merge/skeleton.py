@@ -200,7 +200,9 @@ def inject(
                 raise wrong_base(folder, base, f"{key} is {held}, and this base needs {needs}")
             if in_base in earlier:
                 raise ModelError(
-                    f"two of the adapters hold {in_base} of the base itself", where=str(folder), help="merge one of them"
+                    f"two of the adapters hold {in_base} of the base itself",
+                    where=str(folder),
+                    help="merge one of them",
                 )
             (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
