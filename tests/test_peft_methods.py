@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import manifest, script
 from stepladder.data import mixture
-from stepladder.errors import CheckpointError
+from stepladder.errors import CheckpointError, ModelError
 from stepladder.evaluation.held_out import mean_loss, measure_losses
-from stepladder.model import initial_factors, pretrained
+from stepladder.model import build, initial_factors, pretrained
 from stepladder.model.start import ADAPTER
+from stepladder.recipe import load
 
 # Of all cells of docs/compatibility.md: one process, and the strategies that shard an adapter each in its own way.
 SHARDED = [Cell(method, strategy) for strategy in ("zero3", "fsdp") for method in ("loraplus", "ia3", "pissa")]
@@ -115,18 +116,27 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
         (["--loraplus_lr_ratio", "4", "--lora_target_modules", "embed_tokens", "q_proj"], "on embeddings"),
     ],
 )
-def test_what_does_nothing_in_this_model_is_refused(
-    words: list[str], said: str, tiny: Path, learnable: Path, tmp_path: Path
-) -> None:
+def test_what_does_nothing_in_this_model_is_refused(words: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
     """Guards against a pattern, layer or initialization that PEFT accepts and drops."""
     recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny}\nuse_peft: true\nlora_r: 8\n")
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with pytest.raises(ModelError) as error:
+        build.attach_adapter(model, load.load(str(recipe), words))
+    assert said in error.value.render(), error.value.render()
+
+
+def test_it_is_refused_before_the_run_begins(tiny: Path, learnable: Path, tmp_path: Path) -> None:
+    """Guards the command: one message, no traceback, no run folder."""
+    recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        f"model_name_or_path: {tiny}\ndataset_name: {learnable}\nmax_length: 64\nuse_peft: true\nlora_r: 8\n"
+        f"model_name_or_path: {tiny}\ndataset_name: {learnable}\nmax_length: 128\nuse_peft: true\nlora_r: 8\n"
         "max_steps: 1\nglobal_batch_size: 2\nper_device_train_batch_size: 2\nbf16: false\nuse_cpu: true\n"
+        "peft_kwargs:\n  rank_pattern: {nope: 4}\n"
     )
-    done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / "out", *words)
-    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done
-    assert not (tmp_path / "out" / "run.json").exists()
+    done = script("sft", "--recipe", recipe, "--output_dir", tmp_path / "out")
+    assert done.code == 2 and f"{recipe}:12:3: peft_kwargs.rank_pattern: nope" in done.err, done
+    assert "Traceback" not in done.err and not (tmp_path / "out" / "run.json").exists()
 
 
 # ---- PiSSA and OLoRA ----

@@ -186,6 +186,7 @@ def _lora_config(source: start.Start, recipe: Settings, model: PreTrainedModel, 
         known = {item.name for item in dataclasses.fields(LoraConfig)} - {"auto_mapping"}
         values = {name: value for name, value in source.config.items() if name in known}
         values |= {"lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False}
+        values["init_lora_weights"] = True  # its weights come from its file
         try:
             config = LoraConfig(**values)
             _check_targets(model, recipe, source)

@@ -12,6 +12,7 @@ machine may decompose a weight into other factors.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,9 @@ def wrap(model: Any, config: PeftConfig) -> PeftModel:
     kind = getattr(config, "init_lora_weights", None)
     if str(kind).startswith(DECOMPOSED) and model.device.type == "meta":
         config.init_lora_weights = True
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():  # `peft_methods.check_names` reports these
+        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod")
+        wrapped = get_peft_model(model, config)
     if kind is not None:
         wrapped.peft_config["default"].init_lora_weights = kind
     return wrapped

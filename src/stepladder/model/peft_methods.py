@@ -70,7 +70,7 @@ def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[st
     from peft.utils.other import get_pattern_key
 
     values, config, tuner = fields(recipe), wrapped.peft_config["default"], wrapped.base_model
-    targeted = tuner.targeted_module_names
+    targeted = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = list(values.get(field) or ())
         used = {get_pattern_key(patterns, name) for name in targeted}

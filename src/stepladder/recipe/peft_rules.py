@@ -16,9 +16,9 @@ from stepladder.suggest import suggest
 
 KEY = "peft_kwargs"
 TABLE = files.read_table("recipe/peft.yaml")
-# Initializations that draw or compute the adapter's first weights and leave the base's as they are.
-INITIALIZATIONS = ("true", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
-# These begin as a part of the base's weights (model/initial_factors.py).
+# PEFT's initializations, beside `true`. Those that begin as a part of the base's weights are saved converted
+# (model/initial_factors.py); `pissa_niter_N` takes any number of iterations.
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
 DECOMPOSED = ("pissa", "olora")
 CHECKS: dict[str, Check] = {}
 
@@ -87,16 +87,17 @@ def initializations_are_offered(recipe: Recipe) -> RuleBreak | None:
     """PEFT draws or computes the first weights in ways of its own, which bear these names."""
     field = "init_lora_weights"
     value = _fields(recipe).get(field)
-    if value is None:
+    if value is None or value is True:
         return None
-    name = str(value).lower() if isinstance(value, bool) else str(value)
-    allowed = f"one of {', '.join(INITIALIZATIONS)}"
+    name = "false" if value is False else str(value)
+    allowed = f"one of {', '.join(['true', *INITIALIZATIONS])}"
     if name not in INITIALIZATIONS and not re.fullmatch(r"pissa_niter_\d{1,3}", name):
         why = TABLE["initializations"].get(name, "")
         what = f"{name} cannot be used" if why else f"{name} is not an allowed value"
-        help = allowed if why else suggest(name, INITIALIZATIONS) or allowed
+        near = "true, without quotes" if name == "true" else suggest(name, INITIALIZATIONS)
+        help = allowed if why else near or allowed
         return _conflict(recipe, f"{field}:", what, help, why)
-    if name == "true" or name == "gaussian":
+    if name == "gaussian":
         return None
     if quantized := next((key for key in ("load_in_4bit", "load_in_8bit") if recipe.get(key)), ""):
         why = "it is computed in the dtype of the base's weights, or changes them, and these are quantized"
