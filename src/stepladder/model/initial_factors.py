@@ -39,7 +39,9 @@ def wrap(model: Any, config: PeftConfig) -> PeftModel:
     if str(kind).startswith(DECOMPOSED) and model.device.type == "meta":
         config.init_lora_weights = True
     with warnings.catch_warnings():  # `peft_methods.check_names` reports these
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod")
+        warnings.filterwarnings(
+            "ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod"
+        )
         wrapped = get_peft_model(model, config)
     if kind is not None:
         wrapped.peft_config["default"].init_lora_weights = kind
