@@ -9,7 +9,7 @@ import peft_methods
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft_methods import METHODS, Cell
+from peft_methods import Cell
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +21,10 @@ from stepladder.model import build, initial_factors, pretrained
 from stepladder.model.start import ADAPTER
 from stepladder.recipe import load
 
-# Of all cells of docs/compatibility.md: one process, and the strategies that shard an adapter each in its own way.
-SHARDED = [Cell(method, strategy) for strategy in ("zero3", "fsdp") for method in ("loraplus", "ia3", "pissa")]
-CELLS = [*(Cell(method, "single") for method in METHODS), *SHARDED]
+# Of the cells of docs/compatibility.md those whose code paths differ, in one process and sharded both ways.
+TESTED = ("patterns", "layers", "loraplus", "ia3", "pissa", "olora")
+SHARDED = [("zero3", "loraplus"), ("zero3", "pissa"), ("fsdp", "ia3"), ("fsdp", "pissa")]
+CELLS = [*(Cell(method, "single") for method in TESTED), *(Cell(method, strategy) for strategy, method in SHARDED)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_a_method_has_one_curve_and_resumes(cell: Cell, trained: Path) -> None:
     assert found["outcome"] == "equal" and found["resumes"], found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TESTED)
 def test_its_result_is_the_trained_model(method: str, trained: Path) -> None:
     """Guards the saved adapter on the original base, which PEFT loads by itself: it has the loss that training
     measured. PiSSA and OLoRA trained on a changed base."""
@@ -51,7 +52,7 @@ def test_its_result_is_the_trained_model(method: str, trained: Path) -> None:
     assert mean_loss(measure_losses(model, tokenizer, rows)) == pytest.approx(facts["saved"]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TESTED)
 def test_it_merges_and_was_planned(method: str, trained: Path) -> None:
     """Guards the merge (IA³'s needs the whole model) and the plan, which traces few layers of a model otherwise."""
     error, streamed = peft_methods.merge_error(method, trained)
@@ -205,7 +206,7 @@ def test_a_resumed_run_without_its_first_factors_is_refused(tiny: Path, tmp_path
 def test_a_converted_adapter_trains_on(trained: Path, tmp_path: Path) -> None:
     """Guards the way from PiSSA on: its result is LoRA of twice the rank, which a second run takes."""
     first = Cell("pissa", "single").folder(trained)
-    words = ["--recipe", trained / "rslora.yaml", "--model_name_or_path", first, "--use_rslora", "false"]
+    words = ["--recipe", trained / "olora.yaml", "--model_name_or_path", first, "--peft_kwargs", "{}"]
     words += ["--lora_r", "16", "--lora_alpha", "64", "--max_steps", "1", "--output_dir", tmp_path / "second"]
     done = script("sft", *words)
     assert done.code == 0 and "26,112 trainable" in done.out, done
