@@ -20,6 +20,7 @@ from stepladder.evaluation.held_out import mean_loss, measure_losses
 from stepladder.model import build, initial_factors, pretrained
 from stepladder.model.start import ADAPTER
 from stepladder.recipe import load
+from test_merge import gpt2
 
 # Of the cells of docs/compatibility.md those whose code paths differ, in one process and sharded both ways.
 TESTED = ("patterns", "layers", "loraplus", "ia3", "pissa", "olora")
@@ -141,6 +142,21 @@ def test_it_is_refused_before_the_run_begins(tiny: Path, learnable: Path, tmp_pa
 
 
 # ---- PiSSA and OLoRA ----
+
+
+def test_olora_on_transposed_weights_is_refused(tmp_path: Path) -> None:
+    """Guards GPT-2: PEFT would decompose its weights the wrong way round."""
+    recipe = tmp_path / "r.yaml"
+    text = "model_name_or_path: x/y\nuse_peft: true\nlora_r: 4\nlora_target_modules: [c_proj]\npeft_kwargs: "
+    recipe.write_text(text + "{init_lora_weights: olora}\n")
+    with pytest.raises(ModelError, match="Conv1D"):
+        build.attach_adapter(gpt2(), load.load(str(recipe), []))
+    recipe.write_text(text + "{init_lora_weights: pissa}\n")
+    model, ids = gpt2().eval(), torch.arange(1, 21).reshape(2, 10)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        after = build.attach_adapter(model, load.load(str(recipe), [])).eval()(input_ids=ids).logits
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
 def decomposed(tiny: Path, kind: str) -> Any:

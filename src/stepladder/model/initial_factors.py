@@ -54,14 +54,22 @@ def is_decomposed(model: Any) -> bool:
     return str(getattr(config, "init_lora_weights", "")).startswith(DECOMPOSED)
 
 
-def check_ranks(wrapped: Any, recipe: Settings) -> None:
-    """Raise ModelError for a rank above a weight's own: PEFT would make a smaller adapter than the recipe says."""
+def check_layers(wrapped: Any, recipe: Settings) -> None:
+    """Raise ModelError for a layer that PEFT decomposes wrongly, or into a smaller adapter than the recipe says."""
+    kind = getattr(wrapped.peft_config["default"], "init_lora_weights", None)
     for name, layer in _layers(wrapped) if is_decomposed(wrapped) else ():
         if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
             raise ModelError(
                 f"lora_r: {rank}, and {name}, of which the adapter is a part, has rank {most} at most",
                 where=recipe.where("lora_r"),
                 help=f"lora_r: {most}, or other lora_target_modules",
+            )
+        if layer.fan_in_fan_out and kind == "olora":
+            raise ModelError(
+                f"init_lora_weights: olora cannot be used on {name}",
+                where=recipe.where("peft_kwargs.init_lora_weights"),
+                why="it stores its weight transposed (Conv1D), which PEFT's OLoRA does not look at",
+                help="init_lora_weights: pissa",
             )
 
 

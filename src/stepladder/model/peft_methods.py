@@ -53,7 +53,7 @@ def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: 
         names: the modules of the model before PEFT's layers were put into it.
         linear: the last parts of the names of its linear layers.
     """
-    initial_factors.check_ranks(wrapped, recipe)
+    initial_factors.check_layers(wrapped, recipe)
     for field, entry, why in _idle(wrapped, recipe, names):
         where = recipe.where(f"{KEY}.{field}") if field != "loraplus_lr_ratio" else recipe.where(field)
         known = {*linear, *names}
