@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft_methods import Cell
 from safetensors.torch import load_file, save_file
+from test_merge import gpt2
 from transformers import AutoModelForCausalLM
 
 from conftest import manifest, script
@@ -20,7 +21,6 @@ from stepladder.evaluation.held_out import mean_loss, measure_losses
 from stepladder.model import build, initial_factors, pretrained
 from stepladder.model.start import ADAPTER
 from stepladder.recipe import load
-from test_merge import gpt2
 
 # Of the cells of docs/compatibility.md those whose code paths differ, in one process and sharded both ways.
 TESTED = ("patterns", "layers", "loraplus", "ia3", "pissa", "olora")
