@@ -145,7 +145,9 @@ def table(results: dict[Cell, dict[str, Any]], root: Path) -> str:
     rows = [["method", *STRATEGIES, "resumes", "merge", "plan"], ["---"] * (len(STRATEGIES) + 4)]
     for method, name in SHOWN.items():
         found = {cell.strategy: result for cell, result in results.items() if cell.method == method}
-        cells = [f"{found[strategy]['outcome']}" for strategy in STRATEGIES]
+        if "single" not in found:
+            continue
+        cells = [found[strategy]["outcome"] if strategy in found else "not run" for strategy in STRATEGIES]
         error, streamed = merge_error(method, root)
         resumes = "bit for bit" if all(result.get("resumes") for result in found.values()) else "differs"
         merge = f"{error:.0e}{'' if streamed else ', in memory'}"
@@ -159,6 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="a method or a strategy")
     parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
+    parser.add_argument("--page", action="store_true", help="write the table from the finished runs in --folder")
     args = parser.parse_args()
     from stepladder import console
 
@@ -168,7 +171,10 @@ def main() -> int:
     wanted = [Cell(method, strategy) for strategy in STRATEGIES for method in METHODS]
     wanted = [cell for cell in wanted if {*args.only} <= {cell.method, cell.strategy}]
     needed = dict.fromkeys([*(Cell(cell.method, "single") for cell in wanted), *wanted])
-    run_all([cell for cell in needed if not same_curve.finished(cell.folder(root, "resumed"))], root)
+    if args.page:  # what there is, however little
+        wanted = [cell for cell in wanted if same_curve.finished(cell.folder(root, "resumed"))]
+    else:
+        run_all([cell for cell in needed if not same_curve.finished(cell.folder(root, "resumed"))], root)
     results = {cell: judge(cell, root) for cell in wanted}
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.strategy:7} {cell.method:10} {found}")

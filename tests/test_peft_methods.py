@@ -115,7 +115,7 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
             ["--peft_kwargs", "{init_lora_weights: gaussian}", "--lora_target_modules", "embed_tokens", "q_proj"],
             "init_lora_weights: gaussian",
         ),
-        (["--loraplus_lr_ratio", "4", "--lora_target_modules", "embed_tokens", "q_proj"], "on embeddings"),
+        (["--loraplus_lr_ratio", "4", "--lora_target_modules", "embed_tokens", "q_proj"], "1e-6"),
     ],
 )
 def test_what_does_nothing_in_this_model_is_refused(words: list[str], said: str, tiny: Path, tmp_path: Path) -> None:

@@ -54,19 +54,15 @@ def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: 
         linear: the last parts of the names of its linear layers.
     """
     initial_factors.check_layers(wrapped, recipe)
-    for field, entry, why in _idle(wrapped, recipe, names):
-        where = recipe.where(f"{KEY}.{field}") if field != "loraplus_lr_ratio" else recipe.where(field)
-        known = {*linear, *names}
-        help = suggest(str(entry), linear) if str(entry) not in known else ""
+    for key, entry, why in _idle(wrapped, recipe, names):
+        near = "" if entry in {*linear, *names} else suggest(str(entry), linear)
         raise ModelError(
-            f"{KEY}.{field}: {entry} has no effect in this model" if field != "loraplus_lr_ratio" else
-            f"loraplus_lr_ratio: {entry} with an adapter on embeddings",
-            where=where, why=why, help=help or "remove it",
-        )  # fmt: skip
+            f"{key}: {entry} has no effect in this model", where=recipe.where(key), why=why, help=near or "remove it"
+        )
 
 
 def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[str, Any, str]]:
-    """Field, entry and reason of each entry that changes nothing."""
+    """Key, entry and reason of each entry that changes nothing."""
     from peft.utils.other import get_pattern_key
 
     values, config, tuner = fields(recipe), wrapped.peft_config["default"], wrapped.base_model
@@ -75,28 +71,36 @@ def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[st
         patterns = list(values.get(field) or ())
         used = {get_pattern_key(patterns, name) for name in targeted}
         for entry in (entry for entry in patterns if entry not in used):
-            yield field, entry, "it matches no module that gets an adapter, or an earlier pattern matches them first"
+            yield (
+                f"{KEY}.{field}",
+                entry,
+                "it matches no module that gets an adapter, or an earlier pattern matches them first",
+            )
     layers = values.get("layers_to_transform")
     for number in [] if layers is None else layers if isinstance(layers, list) else [layers]:
         if not any(f".{number}." in name for name in targeted):
-            yield "layers_to_transform", number, "no module of a layer with this number gets an adapter"
+            yield f"{KEY}.layers_to_transform", number, "no module of a layer with this number gets an adapter"
     for entry in _entries(values.get("exclude_modules")):
         if not _excludes(config, entry, names):
-            yield "exclude_modules", entry, "no module that it names would get an adapter otherwise"
+            yield f"{KEY}.exclude_modules", entry, "no module that it names would get an adapter otherwise"
     for field in ("target_modules", "feedforward_modules"):
         value = values.get(field)
         entries = value if isinstance(value, list) else []  # PEFT refuses a pattern of targets that matches nothing
         for entry in (entry for entry in entries if not _ends(entry, targeted)):
-            yield field, entry, "it names no module that gets an adapter"
+            yield f"{KEY}.{field}", entry, "it names no module that gets an adapter"
     if isinstance(values.get("feedforward_modules"), str) and not any(
         module.is_feedforward for module in wrapped.modules() if hasattr(module, "is_feedforward")
     ):
-        yield "feedforward_modules", values["feedforward_modules"], "it matches no module that gets an adapter"
+        yield f"{KEY}.feedforward_modules", values["feedforward_modules"], "it matches no module that gets an adapter"
     if any(len(getattr(module, "lora_embedding_A", ())) for module in wrapped.modules()):
         if values.get("init_lora_weights", True) is not True:
-            yield "init_lora_weights", values["init_lora_weights"], "PEFT begins an adapter on embeddings its own way"
+            yield (
+                f"{KEY}.init_lora_weights",
+                values["init_lora_weights"],
+                "PEFT begins an adapter on embeddings its own way",
+            )
         if recipe.get("loraplus_lr_ratio"):
-            why = "PEFT trains such an adapter with a learning rate of 1e-6, whatever the recipe's is"
+            why = "PEFT trains an adapter on embeddings with a learning rate of 1e-6, whatever the recipe's is"
             yield "loraplus_lr_ratio", recipe.get("loraplus_lr_ratio"), why
 
 
