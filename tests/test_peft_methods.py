@@ -217,6 +217,8 @@ def test_a_resumed_run_without_its_first_factors_is_refused(tiny: Path, tmp_path
     save_file({"x": torch.ones(1)}, file)
     with pytest.raises(CheckpointError, match="missing"):
         initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
+    with pytest.raises(CheckpointError, match="began as a part"):  # --allow_change peft_kwargs
+        initial_factors.keep(decomposed(tiny, "gaussian"), tmp_path, tmp_path / "checkpoint-3", writes=True)
 
 
 def test_a_converted_adapter_trains_on(trained: Path, tmp_path: Path) -> None:

@@ -82,12 +82,19 @@ def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) ->
         checkpoint: of this folder, that the run resumes from; None for one that begins.
 
     Raises:
-        CheckpointError: the file of a resumed run is not there, or of another adapter.
+        CheckpointError: the file of a resumed run is not there, or of another adapter; or the recipe begins the
+            adapter another way than the run did.
     """
+    file = run_folder / INITIAL
     if not is_decomposed(model):
+        if checkpoint and file.is_file():
+            raise CheckpointError(
+                f"{file} says that this run's adapter began as a part of its base",
+                why="its matrices are right on the changed base only, which another initialization does not make",
+                help="peft_kwargs: {init_lora_weights: …} as the run began",
+            )
         return
     here = _factors(model)
-    file = run_folder / INITIAL
     if checkpoint:
         first = _read(file, here)
         if next(model.parameters()).device.type != "meta":
