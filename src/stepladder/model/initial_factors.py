@@ -97,7 +97,7 @@ def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) ->
     here = _factors(model)
     if checkpoint:
         first = _read(file, here)
-        if next(model.parameters()).device.type != "meta":
+        if not any(tensor.is_meta for tensor in here.values()):
             _correct(model, here, first)
     elif writes:
         from safetensors.torch import save
@@ -149,11 +149,13 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _factors(model: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{part}.weight": getattr(layer, part)["default"].weight.detach().float().cpu().clone().contiguous()
+    """A copy of the adapter's matrices by their names in its file; on the meta device they have shapes only."""
+    weights = {
+        f"{name}.{part}.weight": getattr(layer, part)["default"].weight.detach()
         for name, layer in _layers(model)
         for part in ("lora_A", "lora_B")
     }
+    return {name: w if w.is_meta else w.float().cpu().clone().contiguous() for name, w in weights.items()}
 
 
 def saved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
