@@ -1,6 +1,7 @@
 """Merge an adapter into its base: streamed, verified, ready to serve.
 
     python scripts/merge.py --adapter runs/lora --output_dir merged/lora
+    python scripts/merge.py --adapter A --adapter B --combination_type ties --density 0.5 --output_dir merged/both
     python scripts/merge.py --adapter runs/qlora --quantized_base dequantized --output_dir merged/qlora
 
 Only one module is in memory at a time, whatever the model's size. If the merged model does not answer as
@@ -16,7 +17,7 @@ from stepladder.data import mixture
 from stepladder.data.source import Source
 from stepladder.evaluation import questions
 from stepladder.model import start
-from stepladder.model.merge import fold, gguf_file
+from stepladder.model.merge import combination, fold, gguf_file
 from stepladder.recipe import load as recipe_load
 
 
@@ -25,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several are added")
-    parser.add_argument("--weights", type=flags.finite, nargs="+", help="one per --adapter (default: 1 each)")
+    combination.add_flags(parser)
     parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
     parser.add_argument("--base", help="a folder or a hub id (default: the one that the adapter names)")
@@ -41,9 +42,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print merge.json")
     args = parser.parse_args()
     fold.check_output(args.output_dir, args.overwrite)
-    args.weights = args.weights or [1.0] * len(args.adapter)
-    if len(args.weights) != len(args.adapter):
-        raise errors.ModelError(f"{len(args.adapter)} adapters and {len(args.weights)} weights", help="one per adapter")
+    args.combination = combination.from_flags(args)
     for folder in args.adapter:
         start.check_finished(folder)
         start.check_source(str(folder))

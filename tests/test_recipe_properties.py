@@ -88,8 +88,8 @@ def value_of(key: Key, above: str = "") -> st.SearchStrategy[Any]:
         block = st.fixed_dictionaries(needed, optional=known)
         return st.lists(block, max_size=3) if "list" in key.types else block
     text = st.sampled_from(key.choices) if key.choices else st.text(WITHOUT_NUL, min_size=1, max_size=20)
-    element = st.booleans() if key.items == ("bool",) else text
     inside = (lambda x: convert.HOLDS[convert.RANGES[name]](x)) if name in convert.RANGES else (lambda x: True)
+    element = st.booleans() if key.items == ("bool",) else WHOLE.filter(inside) if "int" in key.items else text
     by_type = {
         "bool": st.booleans(),
         "dict": st.dictionaries(st.text(WITHOUT_NUL, max_size=10), element, max_size=3),

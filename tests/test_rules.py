@@ -61,6 +61,42 @@ TABLE = {
         "lora_r",
         "use_peft: true\npeft_type: prefix\nnum_virtual_tokens: 8\ngradient_checkpointing: false",
     ),
+    "peft_kwargs_belong_to_the_method": (
+        "use_peft: true\npeft_kwargs:\n  feedforward_modules: [down_proj]",
+        "peft_kwargs.feedforward_modules",
+        "use_peft: true\npeft_type: ia3\npeft_kwargs: {target_modules: [fc], feedforward_modules: [fc]}",
+    ),
+    "peft_kwargs_repeat_no_key": ("use_peft: true\npeft_kwargs:\n  r: 8", "peft_kwargs.r", "use_peft: true\nlora_r: 8"),
+    "peft_kwargs_are_offered": (
+        "use_peft: true\npeft_kwargs:\n  kasa_config: {}",
+        "peft_kwargs.kasa_config",
+        "use_peft: true\npeft_kwargs:\n  bias: none\n  kasa_config: null",
+    ),
+    "initializations_are_offered": (
+        "use_peft: true\npeft_kwargs:\n  init_lora_weights: gausian",
+        "peft_kwargs.init_lora_weights",
+        "use_peft: true\npeft_kwargs:\n  init_lora_weights: pissa_niter_16",
+    ),
+    "patterns_of_modules_are_patterns": (
+        "use_peft: true\npeft_kwargs:\n  rank_pattern: {'q_proj(': 4}",
+        "peft_kwargs.rank_pattern",
+        "use_peft: true\npeft_kwargs:\n  rank_pattern: {q_proj: 4}\n  alpha_pattern: {'layers\\.0\\..*': 8}",
+    ),
+    "layers_are_chosen_among_named_modules": (
+        "use_peft: true\nlora_target_modules: all-linear\npeft_kwargs:\n  layers_to_transform: [0]",
+        "peft_kwargs.layers_to_transform",
+        "use_peft: true\nlora_target_modules: [q_proj]\npeft_kwargs: {layers_to_transform: 0, layers_pattern: h}",
+    ),
+    "ia3_needs_the_bases_own_weights": (
+        "use_peft: true\npeft_type: ia3\nload_in_4bit: true",
+        "load_in_4bit",
+        "use_peft: true\npeft_type: ia3\npacking: true",
+    ),
+    "loraplus_has_groups_of_parameters": (
+        "use_peft: true\nloraplus_lr_ratio: 16\noptim: lomo",
+        "optim",
+        "use_peft: true\nloraplus_lr_ratio: 16\noptim: sgd",
+    ),
     "target_modules_are_names_or_one_pattern": (
         "use_peft: true\nlora_target_modules: 'model.layers.((q|v)_proj'",
         "lora_target_modules",

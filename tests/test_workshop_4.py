@@ -187,3 +187,14 @@ def test_6_4_evaluation(played: Played) -> None:
     assert "smollm2" in table and "judged" in table, table
     scores = re.search(r"techco_eval *│ acc *│ *([\d.]+) ± [\d.]+ *│ *([\d.]+) ± [\d.]+", table)
     assert scores and all(0 <= float(score) <= 1 for score in scores.groups()), table
+
+
+def test_6_5_adapter_on_adapter(played: Played) -> None:
+    """The second run continues the first one's adapter, and `linear` moves the model further than the sum."""
+    assert played.run("domain-chat")["starts_from"]["adapter"] == "runs/domain"
+    halfway, linear = (
+        json.loads((played.folder / f"merged/{name}/merge.json").read_text()) for name in ("halfway", "linear")
+    )
+    assert halfway["combination"] is None and linear["combination"]["type"] == "linear"
+    moves = [facts["proof"]["adapter_moves"]["mean"] for facts in (halfway, linear)]
+    assert moves[1] > 1.3 * moves[0], moves

@@ -5,8 +5,7 @@ restart the process under another allocator. `prepare` imports the libraries, af
 since CUDA reads its environment once. The ranks meet there: from then on all of them take the same path through this
 module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
 set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
-the run in `run.json`; `finish` prints the result.
-Each stage returns a frozen value, which the next one takes.
+the run in `run.json`; `finish` prints the result. Each stage returns a frozen value, which the next one takes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from stepladder import console, errors, requirements
 from stepladder.cluster import staging
 from stepladder.data import mixture, templates
 from stepladder.data.rows import LISTED, Rows, Stream
-from stepladder.model import adapter_recipe, fp8, pretrained, start
+from stepladder.model import adapter_recipe, fp8, initial_factors, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.recipe import Recipe, StepLayout
 from stepladder.reporting import page
@@ -262,6 +261,7 @@ def build(prepared: Prepared) -> Built:
     checked.record.begin(
         checked.recipe.to_yaml(), resume.resumption_entry(prepared.checkpoint), **_facts(prepared, model)
     )
+    initial_factors.keep(model.model, checked.record.folder, prepared.checkpoint, checked.record.is_writer)
     signals.install(trains=True)
     return Built(prepared, base, model)
 
@@ -379,6 +379,7 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
             meter=meter,
             watchdog=interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank),
             on_nan=recipe.get("on_nan"),
+            loraplus_lr_ratio=recipe.get("loraplus_lr_ratio"),
             stop_at=stop_at,
             early_stopping=(recipe.get("early_stopping_patience"), recipe.get("early_stopping_threshold")),
             callbacks=[*own, line, *watchers],

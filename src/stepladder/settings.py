@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+VIRTUAL = {"prefix": "prefix tuning", "prompt": "prompt tuning"}  # by the recipe's peft_type
+IA3 = "ia3"
+
 
 class Settings(Protocol):
     """The protocol that a recipe fulfils; recipe/ itself imports data/, so that data/ cannot import it.
@@ -16,3 +19,10 @@ class Settings(Protocol):
     def get(self, key: str) -> Any: ...
 
     def where(self, key: str) -> str: ...
+
+    def with_values(self, **values: Any) -> Settings: ...
+
+
+def has_virtual_tokens(settings: Settings) -> bool:
+    """Whether the recipe trains tokens before each prompt in place of weights."""
+    return bool(settings.get("use_peft")) and settings.get("peft_type") in VIRTUAL

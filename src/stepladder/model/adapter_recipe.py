@@ -192,6 +192,17 @@ def _contradictions(recipe: Recipe, source: start.Start, values: dict[str, Any])
                 help=f"{f'{key}: {_format(has)}' if has else f'remove {key}'}; "
                 f"or for a new adapter on top of this one:\n{_merge_first(name)}",
             )
+    for field, value in (recipe.get("peft_kwargs") or {}).items():
+        its = source.config.get(field)
+        same = [sorted(v, key=str) if isinstance(v, list) else v or None for v in (value, its)]
+        if same[0] != same[1] and (field in KEPT or value is not True):
+            kept = f"has {_format(its)}" if field in KEPT else "has its weights already"
+            yield RecipeError(
+                f"peft_kwargs.{field}: {_format(value)}, and the adapter in {name} {kept}",
+                where=recipe.where(f"peft_kwargs.{field}"),
+                why="an adapter that is trained on keeps its form",
+                help=f"remove it; or for a new adapter on top of this one:\n{_merge_first(name)}",
+            )
     if recipe.get("peft_type") != "lora":
         yield RecipeError(
             f"peft_type: {recipe.get('peft_type')}, and the adapter in {name} is LoRA",
@@ -217,7 +228,7 @@ def _agrees(key: str, value: Any, its: Any) -> bool:
 
 
 def _format(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | list) else "none" if value is None else str(value)
+    return json.dumps(value) if isinstance(value, bool | list | dict) else "none" if value is None else str(value)
 
 
 def _notes(recipe: Recipe, source: start.Start) -> Iterator[str]:

@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from transformers.utils.generic import is_flash_attention_requested
 
 from stepladder.errors import ModelError, RecipeError, first_line
-from stepladder.settings import Settings
+from stepladder.settings import Settings, has_virtual_tokens
 
 BY_ROW = "sdpa_by_row"
 GROUPED = 256  # numbers of a head, up to which SDPA's flash kernel lets a key's head serve several of the query's
@@ -104,7 +104,7 @@ def settle(
         where = settings.where("attn_implementation")
         raise RecipeError(f"attn_implementation: {fault}", where=where, help=help)
     lengths = separates_rows(model, BY_LENGTH)
-    virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
+    virtual = has_virtual_tokens(settings)
     kernel = device == "cpu" or (device == "cuda" and precision != "fp32" and _capability() >= CAPABILITY)
     if flash:
         exact, rows = not virtual and lengths, "rows end to end"
@@ -225,7 +225,7 @@ def by_row(model: PreTrainedModel, settings: Settings) -> bool:
 
     That takes layers of plain causal SDPA, and rows with nothing before them, as virtual tokens are.
     """
-    if settings.get("use_peft") and settings.get("peft_type") != "lora":
+    if has_virtual_tokens(settings):
         return False
     if settings.get("padding_free") is False and not settings.get("packing"):
         return False

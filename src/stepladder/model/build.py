@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import fp8, start
+from stepladder.model import fp8, initial_factors, peft_methods, start
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
-from stepladder.settings import Settings
+from stepladder.settings import IA3, VIRTUAL, Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from stepladder.model.attention import Choice
 
-VIRTUAL = {"prefix": "prefix tuning", "prompt": "prompt tuning"}  # by the recipe's peft_type
 # What PEFT raises for a configuration that was written by hand, or for another model.
 FAULTS = (ValueError, TypeError, AttributeError, KeyError, RuntimeError, re.error)
 
@@ -111,18 +110,17 @@ def attach_adapter(
             why="their embeddings would stay as random as they begin",
             help="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
         )
-    from peft import get_peft_model
-
-    if recipe.get("peft_type") != "lora":
+    if recipe.get("peft_type") in VIRTUAL:
         return _attach_virtual_tokens(model, recipe, tokenizer)
     source = start.resolve_recipe_model(recipe)
-    config = _lora_config(source, recipe, model, fused)
+    is_ia3 = recipe.get("peft_type") == IA3
+    config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
-        wrapped = get_peft_model(model, config)
+        wrapped = initial_factors.wrap(model, config)
     except FAULTS as error:
         if source.adapter:
             raise _misfit(source, str(error)) from None
@@ -130,6 +128,7 @@ def attach_adapter(
             raise
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
+    peft_methods.check_names(wrapped, recipe, names, linear)
     if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
     return wrapped
@@ -189,6 +188,7 @@ def _lora_config(source: start.Start, recipe: Settings, model: PreTrainedModel, 
         known = {item.name for item in dataclasses.fields(LoraConfig)} - {"auto_mapping"}
         values = {name: value for name, value in source.config.items() if name in known}
         values |= {"lora_dropout": recipe.get("lora_dropout"), "task_type": "CAUSAL_LM", "inference_mode": False}
+        values["init_lora_weights"] = True  # its weights come from its file
         try:
             config = LoraConfig(**values)
             _check_targets(model, recipe, source)
@@ -201,6 +201,7 @@ def _lora_config(source: start.Start, recipe: Settings, model: PreTrainedModel, 
         values = {field: recipe.get(key) for key, field in start.FIELDS.items()}
         values |= {"target_modules": "all-linear" if all_linear else _pattern(modules) or modules, "bias": "none"}
         values |= {"task_type": recipe.get("lora_task_type"), "revision": recipe.values.get("model_revision")}
+        values |= peft_methods.fields(recipe)
         config = LoraConfig(**values)
     quantized = recipe.get("load_in_4bit") or recipe.get("load_in_8bit")  # those are linear layers, too
     if fused and not quantized and not recipe.get("torch_compile"):
@@ -279,6 +280,14 @@ def _tensors(wrapped: PeftModel) -> dict[str, torch.Tensor]:
 
 def _does_not_fit(recipe: Settings, fault: str, linear: list[str], names: list[str]) -> ModelError:
     """The adapter does not fit; a pattern is explained by a name that it would have to match."""
+    if recipe.get("peft_kwargs"):
+        fields = ", ".join(recipe.get("peft_kwargs"))
+        return ModelError(
+            f"the adapter does not fit the model: {fault}",
+            where=recipe.where("peft_kwargs"),
+            why=f"its modules follow from {fields} too",
+            help=f"other values of these; the model's linear layers are {', '.join(linear)}",
+        )
     pattern = _pattern(recipe.get("lora_target_modules"))
     layer = next((name for name in names if name.endswith(f".{linear[0]}")), names[-1]) if linear else names[-1]
     return ModelError(
@@ -295,11 +304,13 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
     """Raise ModelError for a name that matched nothing: PEFT is content where one name of a list does."""
     config = wrapped.peft_config["default"]
     modules, parameters = wrapped.base_model.targeted_module_names, wrapped.base_model.targeted_parameter_names
+    if config.exclude_modules:  # which peft_methods.check_names knows
+        modules = names
     # The configuration's own names: PEFT replaces those of experts that Transformers holds fused.
     targeted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()
     for key, wanted, present in (
         ("lora_target_modules", targeted, modules),
-        ("lora_target_parameters", config.target_parameters or (), parameters),
+        ("lora_target_parameters", getattr(config, "target_parameters", None) or (), parameters),
         ("lora_modules_to_save", config.modules_to_save or (), names),
     ):
         missing = sorted(name for name in wanted if not any(f".{full}".endswith(f".{name}") for full in present))

@@ -15,9 +15,8 @@ from stepladder.console import printable, quote_for_shell
 from stepladder.errors import ModelError
 from stepladder.manifest import LARGEST, MANIFEST, read_manifest, read_metrics
 from stepladder.model import start
-from stepladder.model.build import VIRTUAL
 from stepladder.model.weights import Weights
-from stepladder.settings import Settings
+from stepladder.settings import IA3, VIRTUAL, Settings
 
 README_BYTES = 1 << 22
 UNNAMED = "none named"
@@ -45,7 +44,7 @@ def training_method(recipe: Settings | dict[str, Any]) -> str:
     if not recipe.get("use_peft"):
         return "full fine-tuning"
     if (kind := recipe.get("peft_type") or "lora") != "lora":
-        return VIRTUAL.get(kind, kind)
+        return "IA³" if kind == IA3 else VIRTUAL.get(kind, kind)
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
@@ -164,7 +163,8 @@ def _facts(
         if losses:
             rows["curve"] = f"{losses[0]:.3f} {curve(losses)} {losses[-1]:.3f}"
     if merged:
-        rows["merged"] = f"{', '.join(map(format_code, merged['adapters']))} in {merged['dtype']}, {_proof(merged)}"
+        by = f" by {merged['combination']['type']}" if merged.get("combination") else ""
+        rows["merged"] = f"{', '.join(map(format_code, merged['adapters']))}{by} in {merged['dtype']}, {_proof(merged)}"
         if choice := merged["quantized_base"]:
             rows["merged into"] = f"the {choice} weights of a base that was in 4 bits during training (docs/merge.md)"
         rows |= {"note": "; ".join(merged["remarks"])} if merged.get("remarks") else {}
@@ -235,10 +235,11 @@ def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str
         if merged and merged.get("ollama"):
             lines.append(f"ollama create {quote_for_shell(folder.name)} -f {quote_for_shell(folder / 'Modelfile')}")
         return "\n".join(lines)
-    if trained["recipe"].get("peft_type", "lora") != "lora":
+    if (kind := trained["recipe"].get("peft_type", "lora")) in VIRTUAL:
         return ask
     merge_it = start.merge_command(folder, trained["recipe"])
-    return f"{ask}\n{_vllm(folder, base)}\n{merge_it} && transformers serve {quote_for_shell(f'merged/{folder.name}')}"
+    vllm = "# vLLM does not serve IA³ beside its base; merged, it does" if kind == IA3 else _vllm(folder, base)
+    return f"{ask}\n{vllm}\n{merge_it} && transformers serve {quote_for_shell(f'merged/{folder.name}')}"
 
 
 def _vllm(folder: Path, base: str) -> str:

@@ -16,11 +16,11 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import attention, build, cpu_kernels, fp8
+from stepladder.model import attention, build, cpu_kernels, fp8, peft_methods
 from stepladder.planning import meta_model
 from stepladder.planning.live_bytes import PHASES, Moments
 from stepladder.planning.meta_model import Work
-from stepladder.settings import Settings
+from stepladder.settings import Settings, has_virtual_tokens
 
 DEPTHS = (2, 4)  # two, since some models have two kinds of layers in turn
 TOKEN_TILE, VOCABULARY_TILE = 4096, 32_768  # of TRL's loss (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)
@@ -128,9 +128,13 @@ def trace_batch(settings: Settings, config: Any, work: Work) -> Traced:
     depths = (DEPTHS[0] + dense, DEPTHS[1] + dense)
     if layers <= depths[1]:
         depths = (1, max(1, layers))
+    settings_of = dict.fromkeys(depths, settings)
+    if peft_methods.chooses_layers(settings):  # all layers are traced, and their mean is what one more adds
+        depths = (1, max(1, layers))
+        settings_of = {1: peft_methods.without_layers(settings), layers: settings}
     try:
         with meta_model.disable_zero3_loading():
-            (few, short), (more, long) = (_traced(settings, config, depth, work) for depth in depths)
+            (few, short), (more, long) = (_traced(settings_of[depth], config, depth, work) for depth in depths)
     except ModelError:
         raise
     except Exception as error:  # whatever a model does that was never traced before: training goes on without a plan
@@ -173,7 +177,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
         flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)
         shape = (1, work.micro * work.length) if flat or end_to_end(settings) else (work.micro, work.length)
         ids = torch.zeros(shape, dtype=torch.long)
-        virtual = settings.get("use_peft") and settings.get("peft_type") != "lora"
+        virtual = has_virtual_tokens(settings)
         mask = rows if flat else None if virtual else _mask(settings, shape)
         low = hardware.dtype_of(work.precision)
         with moments:

@@ -32,7 +32,9 @@ class Rule:
 
     def broken_by(self, recipe: Recipe) -> RuleBreak | None:
         found = self.check(recipe)
-        return found and RuleBreak(found.what, keys=found.keys, why=self.why, help=found.help, where=found.where)
+        return found and RuleBreak(
+            found.what, keys=found.keys, why=found.why or self.why, help=found.help, where=found.where
+        )
 
 
 def build_rules(checks: dict[str, Check]) -> dict[str, Rule]:

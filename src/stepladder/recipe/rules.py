@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from stepladder.recipe import peft_rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.rule_engine import TABLE, Check, RuleBreak, build_rules, conflict, format_key, idle
 from stepladder.recipe.schema import known_keys
@@ -261,4 +262,5 @@ def a_planned_micro_batch_needs_the_global_one(recipe: Recipe) -> RuleBreak | No
     return None
 
 
+CHECKS |= peft_rules.CHECKS
 RULES = build_rules(CHECKS)

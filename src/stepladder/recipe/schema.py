@@ -81,7 +81,7 @@ Schema = dict[str, Key]
 
 def versions() -> dict[str, str]:
     """The installed libraries that decide which keys exist."""
-    return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "accelerate", "torch")}
+    return {name: importlib.metadata.version(name) for name in ("trl", "transformers", "peft", "accelerate", "torch")}
 
 
 @functools.cache
@@ -245,6 +245,7 @@ def block_keys() -> dict[str, tuple[Key, ...]]:
         "liger_kernel_config": _liger(),
         "lr_scheduler_kwargs": _schedules(),
         "model_init_kwargs": _model_init(),
+        "peft_kwargs": _peft(),
     }
 
 
@@ -320,6 +321,21 @@ def _model_init() -> tuple[Key, ...]:
     for item in dataclasses.fields(LlamaConfig):
         if item.name not in every_model | NOT_IN_A_RECIPE:
             found.setdefault(item.name, Key(item.name, "LlamaConfig", ANYTHING, None))
+    return tuple(found.values())
+
+
+def _peft() -> tuple[Key, ...]:
+    """Every field of PEFT's configuration of each method; its owner lists the methods that take it."""
+    from peft import IA3Config, LoraConfig
+
+    found: dict[str, Key] = {}
+    for method, config in {"lora": LoraConfig, "ia3": IA3Config}.items():
+        for key in keys_of(config):
+            owner = f"{found[key.name].owner} {method}" if key.name in found else method
+            # `pissa_niter_[number of iters]` is no value: rules.py knows those of init_lora_weights
+            choices = () if key.name == "init_lora_weights" else key.choices
+            found[key.name] = dataclasses.replace(key, owner=owner, choices=choices, help="")
+    del found["runtime_config"]  # which PEFT does not save
     return tuple(found.values())
 
 

@@ -20,6 +20,7 @@ from stepladder.model import start
 from stepladder.recipe import convert
 from stepladder.recipe.recipe import BY_METRIC, Recipe, StepLayout, split_batch, sums_sharded
 from stepladder.recipe.schema import known_keys
+from stepladder.settings import has_virtual_tokens
 from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:
             + (f", or accelerate_configs/{instead}.yaml" if not optimizer.startswith((*NOT_SAVED, "lomo")) else ""),
         )
     kind = recipe.get("peft_type")
-    if recipe.get("use_peft") and kind != "lora" and launch.strategy.shards_weights:
+    if has_virtual_tokens(recipe) and launch.strategy.shards_weights:
         raise RecipeError(
             f"peft_type: {kind} cannot run under {launch.strategy}",
             where=recipe.where("peft_type"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from stepladder.model import weights
+from stepladder.model import initial_factors, weights
 from stepladder.model.start import ADAPTER
 from stepladder.training.checkpoint.state import WRAPPERS
 from stepladder.training.launch import ranks
@@ -56,7 +56,10 @@ def _write_adapter(model: Any, live: dict[str, Any], folder: Path, writes: bool)
     else:  # PEFT renames whatever stands for the tensors, here their own names
         names = get_peft_model_state_dict(model, {name: name for name in live})
     tensors = {name: tensor.cpu() for name, tensor in _gather(names.values(), live) if writes}
-    if writes:
+    if writes and initial_factors.is_decomposed(model):
+        model.save_pretrained(str(folder), state_dict=initial_factors.convert(tensors, names, folder))
+        initial_factors.convert_config(folder)
+    elif writes:
         model.save_pretrained(str(folder), state_dict=tensors)
         if virtual:  # which ZeRO holds in fewer bits
             save_file({key: tensors[name] for key, name in names.items()}, folder / ADAPTER, {"format": "pt"})

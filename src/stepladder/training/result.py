@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from stepladder import console
 from stepladder.errors import ModelError, TrainingError, first_line
-from stepladder.model import card, portable, weights
+from stepladder.model import card, initial_factors, portable, weights
 from stepladder.run import Run
 from stepladder.training import final_save
 from stepladder.training.checkpoint import state
@@ -32,7 +32,10 @@ def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
     if not isinstance(model, PeftModel):
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    if initial_factors.is_decomposed(model):
+        shapes = {name: initial_factors.saved_shape(name, shape) for name, shape in shapes.items()}
+    return shapes
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
@@ -152,7 +155,10 @@ def _put_back(trainer: Any, folder: Path, names: dict[str, str]) -> int:
             # in the order of the file, which is the same on every rank: each put is collective
             for key in tensors.keys():  # noqa: SIM118
                 if (name := names.get(key)) in left:
-                    trained.put_weights(name, tensors.get_tensor(key))
+                    kept = tuple(
+                        slice(size) for size in trained.shape(name)
+                    )  # of a converted adapter, the trained half
+                    trained.put_weights(name, tensors.get_tensor(key)[kept])
                     left.remove(name)
     return len(trained.parameters) - len(left)
 

@@ -21,7 +21,7 @@ from stepladder.errors import TrainingError
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
-from stepladder.training import gradients
+from stepladder.training import gradients, loraplus
 from stepladder.training.batches import Order, RowLosses, RowNumberCollator, StepRows, StepStream, with_padding_row
 from stepladder.training.checkpoint import loading, saving
 from stepladder.training.checkpoint.resume import of_step
@@ -49,6 +49,7 @@ class Trainer(SFTTrainer):
         early_stopping: patience and threshold of `guard/early_stopping.py`; no patience counts nothing.
         padding_free: whether the rows of a batch are concatenated (padding-free).
         own_kernels: whether loss and attention are those of `model/cpu_kernels.py`.
+        loraplus_lr_ratio: LoRA+'s (`loraplus.create_optimizer`); None for one learning rate.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class Trainer(SFTTrainer):
         early_stopping: tuple[int | None, float] = (None, 0.0),
         padding_free: bool = False,
         own_kernels: bool = False,
+        loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
     ):
-        self.layout, self.rows_end_to_end = layout, padding_free
+        self.layout, self.rows_end_to_end, self.loraplus_lr_ratio = layout, padding_free, loraplus_lr_ratio
         quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
         adapter = {
             name: parameter.detach().clone()
@@ -138,6 +140,11 @@ class Trainer(SFTTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.loraplus_lr_ratio and getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = loraplus.create_optimizer(self, self.loraplus_lr_ratio)
+        return super().create_optimizer(model)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.rows.add(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import json
 import os
@@ -69,7 +70,9 @@ def _parts(args: argparse.Namespace) -> _Parts:
     generation["eos_token_id"] = pretrained.end_tokens(tokenizer, generation.get("eos_token_id"))
     gguf_name = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
     modelfile = llama_cpp_text.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
-    work, because = open_merge(base, args.adapter, args.weights, quantize, len(tokenizer), args.device)
+    work, because = open_merge(
+        base, args.adapter, args.weights, quantize, len(tokenizer), args.device, args.combination
+    )
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
     if args.ollama and not args.gguf:
@@ -124,6 +127,7 @@ def _write(
         "base": parts.name,
         "adapters": [str(path) for path in args.adapter],
         "weights": args.weights,
+        "combination": dataclasses.asdict(args.combination) if args.combination else None,
         "quantized_base": args.quantized_base,
         "dtype": weights.dtype_name(dtype),
         "streamed": parts.because is None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder.errors import ModelError, first_line
 from stepladder.model import pretrained, weights
 from stepladder.model.merge import skeleton
+from stepladder.model.merge.combination import SUM, Combination, check_configs, combine
 from stepladder.model.merge.skeleton import RoundTrip
 from stepladder.model.start import CHANGES_BASE
 from stepladder.model.weights import CODES, FLOATS, Tensor, Weights
@@ -34,6 +35,7 @@ class StreamedMerge:
         quantize: takes a weight to 4 bits and back, where the adapter goes onto the weights that it saw in
             training (`skeleton.RoundTrip`); None leaves those of `base` as they are.
         tokens: the tokenizer's length; tokens beyond the base's vocabulary must come with the adapter.
+        combination: how PEFT combines the adapters by their weights; None for the sum.
 
     Raises:
         ModelError: adapter and base do not match, or the adapter is broken.
@@ -47,6 +49,7 @@ class StreamedMerge:
         quantize: RoundTrip | None = None,
         tokens: int = 0,
         device: str = "cpu",
+        combination: Combination | None = None,
     ):
         self.disk, self.quantize, self.device = Weights(base), quantize, device
         self.config = pretrained.load_config(base)
@@ -61,7 +64,10 @@ class StreamedMerge:
         self.tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self.keys = skeleton.map_keys(model, self.disk)
         self.quantized = skeleton.quantized_weights(model) if quantize else {}
-        self.peft, self.replaced = skeleton.inject(model, base, adapters, scales, device)
+        inner = [1.0] * len(scales) if combination else scales
+        self.peft, self.replaced = skeleton.inject(model, base, adapters, inner, device)
+        if combination:
+            combine(self.peft, [*self.peft.peft_config], scales, combination)
         skeleton.stream(self.peft, self.names, self.read)
         self.units = dict(self._units())
         self._check_shapes()
@@ -308,14 +314,23 @@ def open_merge(
     quantize: RoundTrip | None,
     tokens: int,
     device: str,
+    combination: Combination | None = None,
 ) -> tuple[StreamedMerge | WholeMerge, str | None]:
     """The merge of these adapters into this base, and why it is not streamed where it is not."""
-    because = _why_whole(skeleton.read_configs(adapters))
+    configs = skeleton.read_configs(adapters)
+    because = _why_whole(configs)
     if not because:
+        if combination:
+            check_configs(configs, adapters, combination)
         try:
-            return StreamedMerge(base, adapters, scales, quantize, tokens, device), None
+            return StreamedMerge(base, adapters, scales, quantize, tokens, device, combination), None
         except skeleton.NotStreamed as reason:
             because = str(reason)
+    if combination:
+        raise ModelError(
+            f"only LoRA adapters that are streamed are combined by {combination.type}", why=because,
+            help=f"--combination_type {SUM}, the weighted sum",
+        )  # fmt: skip
     if quantize:
         raise ModelError("only a streamed merge can use the dequantized base", why=because, help="original")
     return WholeMerge(base, adapters, scales, tokens, device), because

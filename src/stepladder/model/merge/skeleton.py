@@ -184,6 +184,7 @@ def inject(
         tensors = {key: tensor.to(device).float() for key, tensor in read_adapter(folder).items()}
         state = wrapped.state_dict()
         loaded: dict[str, torch.Tensor] = {}
+        earlier = {*replaced}
         for key in sorted(tensors.keys() | table.keys()):
             place = table.get(key, key)
             in_base = place.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -197,6 +198,12 @@ def inject(
             if tensors[key].shape != needed:
                 held, needs = _format_shape(tensors[key].shape), _format_shape(needed)
                 raise wrong_base(folder, base, f"{key} is {held}, and this base needs {needs}")
+            if in_base in earlier:
+                raise ModelError(
+                    f"two of the adapters hold {in_base} of the base itself",
+                    where=str(folder),
+                    help="merge one of them",
+                )
             (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
         if scale != 1:

@@ -22,6 +22,7 @@ from stepladder.model import card, start
 from stepladder.recipe.recipe import Recipe
 from stepladder.run import Run
 from stepladder.screen import Screen
+from stepladder.settings import VIRTUAL
 
 PROGRESS_LINES = 20  # about as many lines per run stay: above the bar on a terminal, and in a file or a log
 SMOOTHING = 0.2  # the weight of a new loss in the average that the trend compares with
@@ -279,7 +280,7 @@ def closing_block(run: Run) -> str:
         lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {folder}")
     if held_out["foreign"]:
         lines.append(f"  ⚠ it was evaluated on {held_out['foreign']}, which came with other training data")
-    if recipe.get("use_peft") and recipe.get("peft_type", "lora") == "lora":  # virtual tokens cannot be merged
+    if recipe.get("use_peft") and recipe.get("peft_type", "lora") not in VIRTUAL:  # virtual tokens cannot be merged
         lines.append(f"  merge it:    {start.merge_command(run.folder, recipe)}")
     return "\n".join(lines)
 
