@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
 from stepladder.cluster import staging
-from stepladder.data import mixture, templates
+from stepladder.data import mixture, special_tokens, templates
 from stepladder.data.rows import LISTED, Rows, Stream
+from stepladder.data.special_tokens import NewToken
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.recipe import Recipe, StepLayout
@@ -80,7 +81,7 @@ class Prepared:
     devices: list[str]
     arguments: Any
     tokenizer: PreTrainedTokenizerBase
-    new_tokens: list[str]
+    new_tokens: list[NewToken]
     train_set: Any
     eval_set: Any
     planned: dict[str, Any]
@@ -184,11 +185,12 @@ def _import_libraries() -> None:
     from stepladder.training.watch import telemetry, terminal, trackers  # noqa: F401
 
 
-def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer with the recipe's template, and the tokens that it adds; compared with those of a resumed run."""
+def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[NewToken]]:
+    """The tokenizer with the recipe's tokens and template, and which tokens are new; compared with those of a resumed run."""
     tokenizer = pretrained.load_tokenizer_for(checked.recipe)
     own_template = tokenizer.chat_template
     checked.inputs.add_tokenizer(tokenizer)
+    notes += special_tokens.known_notes(tokenizer, checked.recipe)
     new_tokens = templates.prepare(tokenizer, checked.recipe)
     checked.inputs.add_template(tokenizer)
     notes += start.template_notes(checked.recipe, own_template, tokenizer.chat_template)

@@ -28,11 +28,11 @@ def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
     Taken before training, when no strategy has sharded the tensors yet.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return {}
-    return {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    return {name: tuple(tensor.shape) for name, tensor in final_save.adapter_tensors(model).items()}
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
