@@ -158,6 +158,7 @@ def prepare(checked: Checked) -> Prepared:
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
+    arguments.check_new_tokens(recipe, launch, new_tokens)
     train_set, eval_set = _prepare_rows(checked, tokenizer, notes)
     planned = _plan(checked, train_set, precision, use_cpu, notes) if launch.rank == 0 else {}
     step = checked.step

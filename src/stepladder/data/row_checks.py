@@ -21,6 +21,7 @@ from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
 from stepladder.data.rows import WIDE, Rows, all_text, role_text, width
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -154,8 +155,18 @@ def _languages(found: Rows) -> Iterator[Finding]:
         yield Finding(FIGURE, "languages", "languages", figures=shares)
 
 
-def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, prefix: str = "") -> list[Finding]:
-    """Tokens, masks and cuts of rows; `prefix` stands before the figures' names (`evaluation `).
+def check_tokens(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    prefix: str = "",
+    new: Sequence[NewToken] = (),
+) -> list[Finding]:
+    """Tokens, masks and cuts of rows.
+
+    Args:
+        prefix: stands before the figures' names (`evaluation `).
+        new: tokens that were added to the vocabulary, whose rows are counted.
 
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
@@ -170,6 +181,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
+    watched, holds, learns = {token.row for token in new}, Counter[int](), Counter[int]()
     for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length)):
         if isinstance(row, DataError):
             _add_fault(findings, row, rows.where[number], skips)
@@ -177,6 +189,9 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         all_known = all_known and row.is_whole
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
+        if watched:
+            holds.update(watched.intersection(row.ids[:max_length]))
+            learns.update(watched.intersection(left))
         trained, kept = trained + len(left), kept + len(row.ids[:max_length])
         is_cut = max_length is not None and len(row.ids) > max_length
         if is_cut:
@@ -188,6 +203,8 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended = turns + row.turns, ended + found
 
+    if not prefix:  # evaluation rows teach nothing
+        findings += _new_tokens(new, holds, learns)
     lengths = lengths or array("Q", [0])
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
     findings += [
@@ -214,6 +231,16 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     for name, what, help, numbers in remarks.texts(len(rows)):
         findings.append(Finding(WARNING, name, what, take(rows.where, numbers), help))
     return findings + list(_badly_tokenized(rows, tokenizer))
+
+
+def _new_tokens(new: Sequence[NewToken], holds: Counter[int], learns: Counter[int]) -> Iterator[Finding]:
+    """In how many rows each new token stands, and has a loss; a warning for those that stand in none."""
+    for token in new:
+        figures = {"rows": holds[token.row], "with loss": learns[token.row]}
+        yield Finding(FIGURE, "new_token", f"new token {token.text}", figures=figures)
+    if idle := [token.text for token in new if not holds[token.row]]:
+        what = f"no row holds {', '.join(idle[:10])}{', …' * (len(idle) > 10)}: a new token that learns nothing"
+        yield Finding(WARNING, "untrained_token", what, help="rows that hold it, or remove it")
 
 
 def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,12 @@ def add_from_recipe(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> l
             why="as a special token it would be cut out of every word and text that holds it",
             help=f"a text that stands nowhere else: <|{ordinary[0].strip()}|>",
         )
-    found = add(tokenizer, new)
+    found = _added(
+        tokenizer,
+        new,
+        # Beside the special tokens that the tokenizer has, which Transformers would else put in their place.
+        lambda: tokenizer.add_special_tokens({KEY: new}, replace_extra_special_tokens=False),
+    )
     for token in found:
         alone = tokenizer(token.text, add_special_tokens=False)["input_ids"]
         if list(alone) != [token.row] or not token.pieces:
@@ -60,21 +65,30 @@ def add_from_recipe(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> l
     return found
 
 
-def add(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NewToken]:
-    """Add texts that are not in the vocabulary as special tokens."""
+def add_of_template(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NewToken]:
+    """Add a template's tokens that are not in the vocabulary as special tokens."""
+    return _added(tokenizer, texts, lambda: tokenizer.add_tokens([*texts], special_tokens=True))
+
+
+def _added(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add: Callable[[], int]) -> list[NewToken]:
     if not texts:
         return []
     pieces = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    # Beside the special tokens that the tokenizer has, which Transformers would else put in their place.
-    tokenizer.add_tokens([_special(text) for text in texts], special_tokens=True)
+    add()
     rows = tokenizer.convert_tokens_to_ids(list(texts))
     return [NewToken(*each) for each in zip(texts, rows, pieces, strict=True)]
 
 
-def _special(text: str) -> object:
-    from tokenizers import AddedToken
+def hidden_in_answers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens that an answer is printed without: all but those that rows use and no template writes.
 
-    return AddedToken(text, special=True, normalized=False)
+    Transformers keeps `additional_special_tokens` apart from the tokens of its own names (`extra_special_tokens`).
+    """
+    template = str(tokenizer.chat_template or "")
+    named = set(tokenizer.special_tokens_map.values())
+    shown = {token for token in tokenizer.extra_special_tokens if token not in template and token not in named}
+    return {number for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content not in shown}  # fmt: skip
 
 
 def known_notes(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:

@@ -241,7 +241,7 @@ def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[NewToken]:
         return []  # an answer ends by the tokenizer's own end token
     text = "".join(layout.literals) + _with_tool(tokenizer)
     vocabulary = tokenizer.get_vocab()
-    new = special_tokens.add(
+    new = special_tokens.add_of_template(
         tokenizer, [token for token in dict.fromkeys(TURN_TOKEN.findall(text)) if token not in vocabulary]
     )
     if ends:  # else an answer ends by what opens the next turn (GLM)
