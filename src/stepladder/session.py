@@ -1,12 +1,11 @@
 """A training run, in the one order that its parts can come in: check, prepare, build, train, finish.
 
-`check` reports a user's mistake before PyTorch is imported, which takes seconds; only a valid recipe may
-restart the process under another allocator. `prepare` imports the libraries, after the device is chosen,
-since CUDA reads its environment once. The ranks meet there: from then on all of them take the same path through this
-module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
-set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
-the run in `run.json`; `finish` prints the result.
-Each stage returns a frozen value, which the next one takes.
+`check` reports a user's mistake before PyTorch is imported, which takes seconds; only a valid recipe may restart the
+process under another allocator. `prepare` imports the libraries, after the device is chosen, since CUDA reads its
+environment once. The ranks meet there: from then on all take the same path through this module, or the others would
+wait for the one that does not. `build` draws the adapter's first weights, after the seed is set. The run folder is
+written after all that can fail, so a failed start leaves an older run untouched. `train` records the run in `run.json`;
+`finish` prints the result. Each stage returns a frozen value, which the next one takes.
 """
 
 from __future__ import annotations
@@ -187,14 +186,13 @@ def _import_libraries() -> None:
 
 
 def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[NewToken]]:
-    """The tokenizer with the recipe's tokens and template, and which tokens are new; compared with those of a resumed run."""
+    """The tokenizer with the recipe's tokens and template, and which are new; compared with those of a resumed run."""
     tokenizer = pretrained.load_tokenizer_for(checked.recipe)
-    own_template = tokenizer.chat_template
+    own_template, known = tokenizer.chat_template, special_tokens.known_notes(tokenizer, checked.recipe)
     checked.inputs.add_tokenizer(tokenizer)
-    notes += special_tokens.known_notes(tokenizer, checked.recipe)
     new_tokens = templates.prepare(tokenizer, checked.recipe)
     checked.inputs.add_template(tokenizer)
-    notes += start.template_notes(checked.recipe, own_template, tokenizer.chat_template)
+    notes += known + start.template_notes(checked.recipe, own_template, tokenizer.chat_template)
     return tokenizer, new_tokens
 
 

@@ -132,7 +132,14 @@ def _check_tensors(source: start.Start, name: str) -> None:
         )
     names = [key for key in tensors if ".lora_" not in key]
     if source.config.get("trainable_token_indices"):
-        names = [key for key in names if not key.endswith(ROWS)]
+        rows = {key for key in names if key.endswith(ROWS)}
+        names = [key for key in names if key not in rows]
+        if not rows:
+            raise ModelError(
+                "the adapter holds no rows of the embeddings, and its configuration has trainable_token_indices",
+                where=source.config_file,
+                help="copy or fetch the adapter again",
+            )
     others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
     if others:
         raise ModelError(
@@ -225,7 +232,7 @@ def _format(value: Any) -> str:
 
 def _notes(recipe: Recipe, source: start.Start) -> Iterator[str]:
     """What holds without a key for it, and what differs from the adapter's own training."""
-    if kept := [f"{key}: {json.dumps(source.config[key])}" for key in KEPT if source.config.get(key)]:
+    if kept := [f"{key}: {json.dumps(source.config[key])[:80]}" for key in KEPT if source.config.get(key)]:
         yield f"{recipe.get(MODEL_KEY)} keeps its {', '.join(kept)}"
     before = start.read_if_readable((source.adapter or Path()) / MANIFEST).get("recipe")
     if isinstance(before, dict):

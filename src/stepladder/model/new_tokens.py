@@ -10,6 +10,8 @@ An adapter trains them by PEFT's `trainable_token_indices`, which replaces rows 
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +112,52 @@ def token_indices(model: PreTrainedModel, rows: Sequence[int]) -> Indices | None
             help="use_peft: false, or no new tokens",
         )
     return indices
+
+
+@contextlib.contextmanager
+def shown_as_tied(model: Any) -> Iterator[None]:
+    """Let Accelerate see that wrapped input and output embeddings are one matrix, while it shards the model by FSDP.
+
+    It compares their weights (`fsdp2_prepare_model`), for which PEFT's wrappers give two new tensors, and would shard
+    one parameter twice.
+    """
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if is_wrapped(end)]
+    tied = [end for end in ends if ends[-1].token_adapter.tied_adapter]
+    for end in tied:
+        end.__dict__["weight"] = end.token_adapter.base_layer.weight
+    try:
+        yield
+    finally:
+        for end in tied:
+            del end.__dict__["weight"]
+
+
+def unshard_before_loss(model: PreTrainedModel) -> None:
+    """Let the loss find the output layer's weight and its trained rows whole under FSDP.
+
+    TRL's fused loss reads the weight without calling the layer, so that FSDP's hooks do not gather it. The gradients of
+    the rows are reduced with those of the other units, at the end of the backward pass.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def forward_unsharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        head = self.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        return forward(*args, **kwargs)
+
+    if is_wrapped(model.get_output_embeddings()):
+        model.forward = types.MethodType(forward_unsharded, model)  # type: ignore[method-assign]
+
+
+def is_wrapped(module: Any) -> bool:
+    """Whether an adapter trains rows of this module's weight."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    return isinstance(module, TrainableTokensWrapper)
 
 
 def finish_rows(wrapped: PeftModel) -> None:

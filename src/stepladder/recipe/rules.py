@@ -92,7 +92,7 @@ def special_tokens_are_texts(recipe: Recipe) -> RuleBreak | None:
         elif token in tokens[:number]:
             fault = f"{token!r} stands there twice"
         elif not token.isprintable():  # lone surrogates and control characters
-            fault = f"{ascii(token)} holds characters that cannot be printed"
+            fault = f"{token!a} holds characters that cannot be printed"
         if fault:
             return conflict(recipe, f"{key}: {fault}", [key], f'{key}: ["<tool>", "</tool>"], say')
     return None

@@ -181,7 +181,7 @@ def check_new_tokens(recipe: Recipe, launch: Launch, new: Sequence[NewToken]) ->
         new: tokens that were added to the vocabulary; an adapter that is trained on may have rows of its own.
     """
     its = start.trained_rows(start.resolve_recipe_model(recipe).config)
-    if recipe.get("use_peft") and (new or its) and launch.strategy.shards_weights:
+    if recipe.get("use_peft") and (new or its) and launch.strategy.is_zero and launch.strategy.shards_weights:
         raise RecipeError(
             f"new tokens beside an adapter cannot be trained under {launch.strategy}",
             where=recipe.where("additional_special_tokens" if new else "model_name_or_path"),
