@@ -85,7 +85,7 @@ _known_rows: dict[str, tuple[int, list[NewToken]]] = {}
 def new_rows(settings: Settings, rows: int) -> tuple[int, list[NewToken]]:
     """How many rows the recipe's tokenizer needs, and its new tokens.
 
-    Of a model that only its shape is known of, a template is taken to add none, and each of the recipe's
+    Of a model of which only the shape is here, a template is taken to add none, and each of the recipe's
     `additional_special_tokens` to be new.
 
     Args:
@@ -97,15 +97,20 @@ def new_rows(settings: Settings, rows: int) -> tuple[int, list[NewToken]]:
     keys = (special_tokens.KEY, *templates.TEMPLATE_KEYS, start.MODEL_KEY, "model_revision", "eos_token", "pad_token")
     asked = repr([settings.get(key) for key in keys])
     if asked not in _known_rows:
-        try:
+        if source.has_tokenizer or Path(source.base).is_dir() or _is_cached(source):
             tokenizer = pretrained.load_tokenizer_for(settings)
-        except ModelError:  # the shape of a model that is not here
-            new = [NewToken(text, rows + number, ()) for number, text in enumerate(texts)]
-            _known_rows[asked] = rows + len(new), new
-        else:
             new = templates.prepare(tokenizer, settings)
             _known_rows[asked] = needed_rows(tokenizer), new
+        else:
+            new = [NewToken(text, rows + number, ()) for number, text in enumerate(texts)]
+            _known_rows[asked] = rows + len(new), new
     return _known_rows[asked]
+
+
+def _is_cached(source: start.Start) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source.base, "tokenizer_config.json", revision=source.revision), str)
 
 
 def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
