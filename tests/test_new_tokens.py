@@ -228,7 +228,8 @@ def test_rows_have_no_weight_in_a_merge(runs: Path, tmp_path: Path) -> None:
     [
         ({"peft_type": "prompt"}, "trains virtual tokens and no embeddings"),
         ({"lora_modules_to_save": ["lm_head"]}, "lm_head would be trained in two ways"),
-        ({"lora_target_modules": ["q_proj", "model.embed_tokens"]}, "would be trained in two ways"),
+        ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "would be trained in two ways"),
+        ({"lora_target_modules": [r".*(q_proj|embed_tokens)"]}, "would be trained in two ways"),
     ],
     ids=str,
 )

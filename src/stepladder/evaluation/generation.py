@@ -120,8 +120,8 @@ def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Refuse what is longer than a table of learned positions (GPT-2, OPT): on a GPU the index kills the process."""
     import torch
 
-    count, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
-    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
+    count, words = getattr(model.config, "max_position_embeddings", None), {*model.get_input_embeddings().modules()}
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module not in words)
     if count and prompt + new > count and any(table.num_embeddings in (count, count + 2) for table in tables):
         raise ModelError(
             f"the model has {count} positions: a prompt of {prompt} tokens and {new} new ones need {prompt + new}",

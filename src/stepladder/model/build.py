@@ -107,7 +107,7 @@ def attach_adapter(
 
     source = start.resolve_recipe_model(recipe)
     if new_tokens:
-        check_trainable(recipe, source, new_tokens)
+        check_trainable(model, recipe, source, new_tokens)
     if recipe.get("peft_type") != "lora":
         return _attach_virtual_tokens(model, recipe, tokenizer)
     config = _lora_config(source, recipe, model, fused)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What architectures call their embeddings; PEFT has the input's (`EMBEDDING_LAYER_NAMES`) and TRL `lm_head`.
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings", "lm_head", "embed_out")
 Indices = list[int] | dict[str, list[int]]  # PEFT's `trainable_token_indices`: of the input embeddings, or by module
 
 
@@ -69,11 +68,13 @@ def gather(parameters: list[Any]) -> Iterator[None]:
         yield
 
 
-def check_trainable(recipe: Settings, source: start.Start, new: Sequence[NewToken]) -> None:
+def check_trainable(model: PreTrainedModel, recipe: Settings, source: start.Start, new: Sequence[NewToken]) -> None:
     """Raise ModelError where an adapter cannot train the new tokens."""
     key = KEY if recipe.get(KEY) else next((key for key in TEMPLATE_KEYS if recipe.get(key)), KEY)
-    whole = [*(recipe.get("lora_modules_to_save") or []), *(recipe.get("lora_target_modules") or [])]
-    embeddings = [name for name in whole if name.rsplit(".", 1)[-1] in EMBEDDINGS]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    places = [f".{name}" for name, module in model.named_modules() if module in ends]
+    asked = [*(recipe.get("lora_modules_to_save") or []), *(recipe.get("lora_target_modules") or [])]
+    embeddings = [name for name in asked if any(at.endswith(f".{name}") or re.fullmatch(name, at[1:]) for at in places)]
     why = help = ""
     if recipe.get("peft_type") != "lora":
         why = f"peft_type: {recipe.get('peft_type')} trains virtual tokens and no embeddings"
@@ -124,7 +125,7 @@ def shown_as_tied(model: Any) -> Iterator[None]:
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if is_wrapped(end)]
     tied = [end for end in ends if ends[-1].token_adapter.tied_adapter]
     for end in tied:
-        end.__dict__["weight"] = end.token_adapter.base_layer.weight
+        end.__dict__["weight"] = frozen_weight(end)
     try:
         yield
     finally:
@@ -151,6 +152,11 @@ def unshard_before_loss(model: PreTrainedModel) -> None:
 
     if is_wrapped(model.get_output_embeddings()):
         model.forward = types.MethodType(forward_unsharded, model)  # type: ignore[method-assign]
+
+
+def frozen_weight(module: Any) -> Any:
+    """The weight of an embedding or output layer, without the rows that an adapter trains."""
+    return module.token_adapter.base_layer.weight if is_wrapped(module) else module.weight
 
 
 def is_wrapped(module: Any) -> bool:
