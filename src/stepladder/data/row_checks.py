@@ -156,24 +156,15 @@ def _languages(found: Rows) -> Iterator[Finding]:
 
 
 def check_tokens(
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    prefix: str = "",
-    new: Sequence[NewToken] = (),
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, prefix: str = "", new: Sequence[NewToken] = ()
 ) -> list[Finding]:
-    """Tokens, masks and cuts of rows.
-
-    Args:
-        prefix: stands before the figures' names (`evaluation `).
-        new: tokens that were added to the vocabulary, whose rows are counted.
+    """Tokens, masks and cuts of rows; `prefix` stands before the figures' names (`evaluation `), `new` are counted.
 
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
     """
     max_length, train_on = settings.get("max_length"), render.mode(settings)
     skips = settings.get("on_bad_row") == "skip"
-    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
     trained, kept, turns, ended, kept_rows = 0, 0, 0, 0, 0
     lengths, cut = array("Q"), array("Q")
     beheaded = array("Q")  # rows that lose their whole answer
@@ -181,7 +172,7 @@ def check_tokens(
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
-    watched, holds, learns = {token.row for token in new}, Counter[int](), Counter[int]()
+    count = NewTokenCount(new)
     for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length)):
         if isinstance(row, DataError):
             _add_fault(findings, row, rows.where[number], skips)
@@ -189,9 +180,7 @@ def check_tokens(
         all_known = all_known and row.is_whole
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
-        if watched:
-            holds.update(watched.intersection(row.ids[:max_length]))
-            learns.update(watched.intersection(left))
+        count.add(row.ids[:max_length], left)
         trained, kept = trained + len(left), kept + len(row.ids[:max_length])
         is_cut = max_length is not None and len(row.ids) > max_length
         if is_cut:
@@ -203,8 +192,7 @@ def check_tokens(
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended = turns + row.turns, ended + found
 
-    if not prefix:  # evaluation rows teach nothing
-        findings += _new_tokens(new, holds, learns)
+    findings += count.findings()
     lengths = lengths or array("Q", [0])
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
     findings += [
@@ -216,12 +204,7 @@ def check_tokens(
         findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=figures))
         if not ended and not prefix and train_on != "everything":  # evaluation rows teach nothing
             findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
-    if beheaded:
-        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
-        findings.append(Finding(bad, ANSWER_CUT, what + skipped, take(rows.where, beheaded), help))
-    if idle:
-        what = "nothing of the row is trained"
-        findings.append(Finding(bad, NOTHING_TRAINED, what + skipped, take(rows.where, idle), "remove the row"))
+    findings += _untrained(rows, beheaded, idle, max_length, skips)
     if skips and len(rows) and not kept_rows:
         findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
@@ -233,14 +216,40 @@ def check_tokens(
     return findings + list(_badly_tokenized(rows, tokenizer))
 
 
-def _new_tokens(new: Sequence[NewToken], holds: Counter[int], learns: Counter[int]) -> Iterator[Finding]:
-    """In how many rows each new token stands, and has a loss; a warning for those that stand in none."""
-    for token in new:
-        figures = {"rows": holds[token.row], "with loss": learns[token.row]}
-        yield Finding(FIGURE, "new_token", f"new token {token.text}", figures=figures)
-    if idle := [token.text for token in new if not holds[token.row]]:
-        what = f"no row holds {', '.join(idle[:10])}{', …' * (len(idle) > 10)}: a new token that learns nothing"
-        yield Finding(WARNING, "untrained_token", what, help="rows that hold it, or remove it")
+def _untrained(
+    rows: Rows, beheaded: Sequence[int], idle: Sequence[int], max_length: int | None, skips: bool
+) -> Iterator[Finding]:
+    """Rows that lose their whole answer, and rows with nothing to train."""
+    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
+    if beheaded:
+        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
+        yield Finding(bad, ANSWER_CUT, what + skipped, take(rows.where, beheaded), help)
+    if idle:
+        what = "nothing of the row is trained"
+        yield Finding(bad, NOTHING_TRAINED, what + skipped, take(rows.where, idle), "remove the row")
+
+
+class NewTokenCount:
+    """In how many rows each new token stands, and has a loss."""
+
+    def __init__(self, new: Sequence[NewToken]):
+        self.new, self.holds, self.learns = new, Counter[int](), Counter[int]()
+        self.numbers = {token.row for token in new}
+
+    def add(self, ids: Sequence[int], trained: Sequence[int]) -> None:
+        """Count a row, by all of its tokens and by those that have a loss."""
+        if self.numbers:
+            self.holds.update(self.numbers.intersection(ids))
+            self.learns.update(self.numbers.intersection(trained))
+
+    def findings(self) -> Iterator[Finding]:
+        """The counts, and a warning for those that stand in no row."""
+        for token in self.new:
+            figures = {"rows": self.holds[token.row], "with loss": self.learns[token.row]}
+            yield Finding(FIGURE, "new_token", f"new token {token.text}", figures=figures)
+        if idle := [token.text for token in self.new if not self.holds[token.row]]:
+            what = f"no row holds {', '.join(idle[:10])}{', …' * (len(idle) > 10)}: a new token that learns nothing"
+            yield Finding(WARNING, "untrained_token", what, help="rows that hold it, or remove it")
 
 
 def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:
