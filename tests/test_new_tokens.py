@@ -193,7 +193,7 @@ def test_answers_hold_the_new_tokens(runs: Path) -> None:
 
     model.generate = say
     (answer,) = generation.generate_answers(model, tokenizer, [[{"role": "user", "content": "Open it."}]], shared=False)
-    assert answer.text == "<tool>open 3</tool> Open sesame." and answer.finished
+    assert answer.text == "<tool>open 3</tool> Open sesame." and answer.stopped
 
 
 @pytest.mark.parametrize("name", ["lora", "untied", "padded"])

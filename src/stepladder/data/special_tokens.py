@@ -85,7 +85,7 @@ def hidden_in_answers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     Transformers keeps `additional_special_tokens` apart from the tokens of its own names (`extra_special_tokens`).
     """
     template = str(tokenizer.chat_template or "")
-    named = set(tokenizer.special_tokens_map.values())
+    named = [*tokenizer.special_tokens_map.values()]
     shown = {token for token in tokenizer.extra_special_tokens if token not in template and token not in named}
     return {number for number, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content not in shown}  # fmt: skip
