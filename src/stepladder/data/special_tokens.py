@@ -97,7 +97,4 @@ def known_notes(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[
     has = [token for token in settings.get(KEY) or () if token in known]
     if not has:
         return []
-    return [
-        f"{settings.where(KEY)}: the tokenizer has {', '.join(has)} already: "
-        + ("it keeps its embedding" if len(has) == 1 else "they keep their embeddings")
-    ]
+    return [f"{settings.where(KEY)}: the tokenizer has {', '.join(has)} already: nothing is added for that"]
