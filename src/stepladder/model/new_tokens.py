@@ -151,7 +151,7 @@ def unshard_before_loss(model: PreTrainedModel) -> None:
         return forward(*args, **kwargs)
 
     if is_wrapped(model.get_output_embeddings()):
-        model.forward = types.MethodType(forward_unsharded, model)  # type: ignore[method-assign]
+        model.forward = types.MethodType(forward_unsharded, model)
 
 
 def frozen_weight(module: Any) -> Any:
