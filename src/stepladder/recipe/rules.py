@@ -82,7 +82,7 @@ def target_modules_are_names_or_one_pattern(recipe: Recipe) -> RuleBreak | None:
 
 @register
 def special_tokens_are_texts(recipe: Recipe) -> RuleBreak | None:
-    """A special token is cut out of the rows as it is written, so it is a text without blanks around it, named once."""
+    """Special tokens are cut out of the rows as they are written: texts without blanks around them, each named once."""
     key = "additional_special_tokens"
     tokens = recipe.get(key) or []
     for number, token in enumerate(tokens):
