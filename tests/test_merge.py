@@ -667,7 +667,7 @@ def test_adapters_that_are_refused(trained: Path, tmp_path: Path) -> None:
         ({"target_modules": "(("}, "missing \\)"),
         ({"rank_pattern": [1]}, "rank_pattern cannot be"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern cannot be"),
-        ({"trainable_token_indices": ["x"]}, "TypeError"),
+        ({"trainable_token_indices": ["x"]}, "trainable_token_indices cannot be"),
         ({"bias": "none of them"}, "NotImplementedError"),
         ({"peft_type": "NONE"}, "KeyError"),
         ({"peft_type": ["LORA"]}, "peft_type cannot be"),

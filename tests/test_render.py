@@ -135,7 +135,7 @@ def test_turn_tokens_are_added_once_and_end_the_answer(template, base_tokenizer,
     """Guards a base model that would never stop: its end token becomes the template's end of turn."""
     new = templates.prepare(base_tokenizer, settings(chat_template=template))
     assert base_tokenizer.eos_token in EXPECTED[template][0]
-    assert all(len(base_tokenizer(token, add_special_tokens=False)["input_ids"]) == 1 for token in new)
+    assert all(base_tokenizer(token.text, add_special_tokens=False)["input_ids"] == [token.row] for token in new)
     assert templates.prepare(base_tokenizer, settings(chat_template=template)) == []
 
 

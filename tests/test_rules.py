@@ -102,6 +102,11 @@ TABLE = {
         "lora_target_modules",
         "use_peft: true\nlora_target_modules: 'model.layers.(q|v)_proj'",
     ),
+    "special_tokens_are_texts": (
+        "additional_special_tokens: ['<a>', ' <b>']",
+        "additional_special_tokens",
+        "additional_special_tokens: ['<a>', '<b>']",
+    ),
     "virtual_tokens_stand_before_each_row": (
         "use_peft: true\npeft_type: prompt\npacking: true",
         "packing",

@@ -195,7 +195,7 @@ def test_the_run_again_from_its_own_recipe_is_the_same(tiny, learnable, write_re
 
 
 def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe, tmp_path) -> None:
-    """Guards new turn tokens: added, trained, saved, and in use when it is asked; an adapter refuses them.
+    """Guards new turn tokens: added, trained, saved, and in use when it is asked; an adapter trains them too.
 
     The tiny model stands in for a base model: its template and turn tokens are taken away.
     """
@@ -206,19 +206,17 @@ def test_a_model_without_template_learns_a_new_one(tiny, learnable, write_recipe
     settings |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     keys = {"chat_template": "llama3", "eval_strategy": "no", "max_steps": 4}
-    folder = tmp_path / "run"
-    adapter = write_recipe("adapter", **recipe_keys("lora", base, learnable) | keys)
-    done = script("sft", "--recipe", adapter, "--output_dir", folder)
-    assert done.code == 2 and "cannot learn new tokens" in done.err and "Traceback" not in done.err, done
-    full = write_recipe("full", **recipe_keys("full", base, learnable) | keys)
-    done = script("sft", "--recipe", full, "--output_dir", folder)
-    assert done.code == 0, done
-    assert losses(folder)[-1] < losses(folder)[0]
     from stepladder.model.pretrained import load_for_inference
 
-    model, tokenizer = load_for_inference(str(folder))
-    assert tokenizer.eos_token == "<|eot_id|>"
-    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 1024
+    for method in ("lora", "full"):
+        folder = tmp_path / method
+        recipe = write_recipe(method, **recipe_keys(method, base, learnable) | keys)
+        done = script("sft", "--recipe", recipe, "--output_dir", folder)
+        assert done.code == 0, done
+        assert losses(folder)[-1] < losses(folder)[0]
+        model, tokenizer = load_for_inference(str(folder))
+        assert tokenizer.eos_token == "<|eot_id|>"
+        assert len(model.get_input_embeddings().weight) == len(tokenizer) > 1024
     done = script("generate", "--model", folder, "--prompt", "What is the password?", "--max_new_tokens", 4)
     assert done.code == 0 and done.out.strip(), done
 

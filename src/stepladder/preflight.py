@@ -18,8 +18,9 @@ from typing import Any
 
 from stepladder import console, hardware, requirements
 from stepladder.cluster import staging
-from stepladder.data import audit, templates
+from stepladder.data import audit, special_tokens, templates
 from stepladder.data.row_checks import UNUSABLE, WARNING, Finding, Limits, check_tokens
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import EXIT_BAD_INPUT, LaunchError, RecipeError, StepladderError
 from stepladder.model import adapter_recipe, pretrained, start
 from stepladder.recipe import explain, rules
@@ -81,8 +82,10 @@ def _print_audit(recipe: Recipe, limits: Limits, count: int, as_json: bool) -> i
         console.quiet_libraries()
         recipe = adapter_recipe.settle(recipe)
         tokenizer = pretrained.load_tokenizer_for(recipe)
-        templates.prepare(tokenizer, recipe)
-        of_tokens = check_tokens(found.train, tokenizer, recipe)
+        known = special_tokens.known_notes(tokenizer, recipe)
+        found.findings += [Finding(WARNING, "known_tokens", note) for note in known]
+        new = templates.prepare(tokenizer, recipe)
+        of_tokens = check_tokens(found.train, tokenizer, recipe, new=new)
         found.findings += of_tokens
         if found.evaluation:
             found.findings += check_tokens(found.evaluation, tokenizer, recipe, prefix="evaluation ")
@@ -215,8 +218,9 @@ def checks(recipe: Recipe, machine: Machine) -> list[Check]:
     model = look("model", _model, recipe)
     recipe = model or recipe  # with an adapter's own values
     rows = look("data", _data, recipe)
-    longest = look("template", _template, recipe, rows) if model and rows and rows.train else None
-    launch = look("strategy", _strategy, recipe, machine)
+    tokens = look("template", _template, recipe, rows) if model and rows and rows.train else None
+    longest, new = tokens or (None, [])
+    launch = look("strategy", _strategy, recipe, machine, new)
     sizes = look("memory", _memory, recipe, machine, launch, longest) if model and launch else None
     if sizes:
         look("disk", _required, requirements.disk, recipe, recipe.output_dir, *sizes)
@@ -251,12 +255,12 @@ def _data(recipe: Recipe) -> tuple[str, audit.Audit]:
     return f"{found.name}: {len(found.train or [])} rows{held}, {warned} warnings (--audit shows all)", found
 
 
-def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
-    """The message, and the tokens of the longest row."""
+def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, tuple[int, list[NewToken]]]:
+    """The message, the tokens of the longest row, and which tokens the vocabulary lacked."""
     assert rows.train is not None
     tokenizer = pretrained.load_tokenizer_for(recipe)
-    templates.prepare(tokenizer, recipe)
-    found = check_tokens(rows.train, tokenizer, recipe)
+    new = templates.prepare(tokenizer, recipe)
+    found = check_tokens(rows.train, tokenizer, recipe, new=new)
     audit.stop_on_errors(found)
     figures = {finding.name: finding.figures for finding in found}
     share, most = figures["trained_tokens"]["share"], figures["tokens_per_row"]["max"]
@@ -264,11 +268,13 @@ def _template(recipe: Recipe, rows: audit.Audit) -> tuple[str, int]:
     message = f"{at_least}{most} tokens in the longest row; {share:.0%} of all are trained"
     if ends := templates.turn_ends(tokenizer):
         message += f"; an answer ends by {' or '.join(tokenizer.convert_ids_to_tokens(ends))}"
+    if new:
+        message += f"; {len(new)} new tokens"
     warned = [finding for finding in found if finding.severity == WARNING]
-    return message + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), most
+    return message + f"; {len(warned)} warnings (--audit shows all)" * bool(warned), (most, new)
 
 
-def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
+def _strategy(recipe: Recipe, machine: Machine, new: list[NewToken]) -> tuple[str, launcher.Launch]:
     """The message, and the launch that is asked for."""
     gpus = machine.gpus or hardware.gpus_here()
     if not gpus:
@@ -279,6 +285,7 @@ def _strategy(recipe: Recipe, machine: Machine) -> tuple[str, launcher.Launch]:
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name, machine.nodes if name.is_hsdp else 1)
     step = arguments.layout(recipe, launch.ranks)
     notes = arguments.check_strategy(recipe, launch)
+    arguments.check_new_tokens(recipe, launch, new)
     alias = f"{machine.strategy} is " if machine.strategy not in (None, name) else ""
     message = f"{alias}{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
     return "; ".join([message, *notes]), launch

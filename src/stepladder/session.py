@@ -1,11 +1,11 @@
 """A training run, in the one order that its parts can come in: check, prepare, build, train, finish.
 
-`check` reports a user's mistake before PyTorch is imported, which takes seconds; only a valid recipe may
-restart the process under another allocator. `prepare` imports the libraries, after the device is chosen,
-since CUDA reads its environment once. The ranks meet there: from then on all of them take the same path through this
-module, or the others would wait for the one that does not. `build` draws the adapter's first weights, after the seed is
-set. The run folder is written after all that can fail, so a failed start leaves an older run untouched. `train` records
-the run in `run.json`; `finish` prints the result. Each stage returns a frozen value, which the next one takes.
+`check` reports a user's mistake before PyTorch is imported, which takes seconds; only a valid recipe may restart the
+process under another allocator. `prepare` imports the libraries, after the device is chosen, since CUDA reads its
+environment once. The ranks meet there: from then on all take the same path through this module, or the others would
+wait for the one that does not. `build` draws the adapter's first weights, after the seed is set. The run folder is
+written after all that can fail, so a failed start leaves an older run untouched. `train` records the run in `run.json`;
+`finish` prints the result. Each stage returns a frozen value, which the next one takes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import console, errors, requirements
 from stepladder.cluster import staging
-from stepladder.data import mixture, templates
+from stepladder.data import mixture, special_tokens, templates
 from stepladder.data.rows import LISTED, Rows, Stream
 from stepladder.model import adapter_recipe, fp8, initial_factors, pretrained, start
 from stepladder.recipe import load
@@ -79,7 +79,7 @@ class Prepared:
     devices: list[str]
     arguments: Any
     tokenizer: PreTrainedTokenizerBase
-    new_tokens: list[str]
+    new_tokens: list[special_tokens.NewToken]
     train_set: Any
     eval_set: Any
     planned: dict[str, Any]
@@ -157,6 +157,7 @@ def prepare(checked: Checked) -> Prepared:
     ranks.shard_on_cpu(launch)
     checkpoint, record.forgets_best = ranks.from_first((checked.checkpoint, record.forgets_best))
     tokenizer, new_tokens = _prepare_tokenizer(checked, notes)
+    arguments.check_new_tokens(recipe, launch, new_tokens)
     train_set, eval_set = _prepare_rows(checked, tokenizer, notes)
     planned = _plan(checked, train_set, precision, use_cpu, notes) if launch.rank == 0 else {}
     step = checked.step
@@ -184,14 +185,16 @@ def _import_libraries() -> None:
     from stepladder.training.watch import telemetry, terminal, trackers  # noqa: F401
 
 
-def _prepare_tokenizer(checked: Checked, notes: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer with the recipe's template, and the tokens that it adds; compared with those of a resumed run."""
+def _prepare_tokenizer(
+    checked: Checked, notes: list[str]
+) -> tuple[PreTrainedTokenizerBase, list[special_tokens.NewToken]]:
+    """The tokenizer with the recipe's tokens and template, and which are new; compared with those of a resumed run."""
     tokenizer = pretrained.load_tokenizer_for(checked.recipe)
-    own_template = tokenizer.chat_template
+    own_template, known = tokenizer.chat_template, special_tokens.known_notes(tokenizer, checked.recipe)
     checked.inputs.add_tokenizer(tokenizer)
     new_tokens = templates.prepare(tokenizer, checked.recipe)
     checked.inputs.add_template(tokenizer)
-    notes += start.template_notes(checked.recipe, own_template, tokenizer.chat_template)
+    notes += known + start.template_notes(checked.recipe, own_template, tokenizer.chat_template)
     return tokenizer, new_tokens
 
 
@@ -368,22 +371,14 @@ def _trainer(built: Built, callback_file: str | None, line: Any, watchers: list[
     watchers += trackers.create_trackers(record, recipe, prepared.arguments, ask)
     with arguments.raise_as_recipe_errors(recipe):
         return trainer.Trainer(
-            model=built.model.model,
-            layout=prepared.step,
-            padding_free=built.model.attention.padding_free,
-            own_kernels=prepared.use_cpu,
-            args=prepared.arguments,
-            processing_class=prepared.tokenizer,
-            train_dataset=prepared.train_set,
-            eval_dataset=prepared.eval_set,
-            meter=meter,
+            model=built.model.model, layout=prepared.step, padding_free=built.model.attention.padding_free,
+            own_kernels=prepared.use_cpu, args=prepared.arguments, processing_class=prepared.tokenizer,
+            train_dataset=prepared.train_set, eval_dataset=prepared.eval_set, meter=meter,
             watchdog=interruptions.Watchdog(record, recipe.get("hang_timeout"), launch.rank),
-            on_nan=recipe.get("on_nan"),
-            loraplus_lr_ratio=recipe.get("loraplus_lr_ratio"),
-            stop_at=stop_at,
+            on_nan=recipe.get("on_nan"), loraplus_lr_ratio=recipe.get("loraplus_lr_ratio"), stop_at=stop_at,
             early_stopping=(recipe.get("early_stopping_patience"), recipe.get("early_stopping_threshold")),
             callbacks=[*own, line, *watchers],
-        )
+        )  # fmt: skip
 
 
 def finish(trained: Trained) -> int | None:

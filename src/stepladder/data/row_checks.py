@@ -21,6 +21,7 @@ from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
 from stepladder.data.rows import WIDE, Rows, all_text, role_text, width
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import DataError
 from stepladder.settings import Settings
 
@@ -154,8 +155,10 @@ def _languages(found: Rows) -> Iterator[Finding]:
         yield Finding(FIGURE, "languages", "languages", figures=shares)
 
 
-def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, prefix: str = "") -> list[Finding]:
-    """Tokens, masks and cuts of rows; `prefix` stands before the figures' names (`evaluation `).
+def check_tokens(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Settings, prefix: str = "", new: Sequence[NewToken] = ()
+) -> list[Finding]:
+    """Tokens, masks and cuts of rows; `prefix` stands before the figures' names (`evaluation `), `new` are counted.
 
     Raises:
         ModelError: conversations and a tokenizer without a chat template.
@@ -163,7 +166,6 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     max_length = settings.get("max_length")
     train_on, reasoning = loss_keys.mode(settings), loss_keys.reasoning_mode(settings)
     skips = settings.get("on_bad_row") == "skip"
-    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
     trained = kept = turns = ended = kept_rows = 0
     lengths, cut = array("Q"), array("Q")
     beheaded = array("Q")  # rows that lose their whole answer
@@ -171,6 +173,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
     remarks = Remarks()
+    count = NewTokenCount(new)
     for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length, reasoning)):
         if isinstance(row, DataError):
             _add_fault(findings, row, rows.where[number], skips)
@@ -178,6 +181,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         all_known = all_known and row.is_whole
         lengths.append(len(row.ids))
         left = [label for label in row.labels[:max_length] if label != render.IGNORED]
+        count.add(row.ids[:max_length], left)
         trained, kept = trained + len(left), kept + len(row.ids[:max_length])
         if max_length is not None and len(row.ids) > max_length:
             cut.append(number)
@@ -188,6 +192,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         found = sum(max_length is None or end < max_length for end in row.ends)
         turns, ended, remarks.thoughts = turns + row.turns, ended + found, remarks.thoughts + row.thoughts
 
+    findings += count.findings()
     share = {"share": round(trained / kept, 4) if kept else 0.0, "trained": trained, "of": kept}
     findings += [
         Finding(FIGURE, "tokens_per_row", f"{prefix}tokens per row", figures=spread(lengths or [0])),
@@ -199,12 +204,7 @@ def check_tokens(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: Setti
         findings.append(Finding(FIGURE, "end_of_turn", f"{prefix}end-of-turn token", figures=counts))
         if not ended and not prefix and train_on != "everything":  # evaluation rows teach nothing
             findings.append(Finding(ERROR, "no_end_of_turn", NO_END[0], help=NO_END[1]))
-    if beheaded:
-        what = f"max_length {max_length} cuts off the whole answer" + skipped
-        findings.append(Finding(bad, ANSWER_CUT, what, take(rows.where, beheaded), "raise it, or shorten the row"))
-    if idle:
-        what = "nothing of the row is trained" + skipped
-        findings.append(Finding(bad, NOTHING_TRAINED, what, take(rows.where, idle), "remove the row"))
+    findings += _untrained(rows, beheaded, idle, max_length, skips)
     if skips and len(rows) and not kept_rows:
         findings.append(Finding(ERROR, "no_row_left", f"no row of {rows.name} can be used: all are skipped"))
     if cut:
@@ -221,6 +221,42 @@ def _masked_thoughts(settings: Settings, tokens: int, prefix: str) -> Iterator[F
     yield Finding(FIGURE, "masked_thoughts", f"{prefix}thoughts without a loss", figures={"tokens": tokens})
     for note in [] if prefix else loss_keys.idle_notes(settings, tokens):
         yield Finding(WARNING, "idle_reasoning", note, help="remove train_on_reasoning")
+
+
+def _untrained(
+    rows: Rows, beheaded: Sequence[int], idle: Sequence[int], max_length: int | None, skips: bool
+) -> Iterator[Finding]:
+    """Rows that lose their whole answer, and rows with nothing to train."""
+    bad, skipped = (WARNING, SKIPPED) if skips else (ERROR, "")
+    if beheaded:
+        what, help = f"max_length {max_length} cuts off the whole answer", "raise max_length, or shorten the row"
+        yield Finding(bad, ANSWER_CUT, what + skipped, take(rows.where, beheaded), help)
+    if idle:
+        what = "nothing of the row is trained"
+        yield Finding(bad, NOTHING_TRAINED, what + skipped, take(rows.where, idle), "remove the row")
+
+
+class NewTokenCount:
+    """In how many rows each new token stands, and has a loss."""
+
+    def __init__(self, new: Sequence[NewToken]):
+        self.new, self.holds, self.learns = new, Counter[int](), Counter[int]()
+        self.numbers = {token.row for token in new}
+
+    def add(self, ids: Sequence[int], trained: Sequence[int]) -> None:
+        """Count a row, by all of its tokens and by those that have a loss."""
+        if self.numbers:
+            self.holds.update(self.numbers.intersection(ids))
+            self.learns.update(self.numbers.intersection(trained))
+
+    def findings(self) -> Iterator[Finding]:
+        """The counts, and a warning for those that stand in no row."""
+        for token in self.new:
+            figures = {"rows": self.holds[token.row], "with loss": self.learns[token.row]}
+            yield Finding(FIGURE, "new_token", f"new token {token.text}", figures=figures)
+        if idle := [token.text for token in self.new if not self.holds[token.row]]:
+            what = f"no row holds {', '.join(idle[:10])}{', …' * (len(idle) > 10)}: a new token that learns nothing"
+            yield Finding(WARNING, "untrained_token", what, help="rows that hold it, or remove it")
 
 
 def _add_fault(findings: list[Finding], error: DataError, where: str, skips: bool) -> None:

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepladder import console, files, hardware
-from stepladder.data import render
+from stepladder.data import render, special_tokens
 from stepladder.data.formats import Example
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, StepladderError
@@ -67,6 +67,7 @@ def generate_answers(
     own_ends = model.generation_config.eos_token_id or []
     ends = sorted({tokenizer.eos_token_id, *(own_ends if isinstance(own_ends, list) else [own_ends])})
     defaults = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    hidden = special_tokens.hidden_in_answers(tokenizer)
 
     def batch_of(prompts: list[str]) -> list[Answer]:
         batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
@@ -74,7 +75,7 @@ def generate_answers(
         with torch.inference_mode():
             out = model.generate(**batch, streamer=streamer, **{**defaults, **sampling})
         new = out[:, batch["input_ids"].shape[1] :]
-        said = tokenizer.batch_decode(new, skip_special_tokens=True)
+        said = [tokenizer.decode([i for i in ids if i not in hidden]) for ids in new.tolist()]
         ended = torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1).tolist()
         return [Answer(text.strip(), stopped) for text, stopped in zip(said, ended, strict=True)]
 
@@ -119,8 +120,8 @@ def _check_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
     """Refuse what is longer than a table of learned positions (GPT-2, OPT): on a GPU the index kills the process."""
     import torch
 
-    count, words = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
-    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not words)
+    count, words = getattr(model.config, "max_position_embeddings", None), {*model.get_input_embeddings().modules()}
+    tables = (module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module not in words)
     if count and prompt + new > count and any(table.num_embeddings in (count, count + 2) for table in tables):
         raise ModelError(
             f"the model has {count} positions: a prompt of {prompt} tokens and {new} new ones need {prompt + new}",
@@ -225,7 +226,7 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
     model, tokenizer = pretrained.load_for_inference(args.model, args.base, args.trust_remote_code)
     if tokenizer.chat_template is None and (args.chat or system):
         raise no_template(args.model)
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = transformers.TextStreamer(_WithoutHidden(tokenizer), skip_prompt=True)
 
     for note in notes:
         console.warn(f"note: {note}")
@@ -244,6 +245,16 @@ def print_answers(args: argparse.Namespace, system: list[Message], listed: list[
             question.messages.append({"role": "assistant", "content": answer.text})
         if args.chat or several:
             print()
+
+
+class _WithoutHidden:
+    """A tokenizer for a streamer, which decodes what an answer is printed with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.hidden = tokenizer, special_tokens.hidden_in_answers(tokenizer)
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return str(self.tokenizer.decode([i for i in ids if i not in self.hidden], **options))
 
 
 def _under(system: list[Message], question: Question) -> Question:

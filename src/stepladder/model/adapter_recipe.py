@@ -23,8 +23,9 @@ DROPOUT = "lora_dropout"  # it belongs to a training, not to the adapter: a reci
 # Fields without a key of the recipe, which hold as the adapter has them.
 KEPT = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("fan_in_fan_out", "ensure_weight_tying"),
+    *("fan_in_fan_out", "ensure_weight_tying", "trainable_token_indices"),
 )
+ROWS = ".token_adapter.trainable_tokens_delta"  # rows of embeddings in an adapter's file
 # Fields that change nothing as an adapter is trained on: labels, and how its first weights were drawn.
 LABELS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
@@ -130,6 +131,15 @@ def _check_tensors(source: start.Start, name: str) -> None:
             help="copy or fetch the adapter again",
         )
     names = [key for key in tensors if ".lora_" not in key]
+    if source.config.get("trainable_token_indices"):
+        rows = {key for key in names if key.endswith(ROWS)}
+        names = [key for key in names if key not in rows]
+        if not rows:
+            raise ModelError(
+                "the adapter holds no rows of the embeddings, and its configuration has trainable_token_indices",
+                where=source.config_file,
+                help="copy or fetch the adapter again",
+            )
     others = sorted(key for key in names if not key.rpartition(".")[0].endswith(whole))  # PEFT's own rule
     if others:
         raise ModelError(
@@ -233,7 +243,7 @@ def _format(value: Any) -> str:
 
 def _notes(recipe: Recipe, source: start.Start) -> Iterator[str]:
     """What holds without a key for it, and what differs from the adapter's own training."""
-    if kept := [f"{key}: {json.dumps(source.config[key])}" for key in KEPT if source.config.get(key)]:
+    if kept := [f"{key}: {json.dumps(source.config[key])[:80]}" for key in KEPT if source.config.get(key)]:
         yield f"{recipe.get(MODEL_KEY)} keeps its {', '.join(kept)}"
     before = start.read_if_readable((source.adapter or Path()) / MANIFEST).get("recipe")
     if isinstance(before, dict):

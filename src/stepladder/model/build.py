@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import hardware
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, first_line
 from stepladder.model import fp8, initial_factors, peft_methods, start
+from stepladder.model.new_tokens import check_trainable, finish_rows, token_indices
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
@@ -44,7 +46,7 @@ def build(
     precision: str,
     attend: Callable[[PreTrainedModel], tuple[Choice, list[str]]],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    new_tokens: Sequence[str] = (),
+    new_tokens: Sequence[NewToken] = (),
     sharded: bool = False,
     on_cpu: bool = False,
 ) -> Built:
@@ -58,7 +60,7 @@ def build(
     Args:
         attend: `attention.settle` with all but the model.
         tokenizer: of the run; None in a plan, which knows neither added tokens nor an adapter's weights.
-        new_tokens: tokens that a template added to the vocabulary.
+        new_tokens: tokens that the recipe or its template added to the vocabulary.
         sharded: whether the strategy itself holds what is computed with (ZeRO, FSDP).
         on_cpu: whether it computes there, where LoRA's layers are those of `cpu_kernels`.
 
@@ -66,7 +68,7 @@ def build(
         ModelError, RecipeError: as `attend` and `attach_adapter`.
     """
     notes: list[str] = []
-    if tokenizer is not None and (ends := fit_embeddings(base, tokenizer)):
+    if tokenizer is not None and (ends := fit_embeddings(base, tokenizer, new_tokens)):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     choice, costs = attend(base)
     if recipe.get("fp8") and tokenizer is not None:  # a plan's model is traced in bf16
@@ -81,7 +83,7 @@ def attach_adapter(
     model: PreTrainedModel,
     recipe: Settings,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    new_tokens: Sequence[str] = (),
+    new_tokens: Sequence[NewToken] = (),
     fused: bool = False,
 ) -> PreTrainedModel:
     """Wrap the model in the adapter that the recipe asks for, or that it starts from; without `use_peft` it stays.
@@ -91,30 +93,26 @@ def attach_adapter(
     Args:
         tokenizer: for the text that virtual tokens begin as; without it (a plan's model) they begin anyhow, and the
             weights of an adapter that is trained on are not read.
-        new_tokens: tokens that a template added to the vocabulary.
+        new_tokens: tokens that were added to the vocabulary, whose rows of the embeddings are trained too.
         fused: LoRA's linear layers are those of `cpu_kernels`, which read the adapter's weights past the
             modules where ZeRO-3 and FSDP gather them: only where each rank holds them all. `torch_compile` fuses
             PEFT's own, and cannot read these.
 
     Raises:
         ModelError: a module or parameter that the recipe names does not exist in this model, an adapter does not fit
-            it, or there are new tokens: TRL's fused output layer reads the plain weight (`add_fused_lm_head`), so
-            PEFT's wrapped one, which would train their embeddings, cannot stand in its place.
+            it, or it cannot train the new tokens.
     """
     if not recipe.get("use_peft"):
         return model
+    source = start.resolve_recipe_model(recipe)
     if new_tokens:
-        raise ModelError(
-            f"the chat template adds {', '.join(new_tokens)} to the vocabulary, and an adapter cannot learn new tokens",
-            where=recipe.where("chat_template"),
-            why="their embeddings would stay as random as they begin",
-            help="use_peft: false, or a template without new tokens: zephyr, mistral or a prompt_template",
-        )
+        check_trainable(model, recipe, source, new_tokens)
     if recipe.get("peft_type") in VIRTUAL:
         return _attach_virtual_tokens(model, recipe, tokenizer)
-    source = start.resolve_recipe_model(recipe)
     is_ia3 = recipe.get("peft_type") == IA3
     config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
+    if new_tokens:
+        config.trainable_token_indices = token_indices(model, [token.row for token in new_tokens])
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     names = [name for name, _ in model.named_modules()]
@@ -129,6 +127,8 @@ def attach_adapter(
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     peft_methods.check_names(wrapped, recipe, names, linear)
+    if not is_ia3 and config.trainable_token_indices:
+        finish_rows(wrapped)
     if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
     return wrapped

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepladder import console, hardware
 from stepladder.data import templates
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, RecipeError, first_line
-from stepladder.model import start
+from stepladder.model import new_tokens, start
 from stepladder.model.start import check_files, check_source
 from stepladder.model.weights import more
 from stepladder.settings import Settings
@@ -88,7 +89,9 @@ def load_tokenizer_for(recipe: Settings) -> PreTrainedTokenizerBase:
     tok = load_tokenizer(recipe.get("model_name_or_path"), recipe.get("model_revision"), code)
     if source.has_tokenizer:
         config = load_config(source.base, source.revision, code)
-        if len(tok) > (rows := config.get_text_config().vocab_size):
+        held = start.trained_rows(source.config)
+        rows = config.get_text_config().vocab_size
+        if not {*range(rows, new_tokens.needed_rows(tok))} <= held:
             raise ModelError(
                 f"the adapter's tokenizer has {len(tok):,} tokens, and its base {source.base} embeds {rows:,}",
                 where=str(source.adapter),
@@ -214,14 +217,15 @@ def _attention(recipe: Settings) -> dict[str, str | None]:
     return {} if name == "auto" else {"attn_implementation": name}
 
 
-def fit_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Let the model know the tokens that a template added to its tokenizer, and where a turn ends.
+def fit_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: Sequence[NewToken] = ()
+) -> list[str]:
+    """Let the model know the tokens that were added to its tokenizer, and where a turn ends.
 
     Returns:
         The tokens that end a generation from now on and did not before.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new_tokens.fit_rows(model, tokenizer, new)
     clear_sampling(model.generation_config)
     known = model.generation_config.eos_token_id
     ends = end_tokens(tokenizer, known, model.config.eos_token_id)

@@ -48,6 +48,12 @@ def _are_numbers(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
 
 
+def _are_rows(value: Any) -> bool:
+    """Whether a value is PEFT's `trainable_token_indices`: row numbers, or row numbers by module."""
+    lists = list(value.values()) if isinstance(value, dict) else [value or []]
+    return all(isinstance(each, list) and all(type(row) is int and row >= 0 for row in each) for each in lists)
+
+
 def _are_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -59,6 +65,7 @@ FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _are_numbers),
     **dict.fromkeys(("target_modules", "exclude_modules"), lambda value: isinstance(value, str) or _are_names(value)),
     "modules_to_save": _are_names,
+    "trainable_token_indices": _are_rows,
 }
 
 
@@ -104,6 +111,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         if key in config and not is_right(config[key]):
             raise invalid_config(file, f"{key} cannot be {json.dumps(config[key])[:80]}")
     return config
+
+
+def trained_rows(config: dict[str, Any]) -> set[int]:
+    """The rows of the input embeddings that an adapter trains, by its adapter_config.json."""
+    indices = config.get("trainable_token_indices") or []
+    by_module = list(indices.values()) if isinstance(indices, dict) else [indices]
+    return set.intersection(*map(set, by_module)) if by_module else set()
 
 
 def invalid_config(file: Path, what: str) -> ModelError:

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from stepladder import files
+from stepladder.data import special_tokens, templates
 from stepladder.data.render import IGNORED
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, first_line
 from stepladder.model import attention, pretrained, start
 from stepladder.model.attention import Choice
 from stepladder.model.build import build
 from stepladder.model.cpu_kernels import speed_up
+from stepladder.model.new_tokens import needed_rows
 from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
@@ -46,6 +49,13 @@ def load_config(settings: Settings) -> Any:
     Raises:
         ModelError: there is none.
     """
+    config = _config(settings)
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, new_rows(settings, text.vocab_size)[0])
+    return config
+
+
+def _config(settings: Settings) -> Any:
     from transformers import AutoConfig
 
     source = start.resolve_recipe_model(settings)
@@ -67,6 +77,40 @@ def load_config(settings: Settings) -> Any:
             why=" ".join(line.strip() for line in (str(error) or type(error).__name__).splitlines()[:2]),
             help=suggest(name, shapes) or "a local folder with config.json, or a hub id (network or cache needed)",
         ) from None
+
+
+_known_rows: dict[str, tuple[int, list[NewToken]]] = {}
+
+
+def new_rows(settings: Settings, rows: int) -> tuple[int, list[NewToken]]:
+    """How many rows the recipe's tokenizer needs, and its new tokens.
+
+    Of a model of which only the shape is here, a template is taken to add none, and each of the recipe's
+    `additional_special_tokens` to be new.
+
+    Args:
+        rows: of the base's embeddings.
+    """
+    source, texts = start.resolve_recipe_model(settings), settings.get(special_tokens.KEY) or []
+    if not (texts or source.adapter or any(settings.get(key) for key in templates.TEMPLATE_KEYS)):
+        return rows, []
+    keys = (special_tokens.KEY, *templates.TEMPLATE_KEYS, start.MODEL_KEY, "model_revision", "eos_token", "pad_token")
+    asked = repr([settings.get(key) for key in keys])
+    if asked not in _known_rows:
+        if source.has_tokenizer or Path(source.base).is_dir() or _is_cached(source):
+            tokenizer = pretrained.load_tokenizer_for(settings)
+            new = templates.prepare(tokenizer, settings)
+            _known_rows[asked] = needed_rows(tokenizer), new
+        else:
+            new = [NewToken(text, rows + number, ()) for number, text in enumerate(texts)]
+            _known_rows[asked] = rows + len(new), new
+    return _known_rows[asked]
+
+
+def _is_cached(source: start.Start) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(source.base, "tokenizer_config.json", revision=source.revision), str)
 
 
 def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, Any]:
@@ -95,6 +139,7 @@ def build_meta_model(settings: Settings, config: Any, work: Work) -> tuple[Any, 
             settings,
             work.precision,
             functools.partial(_attend, settings, work),
+            new_tokens=new_rows(settings, config.get_text_config().vocab_size)[1],
             sharded=work.cast,
             on_cpu=not work.gpu,
         ).model

@@ -16,7 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import attention, build, cpu_kernels, fp8, peft_methods
+from stepladder.model import attention, build, cpu_kernels, fp8, new_tokens, peft_methods
 from stepladder.planning import meta_model
 from stepladder.planning.live_bytes import PHASES, Moments
 from stepladder.planning.meta_model import Work
@@ -222,9 +222,9 @@ def compute_loss(base: Any, given: dict[str, Any], mask: torch.Tensor | None, gp
 
 def _parameters(model: Any, base: Any, layers: Any, sizes: list[int]) -> tuple[Parameter, ...]:
     """The parameters of a model in its order; `sizes` are the bytes a number that each is held in."""
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings().weight
+    head, embedding = base.get_output_embeddings(), new_tokens.frozen_weight(base.get_input_embeddings())
     parts = {id(p): "layer" for p in layers.parameters()}
-    if head is None or head.weight is not embedding:
+    if head is None or new_tokens.frozen_weight(head) is not embedding:
         parts[id(embedding)] = "embedding"
     return tuple(
         Parameter(

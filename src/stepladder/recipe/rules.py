@@ -82,6 +82,24 @@ def target_modules_are_names_or_one_pattern(recipe: Recipe) -> RuleBreak | None:
 
 
 @register
+def special_tokens_are_texts(recipe: Recipe) -> RuleBreak | None:
+    """Special tokens are cut out of the rows as they are written: texts without blanks around them, each named once."""
+    key = "additional_special_tokens"
+    tokens = recipe.get(key) or []
+    for number, token in enumerate(tokens):
+        fault = ""
+        if token != token.strip() or not token:
+            fault = f"{token!r} has blanks around it" if token.strip() else f"{token!r} is empty"
+        elif token in tokens[:number]:
+            fault = f"{token!r} stands there twice"
+        elif not token.isprintable():  # lone surrogates and control characters
+            fault = f"{token!a} holds characters that cannot be printed"
+        if fault:
+            return conflict(recipe, f"{key}: {fault}", [key], f'{key}: ["<tool>", "</tool>"], say')
+    return None
+
+
+@register
 def dtype_of_a_quantized_base(recipe: Recipe) -> RuleBreak | None:
     """What is not quantized is held in the precision that training computes in, which bf16 and fp16 decide."""
     bf16, fp16 = recipe.get("bf16"), recipe.get("fp16")

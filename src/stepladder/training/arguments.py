@@ -11,10 +11,11 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder.data.special_tokens import NewToken
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.model import start
 from stepladder.recipe import convert
@@ -184,6 +185,22 @@ def _check_whole_modules(recipe: Recipe, launch: Launch) -> None:
             where=recipe.where("lora_modules_to_save"),
             why=why,
             help="accelerate_configs/ddp.yaml or zero2.yaml",
+        )
+
+
+def check_new_tokens(recipe: Recipe, launch: Launch, new: Sequence[NewToken]) -> None:
+    """Raise RecipeError where the strategy cannot train rows of the embeddings beside an adapter.
+
+    Args:
+        new: tokens that were added to the vocabulary; an adapter that is trained on may have rows of its own.
+    """
+    its = start.trained_rows(start.resolve_recipe_model(recipe).config)
+    if recipe.get("use_peft") and (new or its) and launch.strategy.is_zero and launch.strategy.shards_weights:
+        raise RecipeError(
+            f"new tokens beside an adapter cannot be trained under {launch.strategy}",
+            where=recipe.where("additional_special_tokens" if new else "model_name_or_path"),
+            why="PEFT reads the embeddings outside of the modules for which their shards are gathered",
+            help="accelerate_configs/ddp.yaml or zero2.yaml; or use_peft: false",
         )
 
 

@@ -48,22 +48,34 @@ def write_weights(trainer: Any, folder: Path) -> dict[str, str]:
 
 
 def _write_adapter(model: Any, live: dict[str, Any], folder: Path, writes: bool) -> dict[str, str]:
-    from peft import get_peft_model_state_dict
-
     virtual = model.active_peft_config.is_prompt_learning
     if virtual:  # one tensor, which is never sharded, and which PEFT reads from the model itself
         names = {"prompt_embeddings": next(name for name, tensor in live.items() if tensor.requires_grad)}
     else:  # PEFT renames whatever stands for the tensors, here their own names
-        names = get_peft_model_state_dict(model, {name: name for name in live})
+        names = adapter_tensors(model, {name: name for name in live})
     tensors = {name: tensor.cpu() for name, tensor in _gather(names.values(), live) if writes}
+    embeddings = _embeddings(model)
     if writes and initial_factors.is_decomposed(model):
-        model.save_pretrained(str(folder), state_dict=initial_factors.convert(tensors, names, folder))
-        initial_factors.convert_config(folder)
-    elif writes:
-        model.save_pretrained(str(folder), state_dict=tensors)
+        tensors = initial_factors.convert(tensors, names, folder)
+    if writes:
+        model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
+        if initial_factors.is_decomposed(model):
+            initial_factors.convert_config(folder)
         if virtual:  # which ZeRO holds in fewer bits
             save_file({key: tensors[name] for key, name in names.items()}, folder / ADAPTER, {"format": "pt"})
     return names
+
+
+def adapter_tensors(model: Any, tensors: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An adapter's tensors by their names in its file, or what stands for them in `tensors`, by the model's names."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, tensors, save_embedding_layers=_embeddings(model)))
+
+
+def _embeddings(model: Any) -> bool | str:
+    """PEFT's `save_embedding_layers`: not where the vocabulary grew by rows that the adapter holds one by one."""
+    return False if getattr(model.active_peft_config, "trainable_token_indices", None) else "auto"
 
 
 def _write_model(model: Any, live: dict[str, Any], folder: Path, writes: bool) -> dict[str, str]:

@@ -28,11 +28,11 @@ def adapter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
     Taken before training, when no strategy has sharded the tensors yet.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in final_save.adapter_tensors(model).items()}
     if initial_factors.is_decomposed(model):
         shapes = {name: initial_factors.saved_shape(name, shape) for name, shape in shapes.items()}
     return shapes

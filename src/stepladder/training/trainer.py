@@ -18,6 +18,7 @@ from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
+from stepladder.model import new_tokens
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
@@ -87,6 +88,8 @@ class Trainer(SFTTrainer):
         gradients.sum_in_fp32(self.accelerator)
         if own_kernels:
             speed_up(self.model, IGNORED)
+        if self.accelerator.is_fsdp2 and hasattr(self.model, "peft_config"):
+            new_tokens.unshard_before_loss(self.model.get_base_model())
         for callback in (ProgressCallback, PrinterCallback):  # terminal.ProgressLine takes their place
             self.remove_callback(callback)
         self.meter, self.rows = meter, StepRows()
@@ -328,7 +331,8 @@ class Trainer(SFTTrainer):
         weights = None
         if self.accelerator.is_fsdp2 and getattr(self.model, "hf_quantizer", None) is None:
             weights = weight_sending.take_weights(self.model)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with new_tokens.shown_as_tied(self.model) if self.accelerator.is_fsdp2 else contextlib.nullcontext():
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if weights is not None:
             offload = self.accelerator.state.fsdp_plugin.cpu_offload
             weight_sending.send_weights(self.model, self.optimizer, weights, offload)

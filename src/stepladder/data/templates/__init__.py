@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder import files
+from stepladder.data import special_tokens
+from stepladder.data.special_tokens import NewToken
 from stepladder.data.templates.chat_template import (
     MAX_SOURCE,
     LimitExceeded,
@@ -41,16 +43,17 @@ USER, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "c
 SHORTEST = ([USER, ANSWER] * 2, [{"role": "system", "content": "system"}, *[USER, ANSWER] * 2])
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]:
-    """Give the tokenizer the template that the recipe asks for, and the tokens that it needs.
+def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[NewToken]:
+    """Give the tokenizer the recipe's special tokens, its template, and the tokens that this one needs.
 
     Returns:
-        The tokens that were added to the vocabulary; the model's embeddings must grow by them.
+        The tokens that were added to the vocabulary: the model needs rows of its embeddings for them.
 
     Raises:
         RecipeError: an unknown template or token, or a template that is not valid Jinja.
         ModelError: the model's own template is not valid Jinja.
     """
+    new = special_tokens.add_from_recipe(tokenizer, settings)  # of which the next two keys may name one
     for key in ("eos_token", "pad_token"):
         if token := settings.get(key):
             if token not in tokenizer.get_vocab():
@@ -71,7 +74,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
                 f"the model has chat templates ({names}), none of them its default", help="chat_template: NAME"
             )
         _check_syntax(source(tokenizer))
-        return []
+        return new
     value = settings.get(key)
     with locate_errors(settings.where(key)):
         if key == "chat_template_path":
@@ -82,7 +85,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[str]
             template = value if is_inline(value) else source(tokenizer, value) or load_template(value)
         _check_syntax(template, value if key == "chat_template_path" else key)
     tokenizer.chat_template = template
-    new = [] if key == "prompt_template" else _add_turn_tokens(tokenizer)
+    new += [] if key == "prompt_template" else _add_turn_tokens(tokenizer)
     if key == "prompt_template" or (key == "chat_template" and not is_inline(value)):
         _begin_as_texts(tokenizer)
     return new
@@ -224,7 +227,7 @@ def _check_syntax(template: str, name: str = "") -> None:
         ) from None
 
 
-def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[NewToken]:
     """Add the template's turn tokens where the answer ends by one of them and the vocabulary lacks it.
 
     The end-of-turn token becomes the end of generation, else the model would not stop.
@@ -238,8 +241,9 @@ def _add_turn_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return []  # an answer ends by the tokenizer's own end token
     text = "".join(layout.literals) + _with_tool(tokenizer)
     vocabulary = tokenizer.get_vocab()
-    new = [token for token in dict.fromkeys(TURN_TOKEN.findall(text)) if token not in vocabulary]
-    tokenizer.add_special_tokens({"additional_special_tokens": new} if new else {})
+    new = special_tokens.add_of_template(
+        tokenizer, [token for token in dict.fromkeys(TURN_TOKEN.findall(text)) if token not in vocabulary]
+    )
     if ends:  # else an answer ends by what opens the next turn (GLM)
         tokenizer.eos_token = ends[0]
     return new

@@ -23,6 +23,7 @@ from stepladder.model.merge import gguf_file, llama_cpp_text
 from stepladder.model.merge.methods import StreamedMerge, WholeMerge, open_merge
 from stepladder.model.merge.proof import Proof
 from stepladder.model.merge.skeleton import RoundTrip, read_configs
+from stepladder.model.new_tokens import needed_rows
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,8 @@ def _parts(args: argparse.Namespace) -> _Parts:
     generation["eos_token_id"] = pretrained.end_tokens(tokenizer, generation.get("eos_token_id"))
     gguf_name = f"{args.output_dir.name}-{args.gguf}.gguf" if args.gguf else "."
     modelfile = llama_cpp_text.modelfile(tokenizer, generation, gguf_name) if args.ollama else ""
-    work, because = open_merge(
-        base, args.adapter, args.weights, quantize, len(tokenizer), args.device, args.combination
-    )
+    rows = needed_rows(tokenizer)
+    work, because = open_merge(base, args.adapter, args.weights, quantize, rows, args.device, args.combination)
     if because:
         console.warn(f"note: the whole model is loaded, in fp32: {because}")
     if args.ollama and not args.gguf:

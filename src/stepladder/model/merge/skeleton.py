@@ -232,6 +232,8 @@ def _table(model: Any, config: PeftConfig, name: str) -> tuple[Any, dict[str, st
 
 
 def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
+    if model.peft_config[name].trainable_token_indices:
+        raise ModelError(f"{folder} has no weight: it replaces rows of the embeddings, which is not a sum")
     for layer in model.modules():
         if hasattr(layer, "set_scale"):
             if name in layer.lora_variant:
