@@ -27,7 +27,7 @@ STEPS, PATIENCE = 12, 3
 STOPS = {"early_stopping_patience": PATIENCE, "max_steps": STEPS, "save_total_limit": None}
 LAST = {"load_best_model_at_end": False, "metric_for_best_model": "eval_loss"}
 # A rate at which another order of sums, on several ranks, stays a matter of the last digits.
-SLOW = {"learning_rate": 0.03, "lr_scheduler_type": "constant", "warmup_steps": 0}
+SLOW = {"learning_rate": 0.03, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
 NO_LIMIT = {"save_strategy": "no", "save_total_limit": None}
 # Sends a signal as soon as the evaluation begins that would end the run.
 SIGNAL = """
