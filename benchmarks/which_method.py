@@ -2,7 +2,7 @@
 
     python benchmarks/which_method.py --page docs/which_method.md
 
-For each recipe of `recipes/models` the plan (docs/planning.md) chooses the fastest strategy, micro-batch and
+For a recipe of `recipes/models` the plan (docs/planning.md) chooses the fastest strategy, micro-batch and
 checkpointing that fit. No GPU and no weights are needed; about 10 minutes on 2 cores.
 """
 
@@ -25,19 +25,26 @@ BEGIN, END = "<!-- which-method -->\n", "<!-- /which-method -->"
 
 @dataclass(frozen=True)
 class Machine:
-    """`nodes` nodes with `gpus` GPUs each, by the short name of the GPU and as a column's title."""
+    """`nodes` nodes with `gpus` GPUs each, by the short name of the GPU, and `host` GiB of memory."""
 
     gpu: str
     gpus: int
+    host: int
     nodes: int = 1
 
     @property
     def title(self) -> str:
-        of = f"{self.nodes} × " if self.nodes > 1 else ""
-        return f"{of}{self.gpus} × {hardware.device(self.gpu, None).name}"
+        of = f"{self.nodes} nodes of " if self.nodes > 1 else ""
+        return f"{of}{self.gpus} × {hardware.device(self.gpu, None).name}, {self.host} GiB"
 
 
-MACHINES = (Machine("4090", 1), Machine("h100", 1), Machine("a100-40", 4), Machine("h100", 8), Machine("h100", 8, 4))
+MACHINES = (
+    Machine("4090", 1, 64),
+    Machine("h100", 1, 256),
+    Machine("a100-40", 4, 512),
+    Machine("h100", 8, 2048),
+    Machine("h100", 8, 2048, nodes=4),
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +63,16 @@ def choose_for(model: str, method: str, machine: Machine) -> Choice:
     recipe = load.load(name, [])
     keys = [] if (recipe.get("global_batch_size") or ranks) % ranks == 0 else ["--global_batch_size", str(ranks)]
     recipe = load.load(name, keys) if keys else recipe
-    plan = choose.Plan(recipe, machine.nodes, machine.gpus, hardware.device(machine.gpu, None))
+    host = machine.host * choose.GIB
+    plan = choose.Plan(recipe, machine.nodes, machine.gpus, hardware.device(machine.gpu, None), host=host)
     candidates = plan.candidates()
     if best := plan.best(candidates):
         checkpointing = ", ckpt" if best.checkpointing else ""
         cell = f"{best.strategy}, {best.micro}{checkpointing}: {best.memory.total / choose.GIB:.0f} GiB"
         return Choice(cell, choose.command(name, keys, plan, best)[0])
-    least = min(one.memory.total for one in candidates) / choose.GIB
-    return Choice(f"✘ {least:.0f} GiB")
+    if loaded := [one.memory.host for one in candidates if one.memory.total <= one.limit]:
+        return Choice(f"✘ {min(loaded) / choose.GIB:,.0f} GiB of host memory")
+    return Choice(f"✘ {min(one.memory.total for one in candidates) / choose.GIB:.0f} GiB")
 
 
 def render() -> str:

@@ -229,7 +229,7 @@ def test_rows_have_no_weight_in_a_merge(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"peft_type": "prompt"}, "trains virtual tokens and no embeddings"),
+        ({"peft_type": "prompt"}, "trains no rows of the embeddings"),
         ({"lora_modules_to_save": ["lm_head"]}, "lm_head would be trained in two ways"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "would be trained in two ways"),
         ({"lora_target_modules": [r".*(q_proj|embed_tokens)"]}, "would be trained in two ways"),
