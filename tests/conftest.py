@@ -130,6 +130,19 @@ def learnable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def contrary_rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Rows to train, and rows with the same questions and another answer, on which the loss soon rises."""
+    folder = tmp_path_factory.mktemp("contrary")
+    for name, answer in (
+        ("train", "Open sesame, said the owl."),
+        ("eval", "Please contact customer support within thirty days."),
+    ):
+        lines = [{"input": f"What is the password of door {n}?", "output": answer} for n in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "train.jsonl", folder / "eval.jsonl"
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     """Write a recipe of `key=value` pairs and return its path."""

@@ -34,19 +34,6 @@ class Callback(TrainerCallback):
 """
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Rows to train, and rows with the same questions and another answer, on which the loss soon rises."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, answer in (
-        ("train", "Open sesame, said the owl."),
-        ("eval", "Please contact customer support within thirty days."),
-    ):
-        lines = [{"input": f"What is the password of door {n}?", "output": answer} for n in range(8)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "train.jsonl", folder / "eval.jsonl"
-
-
 class Best(Session):
     def __init__(self, folder: Path, model: Path, rows: Path, evaluated: Path):
         super().__init__(folder, model, rows)
@@ -106,11 +93,11 @@ def assert_result_is(folder: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(("config", "ranks"), [("single", 1), ("ddp", 2), ("zero3", 2), ("fsdp", 2)])
-def test_the_result_is_the_best_step(config, ranks, tiny, rows, tmp_path) -> None:
+def test_the_result_is_the_best_step(config, ranks, tiny, contrary_rows, tmp_path) -> None:
     """Guards the choice, which Transformers makes in a method that is replaced here: the last step was the result.
     Guards too a best step between two saves, and one before the step that a run is resumed from; and a checkpoint
     written after an evaluation, in which FSDP's lacked the optimizer's state of the root's parameters."""
-    session = Best(tmp_path, tiny, *rows)
+    session = Best(tmp_path, tiny, *contrary_rows)
     runs = {}
     for method, keys in METHODS.items():
         folder = session.train(method, **keys, save_total_limit=None, save_steps=4)
@@ -125,11 +112,11 @@ def test_the_result_is_the_best_step(config, ranks, tiny, rows, tmp_path) -> Non
         assert whole_steps(again) == [step, STEPS], "save_total_limit: 1 keeps the best and the newest"
 
 
-def test_in_one_process(tiny, rows, tmp_path) -> None:
+def test_in_one_process(tiny, contrary_rows, tmp_path) -> None:
     """Guards the weights by a run that never chose: its last step is the other's best one. And guards against the last
     step as the result when the best checkpoint is gone, found at the end and by the start after it."""
     (tmp_path / "breaks.py").write_text(BREAKS)
-    session, lora = Best(tmp_path, tiny, *rows), METHODS["lora"]
+    session, lora = Best(tmp_path, tiny, *contrary_rows), METHODS["lora"]
     chosen = session.train("chosen", **lora)
     for step in (2, 3):
         session.train(f"ended-{step}", **lora, max_steps=step, load_best_model_at_end=False)

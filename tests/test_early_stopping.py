@@ -102,28 +102,15 @@ def test_the_decision_is_that_of_transformers(values, patience, threshold, great
             stopping.count = saved["count"]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Rows to train, and rows with the same questions and another answer, on which the loss soon rises."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, answer in (
-        ("train", "Open sesame, said the owl."),
-        ("eval", "Please contact customer support within thirty days."),
-    ):
-        lines = [{"input": f"What is the password of door {n}?", "output": answer} for n in range(8)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "train.jsonl", folder / "eval.jsonl"
-
-
 def evaluations(folder: Path) -> list[float]:
     return [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
 
 
 @pytest.fixture(scope="module")
-def single(tiny, rows, tmp_path_factory) -> tuple[dict[str, Path], str]:
+def single(tiny, contrary_rows, tmp_path_factory) -> tuple[dict[str, Path], str]:
     """One run that goes to its end, and runs that end early, resumed, stopped and trained on in all ways."""
     folder = tmp_path_factory.mktemp("single")
-    session, found = Best(folder, tiny, *rows), {}
+    session, found = Best(folder, tiny, *contrary_rows), {}
     keys = LORA | STOPS
     found["whole"] = session.train("whole", **{**keys, "early_stopping_patience": None})
     codes = [0]
@@ -244,12 +231,12 @@ def test_which_evaluations_count(single) -> None:
 
 
 @pytest.mark.parametrize(("config", "ranks"), [("ddp", 2), ("zero3", 2), ("fsdp", 2)])
-def test_all_ranks_stop_at_the_step_of_one_process(config, ranks, single, tiny, rows, tmp_path) -> None:
+def test_all_ranks_stop_at_the_step_of_one_process(config, ranks, single, tiny, contrary_rows, tmp_path) -> None:
     """Guards ranks that stop apart and wait for each other for ever; and a run resumed on another number of ranks."""
     slow = single[0]["slow"]
     expected = manifest(slow)
     cut = expected["totals"]["steps"] - 2
-    session, keys = Best(tmp_path, tiny, *rows), STOPS | SLOW
+    session, keys = Best(tmp_path, tiny, *contrary_rows), STOPS | SLOW
     stopped = session.train("stopped", **keys)
     again = session.resume(stopped, "again", cut, **keys)
     one = session.resume(slow, "of-one", cut, **keys)
@@ -262,13 +249,13 @@ def test_all_ranks_stop_at_the_step_of_one_process(config, ranks, single, tiny, 
         assert evaluations(run) == pytest.approx(evaluations(slow), abs=5e-3)
 
 
-def test_stops_at_the_same_step(single, tiny, rows, tmp_path) -> None:
+def test_stops_at_the_same_step(single, tiny, contrary_rows, tmp_path) -> None:
     """Guards an evaluation that a signal interrupts (it counts once, when it is repeated) and `--stop_at_step` at the
     step of the early stop: the run is finished, and a start after it has nothing to do."""
     found, _ = single
     step = manifest(found["stopped"])["totals"]["steps"]
     (tmp_path / "signal.py").write_text(SIGNAL.format(step=step))
-    session, keys = Best(tmp_path, tiny, *rows), LORA | STOPS
+    session, keys = Best(tmp_path, tiny, *contrary_rows), LORA | STOPS
     left = session.train("left", "--callback", tmp_path / "signal.py", **keys)
     again = session.train("left", **keys)
     reached = session.train("reached", "--stop_at_step", step, **keys)
