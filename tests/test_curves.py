@@ -38,6 +38,9 @@ def falling(end: float = 1.5, pace: float = 30):
     return lambda step: end + 2 * math.exp(-step / pace)
 
 
+# A real run whose learning rate is too low: LoRA on SmolLM2 at 3e-5 (slurm/sweeps/without_regret.yaml).
+SLOW = [3.73, 3.50, 3.35, 3.61, 3.39, 3.52, 3.37, 3.45, 2.88, 3.29, 3.27, 3.51, 3.37, 3.67,
+        3.44, 3.33, 3.43, 3.32, 3.28, 3.11, 3.56, 3.30, 3.26, 3.56, 3.43, 3.35, 3.64]  # fmt: skip
 NORM = dict.fromkeys(range(1, STEPS + 1), 1.0)
 CASES = {
     "does well": (curve(falling()), held_out(falling(1.6)), {"converged", "generalizes"}),
@@ -49,6 +52,9 @@ CASES = {
     "train to zero": (curve(falling(0.02, 40), 0.005), held_out(falling(1.8)), {"converged", "memorized", "gap"}),
     "diverges": (curve(lambda step: 2 + 0.02 * step), held_out(falling()), {"diverged"}),
     "falls and comes back": (curve(lambda step: 1.5 + 2 * abs(step - 60) / 140), {}, {"diverged", "not evaluated"}),
+    "slow and noisy": (
+        dict(enumerate(SLOW, 1)), {9: 3.464, 18: 3.443, 27: 3.440}, {"converged", "generalizes"},
+    ),
     "unmoved": (curve(lambda step: 3.0), held_out(lambda step: 3.0), {"plateau"}),
     "flat early": (curve(falling(1.5, 8)), held_out(falling(1.6, 8)), {"plateau", "generalizes"}),
     "still falling": (curve(lambda step: 4 - 0.01 * step), held_out(lambda step: 4 - 0.01 * step),

@@ -54,7 +54,7 @@ def judge_curves(train: Curve, evaluation: Curve, grad_norm: Curve, result: int 
         found.append(Verdict(LOOK, "too short", "Too few losses to judge.", evidence, help))
     else:
         shape = _Shape(train)
-        course, bouncing = [*_course(shape)], [*_oscillation(shape)]
+        course, bouncing = [*_course(shape, _ends_lowest(evaluation))], [*_oscillation(shape)]
         learned = all(verdict.severity != FAULT for verdict in course + found)
         if not (learned and bouncing):  # phases cannot be distinguished from swings
             found += course
@@ -134,12 +134,21 @@ def _broken(curves: dict[str, Curve]) -> Iterator[Verdict]:
             return
 
 
-def _course(s: _Shape) -> Iterator[Verdict]:
-    """Divergence, or the three phases of a loss that falls: sharp drop, stabilization, convergence."""
+def _ends_lowest(evaluation: Curve) -> bool:
+    """Whether the held-out loss fell to its lowest value at the end: single batches of training say less."""
+    return len(evaluation) > 1 and int(evaluation.values.argmin()) == len(evaluation) - 1
+
+
+def _course(s: _Shape, improved: bool) -> Iterator[Verdict]:
+    """Divergence, or the three phases of a loss that falls: sharp drop, stabilization, convergence.
+
+    Args:
+        improved: whether the held-out loss is lowest at the end. What a few noisy batches lost is no divergence then.
+    """
     moved = max(2 * s.error, UNMOVED * s.start)
     figures = {"start": s.start, "lowest": s.low, "end": s.end}
     gained, lost = s.start - s.low, s.end - s.low
-    if -s.drop > moved or (lost > gained / 2 and lost > 2 * s.wobble):
+    if -s.drop > moved or (lost > gained / 2 and lost > 2 * s.wobble and not improved):
         evidence = f"{s.start:.3f} at the start, lowest {s.low:.3f} near step {s.steps[s.lowest]}, {s.end:.3f} last"
         help = "a third of learning_rate, longer warmup_steps, max_grad_norm: 1.0"
         yield Verdict(FAULT, "diverged", "The loss grew.", evidence, help, figures)
