@@ -112,6 +112,10 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
         (["--peft_kwargs", "{init_lora_weights: pissa}", "--lora_r", "64"], "32 at most"),
         (["--peft_type", "ia3", "--peft_kwargs", "{target_modules: [q_proj, nope]}"], "target_modules: nope"),
         (
+            ["--peft_type", "ia3", "--peft_kwargs", "{target_modules: [q_proj], feedforward_modules: [down_proj]}"],
+            "should be a subset",
+        ),
+        (
             ["--peft_kwargs", "{init_lora_weights: gaussian}", "--lora_target_modules", "embed_tokens", "q_proj"],
             "init_lora_weights: gaussian",
         ),
