@@ -226,10 +226,30 @@ def test_rows_have_no_weight_in_a_merge(runs: Path, tmp_path: Path) -> None:
     assert done.code == 2 and "has no weight" in done.err and "Traceback" not in done.err, done
 
 
+@pytest.mark.parametrize("words", [[], ["--combination_type", "linear"]], ids=str)
+def test_rows_are_merged_with_no_other_adapter(words: list[str], runs: Path, tmp_path: Path) -> None:
+    """Guards a message of PEFT's without a way out, and one that names a sum which is refused too."""
+    both = ["--adapter", runs / "lora", "--adapter", runs / "on"]
+    done = script("merge", *both, *words, "--output_dir", tmp_path / "merged")
+    assert done.code == 2 and "replaces rows of the embeddings" in done.err and "--base" in done.err, done
+
+
+def test_rows_that_hold_the_recipes_tokens_are_not_remarked(runs: Path, tmp_path: Path) -> None:
+    """Guards a warning for each run with new tokens, that its rows hold them; other special tokens are named."""
+    assert "special tokens as text" not in (runs / "lora.log").read_text()
+    text = (runs / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(text.replace("door 3?", "door 3, <|endoftext|>?"))
+    rows = mixture.from_name(str(tmp_path / "rows.jsonl"))
+    tokenizer, recipe = AutoTokenizer.from_pretrained(runs / "lora"), _recipe(runs / "lora")
+    found = [finding for finding in check_tokens(rows, tokenizer, recipe) if finding.name == "special_tokens"]
+    assert [(len(finding.where), "'<|endoftext|>' first" in finding.what) for finding in found] == [(1, True)]
+
+
 @pytest.mark.parametrize(
     ("given", "part"),
     [
-        ({"peft_type": "prompt"}, "trains no rows of the embeddings"),
+        ({"peft_type": "ia3"}, "help: peft_type: lora, or no additional_special_tokens"),
+        ({"peft_type": "prompt"}, "peft_type: prompt trains no rows of the embeddings"),
         ({"lora_modules_to_save": ["lm_head"]}, "lm_head would be trained in two ways"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "would be trained in two ways"),
         ({"lora_target_modules": [r".*(q_proj|embed_tokens)"]}, "would be trained in two ways"),

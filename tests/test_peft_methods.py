@@ -112,6 +112,10 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
         (["--peft_kwargs", "{init_lora_weights: pissa}", "--lora_r", "64"], "32 at most"),
         (["--peft_type", "ia3", "--peft_kwargs", "{target_modules: [q_proj, nope]}"], "target_modules: nope"),
         (
+            ["--peft_type", "ia3", "--peft_kwargs", "{target_modules: [q_proj], feedforward_modules: [down_proj]}"],
+            "should be a subset",
+        ),
+        (
             ["--peft_kwargs", "{init_lora_weights: gaussian}", "--lora_target_modules", "embed_tokens", "q_proj"],
             "init_lora_weights: gaussian",
         ),
@@ -194,7 +198,7 @@ def test_other_factors_are_put_right_on_resuming(kind: str, tiny: Path, tmp_path
     initial_factors.keep(model, tmp_path, None, writes=True)
     file = tmp_path / initial_factors.INITIAL
     first = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in load_file(file).items()}
-    save_file(first, file)
+    save_file(first, file, {initial_factors.CHECKSUM: initial_factors.checksum(first)})
     initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
     original = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     layer = model.base_model.model.model.layers[1].mlp.down_proj
@@ -216,6 +220,12 @@ def test_a_resumed_run_without_its_first_factors_is_refused(tiny: Path, tmp_path
             initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
     save_file({"x": torch.ones(1)}, file)
     with pytest.raises(CheckpointError, match="missing"):
+        initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
+    initial_factors.keep(model, tmp_path, None, writes=True)
+    damaged = bytearray(file.read_bytes())
+    damaged[-2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="do not have the checksum"):
         initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
     with pytest.raises(CheckpointError, match="began as a part"):  # --allow_change peft_kwargs
         initial_factors.keep(decomposed(tiny, "gaussian"), tmp_path, tmp_path / "checkpoint-3", writes=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -209,6 +210,24 @@ def test_a_sweep_here_is_resumed_where_it_was_interrupted(
     with pytest.raises(errors.RunError, match=r"no run of .* has finished"):
         local_sweep.run_sweep(found, rungs, "single", 1, ["--lora_r", "4"])  # another recipe: sft.py says what differs
     assert begun == names
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_sweep_here_whatever_the_runs_exit_code(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards Ctrl-C while a run imports its libraries, and a launcher of several ranks, which ends with code 1 after a
+    signal: the sweep went on with the next run."""
+    text = f"recipe: lora\noutput_dir: {tmp_path}/out\ngrid: {{learning_rate: [1e-4, 3e-4]}}"
+    found, begun = sweep.read_sweep(write_sweep(tmp_path, text)), tmp_path / "begun"
+    code = f"open({str(begun)!r}, 'a').write('run '); import os, signal; os.kill(os.getppid(), signal.{name}); exit(1)"
+    command = [sys.executable, "-c", code]
+    monkeypatch.setattr(local_sweep, "launch_command", lambda *_: command)
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(SystemExit) as end:
+        local_sweep.run_sweep(found, found.rungs(job.recipe_of(found.runs[0])), "single", 1, [])
+    assert end.value.code == 75 and begun.read_text() == "run "
+    assert signal.getsignal(getattr(signal, name)) is before
 
 
 @pytest.fixture(scope="module")

@@ -86,13 +86,23 @@ def _is_done(words: list[str], stop: int | None) -> bool:
 def _run(command: list[str]) -> int:
     """Run a command, which gets the signals that are sent to this process; returns its exit code.
 
+    After a signal it is that of an interruption, whatever the command's own is: a run that is interrupted while it
+    imports, and `accelerate launch`, whose ranks were interrupted, end with other codes.
+
     A terminal sends Ctrl-C to both, so SIGINT is only kept from ending this process before the run has saved.
     """
+    received: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        if number in PASSED_ON:
+            process.send_signal(number)
+
     process = subprocess.Popen(command)
-    before = {number: signal.signal(number, lambda sent, _: process.send_signal(sent)) for number in PASSED_ON}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    before = {number: signal.signal(number, pass_on) for number in (*PASSED_ON, signal.SIGINT)}
     try:
-        return process.wait()
+        code = process.wait()
+        return EXIT_PREEMPTED if received else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -262,7 +262,7 @@ def _identity(
     here = Path(__file__).parent
     code = [(here / name).read_text(encoding="utf-8") for name in CODE]
     keys = ("max_length", "packing", "eval_packing", "packing_strategy", "shuffle_dataset", "seed", "on_bad_row",
-            "train_on_reasoning")  # fmt: skip
+            "train_on_reasoning", "additional_special_tokens")  # fmt: skip
     parts = [
         [rows.fingerprint()["sha256"] if isinstance(rows, Rows) else None for rows in (train, evaluation)],
         [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map)],

@@ -20,6 +20,7 @@ from stepladder.data.formats import Example
 from stepladder.data.loss_keys import mode, reasoning_mode
 from stepladder.data.row_renderer import Remarks, RowRenderer, Span, refuse_losses, template_refusal
 from stepladder.data.rows import Rows, Stream
+from stepladder.data.special_tokens import KEY as NEW_TOKENS
 from stepladder.data.templates.chat_template import THOUGHT_END, Refusal, mark
 from stepladder.data.templates.layout import ChatTemplate
 from stepladder.errors import DataError, ModelError, locate_errors
@@ -162,6 +163,7 @@ def _within_length(
     """Rows cut to `max_length`, with their numbers; one that cannot be used is raised, or skipped and listed."""
     max_length = settings.get("max_length") if settings else None
     skips = settings is not None and settings.get("on_bad_row") == "skip"
+    remarks.meant = (settings.get(NEW_TOKENS) if settings else None) or ()
     for number, row in enumerate(
         tokenize(rows, tokenizer, mode(settings), remarks, max_length, reasoning_mode(settings))
     ):

@@ -21,6 +21,7 @@ from stepladder.data.file_list import FileList, join, take
 from stepladder.data.readers import quote
 from stepladder.data.row_renderer import NO_END, Remarks, share_of_rows
 from stepladder.data.rows import WIDE, Rows, all_text, role_text, width
+from stepladder.data.special_tokens import KEY as NEW_TOKENS
 from stepladder.data.special_tokens import NewToken
 from stepladder.errors import DataError
 from stepladder.settings import Settings
@@ -172,7 +173,7 @@ def check_tokens(
     idle = array("Q")  # rows with nothing to train
     all_known = True  # all lengths: of very long rows only the beginning is tokenized
     findings: list[Finding] = []
-    remarks = Remarks()
+    remarks = Remarks(settings.get(NEW_TOKENS) or ())
     count = NewTokenCount(new)
     for number, row in enumerate(render.tokenize(rows, tokenizer, train_on, remarks, max_length, reasoning)):
         if isinstance(row, DataError):

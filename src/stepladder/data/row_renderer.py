@@ -63,9 +63,10 @@ class Remarks:
     """The numbers of rows by what is remarked of them, and the rows that were left out (`file:line: what`).
 
     `turns` are trained, and `ends` of them train their end of turn within `max_length`. `thoughts` are tokens of
-    thoughts that have no loss (`train_on_reasoning`).
+    thoughts that have no loss (`train_on_reasoning`). `meant` are special tokens that the recipe adds for the rows.
     """
 
+    meant: Sequence[str] = ()
     rows: dict[tuple[str, str], array[int]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     turns: int = 0
@@ -220,9 +221,10 @@ class RowRenderer:
             DataError: a text was rendered before, or opens an assistant's turn.
         """
         for slot in slots:
-            if slot.kind != "id" and (found := self.template.special.search(slot.text)):
+            if slot.kind != "id" and (texts := [found[0] for found in self.template.special.finditer(slot.text)]):
                 self._refuse_turns_in(slot, example, slots, layout)
-                self.remark("special_tokens", found[0])
+                for text in (text for text in texts if text not in self.remarks.meant):
+                    self.remark("special_tokens", text)
             is_answer = slot.kind == "content" and example["messages"][slot.message]["role"] == "assistant"
             if is_answer and any(slot.edges):
                 self._remark_edges(slots.index(slot), slots, layout)

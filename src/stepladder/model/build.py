@@ -110,13 +110,16 @@ def attach_adapter(
     if recipe.get("peft_type") in VIRTUAL:
         return _attach_virtual_tokens(model, recipe, tokenizer)
     is_ia3 = recipe.get("peft_type") == IA3
-    config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
+    names = [name for name, _ in model.named_modules()]
+    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
+    try:
+        config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
+    except ValueError as error:  # fields of the recipe that contradict each other
+        raise _does_not_fit(recipe, first_line(error), linear, names) from None
     if new_tokens:
         config.trainable_token_indices = token_indices(model, [token.row for token in new_tokens])
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
-    names = [name for name, _ in model.named_modules()]
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
         wrapped = initial_factors.wrap(model, config)
     except FAULTS as error:

@@ -11,6 +11,7 @@ machine may decompose a weight into other factors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 DECOMPOSED = ("pissa", "olora")
+CHECKSUM = "sha256"  # in the metadata of that file
 INITIAL = Path("initial_adapter") / ADAPTER  # within the run's folder
 
 
@@ -103,16 +105,27 @@ def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) ->
         from safetensors.torch import save
 
         files.make_folder(file.parent)
-        files.write_atomic(file, save(here, {"format": "pt"}))
+        files.write_atomic(file, save(here, {"format": "pt", CHECKSUM: checksum(here)}))
+
+
+def checksum(factors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the factors: changed ones would give another base, and a result that is wrong without an error."""
+    found = hashlib.sha256()
+    for name in sorted(factors):
+        found.update(name.encode() + factors[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def _read(file: Path, here: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
         first = load_file(file)
         fault = differences(*({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (first, here)))
+        with safe_open(file, "pt") as opened:
+            if not fault and (opened.metadata() or {}).get(CHECKSUM) != checksum(first):
+                fault = "its matrices do not have the checksum that was written with them"
     except (OSError, SafetensorError) as error:
         fault = first_line(error)
     if fault:

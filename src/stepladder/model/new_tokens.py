@@ -78,7 +78,8 @@ def check_trainable(model: PreTrainedModel, recipe: Settings, source: start.Star
     why = help = ""
     if recipe.get("peft_type") != "lora":
         why = f"peft_type: {recipe.get('peft_type')} trains no rows of the embeddings"
-        help = "peft_type: lora, or a template without new tokens: zephyr, mistral or a prompt_template"
+        without = "a template without new tokens: zephyr, mistral or a prompt_template"
+        help = f"peft_type: lora, or {f'no {KEY}' if key == KEY else without}"
     elif source.adapter:
         why = f"{source.adapter} has no rows for them, and an adapter that is trained on keeps its form"
         help = f"merge it first: {start.merge_command(source.adapter, {})}"

@@ -30,7 +30,6 @@ NOT_COMBINED = {
     "use_rslora": "PEFT scales the combined adapter by √r again",
     "lora_bias": "PEFT leaves the biases out",
     "modules_to_save": "whole modules are not combined",
-    "trainable_token_indices": "single tokens are not combined",
     "target_parameters": "PEFT combines modules only",
 }
 

@@ -142,6 +142,12 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
                 why="it applies to the tokens after its invocation only",
                 help="serve base and adapter together",
             )
+        if len(adapters) > 1 and getattr(config, "trainable_token_indices", None):
+            raise ModelError(
+                f"{folder} cannot be merged together with another adapter",
+                why="it replaces rows of the embeddings, which is not a sum",
+                help="merge one of them, and the other one with --base and that result",
+            )
         Weights(folder, single=ADAPTER)
         configs.append(config)
     return configs
