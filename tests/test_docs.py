@@ -14,6 +14,7 @@ from stepladder.data.read import READERS
 
 sys.path.append(str(ROOT / "benchmarks"))
 import bars
+import which_method
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
@@ -50,6 +51,16 @@ def test_the_bars_are_those_of_the_tables() -> None:
     assert set(tables) == set(re.findall(r"img/(\w+)\.svg", page)) and len(tables) > 1
     for name, (unit, rows) in tables.items():
         assert (ROOT / f"docs/img/{name}.svg").read_text() == bars.drawing(unit, rows), name
+
+
+def test_the_page_on_methods_is_the_plan() -> None:
+    """Guards docs/which_method.md against a plan that has changed since (`python benchmarks/which_method.py`)."""
+    page = (ROOT / "docs/which_method.md").read_text()
+    titles = [machine.title for machine in which_method.MACHINES]
+    assert f"| model | method | {' | '.join(titles)} |" in page
+    (row,) = re.findall(r"^\| qwen3-0.6b \| lora \| (.*) \|$", page, re.MULTILINE)
+    chosen = which_method.choose_for("qwen3-0.6b", "lora", which_method.MACHINES[3])
+    assert chosen.cell == row.split(" | ")[3] and chosen.command in page
 
 
 def test_the_page_of_data_names_every_shape() -> None:
