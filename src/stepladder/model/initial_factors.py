@@ -132,7 +132,7 @@ def _read(file: Path, here: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{file} cannot be used: {fault}",
             why="it holds what the adapter began as, without which its result cannot be saved for the original base",
-            help="put the file back from a copy, or --overwrite to start anew",
+            help="put the file back from a copy, or --overwrite to restart the run",
         )
     return first
 
