@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -71,6 +72,8 @@ def test_a_plan_knows_which_gpus_have_fp8(tiny: Path, settings: Callable[..., An
     keys = {"model_name_or_path": str(tiny), "global_batch_size": 8, "max_length": 256}
     with pytest.raises(errors.LaunchError, match="fp8: true on a100"):
         choose.Plan(settings(fp8=True, **keys), 1, 1, hardware.device("a100"))
+    for known in (hardware.device("h100", 70), dataclasses.replace(hardware.device("h100"), name="RTX 4080")):
+        choose.Plan(settings(fp8=True, **keys), 1, 1, known)  # another memory, and a GPU that the table lacks
     peaks = [
         choose.Plan(settings(fp8=on, **keys), 1, 1, hardware.device("h100")).candidate(Strategy("single"), 8, False)
         for on in (False, True)

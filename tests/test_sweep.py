@@ -203,8 +203,13 @@ def test_a_sweep_here_is_resumed_where_it_was_interrupted(
     assert "ended with exit code 1" in capsys.readouterr().out
     begun.clear()
     codes[:] = [1, 0]
-    local_sweep.run_sweep(found, rungs, "single", 1, [])
+    with pytest.raises(errors.RunError, match=f"1 of the sweep's runs failed: {names[1]}"):
+        local_sweep.run_sweep(found, rungs, "single", 1, [])
     assert begun == [*names[1:], "report"]
+    begun.clear()
+    codes[:] = [0]
+    local_sweep.run_sweep(found, rungs, "single", 1, [])
+    assert begun == [names[1], "report"]
     begun.clear()
     codes[:] = [1, 1, 1]
     with pytest.raises(errors.RunError, match=r"no run of .* has finished"):

@@ -36,7 +36,7 @@ class GPU:
 
     `tflops` is the dense matrix rate in bf16 (fp16 where it has no bf16) with fp32 sums, at the boost clock; data
     sheets often print twice that, which holds for sparse weights. `memory` is in GiB as the driver reports it, `link`
-    to the next GPU of a node in GB/s one way (NVLink, else PCIe).
+    to the next GPU of a node in GB/s one way (NVLink, else PCIe). `fp8` is NVIDIA's compute capability 8.9 and newer.
     """
 
     name: str
@@ -46,11 +46,7 @@ class GPU:
     link: float
     source: str
     bf16: bool = True
-
-    @property
-    def fp8(self) -> bool:
-        """Whether it has fp8 products: NVIDIA's compute capability 8.9 and newer."""
-        return self.name.startswith(("gb", "gh", "b2", "b3", "h", "l4", "pro-6000", "6000-ada", "5090", "4090"))
+    fp8: bool = False
 
 
 # The first pattern found in the driver's name counts, so variants stand before the plain name. Memory is what PyTorch
@@ -58,20 +54,20 @@ class GPU:
 # of A10 to L40S, H20, B200 and MI300X agree with other public tables; those of B300, GB200, GB300, MI210 to MI300A,
 # MI325X, MI350X, MI355X and the RTX PRO 6000 were not compared with any.
 GPUS = (
-    GPU("gb300", r"\bGB300", 2500, 276.5, 900, "NVIDIA GB300 NVL72 data sheet"),
-    GPU("gb200", r"\bGB200", 2500, 184.3, 900, "NVIDIA GB200 NVL72 data sheet"),
-    GPU("b300", r"\bB300", 2250, 267.7, 900, "NVIDIA HGX B300 data sheet"),
-    GPU("b200", r"\bB200", 2250, 178, 900, "NVIDIA HGX B200 data sheet"),
-    GPU("gh200-144", r"\bGH200 144G", 989, 139.8, 450, "NVIDIA GH200 data sheet (HBM3e)"),
-    GPU("gh200", r"\bGH200", 989, 94, 450, "NVIDIA GH200 data sheet (HBM3)"),
-    GPU("h200-nvl", r"\bH200 NVL", 835, 139.8, 450, "NVIDIA H200 data sheet"),
-    GPU("h200", r"\bH200", 989, 139.8, 450, "NVIDIA H200 data sheet"),
-    GPU("h20", r"\bH20\b", 148, 95, 450, "NVIDIA H20 product brief"),
-    GPU("h100-nvl", r"\bH100 NVL", 835, 93, 300, "NVIDIA H100 data sheet"),
-    GPU("h100-pcie", r"\bH100 PCIe", 756, 79.1, 64, "NVIDIA H100 data sheet"),
+    GPU("gb300", r"\bGB300", 2500, 276.5, 900, "NVIDIA GB300 NVL72 data sheet", fp8=True),
+    GPU("gb200", r"\bGB200", 2500, 184.3, 900, "NVIDIA GB200 NVL72 data sheet", fp8=True),
+    GPU("b300", r"\bB300", 2250, 267.7, 900, "NVIDIA HGX B300 data sheet", fp8=True),
+    GPU("b200", r"\bB200", 2250, 178, 900, "NVIDIA HGX B200 data sheet", fp8=True),
+    GPU("gh200-144", r"\bGH200 144G", 989, 139.8, 450, "NVIDIA GH200 data sheet (HBM3e)", fp8=True),
+    GPU("gh200", r"\bGH200", 989, 94, 450, "NVIDIA GH200 data sheet (HBM3)", fp8=True),
+    GPU("h200-nvl", r"\bH200 NVL", 835, 139.8, 450, "NVIDIA H200 data sheet", fp8=True),
+    GPU("h200", r"\bH200", 989, 139.8, 450, "NVIDIA H200 data sheet", fp8=True),
+    GPU("h20", r"\bH20\b", 148, 95, 450, "NVIDIA H20 product brief", fp8=True),
+    GPU("h100-nvl", r"\bH100 NVL", 835, 93, 300, "NVIDIA H100 data sheet", fp8=True),
+    GPU("h100-pcie", r"\bH100 PCIe", 756, 79.1, 64, "NVIDIA H100 data sheet", fp8=True),
     # MareNostrum 5's, which its driver names without a size
-    GPU("h100-64", r"\bH100( 64GB.*)?$", 989, 63.4, 450, "NVIDIA H100 data sheet (SXM); BSC, MareNostrum 5"),
-    GPU("h100", r"\bH100", 989, 79.1, 450, "NVIDIA H100 data sheet (SXM)"),
+    GPU("h100-64", r"\bH100( 64GB.*)?$", 989, 63.4, 450, "NVIDIA H100 data sheet (SXM); BSC, MareNostrum 5", fp8=True),
+    GPU("h100", r"\bH100", 989, 79.1, 450, "NVIDIA H100 data sheet (SXM)", fp8=True),
     # Leonardo's, of 124 multiprocessors where the data sheet's has 108
     GPU("a100-64", r"\bA100-SXM-64GB", 358, 63.4, 300, "Turisini et al., LEONARDO, arXiv:2307.16885"),
     GPU("a100-pcie", r"\bA100 80GB PCIe", 312, 79.1, 32, "NVIDIA A100 data sheet (PCIe)"),
@@ -83,14 +79,14 @@ GPUS = (
     GPU("a6000", r"\bRTX A6000", 155, 47.4, 32, "NVIDIA RTX A6000 data sheet"),
     GPU("a10g", r"\bA10G", 70, 22.0, 32, "NVIDIA A10G data sheet"),
     GPU("a10", r"\bA10\b", 125, 22.0, 32, "NVIDIA A10 data sheet"),
-    GPU("l40s", r"\bL40S", 362, 44.4, 32, "NVIDIA L40S data sheet"),
-    GPU("l40", r"\bL40\b", 181, 44.4, 32, "NVIDIA L40 data sheet"),
-    GPU("l4", r"\bL4\b", 121, 22.0, 32, "NVIDIA L4 data sheet"),
-    GPU("pro-6000-max-q", r"\bRTX PRO 6000 .*Max-Q", 438.9, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper"),
-    GPU("pro-6000", r"\bRTX PRO 6000", 503.8, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper"),
-    GPU("6000-ada", r"\bRTX 6000 Ada", 364.2, 47.4, 32, "NVIDIA Ada white paper"),
-    GPU("5090", r"\bRTX 5090(?! D| Laptop)", 209.5, 31, 64, "NVIDIA RTX Blackwell white paper"),
-    GPU("4090", r"\bRTX 4090(?! D| Laptop)", 165.2, 23.5, 32, "NVIDIA Ada white paper"),
+    GPU("l40s", r"\bL40S", 362, 44.4, 32, "NVIDIA L40S data sheet", fp8=True),
+    GPU("l40", r"\bL40\b", 181, 44.4, 32, "NVIDIA L40 data sheet", fp8=True),
+    GPU("l4", r"\bL4\b", 121, 22.0, 32, "NVIDIA L4 data sheet", fp8=True),
+    GPU("pro-6000-max-q", r"\bRTX PRO 6000 .*Max-Q", 438.9, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper", fp8=True),
+    GPU("pro-6000", r"\bRTX PRO 6000", 503.8, 94.9, 64, "NVIDIA RTX PRO Blackwell white paper", fp8=True),
+    GPU("6000-ada", r"\bRTX 6000 Ada", 364.2, 47.4, 32, "NVIDIA Ada white paper", fp8=True),
+    GPU("5090", r"\bRTX 5090(?! D| Laptop)", 209.5, 31, 64, "NVIDIA RTX Blackwell white paper", fp8=True),
+    GPU("4090", r"\bRTX 4090(?! D| Laptop)", 165.2, 23.5, 32, "NVIDIA Ada white paper", fp8=True),
     GPU("3090", r"\bRTX 3090(?! Ti)", 71, 23.5, 32, "NVIDIA GA102 white paper"),
     GPU("v100-pcie", r"\bV100-PCIE-32GB", 112, 31.7, 16, "NVIDIA V100 data sheet (fp16)", bf16=False),
     GPU("v100-16-pcie", r"\bV100-PCIE", 112, 15.7, 16, "NVIDIA V100 data sheet (fp16)", bf16=False),

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 VIRTUAL = {"prefix": "prefix tuning", "prompt": "prompt tuning"}  # by the recipe's peft_type
 IA3 = "ia3"
+DECOMPOSED = ("pissa", "olora")  # initializations of LoRA that begin as a part of the base's weights
 
 
 class Settings(Protocol):

@@ -21,7 +21,7 @@ PASSED_ON = [number for number in (signal.SIGTERM, signals.USR1) if number]
 def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overrides: list[str]) -> None:
     """Train a sweep's runs and write its report. Run again, it resumes where it was interrupted.
 
-    A run that fails is named, and the next one starts.
+    A run that fails is named, the next one starts, and the sweep ends as failed once its report is written.
 
     Args:
         strategy: for runs whose sweep names none.
@@ -30,8 +30,9 @@ def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overri
 
     Raises:
         SystemExit: a run was interrupted (code 75), and with it the sweep.
-        RunError: no run has finished, or the report cannot be written.
+        RunError: a run has failed, or the report cannot be written.
     """
+    failed: list[str] = []
     for rung in rungs:
         for number in range(rung.runs):
             words = find_run(sweep, rung, number)
@@ -45,10 +46,17 @@ def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overri
                 sys.exit(EXIT_PREEMPTED)
             if code:
                 say(f"⚠ run {number + 1} of {rung.runs} ended with exit code {code}; the next one starts")
+                failed.append(Path(job.recipe_of([*words, *overrides]).output_dir).name)
     if not any(status(folder) == "finished" for folder in sweep.folders):
         raise RunError(f"no run of {sweep.file} has finished", help="the first one's message is above")
     if _run([sys.executable, "scripts/report.py", "--sweep", str(sweep.file)]):
         raise RunError(f"the report on {sweep.file} could not be written", help="its message is above")
+    if failed:
+        raise RunError(
+            f"{len(failed)} of the sweep's runs failed: {', '.join(failed)}",
+            where=str(sweep.file),
+            help="their messages are above; the same command trains them again",
+        )
 
 
 def launch_command(words: list[str], strategy: str, ranks: int) -> list[str]:
@@ -79,7 +87,7 @@ def _is_done(words: list[str], stop: int | None) -> bool:
         return False
     if recipe.changes(manifest.get("recipe") or {}):
         return False  # sft.py names what differs
-    reached = stop is not None and manifest.get("totals", {}).get("steps", 0) >= stop
+    reached = stop is not None and manifest["totals"]["steps"] >= stop
     return manifest["status"] == "finished" or (manifest["status"] == "preempted" and reached)
 
 

@@ -22,13 +22,12 @@ from stepladder import files
 from stepladder.errors import CheckpointError, ModelError, first_line
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences
-from stepladder.settings import Settings
+from stepladder.settings import DECOMPOSED, Settings
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig, PeftModel
 
-DECOMPOSED = ("pissa", "olora")
 CHECKSUM = "sha256"  # in the metadata of that file
 INITIAL = Path("initial_adapter") / ADAPTER  # within the run's folder
 

@@ -12,6 +12,7 @@ from stepladder import files
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.rule_engine import Check, RuleBreak, conflict, idle
 from stepladder.recipe.schema import Key, known_keys
+from stepladder.settings import DECOMPOSED
 from stepladder.suggest import suggest
 
 KEY = "peft_kwargs"
@@ -19,7 +20,6 @@ TABLE = files.read_table("recipe/peft.yaml")
 # PEFT's initializations, beside `true`. Those that begin as a part of the base's weights are saved converted
 # (model/initial_factors.py); `pissa_niter_N` takes any number of iterations.
 INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
-DECOMPOSED = ("pissa", "olora")
 CHECKS: dict[str, Check] = {}
 
 
