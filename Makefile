@@ -3,7 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.base
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-scale plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
@@ -13,25 +15,34 @@ help: ## list the targets
 
 install: $(INSTALLED) ## put Stepladder and all it needs into .venv
 
-# torch comes first and by the constraint: DeepSpeed's build imports it, which is also why
-# that one is built without isolation.
-$(INSTALLED): pyproject.toml constraints.txt
+# What training, planning, comparing and merging need. torch comes first and by the constraint: another version
+# brings gigabytes of CUDA packages.
+$(BASE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "Python 3.11 or newer is needed and '$(PYTHON)' is not. Install it: sudo apt install python3 (or: make PYTHON=python3.12)"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "Python's venv module is missing. Install it: sudo apt install python3-venv"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,monitoring]"
-	@# DeepSpeed's setup asks for nvcc where it finds a GPU, and nothing used here needs an op that it would compile
-	DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[deepspeed]"
+	@echo "[1/3] a virtual environment in $(VENV), with pip"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	@echo "[2/3] PyTorch (about 200 MB for a CPU, 3 GB for CUDA)"
+	@$(PIP_INSTALL) torch
+	@echo "[3/3] Stepladder with Transformers, TRL, PEFT and Accelerate"
+	@$(PIP_INSTALL) --editable .
 	@touch $@
 
-models/smollm2-135m-instruct: | $(INSTALLED)
+# DeepSpeed's build imports torch, so it is built without isolation. Its setup asks for nvcc where it finds a GPU;
+# nothing used here needs an op that it would compile.
+$(INSTALLED): $(BASE)
+	@echo "DeepSpeed, the trackers, lm-eval, and the tools for tests and documentation"
+	@$(PIP_INSTALL) --editable ".[dev,eval,monitoring]"
+	@DS_ACCELERATOR=cpu $(PIP_INSTALL) --no-build-isolation --editable ".[deepspeed]"
+	@touch $@
+
+models/smollm2-135m-instruct: | $(BASE)
 	$(BIN)/python scripts/fetch_model.py
 
-demo: $(INSTALLED) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 5 minutes on 2 cores)
+demo: $(BASE) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 4 minutes on 2 cores, installation included)
 	$(BIN)/python scripts/sft.py --recipe lora --output_dir runs/demo --overwrite
 	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --rubric data/techco_rubric.yaml --limit 12
 
@@ -44,8 +55,6 @@ prove: $(INSTALLED) models/smollm2-135m-instruct ## run every test: kills, Slurm
 	@command -v c++ >/dev/null || { echo "DeepSpeed needs a C++ compiler. Install it: sudo apt install g++"; exit 2; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || \
 		{ echo "DeepSpeed needs Python's headers. Install them: sudo apt install python3-dev"; exit 2; }
-	@$(BIN)/python -c 'import lm_eval' 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
 	@# Two files side by side, each with half of the cores (tests/conftest.py); then what depends on time, by itself.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone $(WHICH)"
 	$(BIN)/python -m pytest -m "alone $(WHICH)"
