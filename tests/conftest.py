@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import warm_start
 from tiny import ROOT, SMOLLM2, make_tiny
 
 pytest_plugins = ["played"]
@@ -43,25 +45,42 @@ class Done:
         return f"exit code {self.code}\n--- stdout\n{self.out[-6000:]}\n--- stderr\n{self.err[-6000:]}"
 
 
+def environment(**env: str) -> dict[str, str]:
+    """The environment of a command: without the launcher variables of an outer run.
+
+    Threads that wait do so asleep: on a machine that does other things too, OpenMP's busy waiting makes a tiny model
+    ten times as slow.
+    """
+    apart = (*LAUNCHER_VARIABLES, "PYTEST_CURRENT_TEST")
+    clean = {k: v for k, v in os.environ.items() if k not in apart and not k.startswith("ACCELERATE_")}
+    return {**clean, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **env}
+
+
 def run(*words: Any, timeout: int = 600, **env: str) -> Done:
-    """Run a command in the repository's root, without the launcher variables of an outer run."""
-    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")}
-    process = subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        # Threads that wait do so asleep: on a machine that does other things too, OpenMP's busy
-        # waiting makes a tiny model ten times as slow.
-        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
+    """Run a command in the repository's root."""
+    return Done(
+        subprocess.run(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env=environment(**env),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     )
-    return Done(process)
 
 
-def script(name: str, *words: Any, **kwargs: Any) -> Done:
-    """`python scripts/NAME.py …`"""
-    return run(sys.executable, f"scripts/{name}.py", *words, **kwargs)
+@functools.cache
+def warm_server() -> warm_start.Server:
+    return warm_start.Server(environment())
+
+
+def script(name: str, *words: Any, timeout: int = 600, **env: str) -> Done:
+    """`python scripts/NAME.py …`, its libraries imported already where the environment is the usual one."""
+    file = f"scripts/{name}.py"
+    if environment(**env) != warm_server().env:
+        return run(sys.executable, file, *words, timeout=timeout, **env)
+    return Done(warm_server().run([file, *map(str, words)], timeout))
 
 
 def launch(config: str, ranks: int, name: str, *words: Any, **kwargs: Any) -> Done:

@@ -169,7 +169,7 @@ def test_a_node_s_gpus(gpus: int, wanted: int, visible: str | None, used: int, s
 def test_deepspeed_is_installed_without_a_toolkit(tmp_path: Path) -> None:
     """Guards `make install` with a driver and no CUDA toolkit: DeepSpeed's setup asks each of its builders whether it
     can compile (`builder.is_compatible()`, setup.py), and those for CUDA raise where there is no nvcc."""
-    (line,) = re.findall(r"^\t(.*)\$\(BIN\)/python -m pip .*deepspeed", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^\t@(.*)\$\(PIP_INSTALL\) .*deepspeed", (ROOT / "Makefile").read_text(), re.MULTILINE)
     given = dict(word.split("=") for word in line.split())
     code = (
         "from deepspeed.ops.op_builder.all_ops import ALL_OPS\n"
