@@ -27,6 +27,8 @@ from tiny import ROOT, make_tiny
 BEGIN, END = "<!-- peft-methods -->", "<!-- /peft-methods -->"  # of the page's generated part
 NAMED = ADAPTER | {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
 RANKS = {"rank_pattern": {r"layers\.0\..*q_proj": 4, "down_proj": 16}, "alpha_pattern": {"down_proj": 8}}
+OFT = {"use_cayley_neumann": False, "block_share": True, "target_modules": ["q_proj", "v_proj", "up_proj"],
+       "exclude_modules": ["layers.1.mlp.up_proj"]}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "gaussian": ADAPTER | {"peft_kwargs": {"init_lora_weights": "gaussian"}},
     "orthogonal": ADAPTER | {"peft_kwargs": {"init_lora_weights": "orthogonal"}},
@@ -35,6 +37,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "layers": NAMED | {"peft_kwargs": {"layers_to_transform": [0, 2], "exclude_modules": r".*\.2\..*v_proj"}},
     "loraplus": ADAPTER | {"loraplus_lr_ratio": 4, "weight_decay": 0.01},
     "ia3": {"use_peft": True, "peft_type": "ia3"},
+    "vera": {"use_peft": True, "peft_type": "vera", "peft_kwargs": {"r": 16, "target_modules": "all-linear"}},
+    "vera_4bit": {"use_peft": True, "peft_type": "vera", "peft_kwargs": {"r": 16}, "load_in_4bit": True},
+    "oft": {"use_peft": True, "peft_type": "oft", "peft_kwargs": {"oft_block_size": 8, "target_modules": "all-linear"}},
+    "oft_exact": {"use_peft": True, "peft_type": "oft", "peft_kwargs": {"oft_block_size": 8, **OFT}},
+    "oft_4bit": {"use_peft": True, "peft_type": "oft", "peft_kwargs": {"oft_block_size": 8}, "load_in_4bit": True},
     "pissa": ADAPTER | {"peft_kwargs": {"init_lora_weights": "pissa"}},
     "pissa_niter": ADAPTER | {"peft_kwargs": {"init_lora_weights": "pissa_niter_4"}},
     "olora": ADAPTER | {"peft_kwargs": {"init_lora_weights": "olora"}},
@@ -47,6 +54,11 @@ SHOWN = {
     "layers": "`layers_to_transform`, `exclude_modules`",
     "loraplus": "`loraplus_lr_ratio: 4`",
     "ia3": "`peft_type: ia3`",
+    "vera": "`peft_type: vera`",
+    "vera_4bit": "`peft_type: vera`, 4 bits",
+    "oft": "`peft_type: oft`",
+    "oft_exact": "`oft`: exact Cayley, `block_share`",
+    "oft_4bit": "`peft_type: oft`, 4 bits",
     "pissa": "`init_lora_weights: pissa`",
     "pissa_niter": "`init_lora_weights: pissa_niter_4`",
     "olora": "`init_lora_weights: olora`",

@@ -15,7 +15,7 @@ from stepladder.settings import Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
-    from peft import IA3Config, PeftModel
+    from peft import PeftConfig, PeftModel
 
 KEY = "peft_kwargs"
 # Fields that make layers differ: a plan that traces a few layers of the model leaves them out.
@@ -38,12 +38,17 @@ def without_layers(recipe: Settings) -> Settings:
     return recipe.with_values(**{KEY: kept})
 
 
-def ia3_config(recipe: Settings) -> IA3Config:
-    """IA³ (Liu et al. 2022, arXiv:2205.05638): one factor per activation of the chosen modules."""
-    from peft import IA3Config
+def tuner_config(recipe: Settings) -> PeftConfig:
+    """PEFT's configuration of a method that is set by `peft_kwargs` alone.
 
-    values = fields(recipe)
-    return IA3Config(task_type="CAUSAL_LM", revision=recipe.values.get("model_revision"), **values)
+    IA³ (Liu et al. 2022, arXiv:2205.05638) has one factor per activation of the chosen modules, VeRA (Kopiczko et al.
+    2023, arXiv:2310.11454) two vectors per module around random projections that all share, and OFT (Qiu et al. 2023,
+    arXiv:2306.07280) rotates blocks of a module's inputs.
+    """
+    from peft import IA3Config, OFTConfig, VeraConfig
+
+    kind: Any = {"ia3": IA3Config, "vera": VeraConfig, "oft": OFTConfig}[recipe.get("peft_type")]
+    return kind(task_type="CAUSAL_LM", revision=recipe.values.get("model_revision"), **fields(recipe))
 
 
 def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: list[str]) -> None:

@@ -1,0 +1,35 @@
+"""Values of an adapter that are not trained: VeRA's random projections, and OFT's indices into its blocks.
+
+PEFT holds them as buffers. Rank 0 sends no buffers where it sends the weights of the base, and PEFT puts those of an
+adapter on the meta device where its base is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("vera_A", "vera_B", "oft_R")
+
+
+def projections(model: Any) -> dict[str, torch.Tensor]:
+    """VeRA's projections by their names in the model; empty for any other adapter."""
+    return {name: buffer for name, buffer in _buffers(model).items() if ".oft_R." not in name}
+
+
+def share(model: Any, from_first: Callable[[Any], Any]) -> None:
+    """Give ranks whose model is on the meta device the values that rank 0 has; every rank calls it."""
+    here = _buffers(model)
+    if not here:
+        return
+    for name, values in from_first({name: buffer.cpu() for name, buffer in here.items()}).items():
+        if here[name].is_meta:
+            place, _, part = name.rpartition(".")
+            model.get_submodule(place)._buffers[part] = values
+
+
+def _buffers(model: Any) -> dict[str, torch.Tensor]:
+    return {name: buffer for name, buffer in model.named_buffers() if {*name.split(".")} & {*PARTS}}
