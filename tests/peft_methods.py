@@ -96,6 +96,7 @@ def run_all(cells: Iterable[Cell], root: Path) -> None:
             if strategy == "single":
                 merged = root / f"{cell.method}-merged"
                 argv = ["--adapter", str(run), "--output_dir", str(merged), "--overwrite", "--dtype", "fp32"]
+                argv += ["--quantized_base", "dequantized"] if METHODS[cell.method].get("load_in_4bit") else []
                 jobs.append(_job(argv, root / f"{merged.name}.log") | {"script": "scripts/merge.py"})
         began = time.perf_counter()
         same_curve.launch_many(strategy, STRATEGIES[strategy], jobs, root / f"{strategy}.json")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stepladder import hardware
 from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, first_line
-from stepladder.model import fp8, initial_factors, peft_methods, start
+from stepladder.model import fp8, initial_factors, module_patterns, peft_methods, start
 from stepladder.model.new_tokens import check_trainable, finish_rows, token_indices
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
@@ -71,6 +71,10 @@ def build(
     if tokenizer is not None and (ends := fit_embeddings(base, tokenizer, new_tokens)):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     choice, costs = attend(base)
+    projected = recipe.get("optim_target_modules") or []  # Transformers matches a list's entries, too
+    for expression in [projected] if isinstance(projected, str) else projected:
+        key = "optim_target_modules"
+        module_patterns.match_in_time(expression, [name for name, _ in base.named_modules()], key, recipe.where(key))
     if recipe.get("fp8") and tokenizer is not None:  # a plan's model is traced in bf16
         fp8.convert(base, recipe)
     model = attach_adapter(base, recipe, tokenizer, new_tokens, fused=on_cpu and not sharded)
@@ -118,6 +122,7 @@ def attach_adapter(
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     if new_tokens:
         config.trainable_token_indices = token_indices(model, [token.row for token in new_tokens])
+    module_patterns.check(config, names, lambda field: peft_methods.place(recipe, source, field))
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     try:

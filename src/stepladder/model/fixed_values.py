@@ -25,10 +25,20 @@ def share(model: Any, from_first: Callable[[Any], Any]) -> None:
     here = _buffers(model)
     if not here:
         return
-    for name, values in from_first({name: buffer.cpu() for name, buffer in here.items()}).items():
+    values = {name: buffer if buffer.is_meta else buffer.cpu() for name, buffer in here.items()}
+    for name, buffer in from_first(values).items():
         if here[name].is_meta:
             place, _, part = name.rpartition(".")
-            model.get_submodule(place)._buffers[part] = values
+            model.get_submodule(place)._buffers[part] = buffer
+
+
+def restore_indices(model: Any, device: str) -> None:
+    """Compute OFT's indices where PEFT made them on the meta device; no file has them."""
+    import torch
+
+    for module in model.modules():
+        if {"rows", "cols"} <= module._buffers.keys() and module.rows.is_meta:
+            module.rows, module.cols = torch.triu_indices(module.block_size, module.block_size, 1, device=device)
 
 
 def _buffers(model: Any) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model import initial_factors
-from stepladder.settings import Settings
+from stepladder.model import initial_factors, start
+from stepladder.settings import TUNERS, Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ def tuner_config(recipe: Settings) -> PeftConfig:
     return kind(task_type="CAUSAL_LM", revision=recipe.values.get("model_revision"), **fields(recipe))
 
 
+def place(recipe: Settings, source: start.Start, field: str) -> tuple[str, str]:
+    """What a person calls a field of the adapter's configuration, and where it is set."""
+    if source.adapter:
+        return field, source.config_file
+    keys = {name: key for key, name in start.FIELDS.items()} if recipe.get("peft_type") not in TUNERS else {}
+    key = keys.get(field, f"{KEY}.{field}")
+    return key, recipe.where(key)
+
+
 def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: list[str]) -> None:
     """Raise ModelError for a name, pattern or layer of `peft_kwargs`, or an initialization, without effect.
 
@@ -59,11 +68,40 @@ def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: 
         linear: the last parts of the names of its linear layers.
     """
     initial_factors.check_layers(wrapped, recipe)
+    _check_tuner(wrapped, recipe)
     for key, entry, why in _idle(wrapped, recipe, names):
         near = "" if entry in {*linear, *names} else suggest(str(entry), linear)
         raise ModelError(
             f"{key}: {entry} has no effect in this model", where=recipe.where(key), why=why, help=near or "remove it"
         )
+
+
+def _check_tuner(wrapped: Any, recipe: Settings) -> None:
+    """Raise ModelError for a layer that PEFT rotates by another block than the recipe says, or wraps unheard.
+
+    PEFT takes the nearest size that divides a layer's width, with a warning among others.
+    """
+    size = wrapped.peft_config["default"].to_dict().get("oft_block_size")
+    head = wrapped.get_base_model().get_output_embeddings()
+    for name, layer in wrapped.named_modules():
+        found = getattr(layer, "oft_block_size", None)
+        if isinstance(found, dict) and found.get("default", size) != size:
+            divisors = [n for n in range(2, layer.in_features + 1) if layer.in_features % n == 0]
+            near = sorted(sorted(divisors, key=lambda n: abs(n - size))[:2])
+            raise ModelError(
+                f"oft_block_size: {size} does not divide {layer.in_features}, the width of {name}",
+                where=recipe.where(f"{KEY}.oft_block_size"),
+                why="the blocks that are rotated lie side by side in a layer's input",
+                help=f"oft_block_size: {' or '.join(map(str, near))}",
+            )
+        if recipe.get("peft_type") in TUNERS and (layer is head or len(getattr(layer, "oft_embedding_R", ()))):
+            if hasattr(layer, "base_layer"):
+                raise ModelError(
+                    f"peft_type: {recipe.get('peft_type')} cannot change {name}",
+                    where=recipe.where(f"{KEY}.target_modules"),
+                    why="an output layer computes the loss from its weights alone, and embeddings are no linear layer",
+                    help="target_modules: all-linear, or names of the decoder's layers",
+                )
 
 
 def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[str, Any, str]]:

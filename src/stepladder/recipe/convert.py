@@ -28,6 +28,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "0 or more": lambda x: x >= 0,
     "1 or more": lambda x: x >= 1,
+    "2 or more": lambda x: x >= 2,
     "from 0 up to, but not including, 1": lambda x: 0 <= x < 1,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "a share below 1, or a whole number from 1 up": lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
