@@ -8,10 +8,8 @@ The runs of one strategy share an `accelerate launch` (tests/many_runs.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ import yaml
 
 import same_curve
 from same_curve import ADAPTER
-from tiny import ROOT, make_tiny
+from tiny import make_tiny
 
 BEGIN, END = "<!-- peft-methods -->", "<!-- /peft-methods -->"  # of the page's generated part
 NAMED = ADAPTER | {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -171,16 +169,8 @@ def table(results: dict[Cell, dict[str, Any]], root: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="a method or a strategy")
-    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
-    parser.add_argument("--page", action="store_true", help="write the table from the finished runs in --folder")
-    args = parser.parse_args()
-    from stepladder import console
-
-    console.quiet_libraries()
-    root = (args.folder or Path(tempfile.mkdtemp(prefix="peft-methods-"))).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    args = same_curve.read_arguments(__doc__, "a method or a strategy")
+    root = args.folder
     wanted = [Cell(method, strategy) for strategy in STRATEGIES for method in METHODS]
     wanted = [cell for cell in wanted if {*args.only} <= {cell.method, cell.strategy}]
     needed = dict.fromkeys([*(Cell(cell.method, "single") for cell in wanted), *wanted])
@@ -192,10 +182,7 @@ def main() -> int:
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.strategy:7} {cell.method:10} {found}")
     if not args.only:
-        page = same_curve.PAGE
-        before, _, rest = page.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-        page.write_text(f"{before}{BEGIN}\n{table(results, root)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-        print(f"written: {page.relative_to(ROOT)}; the runs lie in {root}")
+        same_curve.write_generated(BEGIN, table(results, root), END, root)
     return int(any(found["outcome"] != "equal" or not found["resumes"] for found in results.values()))
 
 

@@ -41,6 +41,7 @@ def match_in_time(expression: str, names: list[str], label: str, where: str, for
     """Raise ModelError for a regular expression that is none, or that takes seconds to match against `names`."""
     what = f"{label}: '{expression[:60]}{'…' * (len(expression) > 60)}'"
     try:
+        re.compile(expression)  # alone first, so that the message counts positions in it
         pattern = re.compile(form.replace("{}", expression))
     except (re.error, OverflowError, RecursionError) as error:
         why = str(error) or type(error).__name__
