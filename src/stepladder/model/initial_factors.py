@@ -1,4 +1,4 @@
-"""What an adapter begins as, where a resumed run and its result need it: PiSSA's and OLoRA's factors, VeRA's projections.
+"""What an adapter begins as, where a resumed run and its result need it: PiSSA, OLoRA and VeRA.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) begins as the largest singular values of each weight, OLoRA (Büyükakyüz 2024,
 arXiv:2406.01775) as a part of its QR decomposition. The trained adapter alone is right on the changed base only. It is

@@ -1,7 +1,8 @@
 """Regular expressions over module names, a recipe's or an adapter's: whether each can be matched in time.
 
-PEFT and Transformers match them in this process, against the name of each module. One such as `(.+)+x` takes time that doubles with
-each character of a name, and no look at an expression tells for certain, so each is matched once under a limit.
+PEFT and Transformers match them in this process, against the name of each module. One such as `(.+)+x` takes
+time that doubles with each character of a name. The expression alone does not tell, so each is matched once under a
+limit of time.
 """
 
 from __future__ import annotations

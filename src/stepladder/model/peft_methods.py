@@ -94,14 +94,14 @@ def _check_tuner(wrapped: Any, recipe: Settings) -> None:
                 why="the blocks that are rotated lie side by side in a layer's input",
                 help=f"oft_block_size: {' or '.join(map(str, near))}",
             )
-        if recipe.get("peft_type") in TUNERS and (layer is head or len(getattr(layer, "oft_embedding_R", ()))):
-            if hasattr(layer, "base_layer"):
-                raise ModelError(
-                    f"peft_type: {recipe.get('peft_type')} cannot change {name}",
-                    where=recipe.where(f"{KEY}.target_modules"),
-                    why="an output layer computes the loss from its weights alone, and embeddings are no linear layer",
-                    help="target_modules: all-linear, or names of the decoder's layers",
-                )
+        ends = layer is head and hasattr(layer, "base_layer")
+        if recipe.get("peft_type") in TUNERS and (ends or len(getattr(layer, "oft_embedding_R", ()))):
+            raise ModelError(
+                f"peft_type: {recipe.get('peft_type')} cannot change {name}",
+                where=recipe.where(f"{KEY}.target_modules"),
+                why="the loss is computed from an output layer's weights alone, and embeddings are no linear layer",
+                help="target_modules: all-linear, or names of the decoder's layers",
+            )
 
 
 def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[str, Any, str]]:
