@@ -12,6 +12,7 @@ import yaml
 
 from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.flags import FP32_MAX
 from stepladder.recipe.schema import ANYTHING, Key
 from stepladder.suggest import suggest
 
@@ -171,6 +172,8 @@ def expected_range(name: str, value: Any) -> str:
         return ""
     if not math.isfinite(value):
         return "finite"
+    if abs(value) > FP32_MAX:
+        return f"at most {FP32_MAX:.2g}, the largest number of fp32"
     words = RANGES.get(re.sub(r"\[\d+\]", "", name), "")
     return "" if not words or HOLDS[words](value) else words
 
