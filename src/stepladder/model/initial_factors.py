@@ -44,7 +44,7 @@ def wrap(model: Any, config: PeftConfig) -> PeftModel:
         config.init_lora_weights = True
     with warnings.catch_warnings():  # `peft_methods.check_names` reports these
         warnings.filterwarnings(
-            "ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod"
+            "ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod|Invalid `oft_block"
         )
         wrapped = get_peft_model(model, config)
     if kind is not None:
