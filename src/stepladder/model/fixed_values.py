@@ -20,16 +20,31 @@ def projections(model: Any) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in _buffers(model).items() if ".oft_R." not in name}
 
 
-def share(model: Any, from_first: Callable[[Any], Any]) -> None:
-    """Give ranks whose model is on the meta device the values that rank 0 has; every rank calls it."""
+def prepare(model: Any, from_first: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    """Give ranks whose model is on the meta device the values that rank 0 has; every rank calls it.
+
+    Args:
+        dtype: that the strategy itself computes in; fp32 where autocast casts (one process, DDP).
+    """
     here = _buffers(model)
     if not here:
         return
     values = {name: buffer if buffer.is_meta else buffer.cpu() for name, buffer in here.items()}
     for name, buffer in from_first(values).items():
         if here[name].is_meta:
-            place, _, part = name.rpartition(".")
-            model.get_submodule(place)._buffers[part] = buffer
+            _put(model, name, buffer)
+    hold_in(model, dtype)
+
+
+def hold_in(model: Any, dtype: torch.dtype) -> None:
+    """Hold VeRA's projections in the dtype of the products: FSDP and ZeRO cast parameters to it, and no buffers."""
+    for name, buffer in projections(model).items():
+        _put(model, name, buffer.to(dtype))
+
+
+def _put(model: Any, name: str, buffer: torch.Tensor) -> None:
+    place, _, part = name.rpartition(".")
+    model.get_submodule(place)._buffers[part] = buffer
 
 
 def restore_indices(model: Any, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -174,6 +175,8 @@ def expected_range(name: str, value: Any) -> str:
         return "finite"
     if abs(value) > FP32_MAX:
         return f"at most {FP32_MAX:.2g}, the largest number of fp32"
+    if isinstance(value, int) and abs(value) > sys.maxsize:
+        return f"at most {sys.maxsize}, as far as a computer counts"
     words = RANGES.get(re.sub(r"\[\d+\]", "", name), "")
     return "" if not words or HOLDS[words](value) else words
 
