@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loraplus": ADAPTER | {"loraplus_lr_ratio": 4, "weight_decay": 0.01},
     "ia3": {"use_peft": True, "peft_type": "ia3"},
     "vera": {"use_peft": True, "peft_type": "vera", "peft_kwargs": {"r": 16, "target_modules": "all-linear"}},
+    "vera_bf16": {"use_peft": True, "peft_type": "vera", "peft_kwargs": {"r": 16}, "bf16": True},
     "vera_4bit": {"use_peft": True, "peft_type": "vera", "peft_kwargs": {"r": 16}, "load_in_4bit": True},
     "oft": {"use_peft": True, "peft_type": "oft", "peft_kwargs": {"oft_block_size": 8, "target_modules": "all-linear"}},
     "oft_exact": {"use_peft": True, "peft_type": "oft", "peft_kwargs": {"oft_block_size": 8, **OFT}},
@@ -53,6 +54,7 @@ SHOWN = {
     "loraplus": "`loraplus_lr_ratio: 4`",
     "ia3": "`peft_type: ia3`",
     "vera": "`peft_type: vera`",
+    "vera_bf16": "`peft_type: vera`, bf16",
     "vera_4bit": "`peft_type: vera`, 4 bits",
     "oft": "`peft_type: oft`",
     "oft_exact": "`oft`: exact Cayley, `block_share`",
@@ -122,7 +124,8 @@ def judge(cell: Cell, root: Path) -> dict[str, Any]:
         return {"outcome": "refused" if refused else "broken", "message": (refused or log.splitlines()[-1:])[0]}
     found = curves.difference(single, run)
     logits = same_curve.logits_apart(single, run)
-    equal = found.steps == STEPS and found.within() and logits <= same_curve.LOGITS
+    bounds = 1000 if METHODS[cell.method].get("bf16") else 1  # as same_curve.py has it
+    equal = found.steps == STEPS and found.within(bounds) and logits <= bounds * same_curve.LOGITS
     adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run, resumed)]
     resumes = same_curve.finished(resumed) and losses(run) == losses(resumed) and adapters[0] == adapters[1]
     return {"outcome": "equal" if equal else "differs", "loss": found.loss, "logits": logits, "resumes": resumes}

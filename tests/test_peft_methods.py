@@ -27,8 +27,11 @@ from stepladder.recipe import load
 # Of the cells of docs/compatibility.md those whose code paths differ, in one process and sharded both ways.
 TESTED = ("patterns", "layers", "loraplus", "ia3", "vera", "oft", "pissa", "olora")
 SHARDED = [("zero3", "loraplus"), ("zero3", "vera"), ("zero3", "oft"), ("zero3", "pissa"), ("fsdp", "ia3"),
-           ("fsdp", "vera"), ("fsdp", "oft"), ("fsdp", "pissa")]  # fmt: skip
-CELLS = [*(Cell(method, "single") for method in TESTED), *(Cell(method, strategy) for strategy, method in SHARDED)]
+           ("fsdp", "vera"), ("fsdp", "vera_bf16"), ("fsdp", "oft"), ("fsdp", "pissa")]  # fmt: skip
+CELLS = [
+    *(Cell(method, "single") for method in (*TESTED, "vera_bf16")),
+    *(Cell(method, strategy) for strategy, method in SHARDED),
+]
 
 
 @pytest.fixture(scope="module")
