@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepladder.data.templates.chat_template import LimitExceeded, limit_resources
 from stepladder.errors import ModelError
+from stepladder.model.start import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,6 +38,12 @@ def check(config: PeftConfig, names: list[str], place: Callable[[str], tuple[str
     """
     for field, expression, form in _expressions(config):
         match_in_time(expression, names, *place(field), form)
+
+
+def check_file(config: PeftConfig, names: list[str], folder: Path) -> None:
+    """As `check`, for the configuration of the adapter in a folder."""
+    file = str(folder / ADAPTER_CONFIG)
+    check(config, names, lambda field: (field, file))
 
 
 def match_in_time(expression: str, names: list[str], label: str, where: str, form: str = WHOLE) -> None:

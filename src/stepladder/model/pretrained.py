@@ -306,8 +306,8 @@ def load_trained(model: PreTrainedModel, folder: Path, name: str = "default") ->
     """
     from peft import PeftConfig, PeftModel
 
-    file, names = str(folder / start.ADAPTER_CONFIG), [name for name, _ in model.named_modules()]
-    module_patterns.check(PeftConfig.from_pretrained(str(folder)), names, lambda field: (field, file))
+    names = [name for name, _ in model.named_modules()]
+    module_patterns.check_file(PeftConfig.from_pretrained(str(folder)), names, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:

@@ -184,8 +184,7 @@ def inject(
     wrapped: Any = None
     for name, folder, config, scale in zip(names, adapters, read_configs(adapters), scales, strict=True):
         try:
-            file = str(folder / ADAPTER_CONFIG)
-            module_patterns.check(config, modules, lambda field, file=file: (field, file))
+            module_patterns.check_file(config, modules, folder)
             wrapped, table = _table(wrapped or model, config, name)
         except ValueError as error:
             raise wrong_base(folder, base, first_line(error)) from None
