@@ -15,7 +15,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stepladder import console, errors, hardware, requirements
+from stepladder import console, errors, requirements
 from stepladder.cluster import staging
 from stepladder.data import mixture, special_tokens, templates
 from stepladder.data.rows import LISTED, Rows, Stream
@@ -265,8 +265,7 @@ def build(prepared: Prepared) -> Built:
         checked.recipe.to_yaml(), resume.resumption_entry(prepared.checkpoint), **_facts(prepared, model)
     )
     initial_factors.keep(model.model, checked.record.folder, prepared.checkpoint, checked.record.is_writer)
-    computed = hardware.dtype_of(prepared.precision if launch.strategy.shards else "fp32")
-    fixed_values.prepare(model.model, ranks.from_first, computed)
+    fixed_values.share(model.model, ranks.from_first)
     signals.install(trains=True)
     return Built(prepared, base, model)
 

@@ -20,12 +20,8 @@ def projections(model: Any) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in _buffers(model).items() if ".oft_R." not in name}
 
 
-def prepare(model: Any, from_first: Callable[[Any], Any], dtype: torch.dtype) -> None:
-    """Give ranks whose model is on the meta device the values that rank 0 has; every rank calls it.
-
-    Args:
-        dtype: that the strategy itself computes in; fp32 where autocast casts (one process, DDP).
-    """
+def share(model: Any, from_first: Callable[[Any], Any]) -> None:
+    """Give ranks whose model is on the meta device the values that rank 0 has; every rank calls it."""
     here = _buffers(model)
     if not here:
         return
@@ -33,13 +29,20 @@ def prepare(model: Any, from_first: Callable[[Any], Any], dtype: torch.dtype) ->
     for name, buffer in from_first(values).items():
         if here[name].is_meta:
             _put(model, name, buffer)
-    hold_in(model, dtype)
 
 
-def hold_in(model: Any, dtype: torch.dtype) -> None:
-    """Hold VeRA's projections in the dtype of the products: FSDP and ZeRO cast parameters to it, and no buffers."""
+def hold_in(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Hold VeRA's projections in the dtype of its trained vectors as they are used, once a strategy has the model.
+
+    FSDP casts parameters at their use, and no buffers. ZeRO-2 holds an adapter in the precision of the run, ZeRO-3
+    in fp32 beside a base that it has sharded while it was loaded.
+
+    Args:
+        dtype: what FSDP casts to; None for the dtype in which the vectors are held.
+    """
     for name, buffer in projections(model).items():
-        _put(model, name, buffer.to(dtype))
+        held = next(p.dtype for at, p in model.named_parameters() if ".vera_lambda_" in at)
+        _put(model, name, buffer.to(dtype or held))
 
 
 def _put(model: Any, name: str, buffer: torch.Tensor) -> None:

@@ -173,7 +173,7 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
     with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"), FakeTensorMode(allow_non_fake_inputs=True):
         computed = torch.bfloat16 if work.cast and work.precision == "bf16" else None
         meta_model.materialize(model, computed)
-        fixed_values.hold_in(model, computed or torch.float32)
+        fixed_values.hold_in(model, computed)
         moments = Moments([*model.parameters()], [*model.buffers(), *meta_model.quantization_constants(model)])
         layers = moments.follow(base, depth)
         flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)
