@@ -45,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa_niter": ADAPTER | {"peft_kwargs": {"init_lora_weights": "pissa_niter_4"}},
     "olora": ADAPTER | {"peft_kwargs": {"init_lora_weights": "olora"}},
 }
-SHOWN = {
+SHOWN = {  # in the page's table, which is of fp32
     "gaussian": "`init_lora_weights: gaussian`",
     "orthogonal": "`init_lora_weights: orthogonal`",
     "rslora": "`use_rslora: true`",
@@ -54,7 +54,6 @@ SHOWN = {
     "loraplus": "`loraplus_lr_ratio: 4`",
     "ia3": "`peft_type: ia3`",
     "vera": "`peft_type: vera`",
-    "vera_bf16": "`peft_type: vera`, bf16",
     "vera_4bit": "`peft_type: vera`, 4 bits",
     "oft": "`peft_type: oft`",
     "oft_exact": "`oft`: exact Cayley, `block_share`",
