@@ -30,12 +30,14 @@ def main() -> None:
     parser.add_argument("--transcript", type=Path, metavar="FILE", help="save questions and answers as JSONL")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing transcript")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=generation.MAX_NEW_TOKENS)
-    parser.add_argument("--temperature", type=flags.from_0, default=0.0, help="above 0: sampling; 0: greedy (default)")
+    parser.add_argument(
+        "--temperature", type=flags.temperature, default=0.0, help="above 0: sampling; 0: greedy (default)"
+    )
     parser.add_argument("--top_p", "--top-p", type=flags.fraction, help="with --temperature")
     parser.add_argument("--top_k", "--top-k", type=flags.count, help="with --temperature")
     parser.add_argument("--repetition_penalty", "--repetition-penalty", type=flags.above_0)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
-    parser.add_argument("--seed", type=flags.integer, default=42)
+    parser.add_argument("--seed", type=flags.seed, default=42)
     args = parser.parse_args()
     if (args.top_p or args.top_k) and not args.temperature:
         parser.error("--top_p and --top_k choose among sampled tokens: they need --temperature above 0")

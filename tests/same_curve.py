@@ -333,20 +333,40 @@ def figures(found: dict[str, Any]) -> str:
     return ", ".join(f"{key} {found[key]:.1e}" for key in keys if found.get(key) is not None)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="a method, config, packing, precision or model")
-    parser.add_argument("--gpu", action="store_true", help="one process on the GPU against one on the CPU")
-    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
-    parser.add_argument("--page", action="store_true", help="write the tables from the finished runs in --folder")
-    args = parser.parse_args()
+def read_arguments(description: str | None, only: str, gpu: bool = False) -> argparse.Namespace:
+    """The command line of a program that writes a part of the page; `folder` is there afterwards.
+
+    Args:
+        only: what `--only` names.
+        gpu: whether the program has `--gpu`.
+    """
     import tempfile
 
     from stepladder import console
 
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help=only)
+    if gpu:
+        parser.add_argument("--gpu", action="store_true", help="one process on the GPU against one on the CPU")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are there are not run again")
+    parser.add_argument("--page", action="store_true", help="write the page from the finished runs in --folder")
+    args = parser.parse_args()
     console.quiet_libraries()
-    folder = (args.folder or Path(tempfile.mkdtemp(prefix="same-curve-"))).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    args.folder = (args.folder or Path(tempfile.mkdtemp(prefix=f"{Path(sys.argv[0]).stem}-"))).resolve()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def write_generated(begin: str, text: str, end: str, folder: Path) -> None:
+    """Replace what stands between two marks of docs/compatibility.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{begin}\n")
+    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}; the runs lie in {folder}")
+
+
+def main() -> int:
+    args = read_arguments(__doc__, "a method, config, packing, precision or model", gpu=True)
+    folder = args.folder
     cells = of_gpu() if args.gpu else matrix()
     wanted = [cell for cell in cells if {*args.only} <= {*map(str, dataclasses.astuple(cell))}]
     needed = dict.fromkeys([*(cell.reference for cell in wanted), *wanted])
@@ -357,10 +377,7 @@ def main() -> int:
     for cell, found in results.items():
         print(f"{found['outcome']:8} {cell.name:45} {found.get('message') or figures(found)}")
     if args.page or not (args.only or args.gpu):
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{measured(results)}\n{END}{after}", encoding="utf-8")
-        print(f"written: {PAGE.relative_to(ROOT)}; the runs lie in {folder}")
+        write_generated(BEGIN, measured(results), END, folder)
     return int(any(found["outcome"] in ("differs", "broken") for found in results.values()))
 
 

@@ -98,6 +98,15 @@ def test_a_rubric_that_is_none_is_refused(text: str, said: str, tmp_path: Path) 
         metrics.read_rubric(tmp_path / "rubric.yaml")
 
 
+def test_a_rule_that_never_ends_is_refused(tmp_path: Path) -> None:
+    """Guards compare.py against a pattern that takes exponential time on an answer."""
+    (tmp_path / "rubric.yaml").write_text("greeting: {pattern: '(h+)+!'}\n")
+    (rule,) = metrics.read_rubric(tmp_path / "rubric.yaml")
+    assert rule.kept("hhh!", "") == 1
+    with pytest.raises(DataError, match="rule 'greeting' takes seconds"):
+        rule.kept("h" * 60, "")
+
+
 def test_a_required_share_that_is_missed_is_a_fault() -> None:
     """Guards `required`: a share below it is a fault that names the rule, an unknown share is a doubt."""
     asked = [Question([{"role": "user", "content": str(n)}], "Ask a doctor.") for n in range(20)]

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_best_model import METHODS, Best, assert_result_is, best_step
 from test_resume import EXACT, difference
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState
@@ -165,6 +167,14 @@ def test_the_run_ends_as_finished_with_its_best_step(single) -> None:
     assert "stopped_early" not in manifest(whole)
 
 
+def drawn_lines(picture: Path, last: int) -> list[int]:
+    """The steps of the vertical lines in loss.png, whose plot lies between its pixels 78 and 920, and 50 and 440."""
+    with Image.open(picture) as image:
+        dark = np.asarray(image.convert("L"))[50:440, :] < 170
+    columns = np.flatnonzero(dark.mean(axis=0) > 0.9)
+    return sorted({round(1 + (x - 78) / 842 * (last - 1)) for x in columns.tolist()})
+
+
 def test_the_page_and_what_follows_a_run_say_why(single) -> None:
     """Guards a page that hides the early end, and a fault of overfitting that the result does not have."""
     stopped = single[0]["stopped"]
@@ -173,6 +183,18 @@ def test_the_page_and_what_follows_a_run_say_why(single) -> None:
     assert "stopped early" in html and f"{manifest(stopped)['totals']['steps']} of {STEPS}, stopped early" in html
     assert verdicts["stopped early"].evidence == stop_reason(manifest(stopped)["stopped_early"])
     assert [*runs.follow(stopped)][-1].endswith(stop_reason(manifest(stopped)["stopped_early"]))
+    facts = manifest(stopped)["stopped_early"]
+    done = script("report", stopped)
+    marks = [
+        [facts["best_step"], f"best step: {facts['best_step']}"],
+        [facts["step"], f"stopped early: {facts['step']}"],
+    ]
+    assert (
+        done.code == 0
+        and f'"marks":{json.dumps(marks, separators=(",", ":"))}' in (stopped / "report.html").read_text()
+    )
+    assert drawn_lines(stopped / "loss.png", facts["step"]) == [facts["best_step"], facts["step"]]
+    assert drawn_lines(single[0]["whole"] / "loss.png", STEPS) == []
     loss = runs.Curve([*range(1, 31)], [3 - 0.08 * step for step in range(30)])
     held_out = runs.Curve([10, 20, 30], [2.0, 2.2, 2.6])
     for result, severity in ((None, FAULT), (30, FAULT), (10, LOOK)):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft_methods
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict
 from peft_methods import Cell
 from safetensors.torch import load_file, save_file
 from test_merge import gpt2
@@ -23,9 +25,13 @@ from stepladder.model.start import ADAPTER
 from stepladder.recipe import load
 
 # Of the cells of docs/compatibility.md those whose code paths differ, in one process and sharded both ways.
-TESTED = ("patterns", "layers", "loraplus", "ia3", "pissa", "olora")
-SHARDED = [("zero3", "loraplus"), ("zero3", "pissa"), ("fsdp", "ia3"), ("fsdp", "pissa")]
-CELLS = [*(Cell(method, "single") for method in TESTED), *(Cell(method, strategy) for strategy, method in SHARDED)]
+TESTED = ("patterns", "layers", "loraplus", "ia3", "vera", "oft", "pissa", "olora")
+SHARDED = [("zero3", "loraplus"), ("zero3", "vera"), ("zero3", "oft"), ("zero3", "pissa"), ("fsdp", "ia3"),
+           ("fsdp", "vera"), ("fsdp", "vera_bf16"), ("fsdp", "oft"), ("fsdp", "pissa")]  # fmt: skip
+CELLS = [
+    *(Cell(method, "single") for method in (*TESTED, "vera_bf16")),
+    *(Cell(method, strategy) for strategy, method in SHARDED),
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,50 @@ def test_patterns_reach_the_modules_that_they_name(trained: Path) -> None:
     }
 
 
+# ---- VeRA and OFT ----
+
+
+def vera(tiny: Path, key: int = 0) -> Any:
+    config = VeraConfig(r=8, target_modules=["q_proj", "down_proj"], projection_prng_key=key, task_type="CAUSAL_LM")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), config)
+
+
+def test_the_projections_are_pefts_and_in_the_file(tiny: Path, trained: Path) -> None:
+    """Guards VeRA's result by itself: PEFT's own projections of the default key, whole, under each strategy."""
+    config = VeraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    expected = get_peft_model_state_dict(get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config))
+    for strategy in ("single", "zero3", "fsdp"):
+        saved = load_file(Cell("vera", strategy).folder(trained) / ADAPTER)
+        assert saved.keys() == expected.keys()
+        for part in ("vera_A", "vera_B"):
+            assert torch.equal(saved[f"base_model.{part}"], expected[f"base_model.{part}"]), (strategy, part)
+
+
+def test_a_resumed_run_keeps_its_projections(tiny: Path, tmp_path: Path) -> None:
+    """Guards VeRA where another version of torch draws other values from the key: the run's file decides, and a run
+    without it is refused."""
+    initial_factors.keep(vera(tiny, key=7), tmp_path, None, writes=True)
+    model, expected = vera(tiny), vera(tiny, key=7)
+    assert not torch.equal(model.base_model.vera_A["default"], expected.base_model.vera_A["default"])
+    initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
+    ids = torch.arange(1, 21).reshape(2, 10)
+    for each in (model, expected):
+        torch.nn.init.constant_(each.base_model.model.model.layers[1].mlp.down_proj.vera_lambda_b["default"], 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, expected.eval()(ids).logits, rtol=0, atol=0)
+    (tmp_path / initial_factors.INITIAL).unlink()
+    with pytest.raises(CheckpointError, match="initial_adapter"):
+        initial_factors.keep(model, tmp_path, tmp_path / "checkpoint-3", writes=True)
+
+
+@pytest.mark.parametrize("kind", ["vera", "oft"])
+def test_several_are_merged_with_a_reason(kind: str, trained: Path, tmp_path: Path) -> None:
+    """Guards `--weights`, which only LoRA has: a weight is refused, not left out."""
+    folder = Cell(kind, "single").folder(trained)
+    done = script("merge", "--adapter", folder, "--output_dir", tmp_path / "out", "--weights", "0.5")
+    assert done.code == 2 and "only LoRA has a weight" in done.err and "Traceback" not in done.err, done
+
+
 # ---- LoRA+ ----
 
 
@@ -119,13 +169,30 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
             ["--peft_kwargs", "{init_lora_weights: gaussian}", "--lora_target_modules", "embed_tokens", "q_proj"],
             "init_lora_weights: gaussian",
         ),
+        (["--peft_type", "oft", "--peft_kwargs", "{oft_block_size: 7}"], "4 or 8"),
+        (
+            ["--peft_type", "oft", "--peft_kwargs", "{oft_block_size: 64}"],
+            "16 or 32",
+        ),
+        (
+            ["--peft_type", "oft", "--peft_kwargs", "{oft_block_size: 8, target_modules: [embed_tokens]}"],
+            "cannot change",
+        ),
+        (["--peft_type", "vera", "--peft_kwargs", "{target_modules: [lm_head, q_proj]}"], "cannot change"),
+        (["--peft_type", "vera", "--peft_kwargs", "{target_modules: [embed_tokens]}"], "does not fit"),
+        (["--peft_kwargs", "{rank_pattern: {'(.+)+x': 4}}"], "rank_pattern: '(.+)+x' takes seconds"),
+        (["--lora_modules_to_save", "("], "lora_modules_to_save: '(' is no regular expression"),
+        (
+            ["--peft_kwargs", "{layers_pattern: '(', layers_to_transform: 0}", "--lora_target_modules", "q_proj"],
+            "layers_pattern: '(' is no regular expression",
+        ),
         (["--loraplus_lr_ratio", "4", "--lora_target_modules", "embed_tokens", "q_proj"], "1e-6"),
     ],
 )
 def test_what_does_nothing_in_this_model_is_refused(words: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
     """Guards against a pattern, layer or initialization that PEFT accepts and drops."""
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model_name_or_path: {tiny}\nuse_peft: true\nlora_r: 8\n")
+    recipe.write_text(f"model_name_or_path: {tiny}\nuse_peft: true\n" + "lora_r: 8\n" * ("--peft_type" not in words))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with pytest.raises(ModelError) as error:
         build.attach_adapter(model, load.load(str(recipe), words))
@@ -145,7 +212,28 @@ def test_it_is_refused_before_the_run_begins(tiny: Path, learnable: Path, tmp_pa
     assert "Traceback" not in done.err and not (tmp_path / "out" / "run.json").exists()
 
 
+def test_an_adapter_with_such_a_pattern_is_refused(trained: Path, tmp_path: Path) -> None:
+    """Guards merge.py and generate.py against a file from elsewhere: matching it would never end."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(Cell("loraplus", "single").folder(trained), adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": "(.+)+x"}))
+    for words in (["merge", "--adapter", adapter, "--output_dir", tmp_path / "out"],
+                  ["generate", "--model", adapter, "--prompt", "x"]):  # fmt: skip
+        done = script(*words)
+        assert done.code == 2 and "target_modules: '(.+)+x' takes seconds" in done.err, done
+        assert f"{adapter}/adapter_config.json" in done.err and "Traceback" not in done.err, done
+
+
 # ---- PiSSA and OLoRA ----
+
+
+def test_oft_on_transposed_weights_is_refused(tmp_path: Path) -> None:
+    """Guards GPT-2 (Conv1D), which PEFT's OFT does not take: a message, not a traceback."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model_name_or_path: x/y\nuse_peft: true\npeft_type: oft\npeft_kwargs: {oft_block_size: 4}\n")
+    with pytest.raises(ModelError, match="does not fit"):
+        build.attach_adapter(gpt2(), load.load(str(recipe), []))
 
 
 def test_olora_on_transposed_weights_is_refused(tmp_path: Path) -> None:

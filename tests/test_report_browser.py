@@ -54,6 +54,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         facts = {"status": "failed", "error": text, "strategy": text, "recipe": {text: text, "n": steps},
                  "datasets": [{"name": text, "rows": 1, "skipped": 0, "sha256": text}]}  # fmt: skip
+        if name == "short":
+            facts["stopped_early"] = {
+                "step": 30, "of_steps": 60, "metric": "eval_loss", "value": 2.0, "best": 1.0, "best_step": 18,
+                "evaluations": 2, "patience": 2, "threshold": 0.0,
+            }  # fmt: skip
         (run / "run.json").write_text(json.dumps(facts))
         answered(run, [text], [text], ["another " + text])
         page.save(folder / f"{name}.html", page.render_page([runs.read(run)]))
@@ -123,6 +128,19 @@ def test_hover_shows_the_values_at_the_step(opened, folder) -> None:
     assert len(cursors) == 4, "the cursor stands in every chart at the same step"
     ActionChains(browser).move_to_element(browser.find_element("id", "recipe")).perform()
     assert not browser.find_element("id", "tip").is_displayed()
+
+
+def test_an_early_stop_is_marked(opened) -> None:
+    """Guards the labelled lines at the best step and at the early stop, in the chart of the loss alone, in the view."""
+    browser = opened("short")
+    width = browser.execute_script("return document.querySelector('figure[data-line=loss] .plot').clientWidth")
+    lines = plot(browser).find_elements("css selector", "line.event")
+    places = [58 + (step - 1) / 29 * (width - 58 - 24) for step in (18, 30)]  # page.js: margins left and right
+    assert [float(line.get_attribute("x1")) for line in lines] == pytest.approx(places, abs=0.1)
+    labels = [text.text for text in plot(browser).find_elements("css selector", "line.event + text")]
+    assert labels == ["best step: 18", "stopped early: 30"]
+    assert not plot(browser, "grad_norm").find_elements("css selector", "line.event")
+    assert not plot(opened("long")).find_elements("css selector", "line.event")
 
 
 def test_zoom_by_mouse(opened) -> None:

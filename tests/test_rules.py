@@ -102,6 +102,11 @@ TABLE = {
         "lora_target_modules",
         "use_peft: true\nlora_target_modules: 'model.layers.(q|v)_proj'",
     ),
+    "products_are_numbers_of_fp32": (
+        "use_peft: true\nlearning_rate: 1.0e+5\nloraplus_lr_ratio: 1.0e+38",
+        "loraplus_lr_ratio",
+        "use_peft: true\nlearning_rate: 1.0e-5\nloraplus_lr_ratio: 1.0e+38",
+    ),
     "special_tokens_are_texts": (
         "additional_special_tokens: ['<a>', ' <b>']",
         "additional_special_tokens",

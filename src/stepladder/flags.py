@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+FP32_MAX = 3.4028234663852886e38  # the largest number of fp32, which weights and optimizers compute in
 TRUST = "run the Python code that comes with a model: it can do all that you can"
 
 
@@ -25,6 +26,13 @@ def count(text: str, least: int = 1) -> int:
 def integer(text: str) -> int:
     """A whole number from 0 on."""
     return count(text, least=0)
+
+
+def seed(text: str) -> int:
+    """A seed that NumPy takes."""
+    if (number := integer(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is more than {2**32 - 1}")
+    return number
 
 
 def folder(text: str) -> Path:
@@ -56,15 +64,17 @@ def memory(text: str) -> str:
 
 
 def finite(text: str) -> float:
-    """Any number but NaN and infinity."""
+    """Any number that fp32 has, so not NaN or infinity."""
     if not math.isfinite(found := float(text)):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if abs(found) > FP32_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is beyond {FP32_MAX:.2g}, the largest number of fp32")
     return found
 
 
 def above_0(text: str) -> float:
-    number = float(text)
-    if not (math.isfinite(number) and number > 0):
+    number = finite(text)
+    if number <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return number
 
@@ -76,8 +86,11 @@ def seconds(text: str) -> float:
     return number
 
 
-def from_0(text: str) -> float:
-    return 0.0 if float(text) == 0 else above_0(text)
+def temperature(text: str) -> float:
+    """0 for the likeliest token, or a number that logits can be divided by in fp32."""
+    if 0 < (number := 0.0 if finite(text) == 0 else above_0(text)) < 1e-6:
+        raise argparse.ArgumentTypeError(f"{text} is below 1e-6; 0 takes the likeliest token")
+    return number
 
 
 def fraction(text: str) -> float:
@@ -93,4 +106,4 @@ def size(text: str) -> int:
     number, unit = text[:-2], text[-2:].upper()
     if unit not in units or not number.strip().isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no size: 5GB, or 500MB")
-    return count(number) * units[unit]
+    return count(str(count(number) * units[unit]))

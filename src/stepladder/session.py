@@ -19,7 +19,7 @@ from stepladder import console, errors, requirements
 from stepladder.cluster import staging
 from stepladder.data import mixture, special_tokens, templates
 from stepladder.data.rows import LISTED, Rows, Stream
-from stepladder.model import adapter_recipe, fp8, initial_factors, pretrained, start
+from stepladder.model import adapter_recipe, fixed_values, fp8, initial_factors, pretrained, start
 from stepladder.recipe import load
 from stepladder.recipe.recipe import Recipe, StepLayout
 from stepladder.reporting import page
@@ -265,6 +265,7 @@ def build(prepared: Prepared) -> Built:
         checked.recipe.to_yaml(), resume.resumption_entry(prepared.checkpoint), **_facts(prepared, model)
     )
     initial_factors.keep(model.model, checked.record.folder, prepared.checkpoint, checked.record.is_writer)
+    fixed_values.share(model.model, ranks.from_first)
     signals.install(trains=True)
     return Built(prepared, base, model)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 VIRTUAL = {"prefix": "prefix tuning", "prompt": "prompt tuning"}  # by the recipe's peft_type
-IA3 = "ia3"
+# Methods whose fields of PEFT's configuration all stand in `peft_kwargs`, by the recipe's peft_type.
+TUNERS = {"ia3": "IA³", "vera": "VeRA", "oft": "OFT"}
 DECOMPOSED = ("pissa", "olora")  # initializations of LoRA that begin as a part of the base's weights
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stepladder import files
+from stepladder.data.templates.chat_template import LimitExceeded, limit_resources
 from stepladder.errors import LEVEL, DataError
 from stepladder.evaluation.questions import Answer
 from stepladder.suggest import suggest
@@ -148,13 +149,24 @@ class StyleRule:
 
     def kept(self, answer: str, reference: str) -> float | None:
         """1 or 0; None where the rule does not apply."""
-        found = [match.group() for match in self.pattern.finditer(answer)]
+        found = self._matches(answer)
         if self.in_reference:
-            wanted = {match.group() for match in self.pattern.finditer(reference)}
+            wanted = {*self._matches(reference)}
             if not wanted:
                 return None
             found = [text for text in set(found) if text in wanted]
         return float(self.at_least <= len(found) and (self.at_most is None or len(found) <= self.at_most))
+
+    def _matches(self, text: str) -> list[str]:
+        try:
+            with limit_resources():
+                return [match.group() for match in self.pattern.finditer(text)]
+        except LimitExceeded:
+            raise DataError(
+                f"the pattern of the rule '{self.name}' takes seconds to match against one answer",
+                why="a repetition within another one, as in (a+)+, is tried in every way that it can divide a text",
+                help="a plainer regular expression",
+            ) from None
 
 
 def read_rubric(path: Path) -> list[StyleRule]:

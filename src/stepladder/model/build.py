@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from stepladder import hardware
 from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, first_line
-from stepladder.model import fp8, initial_factors, peft_methods, start
+from stepladder.model import fp8, initial_factors, module_patterns, peft_methods, start
 from stepladder.model.new_tokens import check_trainable, finish_rows, token_indices
 from stepladder.model.pretrained import fit_embeddings
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences, read_adapter
-from stepladder.settings import IA3, VIRTUAL, Settings
+from stepladder.settings import TUNERS, VIRTUAL, Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ def build(
     if tokenizer is not None and (ends := fit_embeddings(base, tokenizer, new_tokens)):
         notes.append(f"an answer ends at {' or '.join(ends)} too: so the chat template or the tokenizer has it")
     choice, costs = attend(base)
+    projected = recipe.get("optim_target_modules") or []  # Transformers matches a list's entries, too
+    for expression in [projected] if isinstance(projected, str) else projected:
+        key = "optim_target_modules"
+        module_patterns.match_in_time(expression, [name for name, _ in base.named_modules()], key, recipe.where(key))
     if recipe.get("fp8") and tokenizer is not None:  # a plan's model is traced in bf16
         fp8.convert(base, recipe)
     model = attach_adapter(base, recipe, tokenizer, new_tokens, fused=on_cpu and not sharded)
@@ -109,15 +113,16 @@ def attach_adapter(
         check_trainable(model, recipe, source, new_tokens)
     if recipe.get("peft_type") in VIRTUAL:
         return _attach_virtual_tokens(model, recipe, tokenizer)
-    is_ia3 = recipe.get("peft_type") == IA3
+    is_tuner = recipe.get("peft_type") in TUNERS
     names = [name for name, _ in model.named_modules()]
     linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if "Linear" in type(m).__name__})
     try:
-        config = peft_methods.ia3_config(recipe) if is_ia3 else _lora_config(source, recipe, model, fused)
+        config = peft_methods.tuner_config(recipe) if is_tuner else _lora_config(source, recipe, model, fused)
     except ValueError as error:  # fields of the recipe that contradict each other
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     if new_tokens:
         config.trainable_token_indices = token_indices(model, [token.row for token in new_tokens])
+    module_patterns.check(config, names, lambda field: peft_methods.place(recipe, source, field))
     if source.adapter and tokenizer is None:  # a plan's model has few of the layers
         config.layers_to_transform = config.layers_pattern = None
     try:
@@ -125,12 +130,12 @@ def attach_adapter(
     except FAULTS as error:
         if source.adapter:
             raise _misfit(source, str(error)) from None
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError) and not is_tuner:
             raise
         raise _does_not_fit(recipe, first_line(error), linear, names) from None
     _check_names(wrapped, recipe, linear, names)
     peft_methods.check_names(wrapped, recipe, names, linear)
-    if not is_ia3 and config.trainable_token_indices:
+    if not is_tuner and config.trainable_token_indices:
         finish_rows(wrapped)
     if source.adapter and tokenizer is not None and model.device.type != "meta":  # else they come from rank 0
         _load(wrapped, source)
@@ -307,7 +312,7 @@ def _check_names(wrapped: PreTrainedModel, recipe: Settings, linear: list[str], 
     """Raise ModelError for a name that matched nothing: PEFT is content where one name of a list does."""
     config = wrapped.peft_config["default"]
     modules, parameters = wrapped.base_model.targeted_module_names, wrapped.base_model.targeted_parameter_names
-    if config.exclude_modules:  # which peft_methods.check_names knows
+    if getattr(config, "exclude_modules", None):  # which peft_methods.check_names knows
         modules = names
     # The configuration's own names: PEFT replaces those of experts that Transformers holds fused.
     targeted = config.target_modules if isinstance(config.target_modules, (list, set)) else ()

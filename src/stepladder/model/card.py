@@ -16,7 +16,7 @@ from stepladder.errors import ModelError
 from stepladder.manifest import LARGEST, MANIFEST, read_manifest, read_metrics
 from stepladder.model import start
 from stepladder.model.weights import Weights
-from stepladder.settings import IA3, VIRTUAL, Settings
+from stepladder.settings import TUNERS, VIRTUAL, Settings
 
 README_BYTES = 1 << 22
 UNNAMED = "none named"
@@ -44,7 +44,7 @@ def training_method(recipe: Settings | dict[str, Any]) -> str:
     if not recipe.get("use_peft"):
         return "full fine-tuning"
     if (kind := recipe.get("peft_type") or "lora") != "lora":
-        return "IA³" if kind == IA3 else VIRTUAL.get(kind, kind)
+        return {**TUNERS, **VIRTUAL}.get(kind, kind)
     kind = "DoRA" if recipe.get("use_dora") else "LoRA"
     return f"Q{kind}" if recipe.get("load_in_4bit") else kind
 
@@ -238,7 +238,8 @@ def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str
     if (kind := trained["recipe"].get("peft_type", "lora")) in VIRTUAL:
         return ask
     merge_it = start.merge_command(folder, trained["recipe"])
-    vllm = "# vLLM does not serve IA³ beside its base; merged, it does" if kind == IA3 else _vllm(folder, base)
+    served = f"# vLLM does not serve {TUNERS[kind]} beside its base; merged, it does" if kind in TUNERS else ""
+    vllm = served or _vllm(folder, base)
     return f"{ask}\n{vllm}\n{merge_it} && transformers serve {quote_for_shell(f'merged/{folder.name}')}"
 
 

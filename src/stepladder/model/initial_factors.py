@@ -1,12 +1,14 @@
-"""Adapters that begin as a part of the base's weights, which are changed to what that part leaves over.
+"""What an adapter begins as, where a resumed run and its result need it: PiSSA, OLoRA and VeRA.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) begins as the largest singular values of each weight, OLoRA (Büyükakyüz 2024,
 arXiv:2406.01775) as a part of its QR decomposition. The trained adapter alone is right on the changed base only. It is
 saved converted, as PEFT documents it (`path_initial_model_for_weight_conversion`): with W = W' + s B₀A₀, the trained
 W' + s BA is W + s [B, -B₀] [A; A₀], which is LoRA of twice the rank on the original base.
 
-The first factors lie in the run's folder, so that a resumed run has them too: another number of threads or another
-machine may decompose a weight into other factors.
+VeRA's projections are drawn from `projection_prng_key`; PEFT promises the same values on one system only.
+
+All lie in the run's folder, so that a resumed run has them too: another number of threads or another machine may
+decompose a weight into other factors.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder import files
 from stepladder.errors import CheckpointError, ModelError, first_line
+from stepladder.model import fixed_values
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG
 from stepladder.model.weights import differences
 from stepladder.settings import DECOMPOSED, Settings
@@ -41,7 +44,7 @@ def wrap(model: Any, config: PeftConfig) -> PeftModel:
         config.init_lora_weights = True
     with warnings.catch_warnings():  # `peft_methods.check_names` reports these
         warnings.filterwarnings(
-            "ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod"
+            "ignore", message=r"The following (rank|alpha)_pattern keys|You have passed exclude_mod|Invalid `oft_block"
         )
         wrapped = get_peft_model(model, config)
     if kind is not None:
@@ -87,7 +90,8 @@ def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) ->
             adapter another way than the run did.
     """
     file = run_folder / INITIAL
-    if not is_decomposed(model):
+    drawn = fixed_values.projections(model)
+    if not is_decomposed(model) and not drawn:
         if checkpoint and file.is_file():
             raise CheckpointError(
                 f"{file} says that this run's adapter began as a part of its base",
@@ -95,10 +99,13 @@ def keep(model: Any, run_folder: Path, checkpoint: Path | None, writes: bool) ->
                 help="peft_kwargs: {init_lora_weights: …} as the run began",
             )
         return
-    here = _factors(model)
+    here = _copies(drawn) or _factors(model)
     if checkpoint:
         first = _read(file, here)
-        if not any(tensor.is_meta for tensor in here.values()):
+        if drawn:
+            for name, projection in drawn.items():
+                projection.copy_(first[name])  # no operation on the meta device
+        elif not any(tensor.is_meta for tensor in here.values()):
             _correct(model, here, first)
     elif writes:
         from safetensors.torch import save
@@ -167,7 +174,18 @@ def _factors(model: Any) -> dict[str, torch.Tensor]:
         for name, layer in _layers(model)
         for part in ("lora_A", "lora_B")
     }
-    return {name: w if w.is_meta else w.float().cpu().clone().contiguous() for name, w in weights.items()}
+    return _copies(weights)
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t if t.is_meta else t.float().cpu().clone().contiguous() for name, t in tensors.items()}
+
+
+def with_projections(tensors: dict[str, torch.Tensor], model: Any, run_folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors with VeRA's projections as the run began with them: ZeRO holds them in its own precision."""
+    from safetensors.torch import load_file
+
+    return tensors | (load_file(run_folder / INITIAL) if fixed_values.projections(model) else {})
 
 
 def saved_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from stepladder.errors import ModelError
-from stepladder.model import initial_factors
-from stepladder.settings import Settings
+from stepladder.model import initial_factors, start
+from stepladder.settings import TUNERS, Settings
 from stepladder.suggest import suggest
 
 if TYPE_CHECKING:
-    from peft import IA3Config, PeftModel
+    from peft import PeftConfig, PeftModel
 
 KEY = "peft_kwargs"
 # Fields that make layers differ: a plan that traces a few layers of the model leaves them out.
@@ -38,12 +38,26 @@ def without_layers(recipe: Settings) -> Settings:
     return recipe.with_values(**{KEY: kept})
 
 
-def ia3_config(recipe: Settings) -> IA3Config:
-    """IA³ (Liu et al. 2022, arXiv:2205.05638): one factor per activation of the chosen modules."""
-    from peft import IA3Config
+def tuner_config(recipe: Settings) -> PeftConfig:
+    """PEFT's configuration of a method that is set by `peft_kwargs` alone.
 
-    values = fields(recipe)
-    return IA3Config(task_type="CAUSAL_LM", revision=recipe.values.get("model_revision"), **values)
+    IA³ (Liu et al. 2022, arXiv:2205.05638) has one factor per activation of the chosen modules, VeRA (Kopiczko et al.
+    2023, arXiv:2310.11454) two vectors per module around random projections that all share, and OFT (Qiu et al. 2023,
+    arXiv:2306.07280) rotates blocks of a module's inputs.
+    """
+    from peft import IA3Config, OFTConfig, VeraConfig
+
+    kind: Any = {"ia3": IA3Config, "vera": VeraConfig, "oft": OFTConfig}[recipe.get("peft_type")]
+    return kind(task_type="CAUSAL_LM", revision=recipe.values.get("model_revision"), **fields(recipe))
+
+
+def place(recipe: Settings, source: start.Start, field: str) -> tuple[str, str]:
+    """What a person calls a field of the adapter's configuration, and where it is set."""
+    if source.adapter:
+        return field, source.config_file
+    keys = {name: key for key, name in start.FIELDS.items()} if recipe.get("peft_type") not in TUNERS else {}
+    key = keys.get(field, f"{KEY}.{field}")
+    return key, recipe.where(key)
 
 
 def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: list[str]) -> None:
@@ -54,11 +68,40 @@ def check_names(wrapped: PeftModel, recipe: Settings, names: list[str], linear: 
         linear: the last parts of the names of its linear layers.
     """
     initial_factors.check_layers(wrapped, recipe)
+    _check_tuner(wrapped, recipe)
     for key, entry, why in _idle(wrapped, recipe, names):
         near = "" if entry in {*linear, *names} else suggest(str(entry), linear)
         raise ModelError(
             f"{key}: {entry} has no effect in this model", where=recipe.where(key), why=why, help=near or "remove it"
         )
+
+
+def _check_tuner(wrapped: Any, recipe: Settings) -> None:
+    """Raise ModelError for a layer that PEFT rotates by another block than the recipe says, or wraps unheard.
+
+    PEFT takes the nearest size that divides a layer's width, with a warning among others.
+    """
+    size = wrapped.peft_config["default"].to_dict().get("oft_block_size")
+    head = wrapped.get_base_model().get_output_embeddings()
+    for name, layer in wrapped.named_modules():
+        found = getattr(layer, "oft_block_size", None)
+        if isinstance(found, dict) and found.get("default", size) != size:
+            divisors = [n for n in range(2, layer.in_features + 1) if layer.in_features % n == 0]
+            near = sorted(sorted(divisors, key=lambda n: abs(n - size))[:2])
+            raise ModelError(
+                f"oft_block_size: {size} does not divide {layer.in_features}, the width of {name}",
+                where=recipe.where(f"{KEY}.oft_block_size"),
+                why="the blocks that are rotated lie side by side in a layer's input",
+                help=f"oft_block_size: {' or '.join(map(str, near))}",
+            )
+        ends = layer is head and hasattr(layer, "base_layer")
+        if recipe.get("peft_type") in TUNERS and (ends or len(getattr(layer, "oft_embedding_R", ()))):
+            raise ModelError(
+                f"peft_type: {recipe.get('peft_type')} cannot change {name}",
+                where=recipe.where(f"{KEY}.target_modules"),
+                why="the loss is computed from an output layer's weights alone, and embeddings are no linear layer",
+                help="target_modules: all-linear, or names of the decoder's layers",
+            )
 
 
 def _idle(wrapped: Any, recipe: Settings, names: list[str]) -> Iterator[tuple[str, Any, str]]:

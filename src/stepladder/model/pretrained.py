@@ -13,7 +13,7 @@ from stepladder import console, hardware
 from stepladder.data import templates
 from stepladder.data.special_tokens import NewToken
 from stepladder.errors import ModelError, RecipeError, first_line
-from stepladder.model import new_tokens, start
+from stepladder.model import module_patterns, new_tokens, start
 from stepladder.model.start import check_files, check_source
 from stepladder.model.weights import more
 from stepladder.settings import Settings
@@ -304,8 +304,10 @@ def load_trained(model: PreTrainedModel, folder: Path, name: str = "default") ->
     Raises:
         ModelError: a tensor is missing, which PEFT would leave as random as it begins, with a warning.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    names = [name for name, _ in model.named_modules()]
+    module_patterns.check_file(PeftConfig.from_pretrained(str(folder)), names, folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         try:

@@ -16,7 +16,7 @@ import torch
 
 from stepladder import hardware
 from stepladder.errors import ModelError, first_line
-from stepladder.model import attention, build, cpu_kernels, fp8, new_tokens, peft_methods
+from stepladder.model import attention, build, cpu_kernels, fixed_values, fp8, new_tokens, peft_methods
 from stepladder.planning import meta_model
 from stepladder.planning.live_bytes import PHASES, Moments
 from stepladder.planning.meta_model import Work
@@ -171,7 +171,9 @@ def _traced(settings: Settings, config: Any, depth: int, work: Work) -> tuple[Co
     rows = attention.lengths_as_mask(torch.full((work.micro,), work.length))  # with values, which attention reads
     # FakeTensorMode asks whether CUDA is available; by NVML, the question does not start the driver.
     with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"), FakeTensorMode(allow_non_fake_inputs=True):
-        meta_model.materialize(model, torch.bfloat16 if work.cast and work.precision == "bf16" else None)
+        computed = torch.bfloat16 if work.cast and work.precision == "bf16" else None
+        meta_model.materialize(model, computed)
+        fixed_values.hold_in(model, computed)
         moments = Moments([*model.parameters()], [*model.buffers(), *meta_model.quantization_constants(model)])
         layers = moments.follow(base, depth)
         flat = str(base.config._attn_implementation).startswith(attention.BY_ROW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from stepladder import files
 from stepladder.errors import RecipeError, RecipeErrors
+from stepladder.flags import FP32_MAX
 from stepladder.recipe.schema import ANYTHING, Key
 from stepladder.suggest import suggest
 
@@ -28,6 +30,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "above 0": lambda x: x > 0,
     "0 or more": lambda x: x >= 0,
     "1 or more": lambda x: x >= 1,
+    "2 or more": lambda x: x >= 2,
     "from 0 up to, but not including, 1": lambda x: 0 <= x < 1,
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "a share below 1, or a whole number from 1 up": lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
@@ -170,6 +173,10 @@ def expected_range(name: str, value: Any) -> str:
         return ""
     if not math.isfinite(value):
         return "finite"
+    if abs(value) > FP32_MAX:
+        return f"at most {FP32_MAX:.2g}, the largest number of fp32"
+    if isinstance(value, int) and abs(value) > sys.maxsize:
+        return f"at most {sys.maxsize}, as far as a computer counts"
     words = RANGES.get(re.sub(r"\[\d+\]", "", name), "")
     return "" if not words or HOLDS[words](value) else words
 

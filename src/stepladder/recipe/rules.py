@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from stepladder.flags import FP32_MAX
 from stepladder.recipe import peft_rules
 from stepladder.recipe.recipe import Recipe
 from stepladder.recipe.rule_engine import TABLE, Check, RuleBreak, build_rules, conflict, format_key, idle
@@ -78,6 +79,17 @@ def target_modules_are_names_or_one_pattern(recipe: Recipe) -> RuleBreak | None:
     except (re.error, OverflowError, RecursionError) as error:
         what = f"{key}: '{others[0]}' is no regular expression: {error}"
         return conflict(recipe, what, [key], f"{key}: '.*\\.(q|v)_proj', or a list of names")
+    return None
+
+
+@register
+def products_are_numbers_of_fp32(recipe: Recipe) -> RuleBreak | None:
+    """The optimizer multiplies them in fp32, where the product is infinite: the first update would be no number."""
+    rate = recipe.get("learning_rate") or 0
+    for key in ("loraplus_lr_ratio", "weight_decay"):
+        if rate * (recipe.get(key) or 0) > FP32_MAX:
+            what = f"{format_key(recipe, key)} times {format_key(recipe, 'learning_rate')} is beyond {FP32_MAX:.2g}"
+            return conflict(recipe, what, ["learning_rate", key], f"a smaller {key}", at=key)
     return None
 
 

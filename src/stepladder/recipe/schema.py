@@ -326,10 +326,11 @@ def _model_init() -> tuple[Key, ...]:
 
 def _peft() -> tuple[Key, ...]:
     """Every field of PEFT's configuration of each method; its owner lists the methods that take it."""
-    from peft import IA3Config, LoraConfig
+    from peft import IA3Config, LoraConfig, OFTConfig, VeraConfig
 
     found: dict[str, Key] = {}
-    for method, config in {"lora": LoraConfig, "ia3": IA3Config}.items():
+    methods = {"lora": LoraConfig, "ia3": IA3Config, "vera": VeraConfig, "oft": OFTConfig}
+    for method, config in methods.items():
         for key in keys_of(config):
             owner = f"{found[key.name].owner} {method}" if key.name in found else method
             # `pissa_niter_[number of iters]` is no value: rules.py knows those of init_lora_weights

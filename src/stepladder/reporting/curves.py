@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,8 +292,23 @@ def between(reference: LoggedRun, other: LoggedRun) -> CurveDifference:
     )
 
 
-def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
-    """Draw the training loss over the steps as a line and the held-out loss as rings; nothing without a loss."""
+def step_marks(facts: dict[str, Any]) -> list[tuple[int, str]]:
+    """The steps of a run that its charts mark, with a label: where early stopping ended it, and the best step before.
+
+    Args:
+        facts: the run's manifest.
+    """
+    stopped = facts.get("stopped_early") or {}
+    labels = {"best_step": "best step", "step": "stopped early"}
+    return [(stopped[key], f"{label}: {stopped[key]}") for key, label in labels.items() if stopped.get(key) is not None]
+
+
+def draw_loss(path: Path, loss: Curve, evaluation: Curve, marks: Sequence[tuple[int, str]] = ()) -> None:
+    """Draw the training loss over the steps as a line and the held-out loss as rings; nothing without a loss.
+
+    Args:
+        marks: steps at which a labelled vertical line is drawn.
+    """
     from PIL import Image, ImageDraw, ImageFont  # here, so that a run without it lacks the picture only
 
     loss, evaluation = loss.finite(), evaluation.finite()
@@ -318,6 +333,12 @@ def draw_loss(path: Path, loss: Curve, evaluation: Curve) -> None:
     for step in _ticks(first, last, 8):
         if step == int(step):
             draw.text((place(step, low)[0], HEIGHT - BOTTOM + 12 * SCALE), str(int(step)), SOFT, font, "mt")
+    for row, (step, label) in enumerate(marks):
+        if first <= step <= last:
+            x, y = place(step, low)[0], TOP + (4 + 20 * row) * SCALE
+            beside = -6 * SCALE if x > WIDTH / 2 else 6 * SCALE
+            draw.line([(x, TOP), (x, HEIGHT - BOTTOM)], SOFT, SCALE)
+            draw.text((x + beside, y), label, SOFT, font, "rt" if beside < 0 else "lt")
     draw.text((LEFT, 16 * SCALE), "training loss", BLUE, font, "lt")
     draw.line([place(*point) for point in _points(loss)], BLUE, 2 * SCALE, "curve")
     if len(evaluation):

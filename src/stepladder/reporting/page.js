@@ -129,6 +129,14 @@
         drawn.append(svg("path", { class: `curve ${look}${one.dots ? " thin" : ""}`, d: path }));
         if (one.dots || dots.length === 1) for (const [cx, cy] of dots) drawn.append(svg("circle", { class: look, cx, cy, r: 3.2 }));
       }
+      // Where a run was best and where early stopping ended it; a label per row, on the side that has room.
+      const marked = points ? runs.flatMap((run, number) => hidden.has(number) ? [] : run.marks.map(([step, label]) => [step, runs.length > 1 ? `${run.name}, ${label}` : label])) : [];
+      for (const [row, [step, label]] of marked.entries()) {
+        if (step < view[0] || step > view[1]) continue;
+        const end = x(step) > margin.left + width / 2;
+        drawn.append(svg("line", { class: "event", x1: x(step), x2: x(step), y1: margin.top, y2: margin.top + height }));
+        drawn.append(svg("text", { x: x(step) + (end ? -6 : 6), y: margin.top + 10 + 14 * row, "text-anchor": end ? "end" : "start" }, label));
+      }
       over = svg("g", {});
       root.append(drawn, over);
       plot.replaceChildren(root);

@@ -60,7 +60,7 @@ def write_page(folder: Path) -> None:
     """Write report.html and loss.png into a run folder, from what lies there."""
     run = read(folder)
     save(folder / "report.html", render_page([run]))
-    curves.draw_loss(folder / "loss.png", run.curve("loss"), run.curve("eval_loss"))
+    curves.draw_loss(folder / "loss.png", run.curve("loss"), run.curve("eval_loss"), curves.step_marks(run.facts))
 
 
 def write_audit(folder: Path, train: Any, evaluation: Any) -> None:
@@ -215,7 +215,8 @@ def _drawn_curves(run: LoggedRun, most: int) -> dict[str, Any]:
         return found
 
     lines = [line for _, line, *_ in CHARTS]
-    return {"name": run.name, "line": columns(lines, "loss"), "points": columns(["eval_loss"], "eval_loss")}
+    points, marks = columns(["eval_loss"], "eval_loss"), curves.step_marks(run.facts)
+    return {"name": run.name, "line": columns(lines, "loss"), "points": points, "marks": marks}
 
 
 def _digits(values: Numbers) -> list[float | None]:

@@ -58,6 +58,7 @@ def _write_adapter(model: Any, live: dict[str, Any], folder: Path, writes: bool)
     if writes and initial_factors.is_decomposed(model):
         tensors = initial_factors.convert(tensors, names, folder)
     if writes:
+        tensors = initial_factors.with_projections(tensors, model, folder)
         model.save_pretrained(str(folder), state_dict=tensors, save_embedding_layers=embeddings)
         if initial_factors.is_decomposed(model):
             initial_factors.convert_config(folder)

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
+from stepladder import hardware
 from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
 from stepladder.errors import TrainingError
-from stepladder.model import new_tokens
+from stepladder.model import fixed_values, new_tokens
 from stepladder.model.cpu_kernels import speed_up
 from stepladder.model.flops import count_experts
 from stepladder.recipe.recipe import StepLayout
@@ -336,6 +337,8 @@ class Trainer(SFTTrainer):
         if weights is not None:
             offload = self.accelerator.state.fsdp_plugin.cpu_offload
             weight_sending.send_weights(self.model, self.optimizer, weights, offload)
+        casts = self.accelerator.is_fsdp2 and self.accelerator.mixed_precision in ("bf16", "fp16")
+        fixed_values.hold_in(self.model, hardware.dtype_of(self.accelerator.mixed_precision) if casts else None)
         launcher.assert_set_up(self, self.meter.run.manifest)
         if resume_from_checkpoint is not None:
             # Transformers takes `logging_steps`, `eval_steps` and `save_steps` from the checkpoint.

@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=flags.finite, nargs="+", help="one per --adapter (default: 1 each)")
     parser.add_argument("--combination_type", "--combination-type", choices=TYPES, default=SUM, help="PEFT's")
     parser.add_argument("--density", type=flags.fraction, help="the share of values that pruning keeps: 0.2 to 0.5")
-    parser.add_argument("--seed", type=flags.integer, help="of the values that DARE drops (default: 0)")
+    parser.add_argument("--seed", type=flags.seed, help="of the values that DARE drops (default: 0)")
 
 
 def from_flags(args: argparse.Namespace) -> Combination | None:

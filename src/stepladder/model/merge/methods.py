@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+STREAMED = ("LORA", "VERA", "OFT")
+
+
 class StreamedMerge:
     """Adapters on a base of which no more than one module is in memory.
 
@@ -298,8 +301,14 @@ class WholeMerge:
 def _why_whole(configs: list[PeftConfig]) -> str | None:
     """Why these adapters need the whole model in memory; None where they can be streamed."""
     for config in configs:
-        if config.peft_type.value != "LORA":
-            return f"{config.peft_type.value} is not merged module by module"
+        if (kind := config.peft_type.value) not in STREAMED:
+            return f"{kind} is not merged module by module"
+        if kind != "LORA":
+            if len(configs) > 1:
+                return f"{kind} is merged alone"
+            if not getattr(config, "save_projection", True):
+                return "its projections are not in its file"
+            continue
         if str(config.init_lora_weights).startswith(CHANGES_BASE):
             return f"init_lora_weights: {config.init_lora_weights} changes the base's own weights"
         if config.target_parameters or config.layer_replication:

@@ -35,6 +35,12 @@ class Proof:
         model = merge.reference()
         self.sequences = greedy(model, prompts, merge.device)
         self.logits = self._answers(model)
+        if not all(answer.isfinite().all() for answer in self.logits):
+            raise ModelError(
+                "base and adapter together have logits that are not finite",
+                why="weights beyond what fp32 holds come of it; nothing was written",
+                help="smaller --weights, or an adapter whose training did not diverge",
+            )
         with model.disable_adapter():
             self.effect = difference(self.logits, self._answers(model))
         del model

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepladder.console import quote_for_shell
 from stepladder.errors import ModelError, first_line
+from stepladder.model import fixed_values, module_patterns
 from stepladder.model.pretrained import wrong_base
 from stepladder.model.start import ADAPTER, ADAPTER_CONFIG, invalid_config, read_config
 from stepladder.model.weights import Weights, more, read_adapter
@@ -178,10 +179,12 @@ def inject(
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     names = [f"adapter_{number}" for number in range(len(adapters))]
+    modules = [name for name, _ in model.named_modules()]
     replaced: dict[str, torch.Tensor] = {}
     wrapped: Any = None
     for name, folder, config, scale in zip(names, adapters, read_configs(adapters), scales, strict=True):
         try:
+            module_patterns.check_file(config, modules, folder)
             wrapped, table = _table(wrapped or model, config, name)
         except ValueError as error:
             raise wrong_base(folder, base, first_line(error)) from None
@@ -212,6 +215,7 @@ def inject(
                 )
             (replaced if in_base in shapes else loaded)[in_base if in_base in shapes else place] = tensors[key]
         wrapped.load_state_dict(loaded, strict=False, assign=True)
+        fixed_values.restore_indices(wrapped, device)
         if scale != 1:
             _scale(wrapped, name, scale, folder)
     if len(names) > 1:
@@ -238,6 +242,8 @@ def _table(model: Any, config: PeftConfig, name: str) -> tuple[Any, dict[str, st
 
 
 def _scale(model: PeftModel, name: str, scale: float, folder: Path) -> None:
+    if (kind := model.peft_config[name].peft_type.value) != "LORA":
+        raise ModelError(f"{folder} is {kind}, and only LoRA has a weight", help="remove --weights")
     if model.peft_config[name].trainable_token_indices:
         raise ModelError(f"{folder} has no weight: it replaces rows of the embeddings, which is not a sum")
     for layer in model.modules():
