@@ -14,8 +14,8 @@ import pages
 FILE = pages.ROOT / "notebooks/workshop.ipynb"
 HEAD = """# Stepladder: the workshop, levels 1 to 3
 
-On Colab, choose a GPU (Runtime, Change runtime type, T4: it computes in fp16) or stay on the CPU. Each section is a page
-of `docs/workshop/`, with its questions and answers. This notebook was not run on Colab yet.
+On Colab, choose a GPU (Runtime, Change runtime type, T4: it computes in fp16) or stay on the CPU. Each section is a
+page of `docs/workshop/`, with its questions and answers. This notebook was not run on Colab yet.
 
 The project has no public address yet: set `REPOSITORY` to yours, or upload the folder as `/content/stepladder`. If the
 notebook lies in the project's folder, it uses that one."""
