@@ -56,7 +56,7 @@ def claim(folder: Path, how: str = "auto", overwrite: bool = False, allowed: tup
         return resume.claim(run, recipe(folder, **keys), how, overwrite, list(allowed))
     finally:
         if hasattr(run, "_lock"):
-            run._lock.close()  # as the end of a process does
+            run._lock.release()  # as the end of a process does
 
 
 def flip_a_bit(file: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_kill_while_a_run_is_replaced(folder) -> None:
     run = Run(folder, is_writer=True)
     resume.claim(run, recipe(folder), "auto", True, [])
     run.begin("", recipe=KEYS)
-    run._lock.close()
+    run._lock.release()
     assert claim(folder) is None, "the new one has begun"
     assert (old / "checkpoint-6").is_dir(), "it has not trained"
     run.log({"step": 1})
@@ -219,7 +219,7 @@ def test_no_progress_over_three_starts(folder) -> None:
         run = Run(folder, is_writer=True)
         resume.claim(run, recipe(folder), "auto", False, [])
         run.update()  # it starts, and dies without a checkpoint
-        run._lock.close()
+        run._lock.release()
     with pytest.raises(LaunchError, match="no progress"):
         claim(folder)
     assert json.loads((folder / "run.json").read_text())["status"] == "stuck"
@@ -233,7 +233,7 @@ def test_two_processes_do_not_share_a_run(folder, monkeypatch) -> None:
     first.lock()
     with pytest.raises(LaunchError, match="another process is training"):
         claim(folder)
-    first._lock.close()
+    first._lock.release()
     assert claim(folder)
 
 

@@ -333,7 +333,7 @@ def _start(folder: Path, recipe: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             resume.claim(run, recipe, "auto", False, [])
     finally:
-        run._lock.close()
+        run._lock.release()
 
 
 RAW = {
@@ -372,7 +372,7 @@ def test_what_is_no_checkpoint_is_not_resumed_from(name: str, folder: Path, sett
     run = runs_folder.Run(folder, is_writer=True)
     with pytest.raises(StepladderError) as said:
         resume.claim(run, settings(**RECIPE), str(chosen), False, [])
-    run._lock.close()
+    run._lock.release()
     assert str(chosen) in said.value.what
 
 
@@ -406,7 +406,7 @@ def test_a_job_that_comes_back_after_its_end(status, job_id, changed, finished, 
             resume.claim(run, settings(**RECIPE | changed), "auto", False, [])
             assert rank or status == "preempted"
         if rank == 0:
-            run._lock.close()
+            run._lock.release()
 
 
 # ---- one reader for all of it

@@ -294,7 +294,7 @@ def test_a_start_that_ends_before_it_trains_is_counted(tmp_path, settings) -> No
             assert claim(overwrite=False) is None
             assert manifest(tmp_path)["progress"]["starts"] == starts
         assert manifest(tmp_path)["wandb_run_id"] == "abc"
-        record._lock.close()
+        record._lock.release()
     record = Run(tmp_path, is_writer=True)
     resume.claim(record, settings(output_dir=tmp_path), "auto", True, [])
     record.begin("", world_size=1, strategy="single")

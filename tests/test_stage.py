@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import yaml
 from conftest import ROOT, losses, run, script
 from hub_server import Hub
 from same_curve import recipe_keys, write_rows
-from stepladder.files import hash_file, open_lock
+from stepladder.files import hash_file, lock_file
 
 ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 CARD = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.jsonl}\n"
@@ -197,8 +196,7 @@ def test_what_cannot_be_staged_is_named(site: Site, tmp_path: Path) -> None:
     assert not (ROOT / "stage").exists() and (tmp_path / "mine/notes.txt").read_text() == "mine"
     away = site.fill(to=tmp_path / "away", HF_ENDPOINT="http://127.0.0.1:9")
     assert away.code == 2 and "reaches http://127.0.0.1:9" in away.err and "Traceback" not in away.err, away
-    with open_lock(site.folder / "stage/.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(site.folder / "stage/.lock"):
         busy = site.fill(to=site.folder / "stage")
     assert busy.code == 2 and "another stage.py fills" in busy.err, busy
     full = site.fill(to=tmp_path / "full", PYTHONPATH=f"{small_disk(tmp_path)}:{ROOT}/src")

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-facts = json.loads(Path(sys.argv[1]).read_text())
+facts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 base, *others = facts["sides"]
 print(f"{'run':<20} {'held-out loss':>14} {'general knowledge':>18} {'change':>7}")
 for side in (base, *others):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 MARKS = {"better": "▲", "worse": "▼"}
 
-facts = json.loads(Path(sys.argv[1]).read_text())
+facts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 names = [side["name"] for side in facts["sides"]]
 print(f"{'behaviour':<20} {'noise':>6}" + "".join(f"{Path(name).name[:20]:>22}" for name in names))
 for row in (row for row in facts["metrics"] if "noise" in row):

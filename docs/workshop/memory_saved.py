@@ -8,7 +8,9 @@ BASELINE = "mem-baseline"
 
 peaks = {}
 for folder in map(Path, sys.argv[1:]):
-    peaks[folder.name] = max(json.loads((folder / "run.json").read_text())["totals"]["peak_memory_bytes"]) / 2**30
+    peaks[folder.name] = (
+        max(json.loads((folder / "run.json").read_text(encoding="utf-8"))["totals"]["peak_memory_bytes"]) / 2**30
+    )
 print(f"{'strategy':<18} {'GiB':>6} {'saved':>6}")
 for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
     saved = round(1 - peak / peaks[BASELINE], 2) + 0  # no "-0%"

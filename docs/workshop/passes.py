@@ -20,8 +20,8 @@ def passes(code: str, tests: list[str]) -> bool:
     return done.returncode == 0
 
 
-sides = json.loads(Path(sys.argv[1]).read_text())["sides"]
-cases = [json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()]
+sides = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["sides"]
+cases = [json.loads(line) for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()]
 for side in sides:
     count = sum(passes(text, case["tests"]) for text, case in zip(side["answers"], cases, strict=False))
     print(f"{side['name']}: {count} of {len(side['answers'])} functions pass their tests")

@@ -51,6 +51,10 @@ def quote_for_shell(*words: object) -> str:
 
 
 def _shell_word(word: str) -> str:
+    if sys.platform == "win32":
+        import subprocess
+
+        return subprocess.list2cmdline([word])
     if word.isprintable():
         return shlex.quote(word)
     code = {}
@@ -108,6 +112,10 @@ def keep_printing() -> None:
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(handle, True)
     os.close(handle)
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.windll.kernel32.SetConsoleOutputCP(65001)  # UTF-8: the console's own code page lacks ✔
     for number, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
         with contextlib.suppress(OSError, AttributeError):
@@ -116,7 +124,7 @@ def keep_printing() -> None:
         kind = _Printable if name == "stdout" else io.TextIOWrapper
         stream = kind(
             io.BufferedWriter(raw),
-            encoding=getattr(old, "encoding", "utf-8"),
+            encoding="utf-8" if sys.platform == "win32" else getattr(old, "encoding", "utf-8"),
             errors="backslashreplace",
             line_buffering=getattr(old, "line_buffering", True),
         )

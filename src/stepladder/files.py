@@ -15,13 +15,17 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
 from stepladder.errors import RunError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 TEXT_BYTES = 1 << 20  # of a template, a rubric, a model card: the largest in use have a tenth of it
 YAML_BYTES = 1 << 17  # PyYAML reads 0.1 to 0.6 MB a second
@@ -90,7 +94,9 @@ def open_file(path: str | Path) -> BinaryIO:
         ValueError: it is a folder, a pipe or a device.
     """
     # Without O_NONBLOCK a pipe would be waited for until somebody writes into it.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    # On Windows O_BINARY keeps line ends as they are; the other two flags it does not have.
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    handle = os.open(path, os.O_RDONLY | sum(flags))
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
@@ -226,6 +232,8 @@ def name_fault(name: str) -> str:
         return "it holds a NUL character"
     if any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/")):
         return f"a name in it is longer than the {NAME_BYTES} bytes that a file system takes"
+    if sys.platform == "win32" and (bad := set('<>:"|?*') & set(os.path.splitdrive(name)[1])):
+        return f"Windows allows no {min(bad)} in a name"
     return f"it is longer than {PATH_BYTES:,} bytes" if len(os.fsencode(name)) > PATH_BYTES else ""
 
 
@@ -265,9 +273,25 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def open_lock(file: Path) -> IO[bytes]:
-    """Open a file to lock it by `flock`; OSError where it is a link, which is not followed."""
-    return open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "r+b", buffering=0)
+def lock_file(file: Path, wait: bool = False) -> BaseFileLock:
+    """Create and lock a file; the lock ends with its release (it is a context) or with this process.
+
+    Args:
+        wait: until another process has released it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be written, or is a link, which is not followed.
+    """
+    import filelock  # a twentieth of a second, which a typo in a recipe need not wait for
+
+    # Its fallback for file systems without locks is a file that a killed process leaves behind.
+    lock = filelock.FileLock(file, timeout=-1 if wait else 0, mode=0o666, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(file)) from None
+    return lock
 
 
 def make_folder(folder: Path) -> None:
@@ -316,11 +340,29 @@ def hash_file(path: Path) -> str:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():  # NTFS keeps the list of names in its journal
+        return
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)  # Windows flushes what may be written
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_at(handle: int, count: int, position: int) -> bytes:
+    """Bytes of an open file from a position on; on Windows this moves the file's own position."""
+    if sys.platform != "win32":
+        return os.pread(handle, count, position)
+    os.lseek(handle, position, os.SEEK_SET)
+    return os.read(handle, count)
+
+
+def write_at(handle: int, content: bytes, position: int) -> int:
+    """Write at a position of an open file, and return how many bytes were taken."""
+    if sys.platform != "win32":
+        return os.pwrite(handle, content, position)
+    os.lseek(handle, position, os.SEEK_SET)
+    return os.write(handle, content)
 
 
 def append_atomic(path: Path, content: bytes) -> None:

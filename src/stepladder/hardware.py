@@ -7,7 +7,6 @@ import dataclasses
 import ipaddress
 import os
 import re
-import resource
 import socket
 import sys
 from dataclasses import dataclass
@@ -199,9 +198,11 @@ def gpus_here() -> int:
 
 def host_memory() -> float:
     """Bytes of host memory that processes may take: the machine's, or the limit of a container or a job."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     with contextlib.suppress(ValueError):
         limits.append(int(os.environ.get("SLURM_MEM_PER_NODE", "")) * 2**20)
     return min(limit for limit in limits if limit > 0)
@@ -264,5 +265,12 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def peak_resident_bytes() -> int:
     """The peak resident memory of this process; `ru_maxrss` is in KiB on Linux and in bytes on macOS."""
+    if sys.platform == "win32":
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -12,6 +11,7 @@ import math
 import os
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from stepladder.console import say
 from stepladder.errors import LaunchError, TrainingError, lost_a_rank
-from stepladder.files import LINE_BYTES, PART_SUFFIX, append_atomic, open_lock, remove, write_atomic
+from stepladder.files import LINE_BYTES, PART_SUFFIX, append_atomic, lock_file, remove, write_atomic
 from stepladder.manifest import LOCK, MANIFEST, METRICS, RECIPE, read_manifest, read_metrics
 
 PACKAGES = (
@@ -60,19 +60,18 @@ class Run:
         Raises:
             LaunchError: another one trains into it, or it cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open_lock(self.folder / LOCK)
-        except OSError as error:
-            where = self.folder if error.errno != errno.ELOOP else f"{self.folder / LOCK}, a link,"
-            raise LaunchError(f"output_dir {where} cannot be written: {error.strerror}") from None
         for second in range(LOCK_PATIENCE + 1):
             try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = lock_file(self.folder / LOCK)
+                return
             except BlockingIOError:
                 if second == 0:
                     say(f"another process is training into {self.folder}: waiting {LOCK_PATIENCE} s for it to end")
                 time.sleep(1)
+            except OSError as error:
+                where = self.folder if error.errno != errno.ELOOP else f"{self.folder / LOCK}, a link,"
+                raise LaunchError(f"output_dir {where} cannot be written: {error.strerror}") from None
         raise LaunchError(
             f"another process is training into {self.folder}",
             why="two would overwrite each other's files",
@@ -362,8 +361,8 @@ def slurm_job() -> dict[str, Any] | None:
 
 def process_seconds() -> float:
     """Seconds since this process was started."""
-    with contextlib.suppress(OSError):  # no Linux
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    if sys.platform == "linux":
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     import psutil
 
@@ -375,7 +374,7 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
 
         def git(*words: str) -> str:
-            return subprocess.run(("git", *words), capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(("git", *words), capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     return None

@@ -27,7 +27,7 @@ from stepladder.run import Run
 from stepladder.training import arguments, inputs
 from stepladder.training.checkpoint import resume
 from stepladder.training.guard import signals
-from stepladder.training.launch import devices, launcher, ranks, transport
+from stepladder.training.launch import devices, launcher, native, ranks, transport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,6 +143,7 @@ def prepare(checked: Checked) -> Prepared:
         use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         _import_libraries()
     console.quiet_progress_bars()
+    native.check_device(recipe, use_cpu)
     fp8.check_device(recipe, use_cpu)
     precision = pretrained.precision(recipe)
     notes = checked.notes + [

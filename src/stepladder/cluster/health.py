@@ -86,7 +86,7 @@ def check_gpus(wanted: int) -> list[str]:
     tried = []
     for ask, read_memory in AMD:  # both within the other nodes' PATIENCE
         try:
-            done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+            done = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True)
             # after warnings, as of a GPU in a low-power state
             used = read_memory(json.loads("".join(re.findall(r"(?ms)^[\[{].*", done.stdout))))
         except OSError:
@@ -150,7 +150,7 @@ def check_nvidia(wanted: int) -> list[str]:
     elif visible:
         ask.append(f"--id={visible}")
     try:
-        done = subprocess.run(ask, capture_output=True, text=True, errors="replace", timeout=30)
+        done = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer"]
     except OSError as error:  # a file for another kind of processor

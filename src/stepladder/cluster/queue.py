@@ -78,7 +78,10 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.dry_run:
         lines = [quote_for_shell("sbatch", *jobs[0])]
         lines += [quote_for_shell("sbatch", "--dependency=afterany:JOB", *one) for one in jobs[1:]]
-        print("".join(f"# {line}\n" for line in [*plan.splitlines(), *lines]) + f"\n{Path(script).read_text()}")
+        print(
+            "".join(f"# {line}\n" for line in [*plan.splitlines(), *lines])
+            + f"\n{Path(script).read_text(encoding='utf-8')}"
+        )
         return
     if plan:
         print(plan)
@@ -304,7 +307,7 @@ def _ask_slurm(*command: str) -> str:
     """What a command of Slurm prints; nothing where it cannot."""
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=PATIENCE, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -325,7 +328,7 @@ def sbatch(words: list[str]) -> str:
     """
     if not shutil.which("sbatch"):
         raise LaunchError("there is no sbatch here", help="run it on your cluster's login node, or --dry_run")
-    done = subprocess.run(["sbatch", *words], capture_output=True, text=True)
+    done = subprocess.run(["sbatch", *words], capture_output=True, encoding="utf-8")
     if done.returncode:
         said = (done.stderr or done.stdout).strip().replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise LaunchError(

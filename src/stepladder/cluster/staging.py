@@ -8,7 +8,6 @@ the files of each repository once all of them are there, so that a stage that is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -180,11 +179,11 @@ def _claim(folder: Path) -> Iterator[dict[str, Any]]:
     files.make_folder(folder)
     if any(file.name != LOCK for file in folder.iterdir()) and not (folder / CONTENT).is_file():
         raise LaunchError(f"--to {folder} holds other files than a stage's", help="an empty folder, or a new one")
-    with files.open_lock(folder / LOCK) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LaunchError(f"another stage.py fills {folder}", help="wait for its end") from None
+    try:
+        lock = files.lock_file(folder / LOCK)
+    except BlockingIOError:
+        raise LaunchError(f"another stage.py fills {folder}", help="wait for its end") from None
+    with lock:
         content = {"repositories": {}} if not (folder / CONTENT).is_file() else read_content(folder)
         _write(folder, content)
         yield content
@@ -258,7 +257,7 @@ def _fetch(repository: Repository, folder: Path) -> dict[str, Any]:
     found = [path for path in sorted(snapshot.rglob("*")) if path.is_file()]
     if repository.patterns and not any(path.name == "config.json" or path.suffix == ".json" for path in found):
         raise LaunchError(f"{repository.label} holds no model", where=repository.where, help="check the id")
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in found}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
     return {"commit": snapshot.name, "files": sizes}
 
 
@@ -303,14 +302,14 @@ def _build_wheels(folder: Path, before: dict[str, Any] | None) -> dict[str, Any]
     # DeepSpeed has no wheel, and its build imports torch: that of this environment.
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(part), "--no-build-isolation",
                "--constraint", str(constraints), *TOOLS, *wanted]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env={**os.environ, "DS_ACCELERATOR": "cpu"})
     if done.returncode:
         shutil.rmtree(part, ignore_errors=True)
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
         raise LaunchError("the wheels could not be fetched", why="\n".join(lines[-3:]), help="pip's own settings")
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(target.iterdir())}
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(target.iterdir())}
     console.say(f"✔ {len(sizes)} wheels for Python {made_for['python']} on {made_for['platform']}, "
                 f"{_in_words(sum(sizes.values()))}")  # fmt: skip
     return made_for | {"files": sizes}

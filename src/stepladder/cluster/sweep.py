@@ -306,7 +306,7 @@ def _choose(sweep: Sweep, rung: Rung) -> list[str]:
         )
     content = {"step": rung.before, "kept": [name for _, name in reached[: rung.runs]], "held_out_loss": losses}
     part = decision.with_name(f".{decision.name}.{os.getpid()}{files.PART_SUFFIX}")
-    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     try:
         os.link(part, decision)  # fails where another run has decided
     except FileExistsError:

@@ -9,11 +9,11 @@ import marshal
 import operator
 import os
 import struct
+import sys
 import tempfile
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.reduction import DupFd
 from typing import IO, Any, TypeVar, overload
 
 from stepladder import files
@@ -72,11 +72,16 @@ class _File:
             return  # as full
         elsewhere = _open_elsewhere()
         for position in range(0, self.end, WRITTEN):
-            _write(elsewhere, os.pread(self.file.fileno(), min(WRITTEN, self.end - position), position), position)
+            _write(elsewhere, files.read_at(self.file.fileno(), min(WRITTEN, self.end - position), position), position)
         self.file = elsewhere  # who reads the other one keeps it
 
     def __reduce__(self) -> Any:
-        return _reopen, (DupFd(self.flush()),)  # once for all lists: a process is not started with a file twice
+        if sys.platform == "win32":
+            raise RunError("rows cannot be passed to another process on native Windows", help="WSL 2")
+        from multiprocessing import reduction
+
+        # Once for all lists: a process is not started with a file twice.
+        return _reopen, (reduction.DupFd(self.flush()),)
 
     def read(self, position: int, least: int) -> bytes:
         """The bytes from a position on: `least` of them or more."""
@@ -84,7 +89,9 @@ class _File:
             begin = position - self.end
             return bytes(self.tail[begin : begin + max(least, READ)])
         found = bytearray()  # one call reads no more than 2 GiB
-        while len(found) < least and (part := os.pread(self.file.fileno(), max(least - len(found), READ), position)):
+        while len(found) < least and (
+            part := files.read_at(self.file.fileno(), max(least - len(found), READ), position)
+        ):
             found += part
             position += len(part)
         return bytes(found)
@@ -108,7 +115,7 @@ def _open_elsewhere() -> IO[bytes]:
 def _write(file: IO[bytes], content: bytes, position: int) -> None:
     """Write at a position, so that what is written again after a fault takes the place of what was."""
     while content:
-        written = os.pwrite(file.fileno(), content, position)
+        written = files.write_at(file.fileno(), content, position)
         content, position = content[written:], position + written
 
 

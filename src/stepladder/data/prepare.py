@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -188,7 +189,7 @@ def render_parallel(
 
     cores = hardware.cores()
     processes = settings.get("dataset_num_proc") or min(cores, len(rows) // ROWS_A_PROCESS)
-    if processes < 2:
+    if processes < 2 or sys.platform == "win32":  # where an open file cannot be passed on (FileList)
         remarks = _write_part(folder / "0.arrow", rows, tokenizer, settings)
         return Dataset.from_file(str(folder / "0.arrow")), remarks
     edges = [len(rows) * number // processes for number in range(processes + 1)]

@@ -66,7 +66,7 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
         row = {"question": question.text, "choices": choices, "answer": choices.index(question.reference)}
         lines.append(json.dumps(row) + "\n")
     file = folder / f"{Path(rows.name).stem}.jsonl"
-    file.write_text("".join(lines))
+    file.write_text("".join(lines), encoding="utf-8")
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     return {
         "task": file.stem,

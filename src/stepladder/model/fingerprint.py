@@ -12,10 +12,11 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder import console
+from stepladder import console, files
 from stepladder.files import read_object
 from stepladder.manifest import MANIFEST
 from stepladder.model import start
@@ -142,11 +143,11 @@ def _hash_samples(file: Path, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb", buffering=0) as stream:
         handle = stream.fileno()
-        digest.update(os.pread(handle, HEAD_BYTES, 0))
-        if hasattr(os, "posix_fadvise"):
+        digest.update(files.read_at(handle, HEAD_BYTES, 0))
+        if sys.platform == "linux":
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # else each block brings 128 KiB of its neighbours
         for number in range(1, BLOCKS + 1):
-            digest.update(os.pread(handle, BLOCK, size * number // BLOCKS - BLOCK))
+            digest.update(files.read_at(handle, BLOCK, size * number // BLOCKS - BLOCK))
     return digest.hexdigest()[:16]
 
 

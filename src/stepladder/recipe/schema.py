@@ -93,13 +93,13 @@ def known_keys() -> Schema:
     root = files.cache_folder()
     file = root / f"keys-{stamp}.json"
     try:
-        return {item["name"]: _key_from_json(item) for item in json.loads(file.read_text())}
+        return {item["name"]: _key_from_json(item) for item in json.loads(file.read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     schema = introspect()
     try:  # several ranks may write at once: each its own file, and the rename is atomic
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=root, delete=False) as out:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=root, delete=False) as out:
             json.dump([dataclasses.asdict(key) for key in schema.values()], out)
         os.replace(out.name, file)
     except OSError:

@@ -22,6 +22,7 @@ from stepladder.recipe import convert
 from stepladder.recipe.recipe import BY_METRIC, Recipe, StepLayout, split_batch, sums_sharded
 from stepladder.recipe.schema import known_keys
 from stepladder.settings import has_virtual_tokens
+from stepladder.training.launch import native
 from stepladder.training.launch.launcher import Launch, Strategy
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def check_strategy(recipe: Recipe, launch: Launch) -> list[str]:
     Raises:
         RecipeError: the strategy cannot train or save the optimizer's state, the adapter or its embeddings.
     """
+    native.check_system(recipe, launch)
     notes, optimizer, where = [], str(recipe.get("optim")), recipe.where("optim")
     if why := _unusable(optimizer, launch):
         others = {"zero3": optimizer in ELEMENTWISE, "fsdp": optimizer in ON_SHARDS, "ddp": True}
@@ -210,6 +212,7 @@ def build(recipe: Recipe, step: StepLayout, precision: str, use_cpu: bool, strat
     Raises:
         RecipeError: the libraries refuse a combination.
     """
+    import torch
     from trl import SFTConfig
 
     asked = recipe.owned_by("SFTConfig")
@@ -223,6 +226,7 @@ def build(recipe: Recipe, step: StepLayout, precision: str, use_cpu: bool, strat
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": use_cpu,
+        **({} if torch.cuda.is_available() else {"dataloader_pin_memory": False}),  # only CUDA's copies gain by it
         **(dict.fromkeys(GPU_ONLY, False) if use_cpu else {}),
         # Rows come tokenized, cut, labelled and packed: TRL's own options for that are answered before.
         "dataset_kwargs": {"skip_prepare_dataset": True},

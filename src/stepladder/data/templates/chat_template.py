@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import mmap
 import re
-import resource
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -196,13 +197,18 @@ class _Stop(BaseException):
 class limit_resources:
     """Raise LimitExceeded where the block takes more than `MAX_SECONDS` or `MAX_MEMORY`.
 
-    Time is limited in the main thread only, memory on Linux only. The limits are the process's own while the block
-    runs: no other thread may need much memory meanwhile. 13 µs a block, so each rendering can have its own.
+    Time is limited in the main thread only, memory on Linux only, neither on native Windows. The
+    limits are the process's own while the block runs: no other thread may need much memory meanwhile. 13 µs a block, so
+    each rendering can have its own.
     """
 
     _began = math.inf  # processor time of the main thread at which the block that runs began
 
     def __enter__(self) -> None:
+        if sys.platform == "win32":  # no timer of processor time, and no limit of memory
+            return
+        import resource
+
         self._is_main = threading.current_thread() is threading.main_thread()
         if self._is_main:
             if signal.getsignal(signal.SIGVTALRM) is not _check_time:
@@ -217,11 +223,14 @@ class limit_resources:
             resource.setrlimit(resource.RLIMIT_AS, (min(most, *within) if within else most, hard))
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._is_main:
-            limit_resources._began = math.inf
-        resource.setrlimit(resource.RLIMIT_AS, self._memory)
-        if self._is_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if sys.platform != "win32":
+            import resource
+
+            if self._is_main:
+                limit_resources._began = math.inf
+            resource.setrlimit(resource.RLIMIT_AS, self._memory)
+            if self._is_main:
+                signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if isinstance(error, _Stop):
             raise LimitExceeded(f"the chat template takes more than {MAX_SECONDS:g} s for one conversation") from None
         if isinstance(error, MemoryError):
@@ -240,7 +249,7 @@ def _address_space() -> int | None:
     """Bytes that the process has mapped; None where it cannot be told."""
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read(64).split()[0]) * resource.getpagesize()
+            return int(file.read(64).split()[0]) * mmap.PAGESIZE
     except (OSError, ValueError):
         return None
 

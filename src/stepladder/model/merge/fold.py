@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -248,19 +247,18 @@ def work_folder(folder: Path, needed: int, overwrite: bool = False) -> Iterator[
     if os.path.lexists(part) and start.MERGE not in names and names - {manifest.LOCK}:
         raise ModelError(f"{part} exists, and the work is done there", help="remove it")
     files.make_folder(part)
-    with files.open_lock(part / manifest.LOCK) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (part / manifest.LOCK).stat()  # not there: the other one has just ended
-        except (BlockingIOError, FileNotFoundError):
-            raise ModelError(
-                f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
-            ) from None
+    try:
+        lock = files.lock_file(part / manifest.LOCK)
+    except (BlockingIOError, FileNotFoundError):  # or the other one has just ended
+        raise ModelError(
+            f"another process is merging into {folder}", help="wait for it or end it, or another --output_dir"
+        ) from None
+    with lock:
         try:
             for file in part.iterdir():  # what a merge left that was killed
                 if file.name != manifest.LOCK:
                     files.remove(file)
-            (part / start.MERGE).write_text('{"status": "merging"}\n')
+            (part / start.MERGE).write_text('{"status": "merging"}\n', encoding="utf-8")
             free = shutil.disk_usage(folder.parent).free
             if free < needed + 2**26:  # 64 MiB for the tokenizer and the other small files
                 raise ModelError(
@@ -268,6 +266,8 @@ def work_folder(folder: Path, needed: int, overwrite: bool = False) -> Iterator[
                     help="make room, another --output_dir, or --dtype bf16 where it is fp32",
                 )
             yield part
+            if sys.platform == "win32":
+                lock.release()  # an open file cannot be removed there, nor its folder be moved
             (part / manifest.LOCK).unlink()
             check_output(folder, overwrite)  # something may lie there by now
             if (folder / start.MERGE).is_file():

@@ -44,7 +44,7 @@ def load(trainer: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in weights.items():
             here.fill_weights(name, tensor.read)
-    saved = json.loads((folder / STATE).read_text())
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     _put_scheduler(trainer, saved["scheduler"])
     if (scaler := state.loss_scaler(trainer)) and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
@@ -87,7 +87,7 @@ def load_position(trainer: Any, folder: Path) -> None:
 
     Call it last before the first step: the loaders draw random numbers.
     """
-    saved = json.loads((folder / STATE).read_text())
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     trainer._tr_loss += saved["since_log"]["loss"]
     trainer._globalstep_last_logged = saved["since_log"]["step"]
     for key, values in saved["since_log"]["metrics"].items():

@@ -94,7 +94,10 @@ def start(trainer: Any) -> Save | None:
     writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
     if first:
         counters = json.dumps(_counters(trainer, loss / trainer.args.world_size), indent=1)
-        writes |= {TRAINER_STATE: trainer.state.save_to_json, STATE: lambda file: file.write_text(counters)}
+        writes |= {
+            TRAINER_STATE: trainer.state.save_to_json,
+            STATE: lambda file: file.write_text(counters, encoding="utf-8"),
+        }
     writer = Writer(folder, parts, [*writes])
     for name, write in writes.items():  # they change with the next step
         writer.fault = writer.fault or _attempt(write, folder / name)

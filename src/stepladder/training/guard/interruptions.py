@@ -156,7 +156,7 @@ class Watchdog(TrainerCallback):
 
     def _end(self) -> None:
         file = self.run.folder / f"hang-rank-{self.rank}.txt"
-        with file.open("w") as out:
+        with file.open("w", encoding="utf-8") as out:
             faulthandler.dump_traceback(out, all_threads=True)
         fault = TrainingError(
             f"[rank {self.rank}] nothing has moved for {self.limit:g} s {self.waits_for or f'in step {self._step}'}",

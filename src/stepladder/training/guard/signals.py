@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from types import FrameType
 
@@ -30,8 +31,8 @@ _launcher: int | None = None
 
 def stop_asked() -> bool:
     """Whether a signal came, or the launcher is gone: torchrun dies of SIGUSR1 and leaves its ranks running."""
-    if USR1 and USR1 in signal.sigpending():
-        _say(USR1.name)
+    if sys.platform != "win32" and signal.SIGUSR1 in signal.sigpending():
+        _say(signal.SIGUSR1.name)
     return asked is not None or (_launcher is not None and os.getppid() != _launcher)
 
 
@@ -46,8 +47,8 @@ def install(trains: bool = False) -> None:
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched and not trains:
         _launcher = os.getppid()
-    if USR1:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [USR1])
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     signal.signal(signal.SIGINT, _remember)
     answered = trains or (os.environ.get("WORLD_SIZE") or "1") == "1"
     if answered:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import subprocess
@@ -92,8 +91,10 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
                 help=f"{names[-1]}=0 for one; accelerate launch --num_processes {gpus} … for all",
             )
         return False
-    if launch.ranks == 1 and torch.backends.mps.is_available() and not use_cpu:
-        return False
+    if torch.backends.mps.is_available() and not use_cpu:
+        if launch.ranks == 1:
+            return False
+        say("note: several ranks compute on the CPU here: PyTorch has no collectives for Apple's GPU")
     if not use_cpu:
         assert_no_gpu_named()
         for driver in filter(os.path.exists, GPUS):
@@ -119,6 +120,8 @@ def bind_near_gpu(launch: Launch, sys_folder: Path = Path("/sys")) -> None:
     """
     import torch
 
+    if sys.platform != "linux":
+        return
     if launch.local_ranks == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or not torch.cuda.is_available():
         return
     allowed = os.sched_getaffinity(0)
@@ -127,7 +130,10 @@ def bind_near_gpu(launch: Launch, sys_folder: Path = Path("/sys")) -> None:
         gpu: Any = torch.cuda.get_device_properties(index)
         try:
             address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-            cores = (sys_folder / "bus/pci/devices" / address / "local_cpulist").read_text()  # 0-15,64-79
+            cores = (sys_folder / "bus/pci/devices" / address / "local_cpulist").read_text(
+                encoding="utf-8"
+            )  # 0-15,64-79
+            # such as 0-15,64-79
             ends = [part.split("-") for part in cores.strip().split(",")]
             near.append({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)} & allowed)
         except (AttributeError, OSError, ValueError):  # an older PyTorch, a virtual machine
@@ -158,8 +164,7 @@ def _load_cpu_collectives() -> None:
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(files.cache_folder() / "torch_extensions" / here)))
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".stepladder").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.lock_file(folder / ".stepladder", wait=True):
         for leftover in folder.rglob(f"{ShareMemCommBuilder.NAME}/lock"):
             leftover.unlink()
         ShareMemCommBuilder().load(verbose=False)
@@ -210,6 +215,6 @@ def tcmalloc_environment() -> dict[str, str]:
 def allocator_name() -> str:
     """The allocator of this process, for run.json."""
     with contextlib.suppress(OSError):
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
         return next((known for known in ("tcmalloc", "jemalloc", "mimalloc") if f"/lib{known}" in maps), "libc")
     return "libc"

@@ -309,7 +309,7 @@ def requested_ranks() -> int | None:
     asked = launcher.parse_known_args(_launcher_words())[0]
     if asked.num_processes is None and asked.config_file:
         with contextlib.suppress(OSError, yaml.YAMLError):
-            return yaml.safe_load(Path(asked.config_file).read_text()).get("num_processes")
+            return yaml.safe_load(Path(asked.config_file).read_text(encoding="utf-8")).get("num_processes")
     return asked.num_processes
 
 

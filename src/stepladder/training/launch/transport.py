@@ -93,7 +93,7 @@ def list_fast_networks(sys_folder: Path = Path("/sys")) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:  # a card that is being reset
         return ""
 

@@ -267,7 +267,9 @@ def peak_memory_bytes() -> int:
     """The peak memory of this rank: the CUDA allocator's count, or the process's resident set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return hardware.peak_resident_bytes()
+    # On Apple's GPU, whose memory is the host's, PyTorch counts no peak: this is what it holds at the time of asking.
+    held = torch.mps.driver_allocated_memory() if torch.backends.mps.is_available() else 0
+    return max(held, hardware.peak_resident_bytes())
 
 
 def totals(telemetry: Telemetry, steps: int) -> dict[str, Any]:

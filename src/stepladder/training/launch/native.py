@@ -1,0 +1,82 @@
+"""What cannot run on native Windows, on macOS or on Apple's GPUs (MPS), refused before training.
+
+Nothing of it was run on such a machine: what needs Linux, or was not tried elsewhere, is refused with what helps.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from stepladder.errors import LaunchError, RecipeError
+from stepladder.recipe.recipe import Recipe
+from stepladder.training.launch.launcher import Launch
+
+SYSTEM = sys.platform  # the tests set another one
+WSL = "WSL 2, which is Linux (`wsl --install`)"
+# Keys that start processes, and the largest value that starts none.
+PROCESS_COUNTS = {"dataset_num_proc": 1, "dataloader_num_workers": 0}
+# Keys that MPS has no kernels for, or that were not tried on it.
+NOT_ON_MPS = {
+    "load_in_4bit": "bitsandbytes has no compiled kernels for it before macOS 26",
+    "load_in_8bit": "bitsandbytes has no compiled kernels for it before macOS 26",
+    "fp16": "training in fp16 was not tried on it",
+    "fp8": "it has no fp8 products",
+    "torch_compile": "PyTorch calls its compiler for it a prototype",
+    "use_liger_kernel": "Liger's kernels are Triton's, which it does not run",
+    "activation_offloading": "TRL asks the device for CUDA's streams",
+}
+
+
+def check_system(recipe: Recipe, launch: Launch) -> None:
+    """Refuse what this operating system cannot run.
+
+    Raises:
+        LaunchError: several ranks on native Windows, or DeepSpeed outside Linux.
+        RecipeError: a key asks for more processes on native Windows.
+    """
+    if SYSTEM == "win32" and (launch.ranks > 1 or launch.strategy.shards):
+        raise LaunchError(
+            f"{launch.ranks} ranks under {launch.strategy} on native Windows",
+            why="PyTorch has no NCCL there, signals do not reach the ranks, and no strategy was tried",
+            help=f"{WSL}; or one process: python scripts/sft.py …",
+        )
+    if SYSTEM != "linux" and launch.strategy.is_zero:
+        raise LaunchError(
+            f"{launch.strategy} needs Linux",
+            why="DeepSpeed's collectives for CPUs use Linux' shared memory, and its GPUs are CUDA's",
+            help="one process: python scripts/sft.py …; or accelerate_configs/ddp.yaml on the CPU",
+        )
+    for key, most in PROCESS_COUNTS.items():
+        if SYSTEM == "win32" and (recipe.get(key) or 0) > most:
+            raise RecipeError(
+                f"{key}: {recipe.get(key)} on native Windows",
+                where=recipe.where(key),
+                why="the rows lie in an open file, which Windows does not pass to another process",
+                help=f"{key}: {most}; or {WSL}",
+            )
+
+
+def check_device(recipe: Recipe, use_cpu: bool) -> None:
+    """Raise RecipeError for a key that this machine's GPU cannot compute, where it is Apple's."""
+    import torch
+
+    if not use_cpu and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        check_mps(recipe)
+
+
+def check_mps(recipe: Recipe) -> None:
+    """Raise RecipeError for a key that Apple's GPUs cannot compute, where one is used."""
+    for key, why in NOT_ON_MPS.items():
+        if recipe.get(key):
+            help = f"{key}: false; or use_cpu: true"
+            raise RecipeError(f"{key}: true on Apple's GPU (MPS)", where=recipe.where(key), why=why, help=help)
+    name = str(recipe.get("optim"))
+    if "bit" in name or "paged" in name or name.endswith("_bnb"):
+        why = "bitsandbytes' optimizers have no kernels for it"
+        raise RecipeError(f"optim: {name} on Apple's GPU (MPS)", where=recipe.where("optim"), why=why,
+                          help="optim: adamw_torch; or use_cpu: true")  # fmt: skip
+    attention = str(recipe.get("attn_implementation"))
+    if attention not in ("auto", "sdpa", "eager", "None"):
+        why = "it has kernels for CUDA only"
+        raise RecipeError(f"attn_implementation: {attention} on Apple's GPU (MPS)", why=why, help="auto, sdpa or eager",
+                          where=recipe.where("attn_implementation"))  # fmt: skip
