@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-scale plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
+.PHONY: help install demo quick test prove same-curve curve-gpu keys optimizers templates chaos survive plan-check plan-scale plan-gpu bench bench-quick bench-peers bench-gpu gpu-day workshop docs lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ models/smollm2-135m-instruct: | $(BASE)
 demo: $(BASE) models/smollm2-135m-instruct ## train LoRA on TechCo's answers, then compare base and tuned (under 4 minutes on 2 cores, installation included)
 	$(BIN)/python scripts/sft.py --recipe lora --output_dir runs/demo --overwrite
 	$(BIN)/python scripts/compare.py --base models/smollm2-135m-instruct --tuned runs/demo --data data/techco_eval.jsonl --rubric data/techco_rubric.yaml --limit 12
+
+quick: $(INSTALLED) models/smollm2-135m-instruct ## the tests to run before each commit: a part of each area (under 3 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not heavy and not alone and not proof"
 
 # DeepSpeed compiles a small communication op on its first use; without a compiler its
 # tests would fail with a page of ninja's output, so what is missing is named here.

@@ -20,6 +20,20 @@ pytest_plugins = ["played"]
 
 # The longest files, from the longest: begun first, so that none of them is left over for one worker at the end.
 LONGEST = ("test_workshop_4", "test_train", "test_planning", "test_workshop_7", "test_trackers")
+# Files that take more than about 15 s of processor time: make quick leaves them out but for the tests in TOUCHED.
+HEAVY = (
+    "attention", "audit", "check", "cluster", "compare", "data_scale", "early_stopping", "elsewhere", "fp8", "gate",
+    "gpu_day", "gpu_start", "harness", "held_out", "host_cuda", "inputs", "layout", "merge", "new_tokens", "package",
+    "peft_methods", "planning", "prepare", "read_once_per_node", "reasoning", "report", "stage", "sweep", "systems",
+    "trackers", "train", "virtual_tokens", "workshop",
+)  # fmt: skip
+TOUCHED = (
+    "test_check.py::test_everything_wrong_is_on_one_screen", "test_compare.py::test_each_side_is_judged",
+    "test_layout.py::test_each_kind_of_template", "test_merge.py::test_merges_what_peft_merges",
+    "test_merge.py::test_a_run_becomes_a_model", "test_planning.py::test_a_published_figure",
+    "test_planning.py::test_the_command_line", "test_report.py::test_a_run_leaves_its_page_and_picture",
+    "test_train.py::test_the_same_curve[lora-ddp", "test_train.py::test_the_same_curve[full-single",
+)  # fmt: skip
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -32,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in HEAVY and not item.nodeid.removeprefix("tests/").startswith(TOUCHED):
+            item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -56,31 +73,24 @@ def environment(**env: str) -> dict[str, str]:
     return {**clean, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **env}
 
 
-def run(*words: Any, timeout: int = 600, **env: str) -> Done:
-    """Run a command in the repository's root."""
-    return Done(
-        subprocess.run(
-            [str(word) for word in words],
-            cwd=ROOT,
-            env=environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-    )
-
-
 @functools.cache
 def warm_server() -> warm_start.Server:
     return warm_start.Server(environment())
 
 
-def script(name: str, *words: Any, timeout: int = 600, **env: str) -> Done:
-    """`python scripts/NAME.py …`, its libraries imported already where the environment is the usual one."""
-    file = f"scripts/{name}.py"
-    if environment(**env) != warm_server().env:
-        return run(sys.executable, file, *words, timeout=timeout, **env)
-    return Done(warm_server().run([file, *map(str, words)], timeout))
+def run(*words: Any, timeout: int = 600, **env: str) -> Done:
+    """Run a command in the repository's root; a script in the usual environment with its libraries imported already."""
+    command = [str(word) for word in words]
+    script = command[1:] if command[0] == sys.executable else command
+    if script and script[0].endswith((".py", "/bin/accelerate")) and environment(**env) == warm_server().env:
+        return Done(warm_server().run(script, timeout))
+    process = subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout)
+    return Done(process)
+
+
+def script(name: str, *words: Any, **kwargs: Any) -> Done:
+    """`python scripts/NAME.py …`"""
+    return run(sys.executable, f"scripts/{name}.py", *words, **kwargs)
 
 
 def launch(config: str, ranks: int, name: str, *words: Any, **kwargs: Any) -> Done:
@@ -92,6 +102,12 @@ def launch(config: str, ranks: int, name: str, *words: Any, **kwargs: Any) -> Do
         # each launch its own port, so that tests do not meet a predecessor that is still closing
         "--main_process_port", "0", f"scripts/{name}.py", *words, **kwargs,
     )  # fmt: skip
+
+
+def collected(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """The values of a parameter in this file's tests that are run: what is deselected needs no preparation."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return list(dict.fromkeys(call.params[parameter] for call in calls if call and parameter in call.params))
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -120,6 +120,7 @@ print(json.dumps([replaced, float((found - expected).abs().max()), float((found 
     assert off < 1e-5 < 1e-3 < rounding
 
 
+@pytest.mark.proof
 def test_a_run_in_fp8_trains_saves_and_resumes(
     torchao: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

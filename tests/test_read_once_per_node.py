@@ -85,6 +85,7 @@ def cases(models: dict[str, Path], rows: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.proof
 def test_one_rank_reads(models: dict[str, Path], tmp_path: Path) -> None:
     """Guards large models under FSDP: 8 ranks that load 70 billion parameters in fp32 each would need 2.3 TB; and that
     what rank 0 sends is what a plain process trains: tied weights, added tokens, buffers, adapters, and the outputs of

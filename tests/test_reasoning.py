@@ -184,6 +184,7 @@ def test_what_a_person_sees(thinking, learnable, tiny, write_recipe, tmp_path) -
         assert done.code == 2 and "train_on_reasoning: none with" in done.err, done
 
 
+@pytest.mark.proof
 def test_runs_packed_streamed_and_resumed(thinking, tiny, write_recipe, tmp_path) -> None:
     """Guards the cache of prepared rows, which would give another value's labels; and a value that changes on the way.
     What has a loss is counted by the training itself."""
