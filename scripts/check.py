@@ -17,15 +17,11 @@ tokens in colour.
 Exit code 0: no errors; 2: the errors are printed.
 """
 
-import argparse
-
 from stepladder import errors, flags, preflight
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--recipe", help="a path, or a name under recipes/")
     view = parser.add_mutually_exclusive_group()
     shows = "print each key, its value and its source; with a number N: audit, and print N rows"

@@ -15,7 +15,6 @@ compare.json and report.html into --output_dir (default: the first --tuned, if i
 into each other run folder. Exits with 3 if a claim of --require does not hold for a --tuned. See docs/evaluation.md.
 """
 
-import argparse
 from pathlib import Path
 
 from stepladder import errors, flags
@@ -24,9 +23,7 @@ from stepladder.evaluation import behaviours, generation, sides
 
 
 def main() -> int | None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--base", help="the base: a folder, a hub id or a transcript (.jsonl) (default: the run's)")
     parser.add_argument("--tuned", action="append", default=[], help="a tuned model: a run folder, …; repeatable")
     parser.add_argument("--endpoint", metavar="URL", help="a server instead of a model, as http://localhost:11434")

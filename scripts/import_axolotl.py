@@ -8,18 +8,15 @@ change the training (marked ✘) stops the import with exit code 2; --force leav
 recipe's first lines say so. An existing recipe is kept unless --overwrite is given.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from stepladder import errors
+from stepladder import errors, flags
 from stepladder.recipe import axolotl_config, axolotl_import
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("config", type=Path, help="an Axolotl configuration")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the recipe to write")
     parser.add_argument("--force", action="store_true", help="leave out unsupported keys that change the training")

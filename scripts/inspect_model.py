@@ -7,17 +7,14 @@ Reads the card and the configuration of a run folder, an adapter, a merged model
 on the hub. Loads no weights.
 """
 
-import argparse
 import json
 
-from stepladder import console, errors
+from stepladder import console, errors, flags
 from stepladder.model import card
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("model", help="a folder or a hub id")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -22,9 +22,7 @@ from stepladder.recipe import load as recipe_load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several are added")
     combination.add_flags(parser)
     parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)

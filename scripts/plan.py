@@ -8,17 +8,13 @@ Any key of the recipe can be set on the command line, as for sft.py. How it is c
 accurate it is: docs/planning.md. Exit code 0: a plan fits; 2: none does, or the input is wrong.
 """
 
-import argparse
-
 from stepladder import console, errors, flags, hardware
 from stepladder.model import adapter_recipe, start
 from stepladder.recipe import load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
     parser.add_argument("--nodes", type=flags.count, default=1)
     parser.add_argument("--gpus", type=flags.count, default=8, help="GPUs per node (default: 8)")

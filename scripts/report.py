@@ -11,20 +11,17 @@ damaged run is shown as far as it can be read, and the page says what is wrong. 
 by held-out loss is named, with its interval, and which others cannot be distinguished from it.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from stepladder import errors
+from stepladder import errors, flags
 from stepladder.cluster.sweep import read_sweep
 from stepladder.evaluation.choice import choose_run
 from stepladder.reporting import curves, markdown, page, runs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder; the first is the reference")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="the runs of a sweep, in place of RUN")
     parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; required for several runs)")

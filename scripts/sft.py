@@ -10,17 +10,13 @@ newest complete checkpoint. A finished run is kept unless --overwrite is given.
 See docs/reliability.md.
 """
 
-import argparse
-
 from stepladder import errors, flags, session
 from stepladder.training.guard import signals
 
 
 def main() -> int | None:
     signals.install()  # before the slow imports: a signal during the start counts
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--recipe", help="a path, or a name under recipes/")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that output_dir holds")
     parser.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="default: auto")

@@ -8,8 +8,6 @@ scripts and jobs then read base model, tokenizer, template and data from it. The
 recipes: each call adds what is missing. Any key of the recipe can be set on the command line, as for sft.py.
 """
 
-import argparse
-
 from stepladder import errors, flags
 from stepladder.cluster import staging
 from stepladder.console import quote_for_shell
@@ -17,9 +15,7 @@ from stepladder.recipe import load
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
     parser.add_argument("--to", type=flags.folder, required=True, metavar="DIR", help="the folder; created if missing")
     parser.add_argument("--wheels", action="store_true", help="also the packages of constraints.txt, for this Python")

@@ -11,7 +11,6 @@ GPU type is known, to plan the memory (docs/planning.md). --dry_run prints the c
 nothing. docs/slurm.md describes what the templates in slurm/ need of your cluster.
 """
 
-import argparse
 from pathlib import Path
 
 from stepladder import errors, flags
@@ -19,9 +18,7 @@ from stepladder.cluster import queue
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = flags.parser(__doc__, __file__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="a path, or a name under recipes/")
     what.add_argument("--sweep", type=Path, help="a grid, such as slurm/sweeps/lora_rank.yaml")

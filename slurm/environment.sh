@@ -8,7 +8,7 @@
 #   STEPLADDER_CONDA=stepladder             a conda environment, instead
 #   STEPLADDER_CONTAINER=/images/s.sif      an Apptainer image; with STEPLADDER_VENV, an environment on top of it
 #   STEPLADDER_SCRATCH=/scratch/$USER       caches go there, off the small or slow home folder
-#   STEPLADDER_STAGE=/scratch/stage         in place of the hub (scripts/stage.py); with STEPLADDER_STAGE_LOCAL=1 each
+#   STEPLADDER_STAGE=/scratch/stage         in place of the hub (stage.py); with STEPLADDER_STAGE_LOCAL=1 each
 #                                           node copies it to $SLURM_TMPDIR
 #   STEPLADDER_SRUN="--cpu-bind=cores"      srun's options for the ranks, quoted as in a shell
 #   STEPLADDER_HEAD=%i                      how the nodes reach each other: % is a node's name; without %, the first's address
@@ -82,7 +82,7 @@ if [[ ${STEPLADDER_SCRATCH:-} ]]; then
 fi
 # Compute nodes rarely reach the hub: fetch on the login node (docs/slurm.md), and do not wait for time-outs here.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-# `python scripts/x.py` finds Stepladder in this folder, whatever is installed elsewhere.
+# In a clone Python finds Stepladder in this folder, whatever is installed elsewhere.
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 # The tokenizer's threads: by default one per core of the node, even if the job has fewer.
 [[ ! ${SLURM_CPUS_ON_NODE:-} ]] || export RAYON_NUM_THREADS=${RAYON_NUM_THREADS:-$SLURM_CPUS_ON_NODE}

@@ -20,7 +20,7 @@ if [[ $SLURM_LOCALID != 0 ]]; then
 elif ! interface=$("${inside[@]}" python -m stepladder.cluster.health 2> >(tee -a "$log" >&2)); then
     exit 1
 fi
-# The stage (scripts/stage.py) on the node's own disk, which many files are read from faster than from a shared one.
+# The stage (stage.py) on the node's own disk, which many files are read from faster than from a shared one.
 if [[ ${STEPLADDER_STAGE_LOCAL:-0} != 0 ]]; then
     [[ ${STEPLADDER_STAGE:-} && ${SLURM_TMPDIR:-} ]] ||
         fail "STEPLADDER_STAGE_LOCAL copies \$STEPLADDER_STAGE to \$SLURM_TMPDIR, and one of them is not set" "set both"
@@ -59,12 +59,12 @@ launch=("${inside[@]}" accelerate launch --config_file "accelerate_configs/$STEP
     --machine_rank "$SLURM_NODEID" --main_process_ip "${nodes[0]}" --main_process_port "$STEPLADDER_PORT"
     # One address for all, and torchrun for DeepSpeed too: its own launchers need ssh between the nodes.
     --same_network --deepspeed_multinode_launcher standard
-    scripts/sft.py "$@")
+    -m stepladder.sft "$@")
 if [[ $STEPLADDER_TASKS == rank ]]; then
     # Not SLURM_PROCID: a cluster may count its tasks around the nodes, and the ranks of a node follow each other.
     export RANK=$((SLURM_NODEID * STEPLADDER_RANKS + SLURM_LOCALID)) WORLD_SIZE=$((STEPLADDER_RANKS * SLURM_NNODES))
     export LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$STEPLADDER_RANKS MASTER_ADDR=${nodes[0]} MASTER_PORT=$STEPLADDER_PORT
-    launch=("${inside[@]}" python scripts/sft.py "$@")
+    launch=("${inside[@]}" python -m stepladder.sft "$@")
 fi
 code=0
 if [[ $SLURM_NODEID == 0 && $SLURM_LOCALID == 0 ]]; then

@@ -28,9 +28,9 @@ train=$(sbatch --parsable --job-name=train "${options[@]}" slurm/sft.sbatch "$@"
 tuned=$folder last=$train said="train $train"
 if ((${#merge_it[@]})); then
     # shellcheck disable=SC2046 # two options
-    last=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge.py "${merge_it[@]:2}")
+    last=$(sbatch --parsable --job-name=merge $(after "$train") slurm/script.sbatch merge "${merge_it[@]:2}")
     tuned=$folder/merged said+=" → merge $last"
 fi
 # shellcheck disable=SC2046
-compare=$(sbatch --parsable --job-name=compare $(after "$last") slurm/script.sbatch compare.py --base "$base" --tuned "$tuned" --output_dir "$folder/compared")
+compare=$(sbatch --parsable --job-name=compare $(after "$last") slurm/script.sbatch compare --base "$base" --tuned "$tuned" --output_dir "$folder/compared")
 echo "$said → compare $compare; follow: squeue --me; result: $folder/compared/report.html"

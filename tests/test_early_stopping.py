@@ -252,7 +252,9 @@ def test_which_evaluations_count(single) -> None:
     assert "the evaluation has no eval_accuracy" in out and "Traceback" not in out, out
 
 
-@pytest.mark.parametrize(("config", "ranks"), [*(pytest.param(name, 2, marks=pytest.mark.proof) for name in ("ddp", "zero3")), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("config", "ranks"), [*(pytest.param(name, 2, marks=pytest.mark.proof) for name in ("ddp", "zero3")), ("fsdp", 2)]
+)
 def test_all_ranks_stop_at_the_step_of_one_process(config, ranks, single, tiny, contrary_rows, tmp_path) -> None:
     """Guards ranks that stop apart and wait for each other for ever; and a run resumed on another number of ranks."""
     slow = single[0]["slow"]

@@ -231,7 +231,7 @@ def test_a_parent_of_another_tool(tmp_path: Path) -> None:
     """Guards `extends`: the file that is named is the one that is not a recipe."""
     _, _, content, _ = FILES["LLaMA-Factory"]
     write(tmp_path, "parent.yaml", content)
-    error = refusal(write(tmp_path, "child.yaml", "extends: parent.yaml\n"))
+    error = refusal(write(tmp_path, "child.yaml", f"extends: {tmp_path}/parent.yaml\n"))
     assert "LLaMA-Factory" in error.what and error.where.endswith("parent.yaml")
 
 

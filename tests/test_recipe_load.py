@@ -108,7 +108,7 @@ def test_the_parents_file_is_named(tmp_path: Path) -> None:
     """Guards the places of inherited faults: they lie in the parent's file."""
     (tmp_path / "base.v2.yaml").write_text("learing_rate: 1\n")
     child = tmp_path / "child.yaml"
-    child.write_text("extends: base.v2\nseed: x\n")
+    child.write_text(f"extends: {tmp_path}/base.v2\nseed: x\n")
     with pytest.raises(RecipeErrors) as caught:
         load.load(str(child), [])
     assert [error.where for error in caught.value.errors] == [f"{tmp_path / 'base.v2.yaml'}:1:1", f"{child}:2:1"]
@@ -273,29 +273,32 @@ def test_bom_and_crlf(tmp_path: Path) -> None:
 # ---- extends ----
 
 
-def test_extends(tmp_path: Path) -> None:
-    """Guards inheritance: the parent's keys first, by a path relative to the child, with or without .yaml."""
+def test_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards inheritance: the parent's keys first, by a path from the current folder, with or without .yaml."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base/root.yaml").write_text("seed: 1\nmax_steps: 10\nlr_scheduler_kwargs: {num_cycles: 2}\n")
-    (tmp_path / "base/middle.yaml").write_text("extends: root\nlr_scheduler_type: cosine\nseed: 2\n")
+    (tmp_path / "base/middle.yaml").write_text("extends: base/root\nlr_scheduler_type: cosine\nseed: 2\n")
     child = tmp_path / "child.yaml"
     child.write_text("extends: base/middle.yaml\nlr_scheduler_kwargs: {num_cycles: 3}\n")
     found = load.load(str(child), ["--max_steps=12"])
     assert found.values == {
         "seed": 2, "max_steps": 12, "lr_scheduler_kwargs": {"num_cycles": 3}, "lr_scheduler_type": "cosine"
     }  # fmt: skip
-    assert found.where("seed") == f"{tmp_path / 'base/middle.yaml'}:3:1"
+    assert found.where("seed") == "base/middle.yaml:3:1"
     assert found.where("lr_scheduler_kwargs.num_cycles") == f"{child}:2:23"
     assert found.where("max_steps") == "command line --max_steps"
 
 
-def test_extends_faults(tmp_path: Path, faults) -> None:
+def test_extends_faults(tmp_path: Path, faults, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards circles, missing parents and other values: each is named at its line, and the other keys are read."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "parent.yaml").write_text("extends: recipe\n")
     assert "in a circle: recipe.yaml → parent.yaml → recipe.yaml" in faults("extends: parent")[0]
     assert "in a circle: recipe.yaml → recipe.yaml" in faults("seed: 3\nextends: recipe")[0]
-    missing, unknown = faults("extends: parant\nlearing_rate: 1")
-    assert "1:1: extends 'parant', which does not exist" in missing and "'parent.yaml'" in missing
+    missing, unknown = faults("extends: lroa\nlearing_rate: 1")
+    assert "1:1: extends: there is no recipe 'lroa'" in missing and "did you mean 'lora'" in missing
+    assert f"looked in {tmp_path}" in missing
     assert "2:1: unknown key" in unknown
     assert "extends takes text, found a list" in faults("extends: [parent]")[0]
 

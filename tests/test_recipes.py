@@ -76,7 +76,7 @@ def test_a_recipe_loads_and_its_resolved_form_is_the_same(path: Path, tmp_path: 
 def test_a_recipe_is_grouped_by_banners(path: Path) -> None:
     """Guards the recipes' one form: the five banners in their order, here or in the recipe that it extends."""
     while parent := (yaml.safe_load(path.read_text(encoding="utf-8"))).get("extends"):
-        path = path.parent / parent
+        path = ROOT / f"recipes/{parent}.yaml"
     banners = re.findall(r"^# ---- (.*) ----$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert banners == ["model", "data", "method", "training", "saving and monitoring"]
 

@@ -495,9 +495,9 @@ def test_a_child_overrides_its_parent(tmp_path: Path) -> None:
     """Guards `extends`: a recipe may switch off what its parent needs other keys for."""
     (tmp_path / "lora.yaml").write_text("use_peft: true\nlora_r: 8\n")
     child = tmp_path / "full.yaml"
-    child.write_text("extends: lora\nuse_peft: false\n")
+    child.write_text(f"extends: {tmp_path}/lora\nuse_peft: false\n")
     assert load.load(str(child), []).values == {"use_peft": False}
-    child.write_text("extends: lora\nuse_peft: false\nlora_alpha: 8\n")
+    child.write_text(f"extends: {tmp_path}/lora\nuse_peft: false\nlora_alpha: 8\n")
     with pytest.raises(RecipeErrors, match="lora_alpha has no effect with use_peft: false"):
         load.load(str(child), [])
 
@@ -509,7 +509,7 @@ def test_own_data_and_the_evaluation_rows_of_another(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
 
     def read(child: str, *flags: str) -> load.Recipe:
-        file.write_text(f"extends: parent.yaml\n{child}")
+        file.write_text(f"extends: {tmp_path}/parent.yaml\n{child}")
         return load.load(str(file), list(flags))
 
     mixed = "datasets:\n  - path: "
@@ -543,11 +543,11 @@ def test_a_later_split_replaces_an_inherited_evaluation_set(tmp_path: Path) -> N
     """Guards `--test_split_size 0.1` on a shipped recipe, which was refused; one layer still cannot ask for both."""
     (tmp_path / "parent.yaml").write_text("eval_strategy: epoch\neval_dataset_name: a_eval.jsonl\n")
     file = tmp_path / "r.yaml"
-    file.write_text("extends: parent.yaml\n")
+    file.write_text(f"extends: {tmp_path}/parent.yaml\n")
     found = load.load(str(file), ["--test_split_size", "0.1"])
     assert "eval_dataset_name" not in found.values and found.get("test_split_size") == 0.1
     assert any("eval_dataset_name is left out" in note and "parent.yaml:2" in note for note in found.notes)
-    file.write_text("extends: parent.yaml\ntest_split_size: 0.1\n")
+    file.write_text(f"extends: {tmp_path}/parent.yaml\ntest_split_size: 0.1\n")
     found = load.load(str(file), ["--eval_dataset_name", "b_eval.jsonl"])
     assert "test_split_size" not in found.values and found.get("eval_dataset_name") == "b_eval.jsonl"
     (broken,) = breaks(

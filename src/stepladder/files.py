@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
+from stepladder import installation
 from stepladder.errors import RunError
 
 if TYPE_CHECKING:
@@ -170,9 +171,21 @@ def parse_json(text: str) -> Any:
 
 @functools.cache
 def read_table(name: str) -> Any:
-    """The value of a YAML file of the package, such as recipe/keys.yaml; libyaml reads it where it is installed."""
+    """The value of a YAML file of the package, such as recipe/keys.yaml; libyaml reads it where it is installed.
+
+    Its texts name commands as `stepladder check`, and are spelled as the current folder needs them.
+    """
     text = importlib.resources.files("stepladder").joinpath(name).read_text(encoding="utf-8")
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return _localized(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+def _localized(value: Any) -> Any:
+    """A value with `installation.localize` applied to each text in it."""
+    if isinstance(value, dict):
+        return {key: _localized(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_localized(item) for item in value]
+    return installation.localize(value) if isinstance(value, str) else value
 
 
 def compose(text: str) -> yaml.Node | None:

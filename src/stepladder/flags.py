@@ -1,4 +1,4 @@
-"""Numbers on the command line that make sense: what is out of range is refused before anything is loaded."""
+"""A script's command line: its parser, and numbers that are refused out of their range before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,25 @@ import sys
 import threading
 from pathlib import Path
 
+from stepladder import installation
+
 FP32_MAX = 3.4028234663852886e38  # the largest number of fp32, which weights and optimizers compute in
 TRUST = "run the Python code that comes with a model: it can do all that you can"
+
+
+def parser(description: str | None, script: str) -> argparse.ArgumentParser:
+    """A script's parser, whose help spells commands as the current folder needs them.
+
+    Args:
+        description: the script's docstring.
+        script: its `__file__`.
+    """
+    return argparse.ArgumentParser(
+        prog=installation.command(Path(script).stem),
+        description=installation.localize(description or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def count(text: str, least: int = 1) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import console, hardware, requirements
+from stepladder import console, hardware, installation, requirements
 from stepladder.cluster import staging
 from stepladder.data import audit, special_tokens, templates
 from stepladder.data.row_checks import UNUSABLE, WARNING, Finding, Limits, check_tokens
@@ -117,7 +117,7 @@ def _print_keys(recipe: Recipe, args: argparse.Namespace) -> int:
 
 def _print_axolotl(path: Path, args: argparse.Namespace, overrides: list[str]) -> int:
     """Explain an Axolotl configuration by its own key names."""
-    command = f"python scripts/import_axolotl.py {console.quote_for_shell(path)} -o recipe.yaml"
+    command = f"{installation.command('import_axolotl')} {console.quote_for_shell(path)} -o recipe.yaml"
     if not args.explain or overrides:
         raise RecipeError(
             "this is an Axolotl configuration" + (f", and {overrides[0]} cannot be set in it" if overrides else ""),

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from stepladder import installation
 from stepladder.errors import LaunchError
 from stepladder.settings import Settings
 
@@ -49,10 +50,16 @@ def versions(settings: Settings) -> str:
         try:
             found = importlib.metadata.version(needed.name)
         except importlib.metadata.PackageNotFoundError:
-            raise LaunchError(f"{needed.name} is not installed", help="make install") from None
+            raise LaunchError(
+                f"{needed.name} is not installed",
+                help=installation.install_command(str(needed).partition(";")[0].strip()),
+            ) from None
         lowest = SpecifierSet(",".join(str(bound) for bound in needed.specifier if not bound.operator.startswith("<")))
         if not lowest.contains(found, prereleases=True):
-            raise LaunchError(f"{needed.name} {lowest} is needed, and {found} is here", help="make install")
+            raise LaunchError(
+                f"{needed.name} {lowest} is needed, and {found} is here",
+                help=installation.install_command(str(needed).partition(";")[0].strip()),
+            )
     for key, value, module, package, instead in _packages(settings):
         if not importlib.util.find_spec(module):
             raise LaunchError(

@@ -75,7 +75,7 @@ class Run:
         raise LaunchError(
             f"another process is training into {self.folder}",
             why="two would overwrite each other's files",
-            help="wait for it or end it (its launcher may be gone: look for sft.py), or another --output_dir",
+            help="wait for it or end it (its launcher may be gone: look for sft in `ps`), or another --output_dir",
         )
 
     def exists(self, where: str = "") -> bool:

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from stepladder import console, errors
+from stepladder import console, errors, installation
 from stepladder.cluster import staging, sweep
 from stepladder.data import mixture
 from stepladder.manifest import MANIFEST, STUCK_AFTER, read_manifest
@@ -50,7 +50,9 @@ def _element(number: int, file: Path, words: list[str]) -> list[str]:
     args, overrides = parser.parse_known_args(words)
     rungs = found.rungs(recipe_of([*found.runs[0], *overrides]))
     if not 0 <= args.rung < len(rungs):
-        raise errors.RecipeError(f"rung {args.rung} of {len(rungs)}", where=str(file), help="submit.py --sweep")
+        raise errors.RecipeError(
+            f"rung {args.rung} of {len(rungs)}", where=str(file), help=f"{installation.command('submit')} --sweep FILE"
+        )
     rung = rungs[args.rung]
     if not (run := sweep.find_run(found, rung, number)):
         print(f"nothing to do: fewer than {number + 1} runs have come to step {rung.before}", file=sys.stderr)

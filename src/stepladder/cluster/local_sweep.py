@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from stepladder import installation
 from stepladder.cluster import job
 from stepladder.cluster.sweep import Rung, Sweep, find_run
 from stepladder.console import quote_for_shell, say
@@ -49,7 +50,7 @@ def run_sweep(sweep: Sweep, rungs: list[Rung], strategy: str, ranks: int, overri
                 failed.append(Path(job.recipe_of([*words, *overrides]).output_dir).name)
     if not any(status(folder) == "finished" for folder in sweep.folders):
         raise RunError(f"no run of {sweep.file} has finished", help="the first one's message is above")
-    if _run([sys.executable, "scripts/report.py", "--sweep", str(sweep.file)]):
+    if _run([sys.executable, *installation.launched("report").split(), "--sweep", str(sweep.file)]):
         raise RunError(f"the report on {sweep.file} could not be written", help="its message is above")
     if failed:
         raise RunError(
@@ -65,16 +66,16 @@ def launch_command(words: list[str], strategy: str, ranks: int) -> list[str]:
     Args:
         words: the run's arguments; `--strategy NAME` among them wins over `strategy`.
     """
-    own = list(words)
+    own, script = list(words), installation.launched("sft").split()
     if "--strategy" in own:
         at = own.index("--strategy")
         strategy = own[at + 1]
         del own[at : at + 2]
     if ranks == 1 and strategy == "single":
-        return [sys.executable, "scripts/sft.py", *own]
-    config = f"accelerate_configs/{strategy}.yaml"
+        return [sys.executable, *script, *own]
+    config = str(installation.locate(f"accelerate_configs/{strategy}.yaml"))
     launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(ranks)]
-    return [sys.executable, *launch, "scripts/sft.py", *own]
+    return [sys.executable, *launch, *script, *own]
 
 
 def _is_done(words: list[str], stop: int | None) -> bool:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from stepladder import console, hardware
+from stepladder import console, hardware, installation
 from stepladder.cluster import job, local_sweep, staging
 from stepladder.cluster.sweep import Rung, Sweep, read_sweep
 from stepladder.console import quote_for_shell
@@ -68,7 +68,11 @@ def submit(args: argparse.Namespace, overrides: list[str]) -> None:
         log, script, words = "slurm-%j.out", "slurm/sft.sbatch", [["--recipe", args.recipe]]
         names = [f"--job-name={''.join(sign if sign.isalnum() or sign in '-_.' else '_' for sign in folder.name)}"]
     if not Path(script).is_file():
-        raise LaunchError(f"there is no {script} here", help="run it in the folder that holds slurm/ and scripts/")
+        raise LaunchError(
+            f"there is no {script} here",
+            why="a job runs in the folder that it is submitted from, and its templates are yours to adapt",
+            help="stepladder init DIR makes a folder with them; or submit from a clone of Stepladder",
+        )
     site, sites = os.environ.get("STEPLADDER_SITE"), sorted(file.stem for file in Path("slurm/sites").glob("*.sh"))
     if site and site not in sites:  # as environment.sh does once the job has begun
         raise LaunchError(f"STEPLADDER_SITE={site}: no such file in slurm/sites/", help=" ".join(sites))
@@ -96,7 +100,9 @@ def _run_here(sweep: Sweep | None, rungs: list[list[Rung]], args: argparse.Names
         StepladderError: as `local_sweep.run_sweep`.
     """
     if sweep is None:
-        raise LaunchError("--here is for a sweep", where="command line", help="scripts/sft.py trains one recipe")
+        raise LaunchError(
+            "--here is for a sweep", where="command line", help=f"{installation.command('sft')} trains one recipe"
+        )
     for name in ("gpus", "gpu", "gpu_memory", "cpus", "cpus_per_gpu", "mem", "mem_per_gpu", *SBATCH_NAMES):
         if getattr(args, name):
             raise LaunchError(
@@ -135,7 +141,7 @@ def _queue(jobs: list[list[str]], sweep: Sweep | None, folder: Path, what: str) 
         for number in numbers[1:]:
             print(f"  then    job {number}: the best of the one before, to a later step")
         report = ["--parsable", f"--dependency=afterany:{numbers[-1]}", "--job-name=report",
-                  f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report.py",
+                  f"--output={log_pattern(folder, 'slurm-%j.out')}", "slurm/script.sbatch", "report",
                   "--sweep", str(sweep.file)]  # fmt: skip
         print(f"  report  job {sbatch(report)}, when all have ended: {folder}/report.html")
     print(f"  follow  squeue --job {','.join(numbers)};  tail -F {quote_for_shell(folder)}/slurm-{numbers[0]}*.out")

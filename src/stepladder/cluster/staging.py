@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import console, files, requirements
+from stepladder import console, files, installation, requirements
 from stepladder.data import mixture
 from stepladder.errors import LaunchError, first_line
 from stepladder.model import pretrained, start
@@ -122,7 +122,8 @@ def check_stage(recipe: Recipe) -> str:
     content = read_content(folder)
     for repository in list_repositories(recipe, folder / HUB):
         count += 1
-        again = f"python scripts/stage.py --recipe {recipe.name} --to DIR, with the same keys, where the hub is reached"
+        again = f"{installation.command('stage')} --recipe {recipe.name} --to DIR"
+        again += ", with the same keys, where the hub is reached"
         if repository.label not in content["repositories"]:
             raise LaunchError(f"the stage {folder} lacks {repository.label}", where=repository.where, help=again)
         if faults := _damage(folder, content["repositories"][repository.label]):
@@ -147,7 +148,8 @@ def read_content(folder: Path) -> dict[str, Any]:
         if not (within and whole):
             raise TypeError
     except ValueError as error:
-        help = f"{VARIABLE}=DIR with the folder that stage.py --to DIR has filled; or unset {VARIABLE}"
+        filled = f"{VARIABLE}=DIR with the folder that {installation.command('stage')} --to DIR has filled"
+        help = f"{filled}; or unset {VARIABLE}"
         raise LaunchError(f"{folder} is no stage: {CONTENT}: {error}", help=help) from None
     except (KeyError, TypeError, AttributeError):
         raise LaunchError(f"{folder / CONTENT} cannot be used", help="copy or fill the stage again") from None
@@ -182,7 +184,7 @@ def _claim(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         lock = files.lock_file(folder / LOCK)
     except BlockingIOError:
-        raise LaunchError(f"another stage.py fills {folder}", help="wait for its end") from None
+        raise LaunchError(f"another process fills {folder}", help="wait for its end") from None
     with lock:
         content = {"repositories": {}} if not (folder / CONTENT).is_file() else read_content(folder)
         _write(folder, content)
@@ -286,6 +288,13 @@ def _fetch_error(repository: Repository, error: Exception) -> LaunchError:
 def _build_wheels(folder: Path, before: dict[str, Any] | None) -> dict[str, Any]:
     """The packages that `make install` installs as wheels in DIR/wheels; returns their entry in stage.json."""
     constraints = Path("constraints.txt")
+    if not constraints.is_file():
+        raise LaunchError(
+            "--wheels takes the versions of constraints.txt, which is not here",
+            where="command line",
+            why="they are those of `make install`, which a clone has",
+            help="run it in a clone of Stepladder; or pip download, for an installation by pip",
+        )
     made_for = {
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
         "platform": sysconfig.get_platform(),

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.data import mixture
 from stepladder.errors import LaunchError, RecipeError, RecipeErrors, RunError
 from stepladder.manifest import MANIFEST, read_metrics, status
@@ -87,7 +87,9 @@ class Sweep:
         """
         begun = [folder for folder in self.folders if (folder / MANIFEST).is_file()]
         if not begun:
-            raise RunError(f"no run of {self.file} has begun", help=f"python scripts/submit.py --sweep {self.file}")
+            raise RunError(
+                f"no run of {self.file} has begun", help=f"{installation.command('submit')} --sweep {self.file}"
+            )
         return begun, [folder for folder in self.folders if folder not in begun]
 
     def rungs(self, recipe: Recipe) -> list[Rung]:
@@ -154,10 +156,11 @@ def read_sweep(file: Path) -> Sweep:
         RecipeError: the file is no sweep, or two of its runs would be one.
     """
     try:
-        node = files.compose(files.read_text(file, files.YAML_BYTES))
-        content = files.parse_yaml(files.read_text(file, files.YAML_BYTES)) or {}
+        text = files.read_text(installation.locate(file), files.YAML_BYTES)
+        node, content = files.compose(text), files.parse_yaml(text) or {}
     except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"not a sweep: {error}", where=str(file), help=HELP) from None
+        why = "" if os.path.lexists(installation.locate(file)) else installation.places(file)
+        raise RecipeError(f"not a sweep: {error}", where=str(file), why=why, help=HELP) from None
     faults: list[RecipeError] = []
     pairs = convert.mapping(node, str(file), faults)
     where = {name: convert.position(str(file), key) for name, (key, _) in pairs.items()}
@@ -283,7 +286,7 @@ def find_run(sweep: Sweep, rung: Rung, number: int) -> list[str]:
             raise LaunchError(
                 f"{sweep.decision(rung.number)} names {kept[number]}, which is no run of {sweep.file}",
                 why="the sweep's file was changed since",
-                help=f"python scripts/submit.py --sweep {sweep.file}",
+                help=f"{installation.command('submit')} --sweep {sweep.file}",
             )
         words = sweep.runs[names.index(kept[number])]
     return [*words, "--stop_at_step", str(rung.stop)] if rung.stop else words

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.text import Text
 
+from stepladder import installation
 from stepladder.console import printable
 from stepladder.data import columns, loss_keys, mixture, render
 from stepladder.data.file_list import FileList
@@ -130,7 +131,7 @@ def stop_on_errors(findings: Iterable[Finding]) -> None:
     if errors:
         first, others = errors[0], len(errors) - 1
         why = f"rows: {', '.join(first.where[:5])}{', …' * (len(first.where) > 5)}" if first.where else ""
-        more = f"{others} more errors: scripts/check.py --recipe … --audit lists them"
+        more = f"{others} more errors: {installation.command('check')} --recipe … --audit lists them"
         raise DataError(first.what, why="; ".join([why] * bool(why) + [more] * bool(others)), help=first.help)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import files, run
+from stepladder import files, installation, run
 from stepladder.data import formats
 from stepladder.data.conversation import ROLES
 from stepladder.data.rows import Rows, Stream, collect, head_notes, row_key
@@ -355,18 +355,18 @@ def write_held_out(record: run.Run, train: Rows | Stream | None, evaluation: Row
         "trained": None if known is None else sorted(known),
     }
     record.update(held_out={"rows": len(held_out), "trained_on": count, "foreign": foreign})
-    notes = []
+    notes, check, compare = [], installation.command("check"), installation.command("compare")
     if held_out and count is None:
-        notes.append("whether evaluation rows are trained on too is not known of a stream; compare.py looks for them")
+        notes.append(f"whether evaluation rows are trained on too is not known of a stream; {compare} looks for them")
     if count:
         notes.append(
             f"⚠ {count:,} of the {len(held_out):,} evaluation rows are trained on too: what is measured on them is "
-            "not held out; check.py --audit names them"
+            f"not held out; {check} --audit names them"
         )
     try:
         files.write_atomic(record.folder / HELD_OUT, json.dumps(content) + "\n")
     except OSError as error:
-        notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): compare.py will read the data again instead")
+        notes.append(f"⚠ {HELD_OUT} cannot be written ({error.strerror}): {compare} will read the data again instead")
     return notes
 
 

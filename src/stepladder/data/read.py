@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.console import quote_for_shell
 from stepladder.data.json_documents import is_split_object, json_rows, split_word
 from stepladder.data.readers import (
@@ -115,8 +115,8 @@ def _require_file(path: Path, name: str) -> None:
                 f"{name} is a link to {os.readlink(path)!r}, which is not there",
                 help="a download that was cut short leaves such links: download the data set again",
             ) from None
-        help = near_file(str(path)) or "paths are relative to the folder you start from"
-        raise DataError(f"there is no data file {name}", help=help) from None
+        help = near_file(str(path)) or "check the path"
+        raise DataError(f"there is no data file {name}", why=installation.places(path), help=help) from None
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror}", help="name a file that can") from None
     if stat.S_ISDIR(mode):
@@ -366,7 +366,6 @@ def _open(path: Path) -> Any:
 
 def near_file(name: str) -> str:
     """As `suggest` for keys, among the files of one folder: a suffix that is left out counts little."""
-    folder = Path(name).parent
-    siblings = sorted(map(str, folder.iterdir())) if folder.is_dir() else []
+    siblings = installation.list_siblings(Path(name))
     near = difflib.get_close_matches(name, siblings, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(map(repr, near))}?" if near else ""

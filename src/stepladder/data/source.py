@@ -33,6 +33,7 @@ from stepladder.data.read import (
 from stepladder.data.readers import Found
 from stepladder.errors import DataError, first_line
 from stepladder.files import parse_yaml, read_text
+from stepladder.installation import locate, places
 from stepladder.suggest import suggest
 
 GENERIC = ("json", "csv", "parquet")  # names under which TRL's recipes list local files in `data_files`
@@ -47,7 +48,7 @@ SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\
 def is_local(name: str) -> bool:
     """A file or folder that is there, or a name that can only be meant as one; anything else is a hub id."""
     meant = name.startswith(("/", "./", "../", "~")) or kind(Path(name)) in READERS
-    return meant or os.path.exists(os.path.expanduser(name))
+    return meant or os.path.exists(locate(os.path.expanduser(name)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Source:
         return itertools.islice(again, chosen.start, chosen.stop)
 
     def _files(self, split: str) -> list[Path]:
-        root = Path() if self.path in GENERIC else Path(self.path).expanduser()
+        root = Path() if self.path in GENERIC else locate(Path(self.path).expanduser())
         is_file = self.path not in GENERIC and (not os.path.isdir(root) or kind(root) in READERS)
         if self.name is not None and (is_file or self.data_dir or self.data_files or not _configurations(root)):
             raise self._error(f"'{self.name}' has no effect: local files have no configurations", "remove it")
@@ -143,7 +144,7 @@ class Source:
             if self.data_dir or self.data_files:
                 raise self._error(f"data_dir and data_files have no effect, as {root} is a file", "remove them")
             return self._only_train([root], split)
-        root /= self.data_dir or ""
+        root = locate(root / (self.data_dir or ""))
         if self.data_files is not None:
             return self._listed(root, split)
         if self.path in GENERIC and not self.data_dir:
@@ -159,7 +160,7 @@ class Source:
             listed, split = listed[split], "train"
         paths: list[Path] = []
         for pattern in [listed] if isinstance(listed, str) else listed or []:
-            path = root / os.path.expanduser(pattern)
+            path = locate(root / os.path.expanduser(pattern))
             if os.path.isdir(path) and kind(path) not in READERS:
                 paths += _in_folder(path, "train")
             elif os.path.exists(path) or not glob.has_magic(str(path)):
@@ -167,7 +168,7 @@ class Source:
             elif matched := sorted(glob.glob(str(path), recursive=True)):
                 paths += map(Path, matched)
             else:
-                raise self._error(f"no file matches '{path}'", "paths are relative to the folder you start from")
+                raise self._error(f"no file matches '{path}'", "a pattern that does", places(path))
         return self._only_train(paths, split)
 
     def _only_train(self, files: list[Path], split: str) -> list[Path]:
@@ -197,7 +198,7 @@ class Source:
         except Exception as error:  # the hub's errors are of a dozen classes, all of them the user's to read
             raise self._error(
                 f"the data set '{self.label}' (split {self.split}) could not be loaded",
-                near_file(self.path) or "a hub id needs the network, or its cache; a local path must exist",
+                near_file(self.path) or f"a hub id needs the network, or its cache; as a path, {places(self.path)}",
                 why=first_line(error),
             ) from None
 
@@ -390,7 +391,7 @@ def _match(folder: Path, patterns: list[str]) -> list[Path]:
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a local folder, or a JSON file of several splits, holds rows of this one."""
-    path = path.expanduser()
+    path = locate(path.expanduser())
     if os.path.isfile(path):
         return split_key(inner_splits(path), split) is not None
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stepladder import installation
 from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.data.columns import find_question_shape
@@ -126,7 +127,7 @@ def read(path: Path = SUITE) -> list[Task]:
         DataError: no such file, or a row of another form.
     """
     tasks = []
-    for where, row in data_read.read(path):
+    for where, row in data_read.read(installation.locate(path)):
         if isinstance(row, DataError):
             raise row
         name = row.get("behaviour")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.errors import GOOD, LEVEL, LOOK, Verdict
 from stepladder.evaluation import metrics
 from stepladder.evaluation.held_out import RowLoss
@@ -49,7 +49,7 @@ def choose_run(runs: list[LoggedRun]) -> Verdict | None:
     known = [found for found in tests.values() if found]
     if len(known) < len(tests):
         what = f"{best.name} has the lowest held-out loss; whether by more than chance is not known."
-        help = f"the runs lack {HELD_OUT_LOSSES}: train them again, or compare.py on the two"
+        help = f"the runs lack {HELD_OUT_LOSSES}: train them again, or {installation.command('compare')} on the two"
         return Verdict(LOOK, "best run", what, f"{evidence}; next: {near[0].name}, {_final(near[0]):.4f}", help)
     corrected = dict(zip(tests, metrics.holm([found.p for found in known]), strict=True))
     ties = [name for name, p in corrected.items() if p >= LEVEL]

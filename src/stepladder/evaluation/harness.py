@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stepladder import installation
 from stepladder.data import read
 from stepladder.data.rows import Rows
 from stepladder.errors import DataError, ModelError, RunError, first_line
@@ -32,7 +33,7 @@ class Score(NamedTuple):
 
 def is_data(name: str) -> bool:
     """Whether a task's name is a data file's or folder's: names of lm-eval may hold dots and slashes too."""
-    return Path(name).exists() or read.kind(Path(name)) in read.READERS
+    return installation.locate(name).exists() or read.kind(Path(name)) in read.READERS
 
 
 def check_names(tasks: list[str | dict[str, Any]]) -> None:
@@ -54,7 +55,7 @@ def local_task(rows: Rows, folder: Path) -> dict[str, Any]:
         raise DataError(
             f"a question of {rows.name} has a system turn, earlier turns or tools",
             why="lm-eval asks a single text",
-            help="compare.py --data asks such questions in whole",
+            help=f"{installation.command('compare')} --data asks such questions in whole",
         )
     answers = list(dict.fromkeys(question.reference for question in asked))
     if len(answers) < CHOICES:
@@ -104,7 +105,7 @@ def evaluate(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RunError("lm-eval is not installed", help='pip install -c constraints.txt -e ".[eval]"') from None
+        raise RunError("lm-eval is not installed", help=installation.install_command("lm-eval[hf]", "eval")) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
     unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]

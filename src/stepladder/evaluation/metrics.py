@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.data.templates.chat_template import LimitExceeded, limit_resources
 from stepladder.errors import LEVEL, DataError
 from stepladder.evaluation.questions import Answer
@@ -176,10 +176,10 @@ def read_rubric(path: Path) -> list[StyleRule]:
         DataError: no such file, no YAML, an unknown key, a pattern that is none.
     """
     try:
-        found = files.parse_yaml(files.read_text(path, files.YAML_BYTES))
+        found = files.parse_yaml(files.read_text(installation.locate(path), files.YAML_BYTES))
     except ValueError as error:
-        help = "see data/techco_rubric.yaml"
-        raise DataError(f"the rubric {path} cannot be read", why=str(error), help=help) from None
+        why = f"{error}; {installation.places(path)}".removesuffix("; ")
+        raise DataError(f"the rubric {path} cannot be read", why=why, help="see data/techco_rubric.yaml") from None
     if not isinstance(found, dict) or not found:
         raise DataError(f"{path} holds no rules", help="NAME: {pattern: '…'}, as in data/techco_rubric.yaml")
     return [_rule(str(name), keys, str(path)) for name, keys in found.items()]

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.data import formats, read, render
 from stepladder.data.columns import Converter, find_question_shape
 from stepladder.data.formats import Example
@@ -97,6 +97,7 @@ def read_prompts(path: Path, notes: list[str] | None = None) -> list[Question]:
     Raises:
         DataError: no such file, one without a prompt, a row that holds none.
     """
+    path = installation.locate(path)
     if path.suffix == ".txt" and os.path.exists(path):
         try:
             lines = files.read_text(path, PROMPTS_BYTES, errors="replace").splitlines()
@@ -186,7 +187,7 @@ def transcript_answers(path: Path, questions: list[Question]) -> list[Answer]:
             known[_key(found | {"messages": before})] = Answer(str(said["content"]), bool(found["stopped"]))
             texts.add(before[-1]["content"])
         except (KeyError, IndexError, TypeError, ValueError):
-            help = "generate.py --prompts FILE --transcript FILE.jsonl writes one"
+            help = f"{installation.command('generate')} --prompts FILE --transcript FILE.jsonl writes one"
             raise DataError("this row is of no transcript", where=where, help=help) from None
     missing = [question.text for question in questions if _key(question.example) not in known]
     if missing:
@@ -194,7 +195,8 @@ def transcript_answers(path: Path, questions: list[Question]) -> list[Answer]:
         raise DataError(
             f"{path} answers {len(questions) - len(missing)} of {len(questions)} questions",
             why=f"the first without an answer: {missing[0][:80]!r}" + other * (missing[0] in texts),
-            help="generate.py --prompts with the same file, or --limit with as many questions as it answers",
+            help=f"{installation.command('generate')} --prompts with the same file, "
+            "or --limit with as many questions as it answers",
         )
     return [known[_key(question.example)] for question in questions]
 

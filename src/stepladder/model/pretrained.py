@@ -334,7 +334,7 @@ def needs_code(name: str, where: str = "") -> ModelError:
         where=where,
         why="code that comes with a model could do all that you may do, so it is not run unless you say so",
         help="read that code; if you trust it: trust_remote_code: true in the recipe, or --trust_remote_code of "
-        "generate.py, compare.py and evaluate.py. merge.py takes models that Transformers knows by itself",
+        "generate, compare and evaluate. A merge takes models that Transformers knows by itself",
     )
 
 

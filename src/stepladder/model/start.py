@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.console import quote_for_shell
 from stepladder.data import templates
 from stepladder.errors import ModelError
@@ -218,8 +218,8 @@ def check_source(name: str | None, where: str = "") -> None:
     folder = Path(name)
     if not folder.is_dir():
         if _looks_local(name):
-            fetch = "python scripts/fetch_model.py" if "smollm2-135m-instruct" in name else "check the path"
-            raise ModelError(f"there is no model at '{name}'", where=where, help=fetch)
+            fetch = installation.command("fetch_model") if "smollm2-135m-instruct" in name else "check the path"
+            raise ModelError(f"there is no model at '{name}'", where=where, why=installation.places(name), help=fetch)
         return
     check_files(folder, where)
     if (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
@@ -236,7 +236,7 @@ def check_source(name: str | None, where: str = "") -> None:
             f"{folder} holds no model yet: the run has not finished",
             where=where,
             why=f"{MANIFEST} lies there, and no config.json",
-            help="the same sft.py command again resumes it",
+            help=f"the same {installation.command('sft')} command again resumes it",
         )
     if (folder / CHECKPOINT).is_file():
         raise ModelError(
@@ -302,7 +302,7 @@ def check_finished(folder: Path, where: str = "") -> None:
             f"{folder} holds the result of no finished run: {MANIFEST} says {state}",
             where=where,
             why="what lies there may be half of a result, or one that was found wrong",
-            help="the same sft.py command again resumes that run",
+            help=f"the same {installation.command('sft')} command again resumes that run",
         )
 
 
@@ -310,4 +310,4 @@ def merge_command(adapter: str | Path, recipe: dict[str, Any], output_dir: str =
     """What to type to fold an adapter into its base, as it was trained by a recipe (empty where it is not known)."""
     words = ["--adapter", str(adapter), "--output_dir", output_dir or f"merged/{Path(adapter).name}"]
     words += ["--quantized_base", "dequantized"] if recipe.get("load_in_4bit") else []  # the weights that it saw
-    return f"python scripts/merge.py {quote_for_shell(*words)}"
+    return f"{installation.command('merge')} {quote_for_shell(*words)}"

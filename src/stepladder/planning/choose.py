@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from stepladder import hardware
+from stepladder import hardware, installation
 from stepladder.console import quote_for_shell
 from stepladder.errors import LaunchError
 from stepladder.hardware import CORES_PER_GPU, GIB, GPU, GPUS, MEMORY_PER_GPU, peak_resident_bytes
@@ -307,7 +308,7 @@ def _no_host(plan: Plan, least: Candidate) -> LaunchError:
 
 
 def command(recipe: str, overrides: list[str], plan: Plan, candidate: Candidate) -> tuple[str, str]:
-    """The command line on the machine, and the one for Slurm.
+    """The command line on the machine, and the one for Slurm, which needs the templates in slurm/.
 
     Args:
         overrides: the recipe's keys on the command line, of which the candidate's replace some.
@@ -320,12 +321,13 @@ def command(recipe: str, overrides: list[str], plan: Plan, candidate: Candidate)
         kept += [word] if keeps else []
     keys = quote_for_shell("--recipe", recipe, *kept, *candidate.keys)
     several = f" --num_machines {plan.nodes} --machine_rank 0 --main_process_ip HOST --main_process_port 29500"
-    launch = f"accelerate launch --config_file accelerate_configs/{candidate.strategy}.yaml"
-    launch += (several if plan.nodes > 1 else "") + f" --num_processes {plan.ranks} scripts/sft.py {keys}"
+    launch = installation.launch_command(candidate.strategy, plan.ranks, several if plan.nodes > 1 else "")
+    launch += f" {keys}"
     host = max(MEMORY_PER_GPU, math.ceil(host_bytes(plan, candidate) / GIB))
     slurm = f"sbatch --nodes={plan.nodes} --gpus-per-node={plan.ranks // plan.nodes}"
     slurm += f" --cpus-per-gpu={CORES_PER_GPU} --mem-per-gpu={host}G slurm/sft.sbatch"
-    return launch, f"{slurm} --strategy {candidate.strategy} {keys}"
+    elsewhere = "" if Path("slurm/sft.sbatch").is_file() else "   # where slurm/ lies: stepladder init DIR copies it"
+    return launch, f"{slurm} --strategy {candidate.strategy} {keys}{elsewhere}"
 
 
 def as_json(candidate: Candidate) -> dict[str, Any]:

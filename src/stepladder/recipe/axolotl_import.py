@@ -17,6 +17,7 @@ import yaml
 from rich.padding import Padding
 from rich.table import Table
 
+from stepladder import installation
 from stepladder.console import printable, quote_for_shell
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import axolotl_rules, convert, load, rules  # noqa: F401 - registers its rules
@@ -173,9 +174,8 @@ class Translation:
     def command(self, recipe: str) -> str:
         """The launch command for the recipe at this path."""
         variables = "".join(f"{name}={quote_for_shell(value)} " for name, value in self.environment.items())
-        config = f"accelerate_configs/{self.strategy}.yaml"
-        start = f"accelerate launch --config_file {config} --num_processes 2" if self.strategy else "python"
-        return f"{variables}{start} scripts/sft.py --recipe {quote_for_shell(recipe)}"
+        start = installation.launch_command(self.strategy, 2) if self.strategy else installation.command("sft")
+        return f"{variables}{start} --recipe {quote_for_shell(recipe)}"
 
     def to_yaml(self, recipe: str) -> str:
         """The recipe's text: how to start it and what was left out, then the keys under their banners."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.errors import RecipeError, RecipeErrors
 from stepladder.recipe import convert, foreign, legacy_keys, rules
 from stepladder.recipe.recipe import Recipe
@@ -30,7 +30,7 @@ def load(name: str | None, overrides: list[str]) -> Recipe:
         raise RecipeError(
             "no recipe given",
             where=COMMAND_LINE,
-            help=f"--recipe NAME, for example --recipe {' or '.join(_shipped()[:3]) or 'path/to/recipe.yaml'}",
+            help=f"--recipe NAME, for example --recipe {' or '.join(known_recipes()[:3])}",
         )
     path = find(name)
     reading = _Reading(Recipe(name=path.stem, path=path, values={}, origins={}))
@@ -61,26 +61,35 @@ def _in_order(errors: list[RecipeError]) -> list[RecipeError]:
 
 
 def find(name: str) -> Path:
-    """`name` as given, then under `recipes/`; `.yaml` may be left out."""
-    if fault := files.name_fault(name):
-        raise RecipeError(f"--recipe {name[:60]}…: {fault}", where=COMMAND_LINE)
+    """The file of a recipe that `--recipe` or `extends` names: a path, or a name under `recipes/`.
+
+    `.yaml` may be left out. A run folder stands for the recipe in it.
+
+    Raises:
+        RecipeError: no file can have this name, or none has it.
+    """
+    if fault := files.name_fault(f"{name}.yaml"):
+        raise RecipeError(f"'{name[:60]}…' names no file: {fault}", where=COMMAND_LINE)
     if os.path.isfile(f"{name}/recipe.yaml"):
-        return Path(name) / "recipe.yaml"  # a run folder: its own recipe
-    for candidate in (name, f"{name}.yaml", f"recipes/{name}", f"recipes/{name}.yaml"):
-        if os.path.isfile(candidate):
-            return Path(candidate)
+        return Path(name) / "recipe.yaml"
+    is_name = not (name.startswith(("/", "~")) or ".." in name.split("/"))
+    names = [name, f"recipes/{name}"] if is_name else [name]
+    for candidate in [f"{word}{suffix}" for word in names for suffix in ("", ".yaml")]:
+        if (file := installation.locate(candidate)).is_file():
+            return file
     if os.path.lexists(name):  # a folder, a pipe, a link to nothing
         compose(Path(name))
     raise RecipeError(
         f"there is no recipe '{name}'",
         where=COMMAND_LINE,
-        why="looked for as given and under recipes/, with and without .yaml",
-        help=suggest(name, _shipped()) or "run from the folder that holds recipes/, or give a path",
+        why=f"as given and under recipes/, with and without .yaml: {installation.places('recipes')}" * is_name,
+        help=suggest(name, known_recipes()) or f"--recipe {' or '.join(known_recipes()[:3])}, or a path",
     )
 
 
-def _shipped() -> list[str]:
-    return sorted(str(p.relative_to("recipes").with_suffix("")) for p in Path("recipes").rglob("*.yaml"))
+def known_recipes() -> list[str]:
+    """The names that a recipe can be given by, without its folder and suffix."""
+    return installation.list_files("recipes", "*.yaml")
 
 
 def compose(path: Path) -> yaml.Node | None:
@@ -142,30 +151,26 @@ class _Reading:
         if not isinstance(value, yaml.ScalarNode) or name in ("", "null", "~"):
             return None  # reported as a value of the wrong type, or meant as none
         self.suspects.add("extends")  # until it is found
-        if fault := files.name_fault(f"{name}.yaml"):
-            self.errors.append(RecipeError(f"extends names no file: {fault}", where=where))
+        beside = _beside(path, name)
+        try:
+            parent = find(name)
+        except RecipeError as error:
+            help = error.help.removeprefix("--recipe ")
+            if beside:
+                help = f"extends: {_spelling(beside)} (a path counts from the folder that the command runs in)"
+            self.errors.append(RecipeError(f"extends: {error.what}", where=where, why=error.why, help=help))
             return None
-        file = path.parent / name
-        parent = file if file.is_file() else file.with_name(file.name + ".yaml")
-        if not parent.is_file():
-            near = [str(p.relative_to(path.parent)) for p in path.parent.glob("*.yaml") if p != path]
-            self.errors.append(
-                RecipeError(
-                    f"extends '{name}', which does not exist",
-                    where=where,
-                    why=f"looked for {file}" + ("" if file.suffix == ".yaml" else f" and {parent}"),
-                    help=suggest(f"{name.removesuffix('.yaml')}.yaml", near) or "a path relative to this recipe",
-                )
-            )
-            return None
+        if beside and not beside.samefile(parent) and not beside.samefile(path) and not _recipe_name(path):
+            self.recipe.notes.append(f"{where}: extends is {parent}, and not {beside}, which lies beside the recipe")
         chain = [p.resolve() for p in (*parents, path)]
         if parent.resolve() in chain:
+            shipped = installation.ROOT / "recipes" / f"{name.removesuffix('.yaml')}.yaml"  # under a name of the user's
             circle = [*(*parents, path)[chain.index(parent.resolve()) :], parent]
             self.errors.append(
                 RecipeError(
                     f"recipes extend each other in a circle: {' → '.join(p.name for p in circle)}",
                     where=where,
-                    help="remove one of the `extends`",
+                    help=f"extends: {shipped}" if shipped.is_file() else "remove one of the `extends`",
                 )
             )
             return None
@@ -221,6 +226,26 @@ class _Reading:
             if name in recipe.values and recipe.layers[name] < self._layer:
                 recipe.replaced[name] = recipe.values[name]
             recipe.values[name], recipe.origins[name], recipe.layers[name] = value, where, self._layer
+
+
+def _beside(recipe: Path, name: str) -> Path | None:
+    """The file that `extends` would name if it counted from the recipe's own folder."""
+    places = [recipe.parent / f"{name}{suffix}" for suffix in ("", ".yaml")]
+    return next((file for file in places if file.is_file()), None)
+
+
+def _spelling(file: Path) -> str:
+    """How `extends` names a file here: a name under recipes/ where it has one, else its path."""
+    here = os.path.relpath(file) if file.resolve().is_relative_to(Path.cwd()) else str(file.resolve())
+    return _recipe_name(file) or here
+
+
+def _recipe_name(file: Path) -> str:
+    """A recipe's name under recipes/; empty where it lies elsewhere."""
+    for recipes in (Path("recipes").resolve(), (installation.ROOT / "recipes").resolve()):
+        if file.resolve().is_relative_to(recipes):
+            return str(file.resolve().relative_to(recipes).with_suffix(""))
+    return ""
 
 
 def _fault(name: str, words: list[str]) -> tuple[str, str] | None:

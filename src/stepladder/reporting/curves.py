@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from stepladder import installation
 from stepladder.errors import FAULT, GOOD, LOOK, Verdict
 from stepladder.files import write_atomic
 from stepladder.manifest import stop_reason
@@ -78,7 +79,8 @@ def judge_evaluation_rows(rows: int, trained_on: int | None, foreign: str) -> li
     found = []
     if trained_on:
         what, evidence = "Rows that it is evaluated on are trained on too.", f"{trained_on:,} of {rows:,} rows"
-        help = "remove the copies from one of the sets (check.py --audit names them), or test_split_size"
+        audit = f"{installation.command('check')} --audit"
+        help = f"remove the copies from one of the sets ({audit} names them), or test_split_size"
         found.append(Verdict(LOOK, "not held out", what, evidence, help))
     if foreign:
         what, help = "It is evaluated on rows that came with other data.", "eval_dataset_name, or test_split_size"
@@ -155,7 +157,8 @@ def _course(s: _Shape, improved: bool) -> Iterator[Verdict]:
         return
     if s.drop <= moved:
         evidence = f"{s.start:.3f} at the start, {s.end:.3f} at the end; single steps vary by ±{s.wobble:.3f}"
-        help = "a higher learning_rate; see with check.py --show 3 whether the right tokens are trained"
+        show = f"{installation.command('check')} --show 3"
+        help = f"a higher learning_rate; see with {show} whether the right tokens are trained"
         yield Verdict(FAULT, "plateau", "The loss did not fall.", evidence, help, figures)
         return
     flat = s.flat_from()
@@ -218,7 +221,8 @@ def _memorization(s: _Shape, evaluation: Curve, learned: bool, result: int | Non
         yield Verdict(FAULT, "overfitting", "The evaluation loss rises again.", evidence, help, figures)
     if gap > GAP:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: perplexity {math.exp(min(gap, 50)):.2f} times as high"
-        help = "fewer epochs, more or more varied rows; compare.py shows whether the answers are still good"
+        compare = installation.command("compare")
+        help = f"fewer epochs, more or more varied rows; {compare} shows whether the answers are still good"
         yield Verdict(LOOK, "gap", "The held-out loss lies far above the training loss.", evidence, help, figures)
     elif learned and end - low <= RISE * low:
         evidence = f"{end:.3f} held out, {s.end:.3f} in training: {gap:+.3f}"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stepladder import installation
 from stepladder.console import quote_for_shell
 from stepladder.errors import BETTER, FAULT, GOOD, LEVEL, LOOK, WORSE, Verdict
 from stepladder.model import card
@@ -20,7 +21,7 @@ USUAL = 0.5  # the share of answers below which a style rule is not kept
 DOUBTS = ("too short", "not evaluated", "gap", "forgot a little", "requirement not judged", "not held out",
           "foreign evaluation")  # fmt: skip
 MISSING = "unknown: run.json does not say"
-NOT_COMPARED = "Not compared yet: `python scripts/compare.py --base {base} --tuned {folder}{data}`."
+NOT_COMPARED = "Not compared yet: `{compare} --base {base} --tuned {folder}{data}`."
 
 
 def evaluation_results(facts: dict[str, Any]) -> str:
@@ -245,7 +246,12 @@ def _evaluation(run: LoggedRun) -> list[str]:
 def _not_compared(run: LoggedRun) -> str:
     base = (run.facts.get("recipe") or {}).get("model_name_or_path", "BASE")
     data = "" if (run.facts.get("held_out") or {}).get("rows") else " --data HELD_OUT.jsonl"
-    return NOT_COMPARED.format(base=quote_for_shell(base), folder=quote_for_shell(run.folder), data=data)
+    return NOT_COMPARED.format(
+        compare=installation.command("compare"),
+        base=quote_for_shell(base),
+        folder=quote_for_shell(run.folder),
+        data=data,
+    )
 
 
 def _readiness(run: LoggedRun, found: list[Verdict]) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from stepladder import installation
 from stepladder.console import quote_for_shell
 from stepladder.data import audit
 from stepladder.data.row_checks import FIGURE, Finding, Limits, check_texts
@@ -146,6 +147,7 @@ def render_page(
         predicted=[(run, rows) for run in runs if (rows := _predicted(run))],
         commands=[command for run in runs for command in _commands(run)],
         made=time.strftime("%Y-%m-%d %H:%M"),
+        command=installation.command("report"),
         script=script,
         style=style,
         hashes={"script": _hash(script), "style": _hash(style)},
@@ -370,10 +372,10 @@ def _side_by_side(sides: list[dict[str, Any]]) -> list[tuple[str, list[Any], boo
 def _commands(run: LoggedRun) -> Iterator[str]:
     """What runs it again: its resolved recipe, under the same strategy and on as many ranks; and its comparison."""
     strategy, ranks = run.facts.get("strategy", "single"), run.facts.get("world_size", 1)
-    again = f"scripts/sft.py --recipe {quote_for_shell(run.folder / RECIPE)} --output_dir runs/again"
+    again = f"--recipe {quote_for_shell(run.folder / RECIPE)} --output_dir runs/again"
     if strategy != "single":
-        yield f"accelerate launch --config_file accelerate_configs/{strategy}.yaml --num_processes {ranks} {again}"
+        yield f"{installation.launch_command(strategy, ranks)} {again}"
     elif _is_run(run):
-        yield f"python {again}"
+        yield f"{installation.command('sft')} {again}"
     if command := run.comparison.get("command"):
         yield str(command)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.data import special_tokens
 from stepladder.data.special_tokens import NewToken
 from stepladder.data.templates.chat_template import (
@@ -160,16 +160,17 @@ def from_path(path: str) -> str:
 
 def _read_path(path: str) -> str | None:
     """The text of a file; None for a folder, and for a name that can be a hub id."""
+    file = installation.locate(path)
     try:
-        if os.path.isdir(path):
-            files.check_model_folder(Path(path))
+        if os.path.isdir(file):
+            files.check_model_folder(file)
             return None
-        if os.path.lexists(path):
-            return files.read_text(path, encoding="utf-8")
+        if os.path.lexists(file):
+            return files.read_text(file, encoding="utf-8")
     except ValueError as error:
         raise RecipeError(f"the chat template {path} cannot be read: {error}") from None
     if path.endswith((".jinja", ".jinja2", ".j2", ".txt")) or path.startswith(("/", ".", "~")):
-        raise RecipeError(f"there is no file {path}", help="paths are relative to the folder you start from")
+        raise RecipeError(f"there is no file {path}", why=installation.places(path), help="check the path")
     return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepladder import console, files, hardware, manifest, run
+from stepladder import console, files, hardware, installation, manifest, run
 from stepladder.errors import ModelError, first_line
 from stepladder.model import card, fingerprint, portable, pretrained, start, weights
 from stepladder.model.merge import gguf_file, llama_cpp_text
@@ -138,7 +138,7 @@ def _write(
         "gguf": parts.gguf.write_and_compare(folder, parts.gguf_name, check) if parts.gguf else None,
         "ollama": bool(parts.modelfile),
         "packages": run.package_versions(),
-        "command": console.quote_for_shell(*sys.argv),
+        "command": installation.typed_command(),
     }
 
 

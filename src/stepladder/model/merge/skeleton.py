@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepladder import installation
 from stepladder.console import quote_for_shell
 from stepladder.errors import ModelError, first_line
 from stepladder.model import fixed_values, module_patterns
@@ -135,7 +136,7 @@ def read_configs(adapters: list[Path]) -> list[PeftConfig]:
                 f"{folder} is {config.peft_type.value}, which cannot be merged",
                 why="it learned tokens that come before the prompt, not a change of the base's weights",
                 help="serve base and adapter together: "
-                f'python scripts/generate.py --model {quote_for_shell(folder)} --prompt "…"',
+                f'{installation.command("generate")} --model {quote_for_shell(folder)} --prompt "…"',
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ModelError(

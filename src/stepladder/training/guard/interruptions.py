@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from stepladder import errors
+from stepladder import errors, installation
 from stepladder.console import say
 from stepladder.errors import TrainingError, first_line
 from stepladder.run import Run
@@ -211,9 +211,7 @@ def memory_savings(recipe: Settings, launch: Launch, micro: int) -> list[str]:
         savings.append("--gradient_checkpointing true (about a quarter slower)")
     if not launch.strategy.shards_weights:
         more = "" if launch.ranks > 1 else " on several devices"
-        savings.append(
-            f"accelerate launch --config_file accelerate_configs/zero3.yaml …{more}: weights are sharded too"
-        )
+        savings.append(f"{installation.launch_command('zero3')} …{more}: weights are sharded too")
     elif launch.strategy.is_hsdp:
         savings.append(f"accelerate_configs/fsdp.yaml: weights are sharded over all {launch.ranks} ranks")
     elif not launch.strategy.offloads:

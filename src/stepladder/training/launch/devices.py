@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from stepladder import files, hardware
+from stepladder import files, hardware, installation
 from stepladder.console import say
 from stepladder.errors import LaunchError
 from stepladder.training.launch.launcher import Launch
@@ -66,7 +66,7 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
             f"{kept[0]}=true, and no launcher has started this",
             where="the environment",
             why="accelerate launch sets it for its ranks; a shell or a profile has kept it",
-            help=f"unset {kept[0]}, or accelerate launch --config_file accelerate_configs/{launch.strategy}.yaml …",
+            help=f"unset {kept[0]}, or {installation.launch_command(launch.strategy)} …",
         )
     if use_cpu:
         hide_gpus()

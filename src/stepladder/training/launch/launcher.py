@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepladder import files
+from stepladder import files, installation
 from stepladder.errors import LaunchError
 
 # Accelerate's variables for the two dimensions of HSDP's mesh.
@@ -131,9 +131,10 @@ def find_strategy(asked: str | None, nodes: int, local_ranks: int) -> Strategy:
         LaunchError: there is no such file in accelerate_configs/, or it is none for these ranks.
     """
     name = asked or ("ddp" if nodes * local_ranks > 1 else "single")
-    if not Path(f"accelerate_configs/{name}.yaml").is_file():
-        there = ", ".join(sorted(file.stem for file in Path("accelerate_configs").glob("*.yaml")))
-        raise LaunchError(f"--strategy {name}: no accelerate_configs/{name}.yaml", help=there)
+    file = f"accelerate_configs/{name}.yaml"
+    if not installation.locate(file).is_file():
+        there = ", ".join(installation.list_files("accelerate_configs", "*.yaml"))
+        raise LaunchError(f"--strategy {name}: no {file}", why=installation.places(file), help=there)
     return settle_strategy(Strategy(name), nodes, local_ranks)
 
 
@@ -152,7 +153,8 @@ def _strategy(ranks: int) -> str:
     env = os.environ
     _check_launcher()
     if env.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+        if file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""):  # Accelerate and DeepSpeed open it too
+            file = env["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(installation.locate(file))
         zero = _checked_config(file) if file else {}
         stage = str(zero.get("stage", env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
         if stage not in ("2", "3"):
@@ -184,8 +186,8 @@ def _checked_config(file: str) -> dict:
     except ValueError as error:
         raise LaunchError(
             f"DeepSpeed's configuration {file} cannot be read: {error}",
-            why="the accelerate config names it relative to the folder you start from",
-            help="start from the folder that holds ds_configs/",
+            why=f"the accelerate config names it; {installation.places(file)}",
+            help="a file of ds_configs/",
         ) from None
     quantized = [key for key in zero if key.startswith("zero_quantized") and zero[key]]
     if others := [*(key for key in config if key in OTHER_CURVE), *quantized]:
@@ -321,7 +323,7 @@ def _launcher_words() -> list[str]:
         for parent in psutil.Process().parents():
             words = parent.cmdline()
             if re.search(r"accelerate(-launch|/commands/launch\.py|\0launch)(\0|$)", "\0".join(words[:4])):
-                return [*itertools.takewhile(lambda word: not word.endswith(".py"), words[3:])]
+                return [*itertools.takewhile(lambda word: not re.fullmatch(r"-m|--module|.*\.py", word), words[3:])]
     return []
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepladder import hardware
+from stepladder import hardware, installation
 from stepladder.errors import LaunchError, first_line
 from stepladder.training.launch import transport
 from stepladder.training.launch.launcher import RANK_VARIABLES, Launch, requested_ranks
@@ -110,7 +110,7 @@ def assert_launch(launch: Launch, device: str) -> list[str]:
         raise LaunchError(
             f"{launch.ranks} ranks were launched and {joined} joined",
             why="the run would silently train on fewer ranks than you pay for",
-            help="launch with: accelerate launch --config_file accelerate_configs/… --num_processes N",
+            help=f"launch with: {installation.launch_command('ddp', 'N')} …",
         )
     if joined != (asked := requested_ranks() or joined):
         raise LaunchError(

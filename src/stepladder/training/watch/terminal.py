@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.autograd import DeviceType
 from transformers import TrainerCallback
 
+from stepladder import installation
 from stepladder.console import is_main_rank, quote_for_shell, say
 from stepladder.errors import StepladderError
 from stepladder.manifest import stop_reason
@@ -271,13 +272,13 @@ def closing_block(run: Run) -> str:
         *([f"  {stop_reason(stopped)}"] if (stopped := run.manifest.get("stopped_early")) else []),
         *([f"  the result is step {best}, the best of the evaluations"] if best != totals["steps"] else []),
         f"  {run.folder}/ holds the result, run.json, metrics.jsonl and recipe.yaml; open report.html",
-        f'  ask it:      python scripts/generate.py --model {folder} --prompt "…"',
+        f'  ask it:      {installation.command("generate")} --model {folder} --prompt "…"',
     ]
     recipe = run.manifest["recipe"]
     base = quote_for_shell(recipe["model_name_or_path"])
     held_out = run.manifest.get("held_out", {"rows": 0, "foreign": ""})  # counted by the rank that writes
     if held_out["rows"]:
-        lines.append(f"  compare it:  python scripts/compare.py --base {base} --tuned {folder}")
+        lines.append(f"  compare it:  {installation.command('compare')} --base {base} --tuned {folder}")
     if held_out["foreign"]:
         lines.append(f"  ⚠ it was evaluated on {held_out['foreign']}, which came with other training data")
     if recipe.get("use_peft") and recipe.get("peft_type", "lora") not in VIRTUAL:  # virtual tokens cannot be merged
@@ -294,7 +295,7 @@ def write_page(write: Callable[..., Any], folder: Path, *args: Any) -> None:
             f"{error.what}: {error.why}" if isinstance(error, StepladderError) else f"{type(error).__name__}: {error}"
         )
         say(f"⚠ the pages of {folder} are not whole: {cause}")
-        again = f"python scripts/report.py {quote_for_shell(folder)}"
+        again = f"{installation.command('report')} {quote_for_shell(folder)}"
         say(f"  the result stands; for its page, once that is mended: {again}")
 
 
