@@ -410,3 +410,28 @@ def test_peak_memory_over_time_is_drawn_where_it_is_logged(copy) -> None:
     assert script("report", folder).code == 0
     seen = text_of(folder / "report.html").shown
     assert "Peak memory" in seen and "1.5 at step 1" in seen
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, by the formula of WCAG 2.2."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_and_curves_stand_out() -> None:
+    """Guards those who see little, and paper: WCAG asks for 4.5 between text and its ground, and for 3 of a curve."""
+    css = (ROOT / "src/stepladder/reporting/page.css").read_text()
+    pairs = dict(re.findall(r"--(\w+): light-dark\((#\w{6}, #\w{6})\)", css))
+    curves = re.findall(r"\.s\d { --c: light-dark\((#\w{6}, #\w{6})\)", css)
+    assert len(curves) == 6
+    for shade in (0, 1):
+        grounds = [luminance(pairs[name].split(", ")[shade]) for name in ("paper", "raised")]
+        for least, colours in ((4.5, [pairs[name] for name in ("ink", "soft", "accent")]), (3, curves)):
+            for colour in colours:
+                seen = luminance(colour.split(", ")[shade])
+                ratio = min(
+                    (max(seen, ground) + 0.05) / (min(seen, ground) + 0.05)
+                    for ground in grounds[: 1 if least == 3 else 2]
+                )
+                assert ratio >= least, (colour, shade, ratio)
