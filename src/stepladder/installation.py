@@ -134,7 +134,10 @@ def run_script(name: str) -> None:
 
     Processes that it spawns read the script's file again, since that is the main module's.
     """
-    if sys.path[:1] == [os.getcwd()]:  # of `python -m`: a folder wandb/ there would pass for the package
+    here = os.getcwd()
+    if sys.path[:1] == [here]:  # of `python -m`: a folder wandb/ there would pass for the package
         del sys.path[0]
+    # Accelerate's launcher puts it into PYTHONPATH for DeepSpeed (`prepare_deepspeed_cmd_env`): no library's first place
+    sys.path.sort(key=lambda path: path == here)
     sys.argv[0] = str(SCRIPTS / f"{name}.py")
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -95,12 +95,12 @@ def read_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, Any]:
     found = read_object(folder / MANIFEST)
     for name in needed:
         if not [*_values(found, name.split("."))]:
-            raise ValueError(f"it holds no {name} as sft.py writes it")
+            raise ValueError(f"it holds no {name} as training writes it")
     for name, kinds in KINDS.items():
         for value in _values(found, name.split(".")):
             # To Python a bool is an int.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"its {name} is {json.dumps(value)[:60]}, which sft.py does not write")
+                raise ValueError(f"its {name} is {json.dumps(value)[:60]}, which training does not write")
     return found
 
 

@@ -288,7 +288,7 @@ def describe(name: str) -> dict[str, str]:
     if merged and not trained:
         adapters = merged.get("adapters")
         if not (isinstance(adapters, list) and adapters and isinstance(adapters[0], str) and merged.get("status")):
-            raise ModelError(f"{folder / 'merge.json'} does not hold what merge.py writes", help="merge again")
+            raise ModelError(f"{folder / 'merge.json'} does not hold what a merge writes", help="merge again")
         trained, _ = read_training(Path(adapters[0]))
     tokenizer = pretrained.load_tokenizer(str(folder))
     has_template = tokenizer.chat_template is not None

@@ -125,15 +125,15 @@ def read(folder: Path) -> LoggedRun:
     run.facts = _read_json(run, MANIFEST, needed=True)
     for key, (kind, fits) in FACTS.items():
         if (value := run.facts.get(key)) and not (isinstance(value, kind) and fits(value)):
-            run.remarks.append(f"{MANIFEST} holds {key} in another form than sft.py writes: left out")
+            run.remarks.append(f"{MANIFEST} holds {key} in another form than training writes it: left out")
             del run.facts[key]
     run.comparison = _read_json(run, "compare.json")
     if run.comparison and not (_has_answers(run.comparison) and _has_figures(run.comparison)):
-        run.remarks.append("compare.json does not hold what compare.py writes and is left out")
+        run.remarks.append("compare.json does not hold what a comparison writes and is left out")
         run.comparison = {}
     run.audit = _read_json(run, "audit.json")
     if run.audit and not _has_findings(run.audit):
-        run.remarks.append("audit.json does not hold what check.py writes and is left out")
+        run.remarks.append("audit.json does not hold what an audit writes and is left out")
         run.audit = {}
     _read_metrics(run)
     state = run.facts.get("status")
