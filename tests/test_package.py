@@ -165,7 +165,7 @@ def test_two_processes_by_the_module(
     (tmp_path / "wandb").mkdir()
     (tmp_path / "peft.py").write_text("raise SystemExit('the folder of the user was imported')\n")
     shipped = '$(python -c "from stepladder import installation as i; print(i.ROOT)")'
-    launch = f"python -m accelerate.commands.launch --config_file \"{shipped}/accelerate_configs/{strategy}.yaml\""
+    launch = f'python -m accelerate.commands.launch --config_file "{shipped}/accelerate_configs/{strategy}.yaml"'
     launch += " --num_processes 2 --main_process_port 0"
     keys = f"--recipe lora --model_name_or_path {tiny} --max_steps 2 --eval_strategy no --save_strategy no"
     done = installed_run(f"{launch} -m stepladder.sft {keys}", tmp_path)
