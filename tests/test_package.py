@@ -17,6 +17,7 @@ import pytest
 
 from conftest import LAUNCHER_VARIABLES, ROOT, Done, losses, manifest, metrics
 from stepladder import installation
+from stepladder.files import cache_folder
 
 SOURCES = ("src", "scripts", "recipes", "accelerate_configs", "ds_configs", "data", "slurm", "starter")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -168,7 +169,9 @@ def test_two_processes_by_the_module(
     launch = f"python -m accelerate.commands.launch --config_file \"{shipped}/accelerate_configs/{strategy}.yaml\""
     launch += " --num_processes 2 --main_process_port 0"
     keys = f"--recipe lora --model_name_or_path {tiny} --max_steps 2 --eval_strategy no --save_strategy no"
-    done = installed_run(f"{launch} -m stepladder.sft {keys}", tmp_path)
+    # DeepSpeed's op is compiled once for a folder, and by default there is one for each environment
+    built = str(cache_folder() / "torch_extensions" / "package_test")
+    done = installed_run(f"{launch} -m stepladder.sft {keys}", tmp_path, TORCH_EXTENSIONS_DIR=built)
     assert done.code == 0, done
     facts = manifest(tmp_path / "runs/lora")
     assert (facts["world_size"], facts["strategy"]) == (2, strategy) and len(losses(tmp_path / "runs/lora")) == 2

@@ -200,7 +200,7 @@ def test_what_cannot_be_staged_is_named(site: Site, tmp_path: Path) -> None:
     with open_lock(site.folder / "stage/.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         busy = site.fill(to=site.folder / "stage")
-    assert busy.code == 2 and "another stage.py fills" in busy.err, busy
+    assert busy.code == 2 and "another process fills" in busy.err, busy
     full = site.fill(to=tmp_path / "full", PYTHONPATH=f"{small_disk(tmp_path)}:{ROOT}/src")
     assert full.code == 2 and "has 98 KiB free" in full.err and "Traceback" not in full.err, full
     away = site.fill("--wheels", to=site.folder / "stage", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
