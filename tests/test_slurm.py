@@ -128,7 +128,9 @@ class Site:
                 words = (process / "cmdline").read_text()
             except OSError:
                 continue
-            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {*environment} and "stepladder.sft" in words:
+            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {
+                *environment
+            } and "stepladder.sft" in words:
                 return int(process.name)
         raise AssertionError(f"no rank {rank} of job {job}")
 
