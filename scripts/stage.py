@@ -8,7 +8,7 @@ scripts and jobs then read base model, tokenizer, template and data from it. The
 recipes: each call adds what is missing. Any key of the recipe can be set on the command line, as for sft.py.
 """
 
-from stepladder import errors, flags
+from stepladder import errors, flags, installation
 from stepladder.cluster import staging
 from stepladder.console import quote_for_shell
 from stepladder.recipe import load
@@ -24,7 +24,7 @@ def main() -> None:
     staging.fill(recipe, args.to, args.wheels)
     if local := staging.local_inputs(recipe):
         print(f"  not in it, copy them with Stepladder's folder: {', '.join(local)}")
-    check = quote_for_shell("python", "scripts/check.py", "--recipe", args.recipe, *overrides)
+    check = f"{installation.command('check')} {quote_for_shell('--recipe', args.recipe, *overrides)}"
     print(f"copy {args.to}, then: export STEPLADDER_STAGE=DIR; {check}")
     if args.wheels:
         print("install there, on the same Python and processor: PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR/wheels make install")

@@ -25,7 +25,7 @@ RUNS = {
 def test_each_line_works(name, player: pages.Player, tiny: Path, tmp_path: Path) -> None:
     """Guards QLoRA's merge line, which was refused for want of a flag, and any other that a run ends with; the folder
     has a blank in its name."""
-    for linked in ("scripts", "recipes", "data"):
+    for linked in ("scripts", "src", "recipes", "data"):
         (tmp_path / linked).symlink_to(ROOT / linked)
     words, expected = RUNS[name]
     code, said = player.play(

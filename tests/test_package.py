@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from conftest import LAUNCHER_VARIABLES, ROOT, Done, losses, manifest, metrics
 from stepladder import installation
+from stepladder.files import cache_folder
 
 SOURCES = ("src", "scripts", "recipes", "accelerate_configs", "ds_configs", "data", "slurm", "starter")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -168,7 +170,24 @@ def test_two_processes_by_the_module(
     launch = f'python -m accelerate.commands.launch --config_file "{shipped}/accelerate_configs/{strategy}.yaml"'
     launch += " --num_processes 2 --main_process_port 0"
     keys = f"--recipe lora --model_name_or_path {tiny} --max_steps 2 --eval_strategy no --save_strategy no"
-    done = installed_run(f"{launch} -m stepladder.sft {keys}", tmp_path)
+    # DeepSpeed's op is compiled once for a folder, and by default there is one for each environment
+    built = str(cache_folder() / "torch_extensions" / "package_test")
+    done = installed_run(f"{launch} -m stepladder.sft {keys}", tmp_path, TORCH_EXTENSIONS_DIR=built)
     assert done.code == 0, done
     facts = manifest(tmp_path / "runs/lora")
     assert (facts["world_size"], facts["strategy"]) == (2, strategy) and len(losses(tmp_path / "runs/lora")) == 2
+
+
+def test_uv_takes_the_versions_of_constraints_txt() -> None:
+    """Guards `uv sync`, which reads no constraints.txt; and the file of package indexes that it writes."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert project["tool"]["uv"]["constraint-dependencies"] == pins
+    assert "/uv.lock" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_page_shows_what_init_prints(project: Any) -> None:
+    """Guards docs/outside_the_clone.md against a command that init does not print any more."""
+    shown = project[1].replace("'my project'", "my_project").replace("my project", "my_project")
+    assert shown in (ROOT / "docs/outside_the_clone.md").read_text()

@@ -128,7 +128,9 @@ class Site:
                 words = (process / "cmdline").read_text()
             except OSError:
                 continue
-            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {*environment} and "sft.py" in words:
+            if {f"SLURM_JOB_ID={job}".encode(), f"RANK={rank}".encode()} <= {
+                *environment
+            } and "stepladder.sft" in words:
                 return int(process.name)
         raise AssertionError(f"no rank {rank} of job {job}")
 
@@ -260,7 +262,7 @@ def test_a_centres_way_to_start_ranks_gives_the_same_curve(site: Site, reference
     lines = noted.read_text().splitlines()
     assert lines[:2] == ["module purge", "module load gcc/13"]
     words = [line for line in lines if line.startswith("singularity exec ")]
-    for command in ("-m stepladder.cluster.job folder", "-m stepladder.cluster.health", "scripts/sft.py",
+    for command in ("-m stepladder.cluster.job folder", "-m stepladder.cluster.health", "-m stepladder.sft",
                     "-m stepladder.cluster.job after"):  # fmt: skip
         assert any(f" {ROOT} python {command}" in line for line in words), command
     assert not list(Path("/tmp").glob(f"stepladder-{job}.*"))

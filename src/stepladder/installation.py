@@ -137,7 +137,7 @@ def run_script(name: str) -> None:
     here = os.getcwd()
     if sys.path[:1] == [here]:  # of `python -m`: a folder wandb/ there would pass for the package
         del sys.path[0]
-    # Accelerate's launcher puts it into PYTHONPATH for DeepSpeed (`prepare_deepspeed_cmd_env`): not before libraries
+    # For DeepSpeed Accelerate puts it into PYTHONPATH (`prepare_deepspeed_cmd_env`); libraries come first there too.
     sys.path.sort(key=lambda path: path == here)
     sys.argv[0] = str(SCRIPTS / f"{name}.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
