@@ -39,8 +39,8 @@ def check(*words: Any, **env: str) -> Done:
 @pytest.fixture
 def child(write_recipe: Callable[..., Path]) -> Path:
     """A recipe that extends another, one key each, and one that both set."""
-    write_recipe("parent", model_name_or_path="models/x", use_peft=True, lora_r=8, learning_rate=0.001)
-    return write_recipe("child", extends="parent.yaml", lora_r=32)
+    parent = write_recipe("parent", model_name_or_path="models/x", use_peft=True, lora_r=8, learning_rate=0.001)
+    return write_recipe("child", extends=str(parent), lora_r=32)
 
 
 def row(done: Done, key: str) -> list[str]:

@@ -126,7 +126,7 @@ def localize(text: str) -> str:
         return launched(found[2]) if found[1] else command(found[2])
 
     text = ELSEWHERE.sub(from_elsewhere, IN_A_CLONE.sub(from_a_clone, text))
-    return CONFIG.sub(lambda found: str(locate(found[0])), text)
+    return CONFIG.sub(lambda found: quote_for_shell(locate(found[0])), text)
 
 
 def run_script(name: str) -> None:
