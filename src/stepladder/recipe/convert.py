@@ -36,6 +36,7 @@ HOLDS: dict[str, Callable[[float], bool]] = {
     "a share below 1, or a whole number from 1 up": lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
     "0, a share below 1, or a whole number from 1 up": lambda x: 0 <= x < 1 or (x >= 1 and x % 1 == 0),
     "-1 (off), or 1 or more": lambda x: x == -1 or x >= 1,
+    "from 1 to 1000000": lambda x: 1 <= x <= 1_000_000,
     "from 0 to 4294967295": lambda x: 0 <= x < 2**32,
 }
 RANGES: dict[str, str] = {
