@@ -19,6 +19,8 @@ class BuildWithShippedFiles(build_py):
         if self.editable_mode:
             return
         target = Path(self.build_lib) / "stepladder" / "shipped"
+        if missing := [folder for folder in FOLDERS if not Path(folder).is_dir()]:
+            raise SystemExit(f"a package needs {', '.join(missing)} beside setup.py")
         shutil.rmtree(target, ignore_errors=True)  # of an earlier build
         for file in (file for folder in FOLDERS for file in sorted(Path(folder).rglob("*"))):
             if file.suffix in SUFFIXES and file.is_file() and file.as_posix() not in NOT_SHIPPED:

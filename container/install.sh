@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What container/Dockerfile and container/stepladder.def install, as root on Debian 12, in a folder that holds
-# pyproject.toml, constraints.txt and src/: the packages of `make install` but for a developer's, for the system's own
-# Python, so that an environment on top of the image (python -m venv --system-site-packages) has them too.
+# pyproject.toml, setup.py with the folders that it names, constraints.txt and src/: the packages of `make install` but
+# for a developer's, for the system's own Python, so that an environment on top of the image (python -m venv
+# --system-site-packages) has them too.
 #
 #   VARIANT=cuda   PyPI's torch, with CUDA's libraries, and the kernels of the extra `gpu`
 #   VARIANT=cpu    torch's build for CPUs, from where pip finds it: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS

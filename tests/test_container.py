@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -40,6 +41,8 @@ def test_both_images_are_made_of_the_same() -> None:
     files = [line.split() for line in sections()["files"].splitlines() if line]
     assert [source for source, _ in files] == copied
     assert all(target == f"/opt/stepladder/{source}" and (ROOT / source).exists() for source, target in files)
+    shipped = ast.literal_eval(re.findall(r"^FOLDERS = (\(.*\))$", (ROOT / "setup.py").read_text(), re.MULTILINE)[0])
+    assert {*shipped, "setup.py", "src"} <= {*copied}, "a package without its recipes and scripts"
     assert (["bash", "container/install.sh"]) in [words for name, words in instructions() if name == "RUN"]
     assert "bash container/install.sh\n" in sections()["post"]
 

@@ -113,6 +113,8 @@ def test_a_mistake_is_one_message(installed_run: Callable[..., Done], tmp_path: 
     assert "help: stepladder fetch_model" in done.err and f"looked in {tmp_path}" in done.err, done
     done = installed_run("stepladder submit --recipe lora --model_name_or_path a/b --dry_run", tmp_path)
     assert done.code == 2 and "stepladder init DIR" in done.err, done
+    done = installed_run("mkdir gone && cd gone && rmdir ../gone && stepladder check --recipe lora", tmp_path)
+    assert done.code == 2 and "the current folder is not there any more" in done.err, done
     (tmp_path / "full").mkdir()
     (tmp_path / "full/keep.txt").touch()
     done = installed_run("stepladder init full", tmp_path)

@@ -134,7 +134,11 @@ def run_script(name: str) -> None:
 
     Processes that it spawns read the script's file again, since that is the main module's.
     """
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except OSError:
+        print("✘ launch: the current folder is not there any more\n  help: cd to another one", file=sys.stderr)
+        sys.exit(2)
     if sys.path[:1] == [here]:  # of `python -m`: a folder wandb/ there would pass for the package
         del sys.path[0]
     # For DeepSpeed Accelerate puts it into PYTHONPATH (`prepare_deepspeed_cmd_env`); libraries come first there too.

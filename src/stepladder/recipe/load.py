@@ -82,7 +82,9 @@ def find(name: str) -> Path:
     raise RecipeError(
         f"there is no recipe '{name}'",
         where=COMMAND_LINE,
-        why=f"as given and under recipes/, with and without .yaml: {installation.places('recipes')}" * is_name,
+        why=f"as given and under recipes/, with and without .yaml: {installation.places('recipes')}"
+        if is_name
+        else installation.places(name),
         help=suggest(name, known_recipes()) or f"--recipe {' or '.join(known_recipes()[:3])}, or a path",
     )
 
