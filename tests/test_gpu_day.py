@@ -66,7 +66,7 @@ def test_a_failure_ends_no_other_step_and_is_tried_last(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ((), "no CUDA GPU is here"),
-        (("--rehearse", "--minutes", "nan"), "--minutes: nan is not above 0"),
+        (("--rehearse", "--minutes", "nan"), "--minutes: nan is not a finite number"),
         (("--rehearse", "--out", ""), "--out: it is empty"),
         (("--rehearse", "--out", "/proc"), "/proc cannot be written to"),
         (("--rehearse", "--step", "smoke nothing"), "there is no step 'smoke nothing'"),

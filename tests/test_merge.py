@@ -678,7 +678,7 @@ def test_a_configuration_of_other_kinds_is_named(changes: dict[str, Any], said: 
     base = saved(llama(), tmp_path / "base")
     file = adapter_on(llama(), base, tmp_path / "adapter") / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(ModelError, match=f"adapter_config.json cannot be used: .*{said}"):
+    with pytest.raises(ModelError, match=f"adapter_config.json.*{said}"):
         StreamedMerge(base, [file.parent], [1.0])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from stepladder import installation
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.recipe.recipe import Recipe
 from stepladder.training.launch.launcher import Launch
@@ -39,13 +40,13 @@ def check_system(recipe: Recipe, launch: Launch) -> None:
         raise LaunchError(
             f"{launch.ranks} ranks under {launch.strategy} on native Windows",
             why="PyTorch has no NCCL there, signals do not reach the ranks, and no strategy was tried",
-            help=f"{WSL}; or one process: python scripts/sft.py …",
+            help=f"{WSL}; or one process: {installation.command('sft')} …",
         )
     if SYSTEM != "linux" and launch.strategy.is_zero:
         raise LaunchError(
             f"{launch.strategy} needs Linux",
             why="DeepSpeed's collectives for CPUs use Linux' shared memory, and its GPUs are CUDA's",
-            help="one process: python scripts/sft.py …; or accelerate_configs/ddp.yaml on the CPU",
+            help=f"one process: {installation.command('sft')} …; or accelerate_configs/ddp.yaml on the CPU",
         )
     for key, most in PROCESS_COUNTS.items():
         if SYSTEM == "win32" and (recipe.get(key) or 0) > most:
