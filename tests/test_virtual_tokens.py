@@ -117,7 +117,7 @@ def test_it_is_compared_and_shown_but_not_merged(trained: dict[str, Path], tiny:
         (("--peft_type", "prompt", "--lora_r", "8"), "lora_r has no effect with peft_type: prompt"),
         (("--num_virtual_tokens", "8", "--peft_type", "lora"), "has no effect with peft_type: lora"),
         (("--peft_type", "prefix", "--use_peft", "false"), "has no effect with use_peft: false"),
-        (("--peft_type", "p_tuning"), "allowed: lora, ia3, prefix, prompt"),
+        (("--peft_type", "p_tuning"), "allowed: lora, ia3, vera, oft, prefix, prompt"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, said: str) -> None:
