@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from conftest import ROOT, manifest, run
 from stepladder.errors import LaunchError, RecipeError
-from stepladder.training.checkpoint import loading, saving
 from stepladder.training.launch import native
 from stepladder.training.launch.launcher import Launch, Strategy
 
@@ -155,7 +153,7 @@ def test_more_processes_on_windows(monkeypatch: pytest.MonkeyPatch, settings: An
 @pytest.mark.parametrize(
     "keys",
     [
-        {"load_in_4bit": True}, {"fp16": True}, {"bf16": True}, {"torch_compile": True}, {"optim": "paged_adamw_8bit"},
+        {"load_in_4bit": True}, {"fp16": True}, {"torch_compile": True}, {"optim": "paged_adamw_8bit"},
         {"attn_implementation": "flash_attention_2"},
     ],
 )  # fmt: skip
@@ -164,19 +162,7 @@ def test_mps_refuses(settings: Any, keys: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="MPS") as error:
         native.check_mps(settings(**keys))
     assert error.value.why and error.value.help
-    native.check_mps(settings(optim="adamw_torch_fused", attn_implementation="auto", bf16="auto"))
-
-
-def test_a_checkpoint_keeps_the_random_state_of_mps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Guards dropout on Apple's GPUs, which has a generator of its own: a resumed run would draw other masks."""
-    generator = torch.Generator().manual_seed(5)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
-    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
-    saving.write_random_states(tmp_path / "rng-0.safetensors")
-    drawn = torch.rand(4, generator=generator)
-    loading.load_random_states(tmp_path / "rng-0.safetensors")
-    assert torch.equal(torch.rand(4, generator=generator), drawn)
+    native.check_mps(settings(optim="adamw_torch_fused", attn_implementation="auto"))
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from stepladder.recipe import explain, rules
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import devices, launcher, native
+from stepladder.training.launch import devices, launcher
 
 SHOW_KEYS = "keys"  # what --show prints where no number follows it
 
@@ -280,7 +280,6 @@ def _strategy(recipe: Recipe, machine: Machine, new: list[NewToken]) -> tuple[st
     if not gpus:
         if not recipe.get("use_cpu"):
             devices.assert_no_gpu_named()
-        native.check_device(recipe, bool(recipe.get("use_cpu")))
         gpus = 1
     name = launcher.find_strategy(machine.strategy, machine.nodes, gpus)
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name, machine.nodes if name.is_hsdp else 1)

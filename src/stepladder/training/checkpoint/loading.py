@@ -96,17 +96,11 @@ def load_position(trainer: Any, folder: Path) -> None:
     if file not in listed_files(folder):  # more ranks than before: there is no state to continue
         torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
         return
-    load_random_states(file)
-
-
-def load_random_states(file: Path) -> None:
-    """Put the random generators of this rank back: Python's, NumPy's, PyTorch's, and those of a GPU."""
     with safe_open(file, framework="pt") as tensors:
         metadata = tensors.metadata()
         torch.set_rng_state(tensors.get_tensor("cpu"))
-        for name, device in state.random_devices().items():
-            if name in tensors.keys():  # noqa: SIM118
-                device.set_rng_state(tensors.get_tensor(name))
+        if torch.cuda.is_available() and "cuda" in tensors.keys():  # noqa: SIM118
+            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
     version, numbers, gauss = json.loads(metadata["python"])
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(json.loads(metadata["numpy"]))

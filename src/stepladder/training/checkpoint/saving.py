@@ -91,7 +91,7 @@ def start(trainer: Any) -> Save | None:
         weights, states = _copies(weights), _copies(states)
     rank = trainer.args.process_index
     parts = cut_into_parts(f"model-{rank}", weights) + cut_into_parts(f"optimizer-{rank}", states)
-    writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": write_random_states}
+    writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
     if first:
         counters = json.dumps(_counters(trainer, loss / trainer.args.world_size), indent=1)
         writes |= {
@@ -201,10 +201,10 @@ def _wait(trainer: Any, save: Save) -> None:
         save.writer.wait(1.0)
 
 
-def write_random_states(file: Path) -> None:
-    """Write the random generators of this rank, which `loading.load_random_states` puts back."""
+def _write_random_states(file: Path) -> None:
     states = {"cpu": torch.get_rng_state()}
-    states |= {name: device.get_rng_state() for name, device in state.random_devices().items()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
     numbers: Any = np.random.get_state(legacy=False)
     numbers["state"]["key"] = numbers["state"]["key"].tolist()
     save_file(states, file, {"python": json.dumps(random.getstate()), "numpy": json.dumps(numbers)})

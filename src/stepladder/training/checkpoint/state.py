@@ -22,12 +22,6 @@ WEIGHT = ""  # the key of the weights themselves, beside the optimizer's own (`e
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # added by torch.compile and activation checkpointing
 
 
-def random_devices() -> dict[str, Any]:
-    """The modules that hold a GPU's random generator, by the name of its state in a checkpoint; empty on a CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return {name: getattr(torch, name) for name, is_here in available.items() if is_here}
-
-
 def trainable_state(trainer: Any) -> Plain | Zero:
     """The trained parameters and their optimizer state, by the strategy that has sharded them."""
     model = trainer.accelerator.unwrap_model(trainer.model)

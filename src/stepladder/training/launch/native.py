@@ -20,7 +20,6 @@ PROCESS_COUNTS = {"dataset_num_proc": 1, "dataloader_num_workers": 0}
 NOT_ON_MPS = {
     "load_in_4bit": "bitsandbytes has no compiled kernels for it before macOS 26",
     "load_in_8bit": "bitsandbytes has no compiled kernels for it before macOS 26",
-    "bf16": "training in bf16 was not tried on it",
     "fp16": "training in fp16 was not tried on it",
     "fp8": "it has no fp8 products",
     "torch_compile": "PyTorch calls its compiler for it a prototype",
@@ -69,7 +68,7 @@ def check_device(recipe: Recipe, use_cpu: bool) -> None:
 def check_mps(recipe: Recipe) -> None:
     """Raise RecipeError for a key that Apple's GPUs cannot compute, where one is used."""
     for key, why in NOT_ON_MPS.items():
-        if recipe.get(key) is True:  # bf16: auto is fp32 there
+        if recipe.get(key):
             help = f"{key}: false; or use_cpu: true"
             raise RecipeError(f"{key}: true on Apple's GPU (MPS)", where=recipe.where(key), why=why, help=help)
     name = str(recipe.get("optim"))
