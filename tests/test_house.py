@@ -18,6 +18,7 @@ FLOORS = [
         "console",
         "files",
         "flags",
+        "generators",
         "hardware",
         "installation",
         "manifest",

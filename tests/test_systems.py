@@ -6,13 +6,17 @@ import ast
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import ROOT, manifest, run
+from stepladder import generators, hardware, preflight
 from stepladder.errors import LaunchError, RecipeError
-from stepladder.training.launch import native
+from stepladder.training.batches import RowLosses
+from stepladder.training.launch import devices, native
 from stepladder.training.launch.launcher import Launch, Strategy
 
 SOURCES = [*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "docs").rglob("*.py")]
@@ -63,6 +67,34 @@ else:
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+class Apple:
+    """A Mac as far as PyTorch tells of it: `macos` is its version, `generator` that of its GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.macos, self.generator = 15, torch.Generator().manual_seed(3)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: self.macos >= major)
+        monkeypatch.setattr(torch.mps, "get_rng_state", self.generator.get_state)
+        monkeypatch.setattr(torch.mps, "set_rng_state", self.generator.set_state)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def apple(monkeypatch: pytest.MonkeyPatch) -> Apple:
+    return Apple(monkeypatch)
+
+
+class WithoutFP64(torch.Tensor):
+    """A tensor as on Apple's GPU: fp64 is refused until it is copied to the host."""
+
+    def double(self, *args: Any) -> torch.Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self, *args: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
 
 
 @pytest.fixture
@@ -154,15 +186,83 @@ def test_more_processes_on_windows(monkeypatch: pytest.MonkeyPatch, settings: An
     "keys",
     [
         {"load_in_4bit": True}, {"fp16": True}, {"torch_compile": True}, {"optim": "paged_adamw_8bit"},
-        {"attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "flash_attention_2"}, {"dtype": "float16"},
     ],
 )  # fmt: skip
-def test_mps_refuses(settings: Any, keys: dict[str, Any]) -> None:
+def test_mps_refuses(apple: Apple, settings: Any, keys: dict[str, Any]) -> None:
     """Guards Apple's GPUs: what has no kernels there is refused before training, with its reason."""
     with pytest.raises(RecipeError, match="MPS") as error:
-        native.check_mps(settings(**keys))
+        native.check_device(settings(**keys))
     assert error.value.why and error.value.help
-    native.check_mps(settings(optim="adamw_torch_fused", attn_implementation="auto"))
+    native.check_device(settings(optim="adamw_torch_fused", attn_implementation="auto", bf16=True))
+
+
+@pytest.mark.parametrize("keys", [{"bf16": True}, {"dtype": "bfloat16"}, {"dtype": "auto"}])
+def test_bf16_needs_macos_14(apple: Apple, settings: Any, keys: dict[str, Any]) -> None:
+    """Guards an old macOS, where PyTorch's autocast would compute in fp32 with no more than a warning."""
+    native.check_device(settings(**keys))
+    apple.macos = 13
+    with pytest.raises(RecipeError, match="MPS") as error:
+        native.check_device(settings(**keys))
+    assert "macOS 14" in error.value.why and error.value.help
+    native.check_device(settings(bf16="auto", dtype="float32"))
+
+
+def test_checkpoints_hold_the_generator_of_mps(apple: Apple, tmp_path: Path) -> None:
+    """Guards a resumed run with dropout on Apple's GPU: its numbers go on where the checkpoint was written.
+
+    The generator of MPS is a stand-in, one of PyTorch's for the CPU.
+    """
+    generators.save(tmp_path / "rng.safetensors")
+    expected = [torch.rand(3, generator=apple.generator), torch.rand(3)]
+    with generators.unchanged():
+        torch.rand(5, generator=apple.generator)
+    following = torch.rand(3, generator=apple.generator)
+    generators.load(tmp_path / "rng.safetensors")
+    assert torch.equal(torch.rand(3, generator=apple.generator), expected[0]) and torch.equal(
+        torch.rand(3), expected[1]
+    )
+    assert torch.equal(torch.rand(3, generator=apple.generator), following), "unchanged() put the state back"
+
+
+def test_checkpoints_of_another_gpu(apple: Apple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a run that resumes where the checkpoint's kind of GPU is not: the host's state is put back alone."""
+    generators.save(tmp_path / "mps.safetensors")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    expected = torch.rand(3)
+    generators.load(tmp_path / "mps.safetensors")
+    assert torch.equal(torch.rand(3), expected)
+    generators.save(tmp_path / "cpu.safetensors")
+    monkeypatch.undo()
+    generators.load(tmp_path / "cpu.safetensors")
+
+
+def test_use_cpu_hides_mps(apple: Apple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards generate.py, compare.py, check.py and the checkpoint: all ask one function what is computed on."""
+    assert hardware.accelerator() == "mps" and "Apple" in hardware.device_here(1, gpu=True).name
+    assert devices.choose_device(Launch(1, 0, 0, 1, Strategy("single"))) is False
+    assert devices.choose_device(Launch(2, 0, 0, 2, Strategy("ddp"))) is True
+    assert hardware.accelerator() == "cpu" and hardware.device_here(1, gpu=False).name == "cpu"
+
+
+def test_check_asks_what_training_asks(apple: Apple, settings: Any) -> None:
+    """Guards check.py, which passed on a Mac what sft.py refuses there."""
+    found = {line.name: line for line in preflight.checks(settings(fp16=True), preflight.Machine())}
+    assert not found["strategy"].right and "MPS" in found["strategy"].message
+    found = {line.name: line for line in preflight.checks(settings(fp16=True), preflight.Machine(gpus=1))}
+    assert found["strategy"].right, "for another machine"
+
+
+def test_losses_of_rows_without_fp64() -> None:
+    """Guards eval on Apple's GPU, which has no fp64: a tensor that refuses it stands in for one there."""
+    losses = RowLosses()
+    outputs = SimpleNamespace(
+        log_probs=WithoutFP64([[-1.0, -2.0], [-4.0, 0.0]]), label_mask=WithoutFP64([[1, 1], [1, 0]])
+    )
+    with pytest.raises(TypeError):
+        outputs.log_probs.double()
+    losses._add(torch.tensor([[0], [1]]), outputs, None)
+    assert losses.found == {0: (3.0, 2), 1: (4.0, 1)}
 
 
 def test_a_lock_has_one_holder(tmp_path: Path) -> None:

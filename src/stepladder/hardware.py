@@ -172,7 +172,10 @@ def device(name: str, memory: float | None = None) -> GPU:
 
 
 def device_here(local_ranks: int, gpu: bool) -> GPU:
-    """This machine's GPU, or its CPU, with the memory that one rank has for tensors."""
+    """This machine's GPU, or its CPU, with the memory that one rank has for tensors.
+
+    Apple's GPU shares the host's memory, of which it gets what a CPU would.
+    """
     import torch
 
     if gpu and torch.cuda.is_available():
@@ -180,7 +183,20 @@ def device_here(local_ranks: int, gpu: bool) -> GPU:
         known = gpu_here() or dataclasses.replace(device(COMMON), name=torch.cuda.get_device_name())
         return dataclasses.replace(known, memory=total / GIB)
     # Its speed only puts the ways in order: arithmetic bounds them all.
-    return GPU("cpu", "", 1.0, HOST_SHARE * host_memory() / GIB / local_ranks, 10.0, "")
+    name = "Apple's GPU, whose memory is the host's" if gpu and accelerator() == "mps" else "cpu"
+    return GPU(name, "", 1.0, HOST_SHARE * host_memory() / GIB / local_ranks, 10.0, "")
+
+
+def accelerator() -> str:
+    """What this process computes on: `cuda` (AMD's GPUs too), `mps` (Apple's) or `cpu`.
+
+    CUDA_VISIBLE_DEVICES= (empty), which `use_cpu` sets, hides Apple's GPU too: PyTorch has no variable for that.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
 
 
 def gpu_here() -> GPU | None:

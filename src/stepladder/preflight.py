@@ -27,7 +27,7 @@ from stepladder.recipe import explain, rules
 from stepladder.recipe import load as recipe_load
 from stepladder.recipe.recipe import Recipe
 from stepladder.training import arguments
-from stepladder.training.launch import devices, launcher
+from stepladder.training.launch import devices, launcher, native
 
 SHOW_KEYS = "keys"  # what --show prints where no number follows it
 
@@ -285,6 +285,8 @@ def _strategy(recipe: Recipe, machine: Machine, new: list[NewToken]) -> tuple[st
     launch = launcher.Launch(machine.nodes * gpus, 0, 0, gpus, name, machine.nodes if name.is_hsdp else 1)
     step = arguments.layout(recipe, launch.ranks)
     notes = arguments.check_strategy(recipe, launch)
+    if not machine.gpus and launch.ranks == 1:  # several ranks on a Mac compute on its CPU
+        native.check_device(recipe)
     arguments.check_new_tokens(recipe, launch, new)
     alias = f"{machine.strategy} is " if machine.strategy not in (None, name) else ""
     message = f"{alias}{name} on {launch.ranks} rank{'s' * (launch.ranks > 1)}, {step.rows} rows a step"
@@ -300,7 +302,7 @@ def _memory(recipe: Recipe, machine: Machine, launch: launcher.Launch, longest: 
         plan = choose.Plan(recipe, machine.nodes, machine.gpus, device, longest)
         pick = plan.of_recipe(launch.strategy)
     else:
-        precision, gpu = pretrained.precision(recipe), bool(hardware.gpus_here())
+        precision, gpu = pretrained.precision(recipe), hardware.accelerator() != "cpu"
         plan, pick = choose.plan_run(recipe, launch, precision, longest, gpu)
     message = f"{pick.gib} of {plan.device.name}: {pick.batch}"
     if pick.host_limit is not None and not pick.host_fits:

@@ -143,7 +143,7 @@ def prepare(checked: Checked) -> Prepared:
         use_cpu = devices.choose_device(launch, recipe.get("use_cpu"))  # before a library touches CUDA
         _import_libraries()
     console.quiet_progress_bars()
-    native.check_device(recipe, use_cpu)
+    native.check_device(recipe)
     fp8.check_device(recipe, use_cpu)
     precision = pretrained.precision(recipe)
     notes = checked.notes + [

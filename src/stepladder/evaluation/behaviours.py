@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stepladder import installation
+from stepladder import generators, installation
 from stepladder.data import formats
 from stepladder.data import read as data_read
 from stepladder.data.columns import find_question_shape
@@ -179,7 +179,7 @@ def ask(
             )
 
         found = answers(1)
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        with generators.unchanged():
             torch.manual_seed(SEED)
             # weights that are no number cannot be sampled from otherwise
             found += answers(repetitions, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,

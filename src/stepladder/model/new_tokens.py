@@ -16,6 +16,7 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stepladder import generators
 from stepladder.data.special_tokens import KEY, NewToken
 from stepladder.data.templates import TEMPLATE_KEYS
 from stepladder.errors import ModelError
@@ -42,8 +43,7 @@ def fit_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: Se
     import torch
 
     if needed_rows(tokenizer) > model.get_input_embeddings().num_embeddings:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):  # the same adapter and dropout follow, however many rows were added
+        with generators.unchanged():  # the same adapter and dropout follow, however many rows were added
             model.resize_token_embeddings(needed_rows(tokenizer), mean_resizing=False)
     if not new or model.device.type == "meta":  # the weights come from rank 0
         return

@@ -281,8 +281,8 @@ def load_for_inference(
     from transformers import AutoModelForCausalLM
 
     source = start.resolve_existing_model(name, base)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    device = hardware.accelerator()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # elsewhere as `bf16: auto` trains
     place = str(source.adapter) if source.has_tokenizer else source.base
     tok = load_tokenizer(place, source.revision, trust_remote_code)
     with _loading(source.base, of=str(source.adapter or "")):

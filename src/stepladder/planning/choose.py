@@ -222,7 +222,8 @@ def plan_run(
 ) -> tuple[Plan, Candidate]:
     """Plan the run that starts now, in the terms of `totals.peak_memory_bytes`.
 
-    On a GPU these are PyTorch's tensors; on a CPU it is the resident set, of which the process's present one is fixed.
+    On a GPU these are PyTorch's tensors; on a CPU, and on Apple's GPU, which shares its memory, it is the resident set,
+    of which the process's present one is fixed.
 
     Args:
         longest: tokens of the longest row.
@@ -234,8 +235,9 @@ def plan_run(
     device, strategy, local_ranks = hardware.device_here(launch.local_ranks, gpu), launch.strategy, launch.local_ranks
     if not gpu and strategy.is_fsdp:  # the shards lie in host memory anyhow (training/launch/ranks.py)
         strategy = Strategy(strategy.removesuffix("_offload"))
-    overhead = 0 if gpu else peak_resident_bytes()
-    host = hardware.host_memory() if gpu else None
+    shared = not gpu or hardware.accelerator() == "mps"  # the process and its tensors lie in one memory
+    overhead = peak_resident_bytes() if shared else 0
+    host = None if shared else hardware.host_memory()
     nodes, replicas = launch.ranks // local_ranks, launch.replicas
     plan = Plan(settings, nodes, local_ranks, device, longest, precision, overhead, gpu, host, replicas)
     candidate = plan.of_recipe(strategy)

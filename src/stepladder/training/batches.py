@@ -177,12 +177,13 @@ class RowLosses:
 
     def _add(self, rows: torch.Tensor, outputs: Any, position_ids: torch.Tensor | None) -> None:
         """Take those of TRL's outputs, with `log_probs` and `label_mask` [sequences, tokens - 1]."""
-        nats, counts = -outputs.log_probs.double(), outputs.label_mask.double()
+        # on the host: Apple's GPU has no fp64
+        nats, counts = -outputs.log_probs.cpu().double(), outputs.label_mask.cpu().double()
         numbers = [row for numbers in rows.tolist() for row in ([one for one in numbers if one >= 0] or [-1])]
         if len(nats) == len(numbers):
             sums = torch.stack([nats.sum(1), counts.sum(1)])
         elif position_ids is not None and len(nats) == 1 and int((position_ids == 0).sum()) == len(numbers):
-            place = (position_ids[0] == 0).cumsum(0)[1:] - 1  # of the row that a label belongs to
+            place = (position_ids[0].cpu() == 0).cumsum(0)[1:] - 1  # of the row that a label belongs to
             sums = nats.new_zeros(2, len(numbers)).index_add(1, place, torch.cat([nats, counts]))
         else:
             return

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from stepladder import hardware
+from stepladder import generators, hardware
 from stepladder.console import say
 from stepladder.data import prepare
 from stepladder.data.render import IGNORED
@@ -211,8 +211,7 @@ class Trainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Keep the random numbers that loaders draw apart, so that evaluations do not change the curve."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):
+        with generators.unchanged():
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 
+from stepladder import generators
 from stepladder.console import say
 from stepladder.errors import CheckpointError
 from stepladder.training.checkpoint import state
@@ -96,14 +95,7 @@ def load_position(trainer: Any, folder: Path) -> None:
     if file not in listed_files(folder):  # more ranks than before: there is no state to continue
         torch.manual_seed(trainer.args.seed + trainer.args.process_index + 1_000_003 * trainer.state.global_step)
         return
-    with safe_open(file, framework="pt") as tensors:
-        metadata = tensors.metadata()
-        torch.set_rng_state(tensors.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in tensors.keys():  # noqa: SIM118
-            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
-    version, numbers, gauss = json.loads(metadata["python"])
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(json.loads(metadata["numpy"]))
+    generators.load(file)
 
 
 def _weights(folder: Path, here: state.Trained) -> dict[str, StoredTensor]:

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from stepladder import hardware
+from stepladder import generators, hardware
 from stepladder.console import say
 from stepladder.files import flush, write_atomic
 from stepladder.training.checkpoint import state
@@ -91,7 +88,7 @@ def start(trainer: Any) -> Save | None:
         weights, states = _copies(weights), _copies(states)
     rank = trainer.args.process_index
     parts = cut_into_parts(f"model-{rank}", weights) + cut_into_parts(f"optimizer-{rank}", states)
-    writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": _write_random_states}
+    writes: dict[str, Callable[[Path], Any]] = {f"rng-{rank}.safetensors": generators.save}
     if first:
         counters = json.dumps(_counters(trainer, loss / trainer.args.world_size), indent=1)
         writes |= {
@@ -199,15 +196,6 @@ def _wait(trainer: Any, save: Save) -> None:
             return
         moved = now
         save.writer.wait(1.0)
-
-
-def _write_random_states(file: Path) -> None:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    numbers: Any = np.random.get_state(legacy=False)
-    numbers["state"]["key"] = numbers["state"]["key"].tolist()
-    save_file(states, file, {"python": json.dumps(random.getstate()), "numpy": json.dumps(numbers)})
 
 
 def _counters(trainer: Any, loss: float) -> dict[str, Any]:

@@ -26,7 +26,10 @@ FAIR = 0.75  # of an even share of the cores that a rank must keep to be bound
 
 
 def hide_gpus() -> None:
-    """For `use_cpu`, before CUDA starts: precision, memory and random numbers are then those of a CPU too."""
+    """For `use_cpu`, before CUDA starts: precision, memory and random numbers are then those of a CPU too.
+
+    It hides Apple's GPU from `hardware.accelerator`; Transformers and accelerate are told by their own `use_cpu`.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["HIP_VISIBLE_DEVICES"] = "-1"  # which counts before the other on AMD, and shows all GPUs where empty
 
@@ -91,9 +94,10 @@ def choose_device(launch: Launch, use_cpu: bool = False) -> bool:
                 help=f"{names[-1]}=0 for one; accelerate launch --num_processes {gpus} … for all",
             )
         return False
-    if torch.backends.mps.is_available() and not use_cpu:
+    if hardware.accelerator() == "mps":
         if launch.ranks == 1:
             return False
+        hide_gpus()
         say("note: several ranks compute on the CPU here: PyTorch has no collectives for Apple's GPU")
     if not use_cpu:
         assert_no_gpu_named()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from stepladder import installation
+from stepladder import hardware, installation
 from stepladder.errors import LaunchError, RecipeError
 from stepladder.recipe.recipe import Recipe
 from stepladder.training.launch.launcher import Launch
@@ -57,16 +57,16 @@ def check_system(recipe: Recipe, launch: Launch) -> None:
             )
 
 
-def check_device(recipe: Recipe, use_cpu: bool) -> None:
+def check_device(recipe: Recipe) -> None:
     """Raise RecipeError for a key that this machine's GPU cannot compute, where it is Apple's."""
-    import torch
-
-    if not use_cpu and not torch.cuda.is_available() and torch.backends.mps.is_available():
+    if hardware.accelerator() == "mps":
         check_mps(recipe)
 
 
 def check_mps(recipe: Recipe) -> None:
     """Raise RecipeError for a key that Apple's GPUs cannot compute, where one is used."""
+    import torch
+
     for key, why in NOT_ON_MPS.items():
         if recipe.get(key):
             help = f"{key}: false; or use_cpu: true"
@@ -76,8 +76,22 @@ def check_mps(recipe: Recipe) -> None:
         why = "bitsandbytes' optimizers have no kernels for it"
         raise RecipeError(f"optim: {name} on Apple's GPU (MPS)", where=recipe.where("optim"), why=why,
                           help="optim: adamw_torch; or use_cpu: true")  # fmt: skip
+    _check_dtype(recipe, has_bf16=torch.backends.mps.is_macos_or_newer(14, 0))
     attention = str(recipe.get("attn_implementation"))
     if attention not in ("auto", "sdpa", "eager", "None"):
         why = "it has kernels for CUDA only"
         raise RecipeError(f"attn_implementation: {attention} on Apple's GPU (MPS)", why=why, help="auto, sdpa or eager",
                           where=recipe.where("attn_implementation"))  # fmt: skip
+
+
+def _check_dtype(recipe: Recipe, has_bf16: bool) -> None:
+    """Raise RecipeError for a dtype that MPS has not; PyTorch's autocast would compute in fp32, with a warning."""
+    old = "PyTorch computes in bf16 on it from macOS 14 on, and this one is older"
+    refused = {"dtype: float16": "training in fp16 was not tried on it"}
+    if not has_bf16:
+        refused |= {"bf16: True": old, "dtype: bfloat16": old, "dtype: auto": f"the file may hold bf16; {old}"}
+    for value, why in refused.items():
+        key = value.partition(":")[0]
+        if f"{key}: {recipe.get(key)}" == value:
+            help = f"{key}: {'false' if key == 'bf16' else 'float32'}; or use_cpu: true"
+            raise RecipeError(f"{value.lower()} on Apple's GPU (MPS)", where=recipe.where(key), why=why, help=help)

@@ -268,7 +268,7 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     # On Apple's GPU, whose memory is the host's, PyTorch counts no peak: this is what it holds at the time of asking.
-    held = torch.mps.driver_allocated_memory() if torch.backends.mps.is_available() else 0
+    held = torch.mps.driver_allocated_memory() if hardware.accelerator() == "mps" else 0
     return max(held, hardware.peak_resident_bytes())
 
 
