@@ -158,7 +158,7 @@ def test_slurm_jobs_of_the_folder(project: Any, installed_run: Callable[..., Don
     assert done.code == 0 and done.out == "runs/mine\n", done
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.proof)])
 def test_two_processes_by_the_module(
     strategy: str, installed_run: Callable[..., Done], tiny: Path, tmp_path: Path
 ) -> None:
