@@ -64,3 +64,11 @@ def test_tasks_that_cannot_be_had_are_named(tiny) -> None:
         harness.evaluate(str(tiny), ["arc_esy"], None, 8)
     done = script("evaluate", "--model", tiny, "--tasks", "arc_easy")
     assert done.code == 2 and "need a hub" in done.err and "Traceback" not in done.err, done
+
+
+def test_a_home_that_cannot_be_written_is_named(tiny, tmp_path: Path) -> None:
+    """Guards a traceback out of `datasets` for those whose home is read-only or full: here a file is in its place."""
+    (tmp_path / "home").write_text("")
+    home = {"HF_DATASETS_CACHE": str(tmp_path / "home/datasets"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = script("evaluate", "--model", tiny, "--tasks", "data/techco_eval.jsonl", "--limit", 1, **home)
+    assert done.code == 2 and "cannot store the data of a task" in done.err and "HF_HOME" in done.err, done

@@ -126,6 +126,10 @@ def evaluate(
         said = first_line(error)
         help = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
         raise ModelError("the data of a task cannot be had", why=said, help=help) from None
+    except OSError as error:  # a home that is read-only or full
+        help = "export HF_HOME=FOLDER, one that you can write"
+        raise RunError(f"lm-eval cannot store the data of a task: {error.strerror}", where=str(error.filename or ""),
+                       help=help) from None  # fmt: skip
     return [score for task, figures in found["results"].items() for score in _scores(task, figures)]
 
 
