@@ -130,10 +130,8 @@ def bind_near_gpu(launch: Launch, sys_folder: Path = Path("/sys")) -> None:
         gpu: Any = torch.cuda.get_device_properties(index)
         try:
             address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-            cores = (sys_folder / "bus/pci/devices" / address / "local_cpulist").read_text(
-                encoding="utf-8"
-            )  # 0-15,64-79
-            # such as 0-15,64-79
+            file = sys_folder / "bus/pci/devices" / address / "local_cpulist"
+            cores = file.read_text(encoding="utf-8")  # such as 0-15,64-79
             ends = [part.split("-") for part in cores.strip().split(",")]
             near.append({core for part in ends for core in range(int(part[0]), int(part[-1]) + 1)} & allowed)
         except (AttributeError, OSError, ValueError):  # an older PyTorch, a virtual machine
