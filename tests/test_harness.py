@@ -64,3 +64,10 @@ def test_tasks_that_cannot_be_had_are_named(tiny) -> None:
         harness.evaluate(str(tiny), ["arc_esy"], None, 8)
     done = script("evaluate", "--model", tiny, "--tasks", "arc_easy")
     assert done.code == 2 and "need a hub" in done.err and "Traceback" not in done.err, done
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(tiny) -> None:
+    """Guards a home that is read-only: lm-eval copies a file's rows into the cache of `datasets`."""
+    words = ("--model", tiny, "--tasks", ROOT / "data/techco_eval.jsonl", "--limit", 2)
+    done = script("evaluate", *words, HF_HOME="/dev/null")
+    assert done.code == 2 and "help: HF_HOME=DIR" in done.err and "Traceback" not in done.err, done

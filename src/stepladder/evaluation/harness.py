@@ -122,10 +122,11 @@ def evaluate(
             task_manager=manager,
             log_samples=False,
         )
-    except (ConnectionError, FileNotFoundError) as error:  # what `datasets` raises without a hub
-        said = first_line(error)
-        help = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
-        raise ModelError("the data of a task cannot be had", why=said, help=help) from None
+    except OSError as error:
+        help = "HF_HOME=DIR, a folder that can be written: the data is copied into its cache"
+        if isinstance(error, ConnectionError | FileNotFoundError):  # what `datasets` raises without a hub
+            help = "public tasks need a hub; a file of ours does not: --tasks data/techco_eval.jsonl"
+        raise ModelError("the data of a task cannot be had", why=first_line(error), help=help) from None
     return [score for task, figures in found["results"].items() for score in _scores(task, figures)]
 
 
