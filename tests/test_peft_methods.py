@@ -185,9 +185,9 @@ def test_loraplus_moves_b_by_the_ratio(tiny: Path, learnable: Path, tmp_path: Pa
         ),
         (
             ["--peft_type", "oft", "--peft_kwargs", "{oft_block_size: 8, target_modules: [embed_tokens]}"],
-            "cannot change",
+            "cannot change model.embed_tokens",
         ),
-        (["--peft_type", "vera", "--peft_kwargs", "{target_modules: [lm_head, q_proj]}"], "cannot change"),
+        (["--peft_type", "vera", "--peft_kwargs", "{target_modules: [lm_head, q_proj]}"], "cannot change lm_head"),
         (["--peft_type", "vera", "--peft_kwargs", "{target_modules: [embed_tokens]}"], "does not fit"),
         (["--peft_kwargs", "{rank_pattern: {'(.+)+x': 4}}"], "rank_pattern: '(.+)+x' takes seconds"),
         (["--lora_modules_to_save", "("], "lora_modules_to_save: '(' is no regular expression"),

@@ -195,6 +195,13 @@ def test_every_number_has_a_range() -> None:
     assert numbers(list(known_keys().values())) == convert.RANGES.keys()
 
 
+def test_an_example_in_a_message_is_an_allowed_value(recipe) -> None:
+    """Guards the library's default as the example where a range of ours leaves it out: OFT's `r` of 0."""
+    with pytest.raises(RecipeErrors) as caught:
+        recipe("use_peft: true\npeft_type: vera\npeft_kwargs: {r: many}")
+    assert [error.help for error in caught.value.errors] == ["for example peft_kwargs.r: 1"]
+
+
 # ---- YAML's traps ----
 
 

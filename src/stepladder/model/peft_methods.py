@@ -83,7 +83,7 @@ def _check_tuner(wrapped: Any, recipe: Settings) -> None:
     """
     size = wrapped.peft_config["default"].to_dict().get("oft_block_size")
     head = wrapped.get_base_model().get_output_embeddings()
-    for name, layer in wrapped.named_modules():
+    for name, layer in wrapped.get_base_model().named_modules():
         found = getattr(layer, "oft_block_size", None)
         if isinstance(found, dict) and found.get("default", size) != size:
             divisors = [n for n in range(2, layer.in_features + 1) if layer.in_features % n == 0]

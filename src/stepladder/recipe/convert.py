@@ -358,7 +358,7 @@ def _wrong_type(key: Key, found: str, where: str) -> RecipeError:
     wanted = " or ".join(TYPE_NAMES[t] for t in types)
     if key.nested and "list" in key.types:
         example = f"\n  - {key.nested[0].name}: …"
-    elif key.default is not None:
+    elif key.default is not None and not expected_range(key.name, key.default):  # a default may lie outside: OFT's r
         example = " " + _written(key.default)
     else:
         examples = {"int": "1", "float": "0.1", "bool": "true", "list": "[a, b]", "dict": "{name: value}"}

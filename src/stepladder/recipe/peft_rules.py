@@ -51,8 +51,7 @@ def peft_kwargs_belong_to_the_method(recipe: Recipe) -> RuleBreak | None:
         return None
     if len(wrong) == len(fields) and not idle(recipe, "peft_type", [KEY]):
         return None  # the method was overridden, and the whole block is left out
-    taken = ", ".join(TABLE["offered"].get(method, ())) or "none"
-    help = f"{wrong[0]} belongs to {' and '.join(keys[wrong[0]].owner.split())}; {method} takes {taken}"
+    help = f"{wrong[0]} belongs to {', '.join(keys[wrong[0]].owner.split())}; {method} takes {_offered(method)}"
     return _conflict(recipe, wrong[0], f"has no effect with peft_type: {method}", help)
 
 
