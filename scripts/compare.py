@@ -15,8 +15,6 @@ compare.json and report.html into --output_dir (default: the first --tuned, if i
 into each other run folder. Exits with 3 if a claim of --require does not hold for a --tuned. See docs/evaluation.md.
 """
 
-from pathlib import Path
-
 from stepladder import errors, flags
 from stepladder.data import mixture
 from stepladder.evaluation import behaviours, generation, sides
@@ -30,8 +28,8 @@ def main() -> int | None:
     parser.add_argument("--model", metavar="NAME", help="name of the server's model")
     parser.add_argument("--timeout", type=flags.seconds, default=60, help="seconds per answer of a server (60)")
     parser.add_argument("--data", help="held-out rows: JSONL, … (default: the run's)")
-    parser.add_argument("--prompts", type=Path, help="questions instead of the data's: .txt or JSONL")
-    parser.add_argument("--rubric", type=Path, help="style rules in YAML, such as data/techco_rubric.yaml")
+    parser.add_argument("--prompts", type=flags.path, help="questions instead of the data's: .txt or JSONL")
+    parser.add_argument("--rubric", type=flags.path, help="style rules in YAML, such as data/techco_rubric.yaml")
     parser.add_argument("--general", metavar="FILE", help=f"general knowledge, to test forgetting ({mixture.GENERAL})")
     parser.add_argument("--behaviours", action="store_true",
                         help=f"ask what else the base can do, to test forgetting ({behaviours.SUITE})")  # fmt: skip
@@ -40,7 +38,7 @@ def main() -> int | None:
     parser.add_argument("--limit", type=flags.count, help="ask only the first N questions (all)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count,
                         help=f"length limit of an answer (a transcript's, or {generation.MAX_NEW_TOKENS})")  # fmt: skip
-    parser.add_argument("--output_dir", "--output-dir", type=flags.folder)
+    parser.add_argument("--output_dir", "--output-dir", type=flags.path)
     parser.add_argument("--trust_remote_code", "--trust-remote-code", action="store_true", help=flags.TRUST)
     parser.add_argument("--show", type=flags.integer, default=3, help="how many answers to print (3)")
     parser.add_argument("--json", action="store_true", help="print compare.json")

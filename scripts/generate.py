@@ -8,8 +8,6 @@ A transcript can be a side of a comparison: compare.py --base kept.jsonl --tuned
 An existing transcript is kept unless --overwrite is given.
 """
 
-from pathlib import Path
-
 from stepladder import console, errors, flags
 from stepladder.evaluation import generation
 from stepladder.evaluation.questions import Message
@@ -21,10 +19,12 @@ def main() -> None:
     parser.add_argument("--base", help="for an adapter: the path of its base (default: the one that it names)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="a question; may be given several times")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="questions: one per line (.txt), or JSONL rows")
+    what.add_argument(
+        "--prompts", type=flags.path, metavar="FILE", help="questions: one per line (.txt), or JSONL rows"
+    )
     what.add_argument("--chat", action="store_true", help="a conversation; /reset restarts it")
     parser.add_argument("--system", help="a system prompt")
-    parser.add_argument("--transcript", type=Path, metavar="FILE", help="save questions and answers as JSONL")
+    parser.add_argument("--transcript", type=flags.path, metavar="FILE", help="save questions and answers as JSONL")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing transcript")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=flags.count, default=generation.MAX_NEW_TOKENS)
     parser.add_argument(

@@ -9,7 +9,6 @@ recipe's first lines say so. An existing recipe is kept unless --overwrite is gi
 """
 
 import json
-from pathlib import Path
 
 from stepladder import errors, flags
 from stepladder.recipe import axolotl_config, axolotl_import
@@ -17,8 +16,8 @@ from stepladder.recipe import axolotl_config, axolotl_import
 
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
-    parser.add_argument("config", type=Path, help="an Axolotl configuration")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the recipe to write")
+    parser.add_argument("config", type=flags.path, help="an Axolotl configuration")
+    parser.add_argument("-o", "--output", type=flags.path, required=True, help="the recipe to write")
     parser.add_argument("--force", action="store_true", help="leave out unsupported keys that change the training")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing recipe")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")

@@ -10,7 +10,7 @@ from stepladder import errors, flags, starter
 
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
-    parser.add_argument("folder", type=flags.folder, metavar="DIR", help="the folder; created if missing")
+    parser.add_argument("folder", type=flags.path, metavar="DIR", help="the folder; created if missing")
     args = parser.parse_args()
     starter.make_starter(args.folder)
     print(f"✔ {args.folder}: recipes/mine.yaml, and rows to replace in data/. Next:")

@@ -10,7 +10,6 @@ base and adapter do, nothing is written. OUT/merge.json and OUT/README.md descri
 
 import argparse
 import json
-from pathlib import Path
 
 from stepladder import console, errors, flags, hardware, manifest
 from stepladder.data import mixture
@@ -23,9 +22,11 @@ from stepladder.recipe import load as recipe_load
 
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
-    parser.add_argument("--adapter", required=True, action="append", type=Path, help="its folder; several are added")
+    parser.add_argument(
+        "--adapter", required=True, action="append", type=flags.path, help="its folder; several are added"
+    )
     combination.add_flags(parser)
-    parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.folder)
+    parser.add_argument("--output_dir", "--output-dir", required=True, type=flags.path)
     parser.add_argument("--overwrite", action="store_true", help="replace the merge that output_dir holds")
     parser.add_argument("--base", help="a folder or a hub id (default: the one that the adapter names)")
     parser.add_argument("--dtype", choices=hardware.DTYPES, help="of the merged weights (default: the base's)")

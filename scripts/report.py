@@ -12,7 +12,6 @@ by held-out loss is named, with its interval, and which others cannot be disting
 """
 
 import json
-from pathlib import Path
 
 from stepladder import errors, flags
 from stepladder.cluster.sweep import read_sweep
@@ -22,9 +21,11 @@ from stepladder.reporting import curves, markdown, page, runs
 
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder; the first is the reference")
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="the runs of a sweep, in place of RUN")
-    parser.add_argument("-o", "--output", type=Path, help="the page (RUN/report.html; required for several runs)")
+    parser.add_argument(
+        "runs", nargs="*", type=flags.path, metavar="RUN", help="a run folder; the first is the reference"
+    )
+    parser.add_argument("--sweep", type=flags.path, metavar="FILE", help="the runs of a sweep, in place of RUN")
+    parser.add_argument("-o", "--output", type=flags.path, help="the page (RUN/report.html; required for several runs)")
     parser.add_argument("--project", metavar="DOMAIN", help="also write RUN/mini_project_report.md, on this domain")
     parser.add_argument("--json", action="store_true", help="print the verdicts and differences as JSON")
     parser.add_argument("--watch", action="store_true", help="follow one run in the terminal until it ends")

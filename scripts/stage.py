@@ -17,7 +17,7 @@ from stepladder.recipe import load
 def main() -> None:
     parser = flags.parser(__doc__, __file__)
     parser.add_argument("--recipe", required=True, help="a path, or a name under recipes/")
-    parser.add_argument("--to", type=flags.folder, required=True, metavar="DIR", help="the folder; created if missing")
+    parser.add_argument("--to", type=flags.path, required=True, metavar="DIR", help="the folder; created if missing")
     parser.add_argument("--wheels", action="store_true", help="also the packages of constraints.txt, for this Python")
     args, overrides = parser.parse_known_args()
     recipe = load.load(args.recipe, overrides)

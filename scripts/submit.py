@@ -11,8 +11,6 @@ GPU type is known, to plan the memory (docs/planning.md). --dry_run prints the c
 nothing. docs/slurm.md describes what the templates in slurm/ need of your cluster.
 """
 
-from pathlib import Path
-
 from stepladder import errors, flags
 from stepladder.cluster import queue
 
@@ -21,7 +19,7 @@ def main() -> None:
     parser = flags.parser(__doc__, __file__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="a path, or a name under recipes/")
-    what.add_argument("--sweep", type=Path, help="a grid, such as slurm/sweeps/lora_rank.yaml")
+    what.add_argument("--sweep", type=flags.path, help="a grid, such as slurm/sweeps/lora_rank.yaml")
     parser.add_argument("--strategy", help="a file in accelerate_configs/ (ddp; single for one rank), or auto")
     parser.add_argument("--nodes", type=flags.count, default=1)
     parser.add_argument("--gpus", type=flags.gpus, metavar="[TYPE:]N", help="GPUs per node")

@@ -34,6 +34,8 @@ TOUCHED = (
     "test_planning.py::test_the_command_line", "test_report.py::test_a_run_leaves_its_page_and_picture",
     "test_train.py::test_the_same_curve[lora-ddp", "test_train.py::test_the_same_curve[full-single",
 )  # fmt: skip
+# Set in this process by pytest, and by Accelerate and PyTorch as a test imports them; a person's shell has none.
+SET_HERE = ("PYTEST_CURRENT_TEST", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -68,7 +70,7 @@ def environment(**env: str) -> dict[str, str]:
     Threads that wait do so asleep: on a machine that does other things too, OpenMP's busy waiting makes a tiny model
     ten times as slow.
     """
-    apart = (*LAUNCHER_VARIABLES, "PYTEST_CURRENT_TEST")
+    apart = (*LAUNCHER_VARIABLES, *SET_HERE)
     clean = {k: v for k, v in os.environ.items() if k not in apart and not k.startswith("ACCELERATE_")}
     return {**clean, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **env}
 
@@ -78,11 +80,20 @@ def warm_server() -> warm_start.Server:
     return warm_start.Server(environment())
 
 
-def run(*words: Any, timeout: int = 600, **env: str) -> Done:
-    """Run a command in the repository's root; a script in the usual environment with its libraries imported already."""
+def run(*words: Any, timeout: int = 600, cold: bool = False, **env: str) -> Done:
+    """Run a command in the repository's root; a script in the usual environment with its libraries imported already.
+
+    Args:
+        cold: import them in the command itself, for tests of how it starts.
+    """
     command = [str(word) for word in words]
     script = command[1:] if command[0] == sys.executable else command
-    if script and script[0].endswith((".py", "/bin/accelerate")) and environment(**env) == warm_server().env:
+    if (
+        script
+        and script[0].endswith((".py", "/bin/accelerate"))
+        and not cold
+        and environment(**env) == warm_server().env
+    ):
         return Done(warm_server().run(script, timeout))
     process = subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout)
     return Done(process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -129,6 +130,17 @@ def test_a_full_disk_is_seen_before_the_run(settings, tmp_path: Path) -> None:
         requirements.disk(few, tmp_path / "run", 2**50, 0, 0)
     none = settings(save_strategy="no")
     assert requirements.disk(none, tmp_path, 2**20, 2**21, 2**20).startswith("the result takes 1 MiB")
+
+
+def test_a_folder_that_cannot_be_written_is_seen_before_the_run(settings, tmp_path: Path, monkeypatch) -> None:
+    """Guards check.py, which called a place right that sft.py then refused."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LaunchError, match="file/run cannot be written"):
+        requirements.disk(settings(), tmp_path / "file/run", 1, 1, 1)
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # as for another user than root
+    with pytest.raises(LaunchError, match="run cannot be written") as error:
+        requirements.disk(settings(), tmp_path / "run", 1, 1, 1)
+    assert error.value.why == f"{tmp_path} cannot be written by this user"
 
 
 def test_a_typo_exits_2_at_its_place(tmp_path: Path) -> None:

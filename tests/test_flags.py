@@ -76,7 +76,7 @@ def kinds_of_flags() -> set[str]:
             kinds = [word.value for word in call.keywords if word.arg == "type"]
             found.update(kind.attr for kind in kinds if isinstance(kind, ast.Attribute))
             assert not any(isinstance(kind, ast.Name) and kind.id in ("int", "float") for kind in kinds), file
-    return found - {"folder"}
+    return found - {"path"}
 
 
 def test_each_kind_of_number_is_refused_at_its_ends() -> None:

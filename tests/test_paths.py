@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from stepladder import installation
+from stepladder import flags, installation
 from stepladder.cluster import sweep
 from stepladder.data import audit, mixture, templates
 from stepladder.errors import StepladderError
@@ -80,6 +80,20 @@ def test_no_key_with_a_path_is_left_out() -> None:
         convert.PATHS | {"extends"}
         == {name for name in READERS if not name.startswith("--")} - {"deepspeed_config_file"} | WRITTEN
     )
+
+
+@pytest.mark.parametrize("key", sorted(convert.PATHS))
+def test_a_home_is_what_a_shell_makes_of_it(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `output_dir: ~/runs` and `--output_dir=~/runs`, which no shell expands: a folder named ~ was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    block, _, inner = key.rpartition(".")
+    line = f"{block}: [{{path: a.jsonl, {inner}: ~/a}}]" if inner != "path" and block else f"{key}: ~/a"
+    line = "datasets: [{path: ~/a}]" if key == "datasets.path" else line
+    more = {"eval_dataset_name": "eval_strategy: epoch", "run_name": "report_to: wandb"}.get(key, "seed: 1")
+    Path("mine.yaml").write_text(f"{line}\n{more}\n")
+    assert f"'{tmp_path}/home/a'" in str(load.load("mine.yaml", []).values)
+    assert flags.path("~/a") == tmp_path / "home/a" and installation.locate("~/a") == tmp_path / "home/a"
 
 
 @pytest.mark.parametrize("name", [name for name, (_, shipped) in READERS.items() if shipped])

@@ -186,6 +186,7 @@ def test_more_processes_on_windows(monkeypatch: pytest.MonkeyPatch, settings: An
     "keys",
     [
         {"load_in_4bit": True}, {"fp16": True}, {"torch_compile": True}, {"optim": "paged_adamw_8bit"},
+        {"optim": "ademamix"}, {"optim": "adamw_torch_8bit"},
         {"attn_implementation": "flash_attention_2"}, {"dtype": "float16"},
     ],
 )  # fmt: skip

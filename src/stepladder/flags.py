@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import sys
 import threading
@@ -52,11 +53,14 @@ def seed(text: str) -> int:
     return number
 
 
-def folder(text: str) -> Path:
-    """A folder by name: `--output_dir "$UNSET"` would be the one that the command was typed in."""
+def path(text: str) -> Path:
+    """A file or folder by name: `--output_dir "$UNSET"` would be the folder that the command was typed in.
+
+    `--output_dir=~/x` reaches a script as it is: shells expand `~` at the beginning of a word only.
+    """
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def gpus(text: str) -> str:

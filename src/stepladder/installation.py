@@ -29,9 +29,9 @@ def locate(path: str | Path) -> Path:
     """The place of a path that a person wrote: from the current folder; where nothing is there, what ships.
 
     Args:
-        path: a file or a folder, absolute or relative. It may be missing in both places, and is then returned as it is.
+        path: a file or a folder, absolute, relative, or below a home (`~/…`). It may be missing in both places.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.parts and path.parts[0] in FOLDERS and ".." not in path.parts and not os.path.lexists(path):
         shipped = ROOT / path
         return shipped if os.path.exists(shipped) else path
@@ -40,8 +40,8 @@ def locate(path: str | Path) -> Path:
 
 def places(path: str | Path) -> str:
     """Where `locate` looks for a path, for the message that nothing is there; empty for an absolute path."""
-    path = Path(path)
-    if path.is_absolute() or str(path).startswith("~"):
+    path = Path(os.path.expanduser(path))
+    if path.is_absolute():
         return ""
     ships = bool(path.parts) and path.parts[0] in FOLDERS
     return f"looked in {Path.cwd()}" + (f", then in {ROOT}, which ships with Stepladder" if ships else "")

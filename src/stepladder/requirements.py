@@ -167,7 +167,7 @@ def disk(settings: Settings, folder: Path, trained: float, states: float, whole:
         replaced_bytes: of the run that gives way to this one.
 
     Raises:
-        LaunchError: they do not fit.
+        LaunchError: the folder cannot be written, or they do not fit.
     """
     kept = settings.get("save_total_limit") or math.inf
     if settings.get("save_strategy") == "no":
@@ -178,6 +178,10 @@ def disk(settings: Settings, folder: Path, trained: float, states: float, whole:
         count = 2  # how many there will be is not known here: the first two, then
     need = count * (trained + (0 if settings.get("save_only_model") else states)) + whole
     parent = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = f"{parent} is a file" if not parent.is_dir() else f"{parent} cannot be written by this user"
+        raise LaunchError(f"output_dir {folder} cannot be written", where=settings.where("output_dir"), why=why,
+                          help="another output_dir")  # fmt: skip
     free = shutil.disk_usage(parent).free + replaced_bytes
     checkpoints = f"{count:.0f} checkpoints and the result take" if count else "the result takes"
     if need > free:

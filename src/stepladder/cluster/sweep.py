@@ -201,7 +201,7 @@ def _list_runs(file: Path, content: dict[str, Any], where: dict[str, str]) -> li
     """The arguments of each combination of the grid."""
     grid, own = content["grid"], ("grid", "output_dir", "random", "halving")
     same = {key: value for key, value in content.items() if key not in own}
-    root, runs = Path(content.get("output_dir") or f"runs/{file.stem}"), []
+    root, runs = Path(os.path.expanduser(content.get("output_dir") or f"runs/{file.stem}")), []
     names: set[str] = set()
     for values in itertools.product(*grid.values()):
         varied = dict(zip(grid, values, strict=True))

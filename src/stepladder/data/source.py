@@ -48,7 +48,7 @@ SLICE = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\
 def is_local(name: str) -> bool:
     """A file or folder that is there, or a name that can only be meant as one; anything else is a hub id."""
     meant = name.startswith(("/", "./", "../", "~")) or kind(Path(name)) in READERS
-    return meant or os.path.exists(locate(os.path.expanduser(name)))
+    return meant or os.path.exists(locate(name))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Source:
         return itertools.islice(again, chosen.start, chosen.stop)
 
     def _files(self, split: str) -> list[Path]:
-        root = Path() if self.path in GENERIC else locate(Path(self.path).expanduser())
+        root = Path() if self.path in GENERIC else locate(self.path)
         is_file = self.path not in GENERIC and (not os.path.isdir(root) or kind(root) in READERS)
         if self.name is not None and (is_file or self.data_dir or self.data_files or not _configurations(root)):
             raise self._error(f"'{self.name}' has no effect: local files have no configurations", "remove it")
@@ -160,7 +160,7 @@ class Source:
             listed, split = listed[split], "train"
         paths: list[Path] = []
         for pattern in [listed] if isinstance(listed, str) else listed or []:
-            path = locate(root / os.path.expanduser(pattern))
+            path = locate(root / pattern)
             if os.path.isdir(path) and kind(path) not in READERS:
                 paths += _in_folder(path, "train")
             elif os.path.exists(path) or not glob.has_magic(str(path)):
@@ -391,7 +391,7 @@ def _match(folder: Path, patterns: list[str]) -> list[Path]:
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a local folder, or a JSON file of several splits, holds rows of this one."""
-    path = locate(path.expanduser())
+    path = locate(path)
     if os.path.isfile(path):
         return split_key(inner_splits(path), split) is not None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -161,11 +162,21 @@ def value(key: Key, node: yaml.Node | None, where: str, source: Source) -> Any:
     if expected := expected_range(key.name, result):
         raise RecipeError(f"{key.name} is {node.value}; it must be {expected}", where=where)
     for text in (text for text in items if isinstance(text, str)):
-        is_path = re.sub(r"\[\d+\]", "", key.name) in PATHS
-        if fault := files.name_fault(text) if is_path else "it holds a NUL character" * ("\0" in text):
+        if fault := files.name_fault(text) if is_path(key) else "it holds a NUL character" * ("\0" in text):
             shortened = text if len(text) <= 60 else f"{text[:60]}…"
             raise RecipeError(f"{key.name} {shortened!r} cannot be used: {fault}", where=where)
-    return result
+    return _expand_home(result) if is_path(key) else result
+
+
+def is_path(key: Key) -> bool:
+    return re.sub(r"\[\d+\]", "", key.name) in PATHS
+
+
+def _expand_home(value: Any) -> Any:
+    """`~/…` as a shell expands it: here nothing else would, and a folder named `~` would be made."""
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def expected_range(name: str, value: Any) -> str:

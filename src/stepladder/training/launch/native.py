@@ -26,6 +26,8 @@ NOT_ON_MPS = {
     "use_liger_kernel": "Liger's kernels are Triton's, which it does not run",
     "activation_offloading": "TRL asks the device for CUDA's streams",
 }
+# Values of `optim` that are computed by PyTorch's own operations (transformers/trainer_optimizer.py).
+ON_MPS = ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd")
 
 
 def check_system(recipe: Recipe, launch: Launch) -> None:
@@ -71,11 +73,10 @@ def check_mps(recipe: Recipe) -> None:
         if recipe.get(key):
             help = f"{key}: false; or use_cpu: true"
             raise RecipeError(f"{key}: true on Apple's GPU (MPS)", where=recipe.where(key), why=why, help=help)
-    name = str(recipe.get("optim"))
-    if "bit" in name or "paged" in name or name.endswith("_bnb"):
-        why = "bitsandbytes' optimizers have no kernels for it"
+    if (name := recipe.get("optim")) not in (None, *ON_MPS):
+        why = "kernels of other packages are CUDA's; PyTorch's own optimizers run on it"
         raise RecipeError(f"optim: {name} on Apple's GPU (MPS)", where=recipe.where("optim"), why=why,
-                          help="optim: adamw_torch; or use_cpu: true")  # fmt: skip
+                          help=f"optim: {', '.join(ON_MPS)}; or use_cpu: true")  # fmt: skip
     _check_dtype(recipe, has_bf16=torch.backends.mps.is_macos_or_newer(14, 0))
     attention = str(recipe.get("attn_implementation"))
     if attention not in ("auto", "sdpa", "eager", "None"):
