@@ -483,8 +483,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--minutes", type=flags.above_0, default=15, help="the time of this call (15)")
-    parser.add_argument("--folder", type=flags.folder, default=ROOT / "runs/gpu-day", help="models and runs (60 GB)")
-    parser.add_argument("--out", type=flags.folder, help="for record.json, page.md and logs (--folder)")
+    parser.add_argument("--folder", type=flags.path, default=ROOT / "runs/gpu-day", help="models and runs (60 GB)")
+    parser.add_argument("--out", type=flags.path, help="for record.json, page.md and logs (--folder)")
     parser.add_argument("--fresh", action="store_true", help="begin a new record")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model (about 4 minutes)")
     parser.add_argument("--step", metavar="NAME", help="run this one only, unrecorded")
