@@ -302,9 +302,14 @@ def test_an_unwritable_place_is_named(copy, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     run = copy()
     (tmp_path / "folder").mkdir()
-    for place in (tmp_path / "file" / "page.html", tmp_path / "folder", ""):  # the last is `-o "$UNSET"`
+    said = {
+        tmp_path / "file/page.html": "cannot be written",
+        tmp_path / "folder": "cannot be written",
+        "": "it is empty",
+    }
+    for place, words in said.items():  # the last is `-o "$UNSET"`
         done = script("report", run, "-o", place)
-        assert done.code == 2 and "cannot be written" in done.err and "Traceback" not in done.err, done
+        assert done.code == 2 and words in done.err and "Traceback" not in done.err, done
     assert not list(tmp_path.glob(".*.part")), "half a page is left"
 
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -46,10 +47,14 @@ class Server:
 
     def run(self, words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
         """What `subprocess.run([sys.executable, *words])` gives."""
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(socket.AF_UNIX) as wire:
+        pipes = [os.pipe(), os.pipe()]
+        with socket.socket(socket.AF_UNIX) as wire, ThreadPoolExecutor(len(pipes)) as readers:
             wire.connect(self.address)
-            socket.send_fds(wire, [json.dumps(words).encode()], [out.fileno(), err.fileno()])
+            socket.send_fds(wire, [json.dumps(words).encode()], [write for _, write in pipes])
             wire.shutdown(socket.SHUT_WR)
+            for _, write in pipes:
+                os.close(write)
+            texts = [readers.submit(_read, read) for read, _ in pipes]
             answers = wire.makefile()
             child = int(answers.readline())
             wire.settimeout(timeout)
@@ -58,11 +63,12 @@ class Server:
             except TimeoutError:
                 os.kill(child, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(words, timeout) from None
-            text = []
-            for file in (out, err):
-                file.seek(0)
-                text.append(file.read().decode().replace("\r\n", "\n"))
-        return subprocess.CompletedProcess(words, code, *text)
+            return subprocess.CompletedProcess(words, code, *(text.result() for text in texts))
+
+
+def _read(pipe: int) -> str:
+    with open(pipe, encoding="utf-8") as text:
+        return text.read()
 
 
 def serve(listener: socket.socket) -> None:
@@ -87,6 +93,8 @@ def serve(listener: socket.socket) -> None:
             wire.close()
             listener.close()
             return become(json.loads(words), files)
+        for file in files:
+            os.close(file)
         wire.sendall(f"{child}\n".encode())
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         wire.sendall(f"{code}\n".encode())
